@@ -1,0 +1,29 @@
+"""bigtrain: train and judge visual novelty detectors at scale.
+
+    raw pictures -> tar shards, manifest, index      shards/
+    shards -> batches                                bigtrain.data: schema, protocol, plan, stream, views, masks
+    batches -> tokens, features                      bigtrain.models
+    features -> losses, novelty scores               bigtrain.objectives, bigtrain.detectors
+    scores -> figures, tables, report                bigtrain.evaluation;  recipes/ puts it all together, one paper each
+
+Axes in tensor names: B images, V views, N patches (n: the visible ones), M patches of a crop, T packed tokens, L
+blocks, D features (d: of one head), H heads, K prototypes, C classes, H W pixels, h w the patch grid.
+
+One polarity: novelty scores are higher for the more novel; `visible` is True where the student sees; boxes are (top,
+left, bottom, right), half-open.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["load_detector"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_detector":  # on first use: it needs torch, and `import bigtrain` should stay cheap
+        from bigtrain.detectors import load_detector
+
+        return load_detector
+    raise AttributeError(f"module 'bigtrain' has no attribute {name!r}")

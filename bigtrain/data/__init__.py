@@ -1,0 +1,1 @@
+"""From shards to batches: schema, protocol, plan, stream, views, masks."""

@@ -1,0 +1,140 @@
+"""What is known and what is novel: a split of the class names, applied to the index before any picture is read.
+
+An image is known if any object in it is of a known class (DEFEND 4.4); an image without a known object is novel.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtrain.data.shard_set import ShardSet
+
+# CIFAR-10's partitions of DEFEND table 5, as positions in the list of classes
+HALVES = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9), (0, 2, 4, 6, 8), (1, 3, 5, 7, 9))
+NAMED_PROTOCOLS = ("uni-class", "all-vs-one", "half-vs-half")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    known: tuple[str, ...]
+    novel: tuple[str, ...]
+
+    @classmethod
+    def of(cls, classes: Sequence[str], *, known: Sequence[str] = (), novel: Sequence[str] = ()) -> Protocol:
+        """Split `classes` by the names of the known ones, or of the novel ones; the rest is the other side.
+
+        Raises:
+            ValueError: neither or both are given, a name is unknown, or one side is empty.
+        """
+        if bool(known) == bool(novel):
+            given = "both" if known else "neither"
+            raise ValueError(
+                f"{given} of --known and --novel was given; name one side, the other classes are the rest."
+            )
+        named = tuple(dict.fromkeys(known or novel))
+        for name in named:
+            if name not in classes:
+                near = difflib.get_close_matches(name, classes, n=3, cutoff=0.4) or list(classes)[:10]
+                raise ValueError(
+                    f"class {name!r} is not in the training shards; the nearest of their {len(classes)} classes "
+                    f"{'is' if len(near) == 1 else 'are'} {', '.join(near)}."
+                )
+        rest = tuple(name for name in classes if name not in named)
+        if not rest:
+            raise ValueError(f"all {len(named)} classes are {'known' if known else 'novel'}: leave some for the rest.")
+        return cls(named, rest) if known else cls(rest, named)
+
+    def is_known(self, shard_set: ShardSet) -> NDArray[np.bool_]:
+        """For each image of a set: does it show an object of a known class? Shape (N,)."""
+        return shard_set.shows_any(self.known)
+
+    def check_test(self, test: ShardSet) -> None:
+        """Refuse a test split on which nothing can be judged."""
+        unknown = [name for name in test.classes if name not in self.known + self.novel]
+        if unknown:
+            raise ValueError(
+                f"the test shards have classes that the training shards lack ({', '.join(unknown[:10])}): list every "
+                "class in both, so that it is certain which are known."
+            )
+        known = self.is_known(test)
+        for side, count in (("known", int(known.sum())), ("novel", int((~known).sum()))):
+            if count == 0:
+                raise ValueError(
+                    f"the test split {test.url} has no {side} images among its {len(test)}: with known classes "
+                    f"{', '.join(self.known[:10])} nothing can be judged. Choose other classes or another test split."
+                )
+
+
+def expand(name: str, classes: Sequence[str]) -> list[Protocol]:
+    """The runs behind a named protocol (DEFEND 4.1, 4.4), one `Protocol` each; tables give their mean.
+
+    uni-class: each class known in turn; all-vs-one: each class novel in turn; half-vs-half: four partitions of ten
+    classes.
+    """
+    if name == "uni-class":
+        return [Protocol.of(classes, known=[c]) for c in classes]
+    if name == "all-vs-one":
+        return [Protocol.of(classes, novel=[c]) for c in classes]
+    if name == "half-vs-half":
+        if len(classes) != 10:
+            raise ValueError(f"half-vs-half is defined on ten classes (CIFAR-10's), and {len(classes)} were given.")
+        return [Protocol.of(classes, known=[classes[i] for i in half]) for half in HALVES]
+    raise ValueError(f"there is no protocol {name!r}; there are {', '.join(NAMED_PROTOCOLS)}.")
+
+
+def in_validation(keys: Sequence[str], *, share: float, seed: int) -> NDArray[np.bool_]:
+    """Which training samples are held out for validation: a rule by key, so that it holds for any order and subset.
+
+    A sample is held out if the first 8 bytes of BLAKE2b("<seed>:<key>"), as a fraction of 2^64, are below `share`.
+    """
+    limit = int(share * 2**64)
+    digests = (hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest() for key in keys)
+    return np.array([int.from_bytes(digest, "big") < limit for digest in digests], dtype=bool)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Sample numbers of the parts of a run: known images to train on, known ones held out, and the test split."""
+
+    fitted_N: NDArray[np.int64]
+    held_out_N: NDArray[np.int64]
+    test_N: NDArray[np.int64]
+
+
+def seeded_choice(sample_N: NDArray[np.int64], limit: int, seed: int) -> NDArray[np.int64]:
+    """A random choice of at most `limit` samples, ascending; all of them for a limit of 0."""
+    if limit == 0 or len(sample_N) <= limit:
+        return sample_N
+    return np.sort(np.random.default_rng(seed).choice(sample_N, limit, replace=False))
+
+
+def split(
+    protocol: Protocol,
+    train: ShardSet,
+    test: ShardSet,
+    *,
+    validation_share: float,
+    seed: int,
+    train_limit: int = 0,
+    test_limit: int = 0,
+) -> Parts:
+    """Divide the images of a run; a limit takes a random choice of so many (of the test split the same for every seed).
+
+    Raises:
+        ValueError: nothing is left to train on, or the test split cannot be judged on.
+    """
+    protocol.check_test(test)
+    known_N = np.flatnonzero(protocol.is_known(train))
+    held_out = in_validation([train.key(s) for s in known_N.tolist()], share=validation_share, seed=seed)
+    fitted_N, test_N = known_N[~held_out], np.arange(len(test))
+    if len(fitted_N) == 0:
+        raise ValueError(
+            f"{train.url} has no image of the known classes ({', '.join(protocol.known)}) to train on: choose others."
+        )
+    return Parts(seeded_choice(fitted_N, train_limit, seed), known_N[held_out], seeded_choice(test_N, test_limit, 0))

@@ -1,0 +1,174 @@
+"""The shard contract: what a shard set holds, how it is named, and how its manifest and index are read and written.
+
+A shard set is a folder, or any fsspec URL prefix (s3://, gs://, http://, hf://), that holds
+
+    000000.tar ...   WebDataset members <key>.<ext>: the image as its original bytes, <key>.json, <key>.mask.png if any
+    manifest.json    what the set is, and every shard with its samples, bytes and sha256; written last
+    index.parquet    one row a sample, in shard order: where its image lies and which classes it shows
+
+This module knows neither torch nor any dataset, so that `shards` and `slurm` can build on it alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FORMAT = "bigtrain-shards"
+VERSION = 1
+MANIFEST_FILE = "manifest.json"
+INDEX_FILE = "index.parquet"
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+MASK_SUFFIX = "mask.png"
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.int32()),  # position in manifest["shards"]
+        ("image_offset", pa.int64()),  # of the image's own bytes in the tar, behind its header
+        ("image_size", pa.int64()),
+        ("image_ext", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("classes", pa.list_(pa.string())),  # distinct names, sorted; empty: nothing is annotated
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box in pixels of the original image, half-open: rows top .. bottom - 1, columns left .. right - 1."""
+
+    top: float
+    left: float
+    bottom: float
+    right: float
+
+
+@dataclass(frozen=True)
+class Object:
+    """One annotated object; without a box it is a label of the whole image."""
+
+    class_name: str
+    box: Box | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a dataset adapter yields: one image and what is known of it.
+
+    Args:
+        key: unique in the set; letters, digits, "_", "-" and "/" (no dot: WebDataset splits key and extension there).
+        image: the picture's file, or its encoded bytes.
+        image_ext: one of IMAGE_EXTENSIONS, lower case.
+        objects: what it shows; empty where nothing is annotated.
+        source: where it came from, relative to the dataset's root.
+        mask: a PNG of the defect or segmentation, if there is one.
+    """
+
+    key: str
+    image: Path | bytes
+    image_ext: str
+    objects: Sequence[Object] = ()
+    source: str = ""
+    mask: Path | bytes | None = None
+
+    @property
+    def classes(self) -> list[str]:
+        return sorted({o.class_name for o in self.objects})
+
+    def to_json(self) -> bytes:
+        """The member <key>.json, the same bytes for the same sample."""
+        boxes = [[o.box.top, o.box.left, o.box.bottom, o.box.right, o.class_name] for o in self.objects if o.box]
+        record = {"classes": self.classes, "boxes": boxes, "source": self.source}
+        return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+@dataclass(frozen=True)
+class Shard:
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    dataset: str
+    split: str
+    classes: tuple[str, ...]  # every class name of the set, in the order the dataset gives them
+    licence: str
+    shards: tuple[Shard, ...]
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    def to_json(self) -> str:
+        record = {"format": FORMAT, "version": VERSION, "samples": self.samples, **asdict(self)}
+        return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = MANIFEST_FILE) -> Manifest:
+        try:
+            record: dict[str, Any] = json.loads(text)
+            if record["format"] != FORMAT or record["version"] > VERSION:
+                raise ValueError(
+                    f"{where} is {record['format']} version {record['version']}, and this bigtrain reads {FORMAT} up "
+                    f"to version {VERSION}: install a newer bigtrain, or build the shards again."
+                )
+            return cls(
+                dataset=record["dataset"],
+                split=record["split"],
+                classes=tuple(record["classes"]),
+                licence=record["licence"],
+                shards=tuple(Shard(**shard) for shard in record["shards"]),
+            )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{where} is no manifest of a shard set ({type(error).__name__}: {error}): "
+                "build the shards again, or make a manifest with `bigtrain-shards index`."
+            ) from error
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a shard set's folder or URL prefix, and the path in it, without a slash at its end."""
+    fs, path = fsspec.core.url_to_fs(url)
+    return fs, path.rstrip("/")
+
+
+def read_manifest(url: str) -> Manifest:
+    """Read the manifest of the shard set at `url`; a set without one is an unfinished build or no set at all."""
+    fs, path = filesystem(url)
+    try:
+        text = fs.cat_file(f"{path}/{MANIFEST_FILE}").decode()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(
+            f"{url} holds no {MANIFEST_FILE}, so it is no finished shard set: build one from a folder of class folders "
+            f"with `bigtrain-shards build folder --root PICTURES --out {url}`, run an interrupted build again, or "
+            f"describe shards made elsewhere with `bigtrain-shards index {url}`."
+        ) from error
+    return Manifest.from_json(text, where=f"{url}/{MANIFEST_FILE}")
+
+
+def read_index(url: str) -> pa.Table:
+    """Read the index of the shard set at `url`: a table of INDEX_SCHEMA."""
+    fs, path = filesystem(url)
+    try:
+        with fs.open(f"{path}/{INDEX_FILE}", "rb") as file:
+            table = pq.read_table(file)
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise ValueError(
+            f"{url} has no readable {INDEX_FILE} ({error}): make it with `bigtrain-shards index {url}`."
+        ) from error
+    missing = [name for name in INDEX_SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise ValueError(f"{url}/{INDEX_FILE} lacks the columns {missing}: make it again with `bigtrain-shards index`.")
+    return table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)

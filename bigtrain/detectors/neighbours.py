@@ -1,0 +1,47 @@
+"""Nearest neighbours on features: the plain figure beside every other (DN2, Bergman, Cohen & Hoshen 2020)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from sklearn.neighbors import NearestNeighbors as Index
+from torch import Tensor
+
+from bigtrain.data.views import to_float
+from bigtrain.models.weights import Pretrained
+
+
+class NearestNeighbours:
+    """Novelty = sum of the squared L2 distances to the `neighbours` nearest known images.
+
+    Args:
+        neighbours: 2 in DN2; at most as many as there are known images.
+    """
+
+    def __init__(self, neighbours: int = 2) -> None:
+        self.neighbours = neighbours
+
+    def fit(self, features_ND: NDArray[np.floating]) -> NearestNeighbours:
+        """Keep the features of the known images."""
+        if len(features_ND) == 0:
+            raise ValueError("no known images were given to nearest neighbours; at least one is needed.")
+        self.index_ = Index(n_neighbors=min(self.neighbours, len(features_ND)), algorithm="brute").fit(features_ND)
+        return self
+
+    def score(self, features_ND: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Novelty of each row: float64, shape (N,), >= 0."""
+        distance_NK, _ = self.index_.kneighbors(features_ND)
+        return np.square(distance_NK.astype(np.float64)).sum(axis=1)
+
+
+def pixel_features(image_B3HW: Tensor) -> Tensor:
+    """The picture itself as features: uint8 images scaled to 32 x 32, as float32 (B, 3072) in 0 .. 1."""
+    small = F.interpolate(image_B3HW.float(), size=(32, 32), mode="bilinear", antialias=True, align_corners=False)
+    return small.flatten(1) / 255
+
+
+def token_features(image_B3HW: Tensor, network: Pretrained) -> Tensor:
+    """What a ViT sees in the picture: the mean of its L2-normalised patch tokens, L2-normalised; float32 (B, D)."""
+    (seen,) = network.vit(to_float(image_B3HW, network.mean, network.std))
+    return F.normalize(F.normalize(seen.tokens_BND.float(), dim=-1).mean(dim=1), dim=-1)

@@ -1,0 +1,42 @@
+"""Values for every image of a stream, collected over the ranks: each image once, in the order of the index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bigtrain.data.stream import Stream
+
+
+def collect(
+    accelerator: Accelerator, stream: Stream, functions: Mapping[str, Callable[[Tensor], Tensor]]
+) -> tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]:
+    """Apply functions to the `image` view of every batch and gather what they give.
+
+    Args:
+        stream: unshuffled; this rank's share of it.
+        functions: name -> a function of uint8 images (B, 3, H, W) giving one row an image, a score or a feature.
+
+    Returns:
+        The samples, ascending, and for each name their values in that order; the same on all ranks. Padding and
+        pictures that could not be decoded (`stream.budget.skipped`) are left out.
+    """
+    samples: list[NDArray[np.int64]] = []
+    values: dict[str, list[NDArray[np.float64]]] = {name: [] for name in functions}
+    for batch in stream.batches():
+        batch = batch.to(accelerator.device)
+        here = {name: function(batch.views["image"]) for name, function in functions.items()}
+        sample_B = torch.from_numpy(batch.sample_B).to(accelerator.device)
+        gathered = accelerator.gather({"sample": sample_B, "weight": batch.weight_B, **here})
+        real_B = (gathered["weight"] > 0).cpu().numpy()
+        samples.append(gathered["sample"].cpu().numpy()[real_B])
+        for name in functions:
+            values[name].append(gathered[name].double().cpu().numpy()[real_B])
+    sample_N = np.concatenate(samples)
+    order = np.argsort(sample_N)
+    return sample_N[order], {name: np.concatenate(parts)[order] for name, parts in values.items()}

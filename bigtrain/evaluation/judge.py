@@ -1,0 +1,178 @@
+"""The judge: a detector and the test split to figures, a table of scores and a report, the same for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bigtrain.data.protocol import Protocol
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.stream import Stream, decode
+from bigtrain.detectors.distillation import DistillationDetector
+from bigtrain.detectors.neighbours import NearestNeighbours
+from bigtrain.evaluation.collect import collect
+from bigtrain.evaluation.metrics import summary
+from bigtrain.evaluation.pictures import Picture, most_telling
+from bigtrain.evaluation.report import write_report
+
+Features = Callable[[Tensor], Tensor]  # uint8 images (B, 3, H, W) to (B, D)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of one detector for some images of a shard set."""
+
+    shard_set: ShardSet
+    split: str
+    sample_N: NDArray[np.int64]
+    novel_N: NDArray[np.bool_]
+    score_N: NDArray[np.float64]
+
+
+def judge(
+    folder: Path,
+    accelerator: Accelerator,
+    detector: DistillationDetector,
+    *,
+    method: str,
+    protocol: Protocol,
+    test: Stream,
+    held_out: Stream | None,
+    bank: Stream,
+    plain: Mapping[str, Features],
+    settings: Mapping[str, Any],
+    seed: int,
+) -> dict[str, Any]:
+    """Score, calibrate on held-out known images, write detector/, scores.parquet and report.html into the run folder.
+
+    Called on all ranks; the first one writes.
+
+    Args:
+        method: what the detector's figures are called.
+        test: the test split; its figures are computed here, and nothing is chosen by them.
+        held_out: known training images that were held out; they give the threshold. None: there are none.
+        bank: known training images for the plain figures.
+        plain: name -> features; beside the detector, nearest neighbours on each of them.
+        settings: of the run, for the report.
+
+    Returns:
+        The record of results.json; the same on all ranks.
+    """
+    neighbours = {n: NearestNeighbours().fit(f) for n, f in collect(accelerator, bank, plain)[1].items()}
+
+    def distance_to_known(name: str, image_B3HW: Tensor) -> Tensor:
+        score_B = neighbours[name].score(plain[name](image_B3HW).float().cpu().numpy())
+        return torch.from_numpy(score_B).to(accelerator.device)
+
+    scorers: dict[str, Features] = {"score": lambda image_B3HW: detector.score_tensor(image_B3HW)[0]}
+    known_N, known = (
+        collect(accelerator, held_out, scorers) if held_out else (np.zeros(0, np.int64), {"score": np.zeros(0)})
+    )
+    threshold = detector.calibrate(known["score"])
+    others = {name: partial(distance_to_known, name) for name in plain}
+    test_N, found = collect(accelerator, test, scorers | others)
+    skipped = {key: why for part in gather_object([test.budget.skipped]) for key, why in part.items()}
+
+    scored = Scored(test.shard_set, "test", test_N, ~protocol.is_known(test.shard_set)[test_N], found.pop("score"))
+    figures = summary(scored.novel_N, scored.score_N, seed=seed)
+    comparisons = {
+        f"nearest neighbour on {name}": (score_N, summary(scored.novel_N, score_N, seed=seed))
+        for name, score_N in found.items()
+    }
+    results = {
+        "method": method,
+        **figures,
+        "comparisons": {name: its for name, (_, its) in comparisons.items()},
+        "threshold": rates(threshold, scored),
+        "dataset": test.shard_set.manifest.dataset,
+        "known": list(protocol.known),
+        "novel": list(protocol.novel),
+        "seed": seed,
+        "held_out_known": len(known_N),
+        "skipped": skipped,
+    }
+    if accelerator.is_main_process:
+        detector.save(folder / "detector")
+        parts = [scored]
+        if held_out:
+            parts.append(Scored(held_out.shard_set, "held_out", known_N, np.zeros(len(known_N), bool), known["score"]))
+        write_scores(folder / "scores.parquet", parts)
+        sections = most_telling(scored.novel_N, scored.score_N)
+        write_report(
+            folder / "report.html",
+            title=f"{method}: {', '.join(protocol.known[:3])}{' ...' if len(protocol.known) > 3 else ''}",
+            results={**results, "metrics": figures, "detector": method, "threshold": threshold, "settings": settings},
+            novel_N=scored.novel_N,
+            score_N=scored.score_N,
+            comparisons=comparisons,
+            pictures={title: pictures(scored, places, detector) for title, places in sections.items()},
+        )
+    accelerator.wait_for_everyone()
+    return results
+
+
+def write_scores(path: Path, parts: list[Scored]) -> None:
+    """Write one row an image: key, split, classes, novel, score; whole or not at all."""
+    rows = [
+        {
+            "key": part.shard_set.key(sample),
+            "split": part.split,
+            "classes": part.shard_set.classes_of(sample),
+            "novel": bool(novel),
+            "score": float(score),
+        }
+        for part in parts
+        for sample, novel, score in zip(part.sample_N, part.novel_N, part.score_N, strict=True)
+    ]
+    schema = pa.schema(
+        [
+            ("key", pa.string()),
+            ("split", pa.string()),
+            ("classes", pa.list_(pa.string())),
+            ("novel", pa.bool_()),
+            ("score", pa.float64()),
+        ]
+    )
+    temporary = path.with_name(path.name + ".tmp")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+    temporary.replace(path)
+
+
+def rates(threshold: float | None, test: Scored) -> dict[str, float] | None:
+    """What the threshold, set on held-out known images, gives on the test split: its shares of errors."""
+    if threshold is None:
+        return None
+    flagged_N = test.score_N > threshold
+    return {
+        "value": threshold,
+        "known_flagged": float(flagged_N[~test.novel_N].mean()),
+        "novel_missed": float((~flagged_N[test.novel_N]).mean()),
+    }
+
+
+def pictures(test: Scored, places: list[int], detector: DistillationDetector) -> list[Picture]:
+    """The pictures at some places of the scores, with their maps."""
+    images = [decode(payload) for payload in test.shard_set.read([int(test.sample_N[p]) for p in places])]
+    return [
+        Picture(
+            key=test.shard_set.key(test.sample_N[place]),
+            classes=test.shard_set.classes_of(test.sample_N[place]),
+            novel=bool(test.novel_N[place]),
+            score=float(test.score_N[place]),
+            image=image,
+            score_map_hw=map_hw,
+        )
+        for place, image, map_hw in zip(places, images, detector.score_map(images), strict=True)
+    ]

@@ -1,0 +1,265 @@
+"""How well scores tell novel from known: pure functions over `novel_N` (bool) and `score_N` (raw, higher = more novel).
+
+Two conventions meet in the literature, so each name says which one it is. "Out" and "tpr_novel" take novel as the
+positive class, "in" and "tpr_known" take known as the positive class, with -score as its score. An image is flagged
+as novel when its score is >= a threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.stats import norm, rankdata
+from sklearn.metrics import average_precision_score, roc_curve
+
+CONFIDENCE = 0.95
+FEWEST_RESAMPLES = 200
+MOST_DRAWS = 20_000_000  # images drawn by one bootstrap: about three seconds
+CHUNK_DRAWS = 500_000  # of these at a time, so that the arrays stay in the cache
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class Estimate(NamedTuple):
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class AveragePrecision(NamedTuple):
+    """Average precision, and the share of the positive class, which is what random scores would get."""
+
+    value: float
+    prevalence: float
+
+
+def checked(novel_N: ArrayLike, score_N: ArrayLike) -> tuple[Bools, Floats]:
+    """Return both as arrays, or say why no figure can be computed from them: a figure of 0.5 would hide the reason."""
+    novel, score = np.asarray(novel_N), np.asarray(score_N)
+    if novel.dtype != np.bool_:
+        raise ValueError(f"novel_N is {novel.dtype}, but must be bool, True where novel: say which number means novel")
+    if novel.ndim != 1 or novel.shape != score.shape:
+        raise ValueError(f"novel_N is {novel.shape} and score_N {score.shape}: both need one entry for each image")
+    known_count, novel_count = int((~novel).sum()), int(novel.sum())
+    if not known_count or not novel_count:
+        raise ValueError(
+            f"there are {known_count} known and {novel_count} novel images: figures need both. "
+            "Check which classes the protocol calls novel, and the split that was scored."
+        )
+    score = score.astype(np.float64)
+    bad_count = int((~np.isfinite(score)).sum())
+    if bad_count:
+        first = int(np.flatnonzero(~np.isfinite(score))[0])
+        raise ValueError(
+            f"{bad_count} of {len(score)} scores are NaN or infinite, the first is {score[first]} at position {first}: "
+            "they have no rank. Look for an overflow or a division by zero where they were computed."
+        )
+    if score.min() == score.max():
+        raise ValueError(
+            f"all {len(score)} scores are {score[0]}: constant scores rank nothing. "
+            "Check that the detector was trained, and that its weights were loaded."
+        )
+    return novel, score
+
+
+def auroc(novel_N: ArrayLike, score_N: ArrayLike) -> Estimate:
+    """Share of (novel, known) pairs in which novel scores higher, a tie counting half, with DeLong's interval.
+
+    DeLong, DeLong & Clarke-Pearson, Biometrics 1988; fast by the midranks of Sun & Xu, IEEE SPL 2014. For novel image
+    i and known image j, of m and n,
+
+        V10_i = share of known below i = (rank of i among all - rank of i among novel) / n
+        V01_j = share of novel above j = 1 - (rank of j among all - rank of j among known) / m
+        A = mean V10,   var A = var(V10) / m + var(V01) / n        (variances with m - 1 and n - 1)
+
+    The interval is symmetric on the logit scale, logit A +- z sd / (A (1 - A)), so it stays within 0 .. 1. Where var A
+    says nothing (A is 0 or 1, or a class has a single image) it is Newcombe's, see `newcombe_interval`.
+    """
+    novel, score = checked(novel_N, score_N)
+    v10_M, v01_N = structural_components(novel, score)
+    value = float(v10_M.mean())
+    m, n = len(v10_M), len(v01_N)
+    if m < 2 or n < 2 or value in (0.0, 1.0):
+        return Estimate(value, *newcombe_interval(value, m, n))
+    sd = np.sqrt(v10_M.var(ddof=1) / m + v01_N.var(ddof=1) / n)
+    half_width = norm.ppf(0.5 + CONFIDENCE / 2) * sd / (value * (1 - value))
+    logit = np.log(value / (1 - value))
+    return Estimate(value, float(1 / (1 + np.exp(half_width - logit))), float(1 / (1 + np.exp(-half_width - logit))))
+
+
+def structural_components(novel_N: Bools, score_N: Floats) -> tuple[Floats, Floats]:
+    """Return DeLong's V10 of the novel and V01 of the known images, in their order; see `auroc`."""
+    rank_N = rankdata(score_N)
+    novel_rank_M, known_rank_N = rankdata(score_N[novel_N]), rankdata(score_N[~novel_N])
+    v10_M = (rank_N[novel_N] - novel_rank_M) / len(known_rank_N)
+    v01_N = 1 - (rank_N[~novel_N] - known_rank_N) / len(novel_rank_M)
+    return v10_M, v01_N
+
+
+def newcombe_interval(value: float, m: int, n: int) -> tuple[float, float]:
+    """Interval of an AUROC from its value and the class sizes alone: Newcombe, Statistics in Medicine 2006, method 5.
+
+    Like Wilson's for a share, it holds each A' for which the value found is not surprising,
+
+        |value - A'| <= z sqrt( A' (1 - A') [1 + (k - 1) ((1 - A') / (2 - A') + A' / (1 + A'))] / (m n) )
+
+    with k = (m + n) / 2, so perfect separation of few images claims no perfect detector: 10 + 10 give 0.80 .. 1.
+    """
+    z = norm.ppf(0.5 + CONFIDENCE / 2)
+
+    def surprise(a: float) -> float:
+        spread = 1 + ((m + n) / 2 - 1) * ((1 - a) / (2 - a) + a / (1 + a))
+        return float((value - a) ** 2 - z**2 * a * (1 - a) * spread / (m * n))
+
+    low = 0.0 if value == 0 else brentq(surprise, 0.0, value - 1e-12)
+    high = 1.0 if value == 1 else brentq(surprise, value + 1e-12, 1.0)
+    return float(low), float(high)
+
+
+def aupr_in(novel_N: ArrayLike, score_N: ArrayLike) -> AveragePrecision:
+    """Average precision with known as the positive class, scored by -score."""
+    novel, score = checked(novel_N, score_N)
+    return AveragePrecision(float(average_precision_score(~novel, -score)), float((~novel).mean()))
+
+
+def aupr_out(novel_N: ArrayLike, score_N: ArrayLike) -> AveragePrecision:
+    """Average precision with novel as the positive class."""
+    novel, score = checked(novel_N, score_N)
+    return AveragePrecision(float(average_precision_score(novel, score)), float(novel.mean()))
+
+
+def fpr_at_95_tpr_novel(novel_N: ArrayLike, score_N: ArrayLike) -> float:
+    """Novel is the positive class: at the highest threshold that catches 95 % of novel, the share of known flagged."""
+    novel, score = checked(novel_N, score_N)
+    caught = needed_for_95(int(novel.sum()))
+    threshold = np.sort(score[novel])[-caught]
+    return float((score[~novel] >= threshold).mean())
+
+
+def fpr_at_95_tpr_known(novel_N: ArrayLike, score_N: ArrayLike) -> float:
+    """Known is the positive class: at the lowest threshold that accepts 95 % of known, the share of novel accepted."""
+    novel, score = checked(novel_N, score_N)
+    return fpr_at_95_tpr_novel(~novel, -score)
+
+
+def needed_for_95(count: int) -> int:
+    """Return the smallest number of images that is at least 95 % of `count`, exactly."""
+    return -(-95 * count // 100)
+
+
+def detection_error(novel_N: ArrayLike, score_N: ArrayLike) -> float:
+    """Smallest error of any threshold, known and novel weighted alike: min_t [FPR(t) + FNR(t)] / 2, 0 .. 0.5.
+
+    Liang, Li & Srikant, ICLR 2018. The threshold is chosen on the images that are judged, so it is a bound.
+    """
+    fpr_T, tpr_T, _ = roc_curve(*checked(novel_N, score_N))
+    return float((0.5 * (fpr_T + 1 - tpr_T)).min())
+
+
+def summary(novel_N: ArrayLike, score_N: ArrayLike, *, seed: int = 0, resamples: int = 1000) -> dict[str, Any]:
+    """Return every figure with its 95 % interval.
+
+    AUROC's interval is DeLong's. The others come from a bootstrap over images, stratified: each resample has as many
+    known and novel images as the set; see `bias_corrected_interval`. They have no width where separation is perfect.
+    Sets of over 20 000 images get fewer resamples, at least 200, so that it stays a matter of seconds; the number used
+    is in the result.
+
+    Returns:
+        {"auroc": {"value", "low", "high"}, "aupr_in": {..., "prevalence"}, "aupr_out": {..., "prevalence"},
+        "fpr_at_95_tpr_novel": {...}, "fpr_at_95_tpr_known": {...}, "detection_error": {...},
+        "counts": {"known", "novel"}, "bootstrap": {"resamples", "seed"}}, all of it ready for JSON.
+    """
+    novel, score = checked(novel_N, score_N)
+    if resamples < 2:
+        raise ValueError(f"resamples is {resamples}: an interval needs at least 2, and 1000 are usual")
+    resamples = min(resamples, max(FEWEST_RESAMPLES, MOST_DRAWS // len(score)))
+    chunks = [figures_of_counts(*counts) for counts in resampled_counts(novel, score, seed, resamples)]
+
+    out, in_ = aupr_out(novel, score), aupr_in(novel, score)
+    values = {
+        "aupr_in": in_.value,
+        "aupr_out": out.value,
+        "fpr_at_95_tpr_novel": fpr_at_95_tpr_novel(novel, score),
+        "fpr_at_95_tpr_known": fpr_at_95_tpr_known(novel, score),
+        "detection_error": detection_error(novel, score),
+    }
+    result: dict[str, Any] = {"auroc": auroc(novel, score)._asdict()}
+    for name, value in values.items():
+        low, high = bias_corrected_interval(value, np.concatenate([chunk[name] for chunk in chunks]))
+        result[name] = Estimate(value, low, high)._asdict()
+    result["aupr_in"]["prevalence"] = in_.prevalence
+    result["aupr_out"]["prevalence"] = out.prevalence
+    result["counts"] = {"known": int((~novel).sum()), "novel": int(novel.sum())}
+    result["bootstrap"] = {"resamples": resamples, "seed": seed}
+    return result
+
+
+def bias_corrected_interval(value: float, resampled_R: Floats) -> tuple[float, float]:
+    """Bias-corrected percentile interval of a bootstrap: Efron & Tibshirani, An Introduction to the Bootstrap, 14.3.
+
+    With b the share of resamples below the value (ties half) and z0 = Phi^-1(b), it reaches from the quantile
+    Phi(2 z0 - z) of the resamples to Phi(2 z0 + z); for b = 1/2 these are the plain percentiles. It matters to the
+    detection error: a minimum over thresholds comes out lower in every resample, and plain percentiles held the truth
+    in 78 % of simulated sets (100 + 100 images) where these hold it in 90 %.
+    """
+    resamples = len(resampled_R)
+    below = (np.count_nonzero(resampled_R < value) + np.count_nonzero(resampled_R <= value)) / (2 * resamples)
+    z0 = norm.ppf(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples))
+    z = norm.ppf(0.5 + CONFIDENCE / 2)
+    low, high = np.quantile(resampled_R, norm.cdf([2 * z0 - z, 2 * z0 + z]))
+    return min(float(low), value), max(float(high), value)
+
+
+def resampled_counts(novel_N: Bools, score_N: Floats, seed: int, resamples: int) -> Iterator[tuple[Ints, Ints]]:
+    """Yield (known_RG, novel_RG) for chunks of R resamples: the images drawn at each of G scores, highest first."""
+    rng = np.random.default_rng(seed)
+    distinct_G, group_N = np.unique(-score_N, return_inverse=True)
+    groups = len(distinct_G)
+    rows = max(1, CHUNK_DRAWS // len(score_N))
+
+    def drawn(group_M: Ints, chunk: int) -> Ints:
+        drawn_RM = group_M[rng.integers(len(group_M), size=(chunk, len(group_M)))]
+        drawn_RM += groups * np.arange(chunk)[:, None]
+        return np.bincount(drawn_RM.ravel(), minlength=chunk * groups).reshape(chunk, groups)
+
+    for start in range(0, resamples, rows):
+        chunk = min(rows, resamples - start)
+        yield drawn(group_N[~novel_N], chunk), drawn(group_N[novel_N], chunk)
+
+
+def figures_of_counts(known_RG: Ints, novel_RG: Ints) -> dict[str, Floats]:
+    """Return the figures of R resamples from their counts at each score, highest score first; each as above."""
+    known_low_RG, novel_low_RG = known_RG[:, ::-1], novel_RG[:, ::-1]
+    flagged_known_RG, flagged_novel_RG = known_RG.cumsum(axis=1), novel_RG.cumsum(axis=1)
+    fpr_RG = flagged_known_RG / flagged_known_RG[:, -1:]
+    tpr_RG = flagged_novel_RG / flagged_novel_RG[:, -1:]
+    return {
+        "aupr_in": average_precision_of_counts(novel_low_RG, known_low_RG),
+        "aupr_out": average_precision_of_counts(known_RG, novel_RG),
+        "fpr_at_95_tpr_novel": fpr_of_counts(known_RG, novel_RG),
+        "fpr_at_95_tpr_known": fpr_of_counts(novel_low_RG, known_low_RG),
+        "detection_error": np.minimum(0.5, (0.5 * (fpr_RG + 1 - tpr_RG)).min(axis=1)),
+    }
+
+
+def average_precision_of_counts(negative_RG: Ints, positive_RG: Ints) -> Floats:
+    """Average precision, sum_g (recall_g - recall_g-1) precision_g, of counts with the most positive score first."""
+    found_RG = positive_RG.cumsum(axis=1)
+    flagged_RG = found_RG + negative_RG.cumsum(axis=1)
+    precision_RG = found_RG / np.maximum(flagged_RG, 1)
+    return np.einsum("rg,rg->r", positive_RG, precision_RG) / found_RG[:, -1]
+
+
+def fpr_of_counts(negative_RG: Ints, positive_RG: Ints) -> Floats:
+    """Share of negatives flagged at the first score that has 95 % of positives; the most positive score first."""
+    found_RG, false_RG = positive_RG.cumsum(axis=1), negative_RG.cumsum(axis=1)
+    first_R = (found_RG >= needed_for_95(int(found_RG[0, -1]))).argmax(axis=1)
+    return false_RG[np.arange(len(first_R)), first_R] / false_RG[:, -1]

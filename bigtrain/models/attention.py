@@ -1,0 +1,102 @@
+"""Attention over packed tokens: many sequences of different lengths in one, none of which sees another.
+
+Packed tokens are a tensor `x_THd` and its `runs`: ((count, length), ...), so many sequences of such a length one
+behind the other; T is the sum of count x length. A multi-crop pass is ((B, 197), (4 B, 37)), a masked student ((B,
+99),).
+
+Backends, equal in result:
+    xformers  `memory_efficient_attention` with a `BlockDiagonalMask`; CUDA in half precision only, the default there
+    sdpa      PyTorch's own, one batched call for each run; the default elsewhere
+    dense     the definition, with a T x T mask; the oracle of the tests
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Runs = tuple[tuple[int, int], ...]
+Backend = Literal["auto", "xformers", "sdpa", "dense"]
+
+log = logging.getLogger(__name__)
+
+
+def attention(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, runs: Runs, *, backend: Backend = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(d)) v within each sequence of packed tokens (Vaswani et al. 2017, eq. 1).
+
+    Args:
+        q_THd, k_THd, v_THd: T packed tokens, H heads of width d.
+        runs: ((count, length), ...) with a sum of T.
+
+    Returns:
+        out_THd, in the dtype of v.
+    """
+    if sum(count * length for count, length in runs) != q_THd.shape[0]:
+        raise ValueError(f"runs {runs} do not add up to the {q_THd.shape[0]} packed tokens.")
+    backend = resolve_backend(backend, q_THd.device, q_THd.dtype)
+    return {"xformers": _xformers, "sdpa": _sdpa, "dense": _dense}[backend](q_THd, k_THd, v_THd, runs)
+
+
+def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Literal["xformers", "sdpa", "dense"]:
+    """What "auto" means for tensors of this kind; xformers where it has kernels, else sdpa."""
+    has_kernels = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    if backend == "auto":
+        return "xformers" if has_kernels and _xformers_loads() else "sdpa"
+    if backend == "xformers" and not has_kernels:
+        raise ValueError(
+            f"attention backend xformers was asked for on {device.type} in {dtype}; it needs CUDA in bf16 or fp16: "
+            "use --attention auto, or sdpa."
+        )
+    return backend
+
+
+def _sdpa(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, runs: Runs) -> Tensor:
+    parts = []
+    split = [count * length for count, length in runs]
+    for (count, length), q, k, v in zip(runs, q_THd.split(split), k_THd.split(split), v_THd.split(split), strict=True):
+        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)
+
+
+def _dense(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, runs: Runs) -> Tensor:
+    sequence_T = torch.arange(sum(count for count, _ in runs), device=q_THd.device)
+    sequence_T = sequence_T.repeat_interleave(torch.tensor(lengths(runs), device=q_THd.device))
+    score_HTT = torch.einsum("thd,shd->hts", q_THd.float(), k_THd.float()) * q_THd.shape[-1] ** -0.5
+    score_HTT = score_HTT.masked_fill(sequence_T[:, None] != sequence_T[None, :], float("-inf"))
+    return torch.einsum("hts,shd->thd", score_HTT.softmax(dim=-1), v_THd.float()).to(v_THd.dtype)
+
+
+def _xformers(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, runs: Runs) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    mask = _block_diagonal_mask(runs, q_THd.device)
+    return memory_efficient_attention(q_THd[None], k_THd[None], v_THd[None], attn_bias=mask)[0]
+
+
+@lru_cache(maxsize=16)  # building one copies the lengths to the device, and a training has a few shapes only
+def _block_diagonal_mask(runs: Runs, device: torch.device) -> object:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    return BlockDiagonalMask.from_seqlens(lengths(runs), device=device)
+
+
+@lru_cache(maxsize=1)
+def _xformers_loads() -> bool:
+    try:
+        import xformers.ops  # noqa: F401
+    except Exception as error:  # a flash-attn that is too new breaks its import in many ways
+        log.warning("xformers cannot be imported (%s): attention goes through PyTorch's own kernels", error)
+        return False
+    return True
+
+
+def lengths(runs: Sequence[tuple[int, int]]) -> list[int]:
+    """The length of each sequence: ((2, 3), (1, 5)) -> [3, 3, 5]."""
+    return [length for count, length in runs for _ in range(count)]

@@ -1,0 +1,253 @@
+"""Any timm `vit_*` as teacher or student: several image sizes in one packed pass, visible patches only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from bigtrain.models.attention import Backend, Runs, attention
+
+
+class Encoded(NamedTuple):
+    """What a ViT gives for B images of one size: N patch tokens of D features (the visible ones, if masked)."""
+
+    blocks_LBND: Tensor  # patch tokens of the last L blocks, first to last; the last one after the final norm
+    class_BD: Tensor | None  # the [CLS] token after the final norm
+    attention_BN: Tensor | None  # attention of [CLS] to each patch in the last block, mean over heads; float32
+
+    @property
+    def tokens_BND(self) -> Tensor:
+        return self.blocks_LBND[-1]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A timm model by name, and what differs from its definition; 0 means as defined."""
+
+    model: str
+    image_size: int = 0
+    patch_size: int = 0
+    depth: int = 0
+
+    @classmethod
+    def from_json(cls, text: str) -> Architecture:
+        return cls(**json.loads(text))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    def build(self, *, drop_path: float = 0.0) -> VisionTransformer:
+        """The network without a classifier, with random weights.
+
+        Raises:
+            ValueError: timm has no such model, or it is no plain ViT.
+        """
+        if not timm.is_model(self.model):
+            near = ", ".join(timm.list_models(f"*{self.model.split('.')[0][:12]}*")[:5]) or "vit_base_patch16_224"
+            raise ValueError(f"timm has no model {self.model!r}; near it: {near}.")
+        given: dict[str, Any] = {"img_size": self.image_size, "patch_size": self.patch_size, "depth": self.depth}
+        given = {name: value for name, value in given.items() if value}
+        refusal = f"{self.model} is no plain vision transformer: take a timm model vit_*, such as vit_base_patch16_224."
+        if not timm.models.model_entrypoint(self.model).__module__.endswith(("vision_transformer", "deit")):
+            raise ValueError(refusal)
+        net = timm.create_model(
+            self.model, pretrained=False, num_classes=0, dynamic_img_size=True, drop_path_rate=drop_path, **given
+        )
+        if not isinstance(net, VisionTransformer) or not all(
+            type(block) is Block and getattr(block.attn, "gate", None) is None for block in net.blocks
+        ):
+            raise ValueError(refusal)
+        return net
+
+
+class ViT(nn.Module):
+    """A timm VisionTransformer whose forward pass is packed, and returns tokens and attention."""
+
+    def __init__(self, backbone: VisionTransformer, *, attention: Backend = "auto") -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.attention_backend = attention
+
+    @property
+    def width(self) -> int:
+        return self.backbone.embed_dim
+
+    @property
+    def patch_size(self) -> int:
+        return self.backbone.patch_embed.patch_size[0]
+
+    def forward(
+        self,
+        *views: Tensor,
+        visible_BN: Tensor | None = None,
+        last: int = 1,
+        with_attention: bool = False,
+    ) -> tuple[Encoded, ...]:
+        """Encode images of one or more sizes in one packed pass.
+
+        Args:
+            views: images (B, 3, H, W), each with its own B, H and W; sides are multiples of the patch size.
+            visible_BN: with a single view: the patches to see, equally many in each image; the others are dropped.
+            last: how many blocks' tokens to return.
+            with_attention: also return the attention of [CLS] in the last block.
+
+        Returns:
+            One `Encoded` for each view.
+        """
+        tokens = [self._embed(view) for view in views]
+        if visible_BN is not None:
+            (tokens_BTD,) = tokens
+            tokens = [self._keep(tokens_BTD, visible_BN)]
+        runs: Runs = tuple((x.shape[0], x.shape[1]) for x in tokens)
+        x_TD = torch.cat([x.flatten(0, 1) for x in tokens])
+
+        blocks: list[Any] = list(self.backbone.blocks)
+        if not 1 <= last <= len(blocks):
+            raise ValueError(f"the last {last} blocks were asked for, of a network with {len(blocks)}; use 1 to that.")
+        kept: list[Tensor] = []
+        class_attention: list[Tensor] | None = None
+        for depth, block in enumerate(blocks):
+            if with_attention and depth == len(blocks) - 1:
+                class_attention = self._class_attention(block, x_TD, runs)
+            x_TD = self._block(block, x_TD, runs)
+            if depth >= len(blocks) - last:
+                kept.append(x_TD)
+        kept[-1] = self.backbone.fc_norm(self.backbone.norm(kept[-1]))
+
+        prefix = self.backbone.num_prefix_tokens
+        encoded = []
+        split = [count * length for count, length in runs]
+        for view, (shape, parts) in enumerate(
+            zip(runs, zip(*(x.split(split) for x in kept), strict=True), strict=True)
+        ):
+            blocks_LBTD = torch.stack(parts).unflatten(1, shape)
+            encoded.append(
+                Encoded(
+                    blocks_LBND=blocks_LBTD[:, :, prefix:],
+                    class_BD=blocks_LBTD[-1, :, 0] if self.backbone.has_class_token else None,
+                    attention_BN=class_attention[view] if class_attention else None,
+                )
+            )
+        return tuple(encoded)
+
+    def _embed(self, images_B3HW: Tensor) -> Tensor:
+        """Patches, positions (resampled where the size is not the network's own), prefix tokens: (B, prefix + N, D)."""
+        check_image_size(images_B3HW.shape[-2:], self.patch_size)
+        net: Any = self.backbone
+        return net.norm_pre(net._pos_embed(net.patch_embed(images_B3HW)))
+
+    def _keep(self, tokens_BTD: Tensor, visible_BN: Tensor) -> Tensor:
+        prefix = self.backbone.num_prefix_tokens
+        patches_BND = tokens_BTD[:, prefix:]
+        visible_BnD = patches_BND[visible_BN].unflatten(0, (len(visible_BN), -1))
+        return torch.cat([tokens_BTD[:, :prefix], visible_BnD], dim=1)
+
+    def _block(self, block: Any, x_TD: Tensor, runs: Runs) -> Tensor:
+        q_THd, k_THd, v_THd = self._qkv(block, x_TD)
+        mixed_TD = attention(q_THd, k_THd, v_THd, runs, backend=self.attention_backend).flatten(1)
+        mixed_TD = block.attn.proj_drop(block.attn.proj(block.attn.norm(mixed_TD)))
+        x_TD = x_TD + _drop_path(block.ls1(mixed_TD), block.drop_path1, runs)
+        return x_TD + _drop_path(block.ls2(block.mlp(block.norm2(x_TD))), block.drop_path2, runs)
+
+    def _qkv(self, block: Any, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attn = block.attn
+        q_THd, k_THd, v_THd = attn.qkv(block.norm1(x_TD)).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
+        return attn.q_norm(q_THd), attn.k_norm(k_THd), v_THd
+
+    def _class_attention(self, block: Any, x_TD: Tensor, runs: Runs) -> list[Tensor]:
+        """softmax over all tokens of q_CLS k^T / sqrt(d), mean over heads, at the patches; one tensor for each run."""
+        if not self.backbone.has_class_token:
+            raise ValueError("this network has no [CLS] token, whose attention guides the mask: use --keep random.")
+        prefix, result = self.backbone.num_prefix_tokens, []
+        with torch.no_grad():
+            q_THd, k_THd, _ = self._qkv(block, x_TD)
+            split = [count * length for count, length in runs]
+            for shape, q, k in zip(runs, q_THd.split(split), k_THd.split(split), strict=True):
+                q_BHd, k_BTHd = q.unflatten(0, shape)[:, 0].float(), k.unflatten(0, shape).float()
+                score_BHT = torch.einsum("bhd,bthd->bht", q_BHd, k_BTHd) * q_BHd.shape[-1] ** -0.5
+                result.append(score_BHT.softmax(dim=-1).mean(dim=1)[:, prefix:])
+        return result
+
+
+def _drop_path(x_TD: Tensor, drop: nn.Module, runs: Runs) -> Tensor:
+    """Stochastic depth by sequence, not by token: timm's own would draw for each packed token."""
+    probability = getattr(drop, "drop_prob", 0.0)
+    if not drop.training or not probability:
+        return x_TD
+    keep_S = torch.rand(sum(count for count, _ in runs), device=x_TD.device) >= probability
+    length_S = torch.tensor([length for count, length in runs for _ in range(count)], device=x_TD.device)
+    keep_T = keep_S.repeat_interleave(length_S, output_size=x_TD.shape[0])
+    return x_TD * (keep_T[:, None].to(x_TD.dtype) / (1 - probability))
+
+
+def check_image_size(size: Sequence[int], patch_size: int) -> None:
+    """Refuse images whose sides are no multiples of the patch."""
+    if any(side % patch_size for side in size):
+        lower = max(patch_size, max(size) // patch_size * patch_size)
+        raise ValueError(
+            f"patch size {patch_size} does not divide a picture or crop of {size[0]} x {size[1]} pixels: "
+            f"use {lower} or {lower + patch_size}."
+        )
+
+
+def check_pair(teacher: ViT, student: ViT, last: int) -> None:
+    """Refuse a student whose tokens cannot be compared with the teacher's, block by block."""
+    for what, of_teacher, of_student in (
+        ("width", teacher.width, student.width),
+        ("patch size", teacher.patch_size, student.patch_size),
+    ):
+        if of_teacher != of_student:
+            raise ValueError(
+                f"the teacher's {what} is {of_teacher} and the student's {of_student}; they must be equal."
+            )
+    depth = min(len(net.backbone.blocks) for net in (teacher, student))
+    if last > depth:
+        raise ValueError(f"the last {last} blocks were to be distilled, of networks with {depth}; use 1 to that.")
+
+
+def masked_student(architecture: Architecture, *, drop_path: float = 0.1, attention: Backend = "auto") -> ViT:
+    """A student of DEFEND 3.2: random weights, xavier linears, fixed sine-cosine positions, drop path 0 -> `drop_path`.
+
+    The initialisation is the authors' code's (that of masked autoencoders, He et al. 2022); the paper says "randomly
+    initialized". Draws from torch's global generator.
+    """
+    net: Any = architecture.build(drop_path=drop_path)
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(net.patch_embed.proj.weight.view(net.embed_dim, -1))
+    for token in (net.cls_token, net.reg_token):
+        if token is not None:
+            nn.init.normal_(token, std=0.02)
+    if net.pos_embed is not None:
+        prefix = 0 if net.no_embed_class else net.num_prefix_tokens
+        height, width = net.patch_embed.grid_size
+        grid = sincos_positions(height, width, net.embed_dim)
+        net.pos_embed.data = torch.cat([torch.zeros(prefix, net.embed_dim), grid])[None]
+        net.pos_embed.requires_grad_(False)
+    return ViT(net, attention=attention)
+
+
+def sincos_positions(height: int, width: int, features: int) -> Tensor:
+    """Fixed positions (h w, D): half of the features for the row, half for the column; sines, then cosines.
+
+    Frequencies 10000^(-i / (D/4)), as in Vaswani et al. 2017, 3.5, for each axis.
+    """
+    if features % 4:
+        raise ValueError(f"sine-cosine positions need a width that 4 divides, and {features} was given.")
+    frequency = 10000.0 ** (-torch.arange(features // 4, dtype=torch.float64) / (features // 4))
+    row, column = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
+    parts = []
+    for place in (row, column):
+        angle = place.flatten()[:, None] * frequency
+        parts += [angle.sin(), angle.cos()]
+    return torch.cat(parts, dim=1).float()

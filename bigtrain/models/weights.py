@@ -1,0 +1,262 @@
+"""Weights in and out: from timm's hub by name, or from a local .safetensors, .pth (weights only) or AugReg .npz.
+
+Every load accounts for every key: what the network lacks or the file has too much of is an error, but for the
+classifier of the pretraining task, which is left out and reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from bigtrain.models.attention import Backend
+from bigtrain.models.vit import Architecture, ViT
+
+CLASSIFIER = re.compile(r"(head|head_dist|pre_logits|fc_norm)(\.|$)")
+LOCAL = (".safetensors", ".pth", ".pt", ".npz")
+AUGREG_MEAN = AUGREG_STD = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A network, how its input is normalised, and a line on what was loaded."""
+
+    vit: ViT
+    architecture: Architecture
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    report: str
+
+
+def load_vit(
+    source: str,
+    architecture: Architecture | None = None,
+    *,
+    attention: Backend = "auto",
+    device: torch.device | None = None,
+) -> Pretrained:
+    """Load a ViT with its weights, frozen and in evaluation mode.
+
+    Args:
+        source: a timm name, such as "vit_base_patch16_224.augreg_in21k", or a local file.
+        device: where to put it.
+        architecture: what network the file's weights belong to; a file that bigtrain wrote knows it itself.
+
+    Raises:
+        ValueError: no such weights, no ViT, or keys and shapes that do not match.
+    """
+    path = Path(source)
+    load = _from_file if path.suffix in LOCAL else _from_hub
+    loaded = load(source, architecture, attention)
+    loaded.vit.eval().requires_grad_(False).to(device or "cpu")
+    return loaded
+
+
+def save_vit(
+    path: Path,
+    vit: ViT,
+    architecture: Architecture,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a ViT as .safetensors under timm's key names, with its architecture in the file; atomically."""
+    metadata = {"architecture": architecture.to_json(), "mean": json.dumps(mean), "std": json.dumps(std)}
+    save_tensors(path, {k: v.contiguous().cpu().to(dtype) for k, v in vit.backbone.state_dict().items()}, metadata)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a .safetensors file under a temporary name, flush it to disk, then rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(dict(tensors), temporary, metadata=dict(metadata or {}))
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_matching(module: nn.Module, state: Mapping[str, Tensor], source: str) -> str:
+    """Copy weights into a module, key by key, as float32; a classifier the module lacks is left out.
+
+    Returns:
+        A line: how many keys matched, which were left out.
+
+    Raises:
+        ValueError: a key is missing or too many, or a shape differs.
+    """
+    own = module.state_dict()
+    left_out = sorted(key for key in state if key not in own and CLASSIFIER.match(key))
+    missing = sorted(key for key in own if key not in state)
+    unexpected = sorted(key for key in state if key not in own and key not in left_out)
+    shapes = [
+        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if missing or unexpected or shapes:
+        wrong = [
+            f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+            if keys
+        ]
+        raise ValueError(
+            f"{source} does not fit the network: {len(own) - len(missing)} keys match, {'; '.join(wrong)}. "
+            "Name the network these weights belong to with --arch."
+        )
+    module.load_state_dict({key: state[key].float() for key in own})
+    rest = f", left out: {', '.join(left_out)} (the pretraining task's classifier)" if left_out else ""
+    return f"{len(own)} keys matched, none missing or unexpected{rest}"
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a .safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}): give a whole .safetensors file.") from error
+
+
+def _from_file(source: str, architecture: Architecture | None, attention: Backend) -> Pretrained:
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give a file of weights ({', '.join(LOCAL)}) or a timm name.")
+    mean: tuple[float, ...] = AUGREG_MEAN
+    std: tuple[float, ...] = AUGREG_STD
+    metadata: dict[str, str] = {}
+    if path.suffix == ".safetensors":
+        state, metadata = read_tensors(path)
+    elif path.suffix == ".npz":
+        state = from_augreg(path)
+    else:
+        state = _read_pth(path)
+    if "architecture" in metadata:
+        stored = Architecture.from_json(metadata["architecture"])
+        if architecture is not None and architecture != stored:
+            raise ValueError(f"{path} holds a {stored}, and {architecture} was asked for: leave --arch out.")
+        architecture = stored
+        mean, std = tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"]))
+    if architecture is None:
+        raise ValueError(f"{path} does not say what network it belongs to: name it, as in --arch vit_base_patch16_224.")
+    vit = ViT(architecture.build(), attention=attention)
+    report = load_matching(vit.backbone, _resample_positions(state, vit), str(path))
+    return Pretrained(vit, architecture, mean, std, report)
+
+
+def _from_hub(name: str, architecture: Architecture | None, attention: Backend) -> Pretrained:
+    if architecture is not None:
+        raise ValueError(f"--arch was given beside the timm weights {name!r}, which bring their own: leave it out.")
+    architecture = Architecture(name)
+    vit = ViT(architecture.build(), attention=attention)
+    config: Any = vit.backbone.pretrained_cfg
+    try:
+        loaded = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
+    except Exception as error:  # the hub's client, the network and timm each have errors of their own
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"the weights of {name!r} cannot be had ({reason}): check the name and the network, or give a local file "
+            f"({', '.join(LOCAL)}) with --teacher and its network with --arch."
+        ) from error
+    report = load_matching(vit.backbone, loaded.state_dict(), name)
+    return Pretrained(vit, architecture, tuple(config["mean"]), tuple(config["std"]), report)
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read without running code in it ({type(error).__name__}): save its state_dict of "
+            "tensors alone, as .pth or .safetensors."
+        ) from error
+    for wrapper in ("state_dict", "model", "teacher"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state_dict: save the tensors of a network by name.")
+    for prefix in ("module.", "backbone."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _resample_positions(state: dict[str, Tensor], vit: ViT) -> dict[str, Tensor]:
+    """Fit the positions to the network's own grid where the file was trained at another image size."""
+    own, given = vit.backbone.pos_embed, state.get("pos_embed")
+    if own is None or given is None or given.ndim != 3 or given.shape[1] == own.shape[1]:
+        return state
+    prefix = 0 if vit.backbone.no_embed_class else vit.backbone.num_prefix_tokens
+    side = round((given.shape[1] - prefix) ** 0.5)
+    if side**2 != given.shape[1] - prefix:
+        return state
+    grid = list(vit.backbone.patch_embed.grid_size)
+    resampled = resample_abs_pos_embed(given.float(), grid, [side, side], num_prefix_tokens=prefix)
+    return {**state, "pos_embed": resampled}
+
+
+AUGREG_BLOCK = {
+    "LayerNorm_0": "norm1",
+    "LayerNorm_2": "norm2",
+    "MlpBlock_3/Dense_0": "mlp.fc1",
+    "MlpBlock_3/Dense_1": "mlp.fc2",
+    "MultiHeadDotProductAttention_1/out": "attn.proj",
+}
+AUGREG_TOP = {
+    "embedding": "patch_embed.proj",
+    "Transformer/encoder_norm": "norm",
+    "head": "head",
+    "pre_logits": "pre_logits.fc",
+}
+
+
+def from_augreg(path: Path) -> dict[str, Tensor]:
+    """The arrays of an AugReg .npz (Steiner et al. 2021, from JAX) under timm's names and in torch's layouts.
+
+    Kernels become (out, in), or (out, in, h, w) for the patches; the heads' axes are flattened, and query, key and
+    value stacked to qkv. A name that is not AugReg's is kept as it is, so that loading reports it.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key.removeprefix("params/"): torch.from_numpy(np.asarray(file[key])) for key in file.files}
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as .npz of plain arrays ({error}).") from error
+    state: dict[str, Tensor] = {}
+    qkv: dict[str, list[Tensor | None]] = {}
+    for key, array in arrays.items():
+        layer, _, leaf = key.rpartition("/")
+        kind = {"kernel": "weight", "scale": "weight", "bias": "bias"}.get(leaf, "")
+        block = re.fullmatch(r"Transformer/encoderblock_(\d+)/(.+)", layer)
+        attended = re.fullmatch(r"MultiHeadDotProductAttention_1/(query|key|value)", block[2]) if block else None
+        if block and attended and kind:
+            target = qkv.setdefault(f"blocks.{block[1]}.attn.qkv.{kind}", [None, None, None])
+            flat = array.reshape(array.shape[0], -1).T if kind == "weight" else array.flatten()
+            target[("query", "key", "value").index(attended[1])] = flat
+        elif block and kind and block[2] in AUGREG_BLOCK:
+            if block[2].endswith("/out") and kind == "weight":
+                array = array.reshape(-1, array.shape[-1])
+            state[f"blocks.{block[1]}.{AUGREG_BLOCK[block[2]]}.{kind}"] = _torch_layout(array)
+        elif layer in AUGREG_TOP and kind:
+            state[f"{AUGREG_TOP[layer]}.{kind}"] = _torch_layout(array)
+        else:
+            state[{"cls": "cls_token", "Transformer/posembed_input/pos_embedding": "pos_embed"}.get(key, key)] = array
+    for key, parts in qkv.items():
+        state[key] = torch.cat([part for part in parts if part is not None])
+    return state
+
+
+def _torch_layout(array: Tensor) -> Tensor:
+    """Move the output axis of a JAX kernel first: (in, out) -> (out, in), (h, w, in, out) -> (out, in, h, w)."""
+    return {2: lambda: array.T, 4: lambda: array.permute(3, 2, 0, 1)}.get(array.ndim, lambda: array)().contiguous()

@@ -1,0 +1,111 @@
+"""Losses of DEFEND: one value for each image, so that padding can be weighted away."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import roi_align
+
+Normalisation = Literal["l2", "layer", "none"]
+Distance = Literal["squared", "smooth_l1"]
+
+
+def align_to_crops(assignment_BhwK: Tensor, box_BV4: Tensor, *, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """alpha(Q) of DEFEND eq. 1: the part of each image's assignment map under each of its crops, on the crop's patch
+    grid.
+
+    RoIAlign (He et al. 2017, half-pixel aligned) of the soft map, so that box edges between patches interpolate.
+
+    Args:
+        assignment_BhwK: soft assignments of the image's patches.
+        box_BV4: each crop's own box in pixels of the image: top, left, bottom, right.
+        patch_size: pixels of the image for each patch of the map.
+        grid: patches of a crop, (height, width).
+
+    Returns:
+        target_BVMK: M = height x width patches of each of V crops; rows of sum 1 stay so.
+    """
+    crops = box_BV4.shape[1]
+    top, left, bottom, right = box_BV4.float().unbind(-1)
+    roi = list(torch.stack([left, top, right, bottom], dim=-1))
+    map_BKhw = assignment_BhwK.float().permute(0, 3, 1, 2).contiguous()
+    out = roi_align(map_BKhw, roi, grid, spatial_scale=1 / patch_size, sampling_ratio=2, aligned=True)
+    return out.flatten(2).transpose(1, 2).unflatten(0, (-1, crops))
+
+
+def dense_loss(logits_BVMK: Tensor, target_BVMK: Tensor, *, temperature: float = 0.1) -> Tensor:
+    """Dense loss, DEFEND eq. 1: cross-entropy between a crop's assignment and that of the image under it.
+
+        l_B = mean_{V, M} [ - sum_k alpha(Q)_k log softmax(z' p_k / temperature) ]
+
+    Args:
+        logits_BVMK: cosines of the projected tokens of V crops, M patches each, with K prototypes.
+        target_BVMK: alpha(Q); carries no gradient.
+
+    Returns:
+        loss_B: float32, >= 0.
+    """
+    log_predicted = F.log_softmax(logits_BVMK.float() / temperature, dim=-1)
+    return -(target_BVMK.float().detach() * log_predicted).sum(dim=-1).flatten(1).mean(dim=1)
+
+
+def distillation_loss(
+    predicted_LBnD: Tensor,
+    target_LBND: Tensor,
+    visible_BN: Tensor | None = None,
+    *,
+    normalisation: Normalisation = "l2",
+    normalise_student: bool = True,
+    distance: Distance = "squared",
+) -> Tensor:
+    """Masked distillation, DEFEND eq. 3 and 4: squared distance of normalised tokens where the student sees.
+
+        l_B = mean_{L, n} || norm(F_t) - norm(F_s) ||^2
+
+    Summed over features, and a mean over blocks and tokens: with "l2" it lies in [0, 4]. The class token takes no part.
+
+    Args:
+        predicted_LBnD: the student's tokens of the last L blocks, for the n visible patches in order.
+        target_LBND: the teacher's, for all N patches; carries no gradient.
+        visible_BN: bool, n True in each row; None: all are visible.
+        normalisation: of each token: "l2" (the paper), "layer" (zero mean, unit variance) or "none".
+        normalise_student: False normalises the teacher only (4.6, pixel level).
+        distance: "squared", or "smooth_l1" (4.6), summed over features alike.
+
+    Returns:
+        loss_B: float32, >= 0.
+    """
+    if visible_BN is not None:
+        target_LBND = target_LBND[:, visible_BN].unflatten(1, (visible_BN.shape[0], -1))
+    return patch_distance(
+        predicted_LBnD, target_LBND, normalisation=normalisation, normalise_student=normalise_student, distance=distance
+    ).mean(dim=1)
+
+
+def patch_distance(
+    predicted_LBND: Tensor,
+    target_LBND: Tensor,
+    *,
+    normalisation: Normalisation = "l2",
+    normalise_student: bool = True,
+    distance: Distance = "squared",
+) -> Tensor:
+    """|| norm(F_t) - norm(F_s) ||^2 for each patch, mean over blocks: float32 (B, N). See `distillation_loss`."""
+    target_LBND = _normalise(target_LBND.float().detach(), normalisation)
+    predicted_LBND = predicted_LBND.float()
+    if normalise_student:
+        predicted_LBND = _normalise(predicted_LBND, normalisation)
+    if distance == "squared":
+        per_feature = (target_LBND - predicted_LBND).square()
+    else:
+        per_feature = F.smooth_l1_loss(predicted_LBND, target_LBND, reduction="none")
+    return per_feature.sum(dim=-1).mean(dim=0)
+
+
+def _normalise(tokens: Tensor, normalisation: Normalisation) -> Tensor:
+    if normalisation == "l2":
+        return F.normalize(tokens, dim=-1)
+    return F.layer_norm(tokens, tokens.shape[-1:]) if normalisation == "layer" else tokens

@@ -1,0 +1,1 @@
+"""What has no ideas in it: settings, start, optimiser, checkpoints, stopping, logs."""

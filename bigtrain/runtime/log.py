@@ -1,0 +1,102 @@
+"""What a run says: a bar on a terminal, plain lines elsewhere, log.jsonl and TensorBoard always."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+LINE_EVERY_S = 10.0  # without a terminal
+
+
+class StageLog:
+    """Progress and figures of one stage; only the main process writes.
+
+    Args:
+        folder: the run folder.
+        stage: its name, e.g. "distil".
+        steps: of the whole stage; `done` of them were taken by earlier starts.
+        images_per_step: over all processes.
+        every: steps between two rows of log.jsonl.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        stage: str,
+        *,
+        steps: int,
+        done: int,
+        images_per_step: int,
+        every: int,
+    ) -> None:
+        self.stage, self.steps, self.done, self.first = stage, steps, done, done
+        self.images_per_step, self.every = images_per_step, every
+        self.accelerator = accelerator
+        self.writes = accelerator.is_main_process
+        self.began = self.last_line = time.monotonic()
+        self.waited_s = 0.0
+        if self.writes:
+            self.file = (folder / "log.jsonl").open("a", buffering=1)
+            self.board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=done)
+            self.bar = tqdm(
+                total=steps, initial=done, desc=stage, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+            )
+
+    def step(self, **values: Tensor | float) -> None:
+        """Count a step; now and then write its figures. Values stay on the device until they are written."""
+        self.done += 1
+        if not self.writes:
+            return
+        self.bar.update()
+        now = time.monotonic()
+        row_due = self.done % self.every == 0 or self.done == self.steps
+        line_due = self.bar.disable and (now - self.last_line > LINE_EVERY_S or self.done == self.steps)
+        if not (row_due or line_due):
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        elapsed_s = max(now - self.began, 1e-9)
+        rate = (self.done - self.first) * self.images_per_step / elapsed_s
+        numbers["images_per_s"] = rate
+        if torch.cuda.is_available():
+            numbers["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if row_due:
+            self.file.write(json.dumps({"stage": self.stage, "step": self.done, "time": time.time(), **numbers}) + "\n")
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, self.done)
+            self.bar.set_postfix({"images/s": f"{rate:.0f}", "loss": f"{numbers.get('loss', 0):.4f}"})
+        if line_due:
+            left_s = elapsed_s / (self.done - self.first) * (self.steps - self.done)
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name != "images_per_s")
+            print(
+                f"{self.stage}  step {self.done}/{self.steps}  {shown}  {rate:.0f} images/s  left {clock(left_s)}",
+                flush=True,
+            )
+            self.last_line = now
+
+    def close(self) -> None:
+        if self.writes:
+            self.bar.close()
+            self.board.close()
+            self.file.close()
+
+
+def clock(seconds: float) -> str:
+    """4000 -> "1:06:40"."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def show_warnings() -> None:
+    """Let the library's warnings (a skipped picture, a fallback) reach the terminal as plain lines."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -1,0 +1,45 @@
+"""Stopping: a signal or a file asks for it, all ranks agree on it at a step boundary."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOPPED = 85  # exit code of a run that stopped when asked: neither done nor failed
+
+
+class Stop:
+    """`stop.agreed()` is True on every rank at the same step, once any of them was asked to stop.
+
+    A second Ctrl-C leaves at once. Nothing is saved in a signal handler.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path) -> None:
+        self.accelerator, self.file = accelerator, folder / "stop"
+        self.asked = False
+        for number in SIGNALS:
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def agreed(self) -> bool:
+        asked = self.asked or self.file.exists()
+        if self.accelerator.num_processes == 1:
+            return asked
+        flag = torch.tensor([int(asked)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+
+    def leave(self) -> None:
+        """Say so and end with the exit code of a stopped run; call on all ranks, after saving."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.print("stopped when asked, saved; the same command continues.")
+        self.file.unlink(missing_ok=True)
+        raise SystemExit(STOPPED)

@@ -1,0 +1,1 @@
+"""Settings to start from, as TOML under `--config`; `fashion` also holds the embedded data and teacher."""

@@ -1,0 +1,55 @@
+"""The preset's data: shards of the embedded Fashion-MNIST sample, made by the ordinary builder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bigtrain.data.schema import MANIFEST_FILE
+
+HERE = Path(__file__).parent
+PRESET = HERE.parent / "fashion.toml"
+SHARDS = Path("data") / "fashion"
+OUT = Path("runs") / "fashion"
+
+
+def with_embedded_data(config: Any) -> Any:
+    """Fill in the sample's shards, the embedded teacher and a run folder where none were named; build the shards."""
+    if os.environ.get("RANK", "0") == "0":
+        print("no --train was given: running the preset fashion, on the embedded sample of Fashion-MNIST", flush=True)
+    for split in ("train", "test"):
+        build(split)
+    given = {
+        "train": str(SHARDS / "train"),
+        "test": str(SHARDS / "test"),
+        "teacher": str(HERE / "teacher" / "teacher.safetensors"),
+    }
+    default = type(config)()
+    given = {name: value for name, value in given.items() if getattr(config, name) == getattr(default, name)}
+    return replace(config, **given, run=replace(config.run, out=config.run.out or str(OUT)))
+
+
+def build(split: str) -> None:
+    """Build one split's shards; of several processes the first builds, and the others wait for its manifest."""
+    out = SHARDS / split
+    if os.environ.get("RANK", "0") != "0":
+        wait_for(out / MANIFEST_FILE)
+        return
+    options = ["--root", str(HERE / "sample"), "--dataset", "fashion_mnist", "--split", split, "--out", str(out)]
+    done = subprocess.run([sys.executable, "-m", "shards", "build", "mnist", *options])
+    if done.returncode:
+        raise ValueError(f"the shards of the embedded sample could not be built in {out}: see the line above.")
+
+
+def wait_for(path: Path, *, timeout_s: float = 120.0) -> None:
+    import time
+
+    deadline = time.monotonic() + timeout_s
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            raise ValueError(f"{path} did not appear within {timeout_s:.0f} s: the first process could not build it.")
+        time.sleep(0.1)

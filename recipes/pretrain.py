@@ -1,0 +1,188 @@
+"""Supervised training of a ViT on labelled shards: the way to a teacher where none can be downloaded.
+
+    accelerate launch recipes/pretrain.py --train data/reference/train --val data/reference/val --out runs/teacher
+
+Its teacher.safetensors serves as `--teacher` of recipes/defend.py. After Steiner et al. 2021 (AugReg): random resized
+crops, mirroring, label smoothing, AdamW, warm-up and cosine.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from bigtrain.data.plan import PADDING, Plan, check_divides
+from bigtrain.data.protocol import in_validation
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.stream import Batch, Stream
+from bigtrain.data.views import RandomResizedCrop, Resized, to_float
+from bigtrain.models.heads import Classifier
+from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.weights import AUGREG_MEAN as MEAN
+from bigtrain.models.weights import AUGREG_STD as STD
+from bigtrain.models.weights import save_vit
+from bigtrain.runtime.config import RunSettings, read_settings, user_errors
+from bigtrain.runtime.log import clock, show_warnings
+from bigtrain.runtime.optim import decay_groups, set_schedule, update, warmup_cosine
+from bigtrain.runtime.preempt import Stop
+from bigtrain.runtime.run_folder import RESULTS_FILE, RunFolder, write_json
+from bigtrain.runtime.start import Precision, choose_precision, start, world_size_of_launch
+from recipes.stage import Stage, stream_of
+
+
+@dataclass(frozen=True)
+class Config:
+    train: str = ""
+    """Shard set to train on; each image shows one class."""
+    val: str = ""
+    """Shard set to report top-1 and top-5 on; without it, a seeded share of train is held out."""
+    validation_share: float = 0.05
+    """Share of train that is held out where there is no --val."""
+
+    model: str = "vit_small_patch16_224"
+    """A timm vit_*; the three settings below change its definition where they are not 0."""
+    image_size: int = 0
+    patch_size: int = 0
+    depth: int = 0
+    pool: Literal["token", "both"] = "token"
+    """What is classified: the [CLS] token, or that and the mean of the patch tokens."""
+
+    epochs: int = 100
+    batch: int = 256
+    """Images a step, over all processes."""
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_epochs: float = 5.0
+    drop_path: float = 0.1
+    label_smoothing: float = 0.1
+    crop_scale: tuple[float, float] = (0.25, 1.0)
+    clip: float = 1.0
+    seed: int = 0
+    precision: Precision = "auto"
+    weights: Literal["fp32", "fp16"] = "fp32"
+    """How teacher.safetensors is stored; the figures are of the weights as stored."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+
+
+def main(argv: list[str] | None = None) -> None:
+    with user_errors("pretrain.py"):
+        config = read_settings(Config, sys.argv[1:] if argv is None else argv)
+        if not config.train or not config.run.out:
+            raise ValueError("--train SHARDS and --out FOLDER are needed: what to train on, and where the run goes.")
+        pretrain(config)
+
+
+def pretrain(config: Config) -> None:
+    run = RunFolder(config.run.out, config)
+    run.check()
+    train = ShardSet(config.train)
+    fitted_N = np.arange(len(train))
+    held_out, held_out_N = train, fitted_N
+    if config.val:
+        held_out = ShardSet(config.val)
+        held_out_N = np.arange(len(held_out))
+    else:
+        is_held_out = in_validation(train.keys(), share=config.validation_share, seed=config.seed)
+        fitted_N, held_out_N = fitted_N[~is_held_out], fitted_N[is_held_out]
+    if unknown := sorted(set(held_out.classes) - set(train.classes)):
+        raise ValueError(f"--val has classes that --train lacks: {', '.join(unknown[:10])}.")
+    label_of = {name: number for number, name in enumerate(train.classes)}
+
+    architecture = Architecture(config.model, config.image_size, config.patch_size, config.depth)
+    torch.manual_seed(config.seed)
+    vit = ViT(architecture.build(drop_path=config.drop_path))
+    size = vit.backbone.patch_embed.img_size[0]
+    model = Classifier(vit, len(train.classes), config.pool)
+    check_divides(config.batch, world_size_of_launch())
+    precision = choose_precision(config.precision, vit.width)
+    accelerator = start(precision)
+    show_warnings()
+    if run.finished:
+        accelerator.print(f"this run is finished, nothing to do: {run / RESULTS_FILE}")
+        return
+    if accelerator.is_main_process:
+        run.create()
+    accelerator.wait_for_everyone()
+    parameters = sum(p.numel() for p in vit.parameters())
+    accelerator.print(
+        f"pretrain: {len(fitted_N)} images of {len(train.classes)} classes of {train.manifest.dataset}; {config.model} "
+        f"with {parameters / 1e6:.1f} M parameters at {size} pixels; {accelerator.num_processes} process(es) on "
+        f"{accelerator.device.type}, precision {precision}"
+    )
+    began = time.monotonic()
+    plan = Plan(fitted_N, train.shard_N[fitted_N], config.batch, config.seed)
+    stage = Stage(
+        "pretrain",
+        run,
+        accelerator,
+        Stop(accelerator, run.path),
+        config.run,
+        trained=model.train(),
+        optimizer=torch.optim.AdamW(decay_groups(model.named_parameters(), base_lr=config.lr), lr=config.lr),
+        stream=stream_of(accelerator, train, plan, RandomResizedCrop(size, config.crop_scale), config.run),
+        epochs=config.epochs,
+    )
+    warmup = round(config.warmup_epochs * plan.batches_per_epoch)
+
+    for batch in stage.batches():
+        factor = warmup_cosine(stage.step, total=stage.steps, warmup=warmup)
+        set_schedule(stage.optimizer, lr_factor=factor, weight_decay=config.weight_decay)
+        class_B = classes(train, batch, label_of)
+        with accelerator.autocast():
+            logits_BC = stage.module(to_float(batch.views["image"], MEAN, STD))
+        loss_B = F.cross_entropy(logits_BC.float(), class_B, reduction="none", label_smoothing=config.label_smoothing)
+        loss = batch.mean(loss_B, accelerator.num_processes)
+        loss = update(accelerator, stage.module, stage.optimizer, loss, clip=config.clip)
+        stage.advance(batch, loss=loss, lr=factor * config.lr)
+
+    dtype = torch.float16 if config.weights == "fp16" else torch.float32
+    vit.to(dtype).float()
+    plan = Plan(held_out_N, held_out.shard_N[held_out_N], config.batch, shuffle=False)
+    stream = stream_of(accelerator, held_out, plan, Resized(size), config.run)
+    top1, top5, count = accuracy(accelerator, model.eval(), stream, label_of)
+    if accelerator.is_main_process:
+        save_vit(run / "teacher.safetensors", vit, architecture, mean=MEAN, std=STD, dtype=dtype)
+        results = {"top1": top1, "top5": top5, "held_out_images": count, "classes": len(label_of), "seed": config.seed}
+        write_json(run / RESULTS_FILE, results)
+    stage.checkpoints.clear()
+    accelerator.print(
+        f"top-1 {top1:.3f}, top-5 {top5:.3f} on {count} held-out images; {clock(time.monotonic() - began)}; "
+        f"the teacher is {run / 'teacher.safetensors'}"
+    )
+
+
+@torch.no_grad()
+def accuracy(
+    accelerator: Accelerator, model: Classifier, stream: Stream, label_of: dict[str, int]
+) -> tuple[float, float, int]:
+    """Top-1, top-5 and the number of images judged: whole pictures, each once over all ranks."""
+    hits = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    for batch in stream.batches():
+        batch = batch.to(accelerator.device)
+        class_B = classes(stream.shard_set, batch, label_of)
+        with accelerator.autocast():
+            logits_BC = model(to_float(batch.views["image"], MEAN, STD))
+        hit_B5 = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == class_B[:, None]
+        hit_B5 = hit_B5 & (batch.weight_B > 0)[:, None]
+        hits += torch.stack([hit_B5[:, 0].sum(), hit_B5.sum(), batch.weight_B.sum()]).double()
+    top1, top5, count = accelerator.reduce(hits, reduction="sum").tolist()
+    return top1 / count, top5 / count, int(count)
+
+
+def classes(shard_set: ShardSet, batch: Batch, label_of: dict[str, int]) -> Tensor:
+    """The class of each image of a batch; 0 in the places of padding, which weigh nothing."""
+    labels = [0 if s == PADDING else label_of[shard_set.only_class_of(s)] for s in batch.sample_B.tolist()]
+    return torch.tensor(labels, device=batch.weight_B.device)
+
+
+if __name__ == "__main__":
+    main()

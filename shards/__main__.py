@@ -1,0 +1,8 @@
+"""`python -m shards` is `bigtrain-shards`."""
+
+import sys
+
+from shards.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

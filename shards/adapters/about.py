@@ -1,0 +1,21 @@
+"""What an adapter says of its dataset before the first sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class About:
+    """
+    Args:
+        dataset: its name in the manifest.
+        classes: every class name, in the dataset's own order.
+        licence: in a few words; "unknown" where the owners state none.
+        total: how many samples there will be.
+    """
+
+    dataset: str
+    classes: list[str]
+    licence: str
+    total: int

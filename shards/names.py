@@ -1,0 +1,34 @@
+"""Keys and paths that cannot leave their place."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path, PurePosixPath
+
+MAX_PART = 80  # characters of one part of a key, so that <key>.mask.png fits in a plain tar header
+
+
+def safe_key(name: str) -> str:
+    """A key of letters, digits, "_", "-" and "/" for any name; other names get another key.
+
+    A name that is a key already stays as it is. Any other is made into one and ends in 8 digits of its own sha256, so
+    that "a b" and "a.b" do not become the same key.
+    """
+    parts = [re.sub(r"[^A-Za-z0-9_-]", "_", part)[:MAX_PART] for part in name.split("/") if part]
+    key = "/".join(parts)
+    if key == name and key:
+        return key
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{key}-{digest}" if key else digest
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder`/`name` for a name that a dataset's own list gives; a name that leaves the folder is refused."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or "\0" in name:
+        raise ValueError(
+            f"the dataset names a file {name!r}, which lies outside of {folder}: nothing outside is read. "
+            "Correct the list, or get the dataset from its owners."
+        )
+    return folder / path

@@ -1,0 +1,141 @@
+"""One block of samples -> one tar: the same bytes for the same samples, in any process."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from bigtrain.data.schema import IMAGE_EXTENSIONS, MASK_SUFFIX, Sample, Shard
+from shards.durable import written_whole
+from shards.pictures import Picture, UnreadableError, checked, checked_mask, decode, scaled
+
+RECORD = 10240  # a tar ends on a multiple of this
+
+
+@dataclass(frozen=True)
+class Task:
+    """Samples number * samples_per_shard and on, to go to one shard."""
+
+    out: Path
+    number: int
+    samples: Sequence[Sample]
+    max_side: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished shard: its line in the manifest, its rows of the index, and what was left out of it."""
+
+    number: int
+    samples: int  # taken from the adapter
+    fingerprint: str  # of their keys and sources: a dataset that has changed is noticed
+    shard: Shard | None  # None: not one of them could be read
+    rows: list[dict[str, Any]]  # INDEX_SCHEMA without "shard"
+    skipped: list[dict[str, Any]]  # position, key, source, reason
+
+
+class TarWriter:
+    """A tar with fixed time, owner and mode, which knows where it puts each member's bytes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.bytes = 0
+        self.sha256 = hashlib.sha256()
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.sha256.update(data)
+        self.bytes += len(data)
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a member and return the offset of its bytes."""
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        member.mode = 0o644
+        self._write(member.tobuf(tarfile.PAX_FORMAT))
+        offset = self.bytes
+        self._write(data)
+        self._write(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
+        return offset
+
+    def close(self) -> None:
+        self._write(b"\0" * (2 * tarfile.BLOCKSIZE))
+        self._write(b"\0" * (-self.bytes % RECORD))
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.key}\0{sample.source}\0{','.join(sample.classes)}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def shard_name(number: int) -> str:
+    return f"{number:06d}.tar"
+
+
+def write_shard(task: Task) -> Part:
+    """Write the block's shard; pictures that cannot be read are left out and named."""
+    rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
+    path = task.out / shard_name(task.number)
+    with written_whole(path) as file:
+        tar = TarWriter(file)
+        for position, sample in enumerate(task.samples):
+            try:
+                picture, members = prepare(sample, task.max_side)
+            except UnreadableError as reason:
+                skipped.append(
+                    {"position": position, "key": sample.key, "source": sample.source, "reason": str(reason)}
+                )
+                continue
+            offset = tar.add(f"{sample.key}.{picture.ext}", picture.encoded)
+            for ext, data in members:
+                tar.add(f"{sample.key}.{ext}", data)
+            rows.append(
+                {
+                    "key": sample.key,
+                    "image_offset": offset,
+                    "image_size": len(picture.encoded),
+                    "image_ext": picture.ext,
+                    "width": picture.width,
+                    "height": picture.height,
+                    "classes": sample.classes,
+                }
+            )
+        tar.close()
+    if not rows:
+        path.unlink()
+    shard = Shard(path.name, len(rows), tar.bytes, tar.sha256.hexdigest()) if rows else None
+    return Part(task.number, len(task.samples), fingerprint(task.samples), shard, rows, skipped)
+
+
+def prepare(sample: Sample, max_side: int | None) -> tuple[Picture, list[tuple[str, bytes]]]:
+    """The picture and the other members of a sample, or UnreadableError."""
+    if sample.image_ext not in IMAGE_EXTENSIONS:
+        raise ValueError(f"{sample.key} is a .{sample.image_ext}; pictures may be {', '.join(IMAGE_EXTENSIONS)}.")
+    original = content(sample.image)
+    picture = checked(original, sample.image_ext, max_side)
+    original_size = (picture.width, picture.height)
+    if picture.encoded is not original:
+        original_size = decode(original).size
+        across, down = picture.width / original_size[0], picture.height / original_size[1]
+        sample = replace(sample, objects=[scaled(thing, across, down) for thing in sample.objects])
+    members = [("json", sample.to_json())]
+    if sample.mask is not None:
+        mask = checked_mask(content(sample.mask), original_size, (picture.width, picture.height))
+        members.append((MASK_SUFFIX, mask))
+    return picture, members
+
+
+def content(image: Path | bytes) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    try:
+        return image.read_bytes()
+    except OSError as error:
+        raise UnreadableError(f"{type(error).__name__}: {error.strerror}") from error

@@ -1,0 +1,1 @@
+"""Submitting recipes to SLURM by name. Nothing is here yet: `accelerate launch` starts a recipe."""

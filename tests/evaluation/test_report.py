@@ -1,0 +1,234 @@
+"""The report is one page that stands alone, holds what it was given, and trusts no name."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bigtrain.evaluation.metrics import summary
+from bigtrain.evaluation.pictures import Picture, Scale, heat, most_telling, overlay, rgb, shared_scale
+from bigtrain.evaluation.report import write_report
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Reads a page, fails where a tag closes what is not open, and keeps texts and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def picture(
+    key: str = "a/1", *, novel: bool = True, score: float = 0.5, side: int = 28, with_map: bool = True
+) -> Picture:
+    """Make a grey picture with a rising 2 x 2 map."""
+    score_map_hw = np.arange(4.0).reshape(2, 2) if with_map else None
+    return Picture(key, ["Bag"], novel, score, np.full((side, side, 3), 128, np.uint8), score_map_hw)
+
+
+def written(tmp_path, **changes) -> tuple[str, Page]:
+    """Write a report of made-up scores and return its text, raw and parsed."""
+    rng = np.random.default_rng(0)
+    novel_N = np.repeat([False, True], [60, 40])
+    score_N, other_N = rng.normal(size=100) + 2 * novel_N, rng.normal(size=100) + novel_N
+    arguments = {
+        "title": "Bags known",
+        "results": {
+            "metrics": summary(novel_N, score_N, resamples=50),
+            "detector": "distillation",
+            "dataset": "fashion",
+            "known": ["Bag"],
+            "novel": ["Coat", "Dress"],
+            "seed": 7,
+            "threshold": 1.0,
+            "settings": {"lr": 0.001, "data": {"train": "shards/fashion"}},
+        },
+        "novel_N": novel_N,
+        "score_N": score_N,
+        "comparisons": {"nearest neighbour on pixels": (other_N, summary(novel_N, other_N, resamples=50))},
+        "pictures": {"Most novel": [picture()]},
+    } | changes
+    write_report(tmp_path / "report.html", **arguments)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    page.close()
+    assert page.open == []
+    return text, page
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(tmp_path):
+    text, page = written(tmp_path)
+    assert "http://" not in text and "https://" not in text
+    assert {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"} == set()
+    sources = [attributes["src"] for _, attributes in page.tags if "src" in attributes]
+    assert sources and all(source.startswith("data:image/") for source in sources)
+    assert "url(" not in text and "@import" not in text
+
+
+def test_the_page_says_what_was_judged_and_how_well(tmp_path):
+    _, page = written(tmp_path)
+    shown = " ".join(page.text.split())
+    for fact in ("Bags known", "fashion", "Bag (60 images)", "Coat, Dress (40 images)", "nearest neighbour on pixels"):
+        assert fact in shown
+    for setting in ("lr", "0.001", "data.train", "shards/fashion"):
+        assert setting in shown
+
+
+def test_the_table_holds_value_and_interval_of_detector_and_comparison(tmp_path):
+    novel_N = np.repeat([False, True], [60, 40])
+    score_N = np.random.default_rng(1).normal(size=100) + novel_N
+    found, other = summary(novel_N, score_N, resamples=50), summary(novel_N, -score_N, resamples=50)
+    _, page = written(
+        tmp_path, results={"metrics": found}, score_N=score_N, comparisons={"flipped": (-score_N, other)}, pictures={}
+    )
+    shown = " ".join(page.text.split())
+    for result in (found, other):
+        for name in ("auroc", "aupr_in", "aupr_out", "fpr_at_95_tpr_novel", "fpr_at_95_tpr_known", "detection_error"):
+            value, low, high = (f"{100 * result[name][end]:.1f}" for end in ("value", "low", "high"))
+            assert f"{value} {low} \u2013 {high}" in shown
+
+
+def test_a_detector_that_a_comparison_beats_says_so(tmp_path):
+    novel_N = np.repeat([False, True], 20)
+    poor_N, good_N = np.random.default_rng(0).normal(size=40), novel_N + np.linspace(0, 0.1, 40)
+    poor, good = summary(novel_N, poor_N, resamples=10), summary(novel_N, good_N, resamples=10)
+    beaten = {"results": {"metrics": poor}, "score_N": poor_N, "comparisons": {"pixels": (good_N, good)}}
+    winning = {"results": {"metrics": good}, "score_N": good_N, "comparisons": {"pixels": (poor_N, poor)}}
+    assert "does no better than pixels" in written(tmp_path, novel_N=novel_N, **beaten)[1].text
+    assert "does no better than" not in written(tmp_path, novel_N=novel_N, **winning)[1].text
+
+
+@pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}"])
+def test_names_from_outside_come_out_as_text(tmp_path, hostile):
+    novel_N = np.repeat([False, True], 10)
+    score_N = np.arange(20.0)
+    found = summary(novel_N, score_N, resamples=10)
+    shown = Picture(hostile, [hostile], True, 1.0, Image.new("L", (8, 8)), None)
+    text, page = written(
+        tmp_path,
+        title=hostile,
+        results={"metrics": found, "detector": hostile, "known": [hostile], "settings": {hostile: hostile}},
+        novel_N=novel_N,
+        score_N=score_N,
+        comparisons={hostile + "2": (score_N, found)},
+        pictures={hostile: [shown]},
+    )
+    assert "<script" not in text
+    assert [attributes for _, attributes in page.tags if "onerror" in attributes] == []
+    assert [tag for tag, _ in page.tags].count("img") == 1
+    assert page.text.count(hostile) >= 8
+
+
+def test_pictures_on_the_wrong_side_of_the_threshold_are_marked(tmp_path):
+    shown = [
+        picture("right-novel", novel=True, score=1.0),
+        picture("missed-novel", novel=True, score=0.9),
+        picture("right-known", novel=False, score=0.9),
+        picture("wrong-known", novel=False, score=1.0),
+    ]
+    _, page = written(tmp_path, pictures={"All": shown})
+    cards = re.findall(r"Bag [\d.]+\s+(known|novel) ?(missed|false alarm|)\s+(\S+)", page.text)
+    assert cards == [
+        ("novel", "", "right-novel"),
+        ("novel", "missed", "missed-novel"),
+        ("known", "", "right-known"),
+        ("known", "false alarm", "wrong-known"),
+    ]
+
+
+def test_each_picture_and_each_chart_has_a_text_alternative(tmp_path):
+    _, page = written(tmp_path, pictures={"Most novel": [picture(), picture("b/2", side=300)]})
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 4 and all(attributes["alt"] for attributes in images)
+    charts = [attributes for tag, attributes in page.tags if tag == "svg" and attributes.get("class") == "chart"]
+    assert len(charts) == 2 and all(attributes["aria-label"] for attributes in charts)
+
+
+def test_pictures_without_maps_and_empty_sections_are_fine(tmp_path):
+    _, page = written(tmp_path, pictures={"Most novel": [picture(with_map=False)], "Least novel": []})
+    assert [tag for tag, _ in page.tags].count("img") == 1
+    assert "There are none." in page.text
+    assert "Where the novelty lies" not in page.text
+
+
+def test_a_failed_write_leaves_the_old_page_and_no_remains_hide_it(tmp_path):
+    written(tmp_path)
+    before = (tmp_path / "report.html").read_bytes()
+    with pytest.raises(ValueError, match="no 'metrics'"):
+        written(tmp_path, results={})
+    assert (tmp_path / "report.html").read_bytes() == before
+    written(tmp_path, title="Another")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_two_writes_of_the_same_are_the_same_bytes(tmp_path):
+    assert written(tmp_path)[0] == written(tmp_path)[0]
+
+
+def test_comparison_scores_of_other_images_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="one entry for each image"):
+        written(tmp_path, comparisons={"pixels": (np.arange(99.0), {})})
+
+
+def test_a_comparison_named_like_the_detector_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="distinct names"):
+        written(tmp_path, comparisons={"distillation": (np.arange(100.0), {})})
+
+
+def test_most_telling_pictures_are_the_extremes_and_the_worst_errors():
+    novel_N = np.array([False, False, True, True, False])
+    assert most_telling(novel_N, np.array([0.1, 0.9, 0.2, 0.8, 0.5]), count=2) == {
+        "Most novel": [1, 3],
+        "Least novel": [0, 2],
+        "Known pictures that look most novel": [1, 4],
+        "Novel pictures that look least novel": [2, 3],
+    }
+
+
+def test_one_scale_spans_the_maps_of_all_pictures():
+    low, high = Picture("a", [], True, 0, rgb(Image.new("L", (4, 4))), np.zeros((2, 2))), picture()
+    assert shared_scale([low, high]) == pytest.approx((0, 3), abs=0.1)
+    assert shared_scale([picture(with_map=False)]) is None
+    with pytest.raises(ValueError, match="1 of 1 patch scores"):
+        shared_scale([Picture("a", [], True, 0, Image.new("L", (4, 4)), np.array([[np.nan]]))])
+
+
+def test_heat_ends_at_the_ends_of_its_scale():
+    colours = heat(np.array([[-9.0, 0.0, 1.0, 9.0]]), Scale(0.0, 1.0))
+    low, high = [0x0D, 0x08, 0x87], [0xF0, 0xF9, 0x21]
+    assert colours.tolist() == [[low, low, high, high]]
+
+
+def test_overlay_keeps_each_patch_a_square_of_one_colour_in_its_place():
+    laid = np.asarray(overlay(Image.new("RGB", (28, 14)), np.array([[0.0, 0.0, 0.0, 1.0], [0.0] * 4]), Scale(0, 1)))
+    height, width = laid.shape[:2]
+    assert (height * 2, min(width, 168)) == (width, 168)
+    bright = laid[..., 0] > 100
+    assert bright[: height // 2, 3 * width // 4 :].all()
+    assert bright.sum() == (height // 2) * (width // 4)
+
+
+def test_pictures_that_are_no_rgb_bytes_are_refused():
+    with pytest.raises(ValueError, match=r"float64 \(2, 2, 3\)"):
+        rgb(np.zeros((2, 2, 3)))

@@ -1,0 +1,250 @@
+"""Adapters on tiny copies of what the owners publish; CIFAR-10 and mosaics have files of their own."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import struct
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bigtrain.data.schema import Box, Object, Sample
+from shards.adapters import ADAPTERS, coco, folder, imagenet, mnist, voc
+
+
+def pixels(sample: Sample) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image))
+
+
+# --- folder ---
+
+
+def test_the_class_of_a_picture_is_its_first_folder(animals):
+    found = list(folder.samples(animals, "train"))
+    assert folder.about(animals, "train").classes == ["cat", "dog", "emu"]
+    assert folder.about(animals, "train").total == len(found) == 21
+    deep = next(sample for sample in found if sample.key == "dog/more/last")
+    assert (deep.classes, deep.image_ext, deep.source) == (["dog"], "png", "dog/more/last.PNG")
+
+
+def test_other_files_and_hidden_folders_are_no_pictures(animals):
+    (animals / ".cache").mkdir()
+    (animals / "cat" / "cat1.jpg").rename(animals / ".cache" / "x.jpg")
+    (animals / "cat" / "notes.txt").write_text("")
+    (animals / "nothing").mkdir()
+    about = folder.about(animals, "train")
+    assert (about.total, about.classes) == (20, ["cat", "dog", "emu"])
+
+
+# --- mnist ---
+
+
+@pytest.fixture
+def idx(tmp_path: Path) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    def write(count: int = 12, suffix: str = ".gz") -> tuple[np.ndarray, np.ndarray]:
+        images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        opened = gzip.open if suffix else open
+        with opened(tmp_path / f"t10k-images-idx3-ubyte{suffix}", "wb") as file:
+            file.write(struct.pack(">IIII", 0x803, count, 28, 28) + images.tobytes())
+        with opened(tmp_path / f"t10k-labels-idx1-ubyte{suffix}", "wb") as file:
+            file.write(struct.pack(">II", 0x801, count) + labels.tobytes())
+        return images, labels
+
+    return write
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_images_become_pngs_of_the_same_pixels(idx, tmp_path, suffix):
+    images, labels = idx(suffix=suffix)
+    found = list(mnist.samples(tmp_path, "test", dataset="fashion_mnist"))
+    assert np.array_equal([pixels(sample) for sample in found], images)
+    assert [s.classes[0] for s in found] == [mnist.CLASSES["fashion_mnist"][label] for label in labels]
+    assert found[9].classes == ["ankle_boot"]
+    assert next(mnist.samples(tmp_path, "test")).classes == ["0"]  # not guessed: digits
+
+
+def test_a_cut_idx_file_is_refused(idx, tmp_path):
+    idx(suffix="")
+    path = tmp_path / "t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="no whole idx file"):
+        mnist.about(tmp_path, "test")
+
+
+# --- coco ---
+
+
+@pytest.fixture
+def coco_root(tmp_path: Path, paint: Callable[..., bytes]) -> Path:
+    for name in ("000000000139", "000000000285", "000000000632"):
+        paint(int(name), (64, 48), path=tmp_path / "val2017" / f"{name}.jpg")
+    record = {
+        "images": [{"id": n, "file_name": f"{n:012d}.jpg", "width": 64, "height": 48} for n in (632, 139, 285)],
+        "annotations": [
+            {"id": 1, "image_id": 139, "category_id": 18, "iscrowd": 0, "bbox": [10.1, 20.2, 30.3, 4.4]},
+            {"id": 2, "image_id": 139, "category_id": 1, "iscrowd": 1, "bbox": [0, 0, 64, 48]},
+            {"id": 3, "image_id": 632, "category_id": 18, "iscrowd": 0, "bbox": [1, 2, 3, 4]},
+        ],
+        "categories": [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}, {"id": 18, "name": "dog"}],
+    }
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(record))
+    return tmp_path
+
+
+def test_coco_names_every_object_with_its_box_and_crowds_too(coco_root):
+    found = list(coco.samples(coco_root, "val2017"))
+    assert [sample.key for sample in found] == [f"val2017/{n:012d}" for n in (139, 285, 632)]
+    assert found[0].objects == [
+        Object("dog", Box(top=20.2, left=10.1, bottom=24.6, right=40.4)),
+        Object("person", Box(top=0, left=0, bottom=48, right=64)),
+    ]
+    assert found[1].objects == []
+    about = coco.about(coco_root, "val2017")
+    assert (about.classes, about.total) == (["person", "car", "dog"], 3)  # car is named though nobody shows one
+
+
+def test_a_list_that_names_a_file_outside_of_the_dataset_is_refused(coco_root):
+    path = coco_root / "annotations" / "instances_val2017.json"
+    for name in ("../../secret.jpg", "/etc/secret.jpg", "..\\secret.jpg"):
+        record = json.loads(path.read_text())
+        record["images"][0]["file_name"] = name
+        other = path.with_name(f"instances_{abs(hash(name))}.json")
+        other.write_text(json.dumps(record))
+        (coco_root / other.stem.removeprefix("instances_")).mkdir()
+        with pytest.raises(ValueError, match="outside of"):
+            list(coco.samples(coco_root, other.stem.removeprefix("instances_")))
+
+
+@pytest.mark.skipif("BIGTRAIN_TEST_DATA" not in os.environ, reason="BIGTRAIN_TEST_DATA names no folder of real data")
+def test_real_coco_annotations_lie_inside_their_pictures(tmp_path):
+    path = Path(os.environ["BIGTRAIN_TEST_DATA"]) / "coco-sample.tar.gz"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    with tarfile.open(path) as tar:
+        names = [name for name in tar.getnames() if name.endswith("val2017.json") or "/val2017/" in name]
+        for name in names[:60]:
+            tar.extract(name, tmp_path, filter="data")
+        if not any(name.endswith(".json") for name in names[:60]):
+            tar.extract(next(name for name in names if name.endswith(".json")), tmp_path, filter="data")
+    root = next(tmp_path.rglob("annotations")).parent
+    assert len(coco.about(root, "val2017").classes) == 80
+    boxes = 0
+    for sample in coco.samples(root, "val2017"):
+        if isinstance(sample.image, Path) and sample.image.is_file():
+            height, width = pixels(sample).shape[:2]
+            for thing in sample.objects:
+                box = thing.box
+                assert box is not None
+                assert 0 <= box.top <= box.bottom <= height + 1
+                assert 0 <= box.left <= box.right <= width + 1
+                boxes += 1
+    assert boxes > 50
+
+
+# --- voc ---
+
+ANNOTATION = """<annotation><folder>VOC2012</folder><filename>{id}.jpg</filename>
+<size><width>60</width><height>40</height><depth>3</depth></size>
+<object><name>person</name><difficult>1</difficult><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>60</xmax><ymax>40</ymax></bndbox>
+<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part></object>
+<object><name>dog</name><bndbox><xmax>10.5</xmax><xmin>5</xmin><ymax>9</ymax><ymin>7</ymin></bndbox></object></annotation>"""
+
+
+@pytest.fixture
+def voc_root(tmp_path: Path, paint: Callable[..., bytes]) -> Path:
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    for image_id in ("2008_000002", "2007_000027", "2009_000001"):
+        paint(0, (60, 40), path=root / "JPEGImages" / f"{image_id}.jpg")
+        (root / "Annotations").mkdir(exist_ok=True)
+        (root / "Annotations" / f"{image_id}.xml").write_text(ANNOTATION.format(id=image_id))
+    paint(1, (60, 40), "PNG", path=root / "SegmentationClass" / "2007_000027.png")
+    for name, lines in {
+        "Main/train.txt": "2008_000002\n2007_000027\n",
+        "Main/dog_train.txt": "2008_000002 -1\n2007_000027  1\n",
+        "Segmentation/train.txt": "2007_000027\n",
+    }.items():
+        (root / "ImageSets" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "ImageSets" / name).write_text(lines)
+    return root
+
+
+def test_voc_boxes_count_from_zero_and_parts_are_no_objects(voc_root):
+    found = list(voc.samples(voc_root, "train"))
+    assert [sample.key for sample in found] == ["2007_000027", "2008_000002"]
+    assert found[0].objects == [
+        Object("person", Box(top=1, left=0, bottom=40, right=60)),
+        Object("dog", Box(top=6, left=4, bottom=9, right=10.5)),
+    ]
+    about = voc.about(voc_root, "train")
+    assert (about.dataset, about.total, len(about.classes)) == ("voc2012", 2, 20)
+
+
+def test_the_segmentation_list_of_voc_brings_masks(voc_root):
+    (sample,) = voc.samples(voc_root, "train", image_set="Segmentation")
+    assert sample.mask == voc_root / "SegmentationClass" / "2007_000027.png"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_an_annotation_with_entities_is_refused(voc_root, encoding):
+    bomb = '<?xml version="1.0" encoding="%s"?><!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/hostname">]><a>&b;</a>'
+    (voc_root / "Annotations" / "2007_000027.xml").write_bytes((bomb % encoding).encode(encoding))
+    with pytest.raises(ValueError, match="document type"):
+        voc.about(voc_root, "train")
+
+
+# --- imagenet ---
+
+
+def test_tiny_imagenet_is_read_in_its_original_form_and_in_the_plain_one(tmp_path, paint):
+    for wnid in ("n01443537", "n01629819"):
+        for place in range(2):
+            paint(place, path=tmp_path / "plain" / "train" / wnid / f"{wnid}_{place}.JPEG")
+            paint(place, path=tmp_path / "original" / "train" / wnid / "images" / f"{wnid}_{place}.JPEG")
+        (tmp_path / "original" / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t63\t63\n")
+    plain, original = (list(imagenet.samples(tmp_path / form, "train")) for form in ("plain", "original"))
+    assert [(s.key, s.classes) for s in plain] == [(s.key, s.classes) for s in original]
+    assert [s.key for s in plain[:2]] == ["train/n01443537/n01443537_0", "train/n01629819/n01629819_0"]
+    assert plain[0].image_ext == "jpeg"
+
+
+def test_the_validation_pictures_of_tiny_imagenet_have_the_class_of_the_list(tmp_path, paint):
+    for place in range(3):
+        paint(place, path=tmp_path / "val" / "images" / f"val_{place}.JPEG")
+    lines = [f"val_{place}.JPEG\tn0{3 - place}444034\t0\t32\t44\t62\n" for place in range(3)]
+    (tmp_path / "val" / "val_annotations.txt").write_text("".join(lines))
+    found = [(s.key, s.classes) for s in imagenet.samples(tmp_path, "val")]
+    assert found == [("val/val_0", ["n03444034"]), ("val/val_1", ["n02444034"]), ("val/val_2", ["n01444034"])]
+    assert imagenet.about(tmp_path, "val").dataset == "tiny-imagenet"
+
+
+def test_the_validation_pictures_of_ilsvrc_follow_the_solution_or_class_folders(tmp_path, paint):
+    base = tmp_path / "listed" / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+    paint(0, path=base / "ILSVRC2012_val_00000001.JPEG")
+    (tmp_path / "listed" / "LOC_val_solution.csv").write_text(
+        "ImageId,PredictionString\nILSVRC2012_val_00000001,n03995372 85 1 499 272 n03995372 1 2 3 4 \n"
+    )
+    paint(0, path=tmp_path / "folders" / "val" / "n03995372" / "ILSVRC2012_val_00000001.JPEG")
+    for form in ("listed", "folders"):
+        (sample,) = imagenet.samples(tmp_path / form, "val")
+        assert (sample.key, sample.classes) == ("val/ILSVRC2012_val_00000001", ["n03995372"])
+        assert pixels(sample).shape == (12, 20, 3)
+
+
+# --- all ---
+
+
+@pytest.mark.parametrize("name", sorted(set(ADAPTERS) - {"mosaic"}))
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_wrong_root_says_which_layout_is_expected(tmp_path, name, exists):
+    root = tmp_path if exists else tmp_path / "nowhere"
+    with pytest.raises(FileNotFoundError, match=r"must be|may be"):
+        ADAPTERS[name].about(root, ADAPTERS[name].split)

@@ -1,0 +1,270 @@
+"""Building: original bytes, the same bytes each time, and nothing lost when a build is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from bigtrain.data.schema import Box, Object, Sample, read_index, read_manifest
+from shards.build import keyed
+from shards.check import check
+from shards.durable import alone_in
+from shards.pack import Task, write_shard
+
+
+def test_every_picture_keeps_its_original_bytes_where_the_index_says(animals, build_folder, tmp_path):
+    manifest = build_folder(animals, tmp_path / "out")
+    rows = read_index(str(tmp_path / "out")).to_pylist()
+    originals = {p.relative_to(animals).with_suffix("").as_posix(): p for p in animals.rglob("*") if p.is_file()}
+    assert sorted(row["key"] for row in rows) == sorted(originals)
+    for row in rows:
+        tar = (tmp_path / "out" / manifest.shards[row["shard"]].file).read_bytes()
+        found = tar[row["image_offset"] : row["image_offset"] + row["image_size"]]
+        assert found == originals[row["key"]].read_bytes()
+        assert (row["width"], row["height"], row["classes"]) == (20, 12, [row["key"].split("/")[0]])
+
+
+def test_webdataset_reads_the_tars(animals, build_folder, tmp_path):
+    build_folder(animals, tmp_path / "out")
+    urls = sorted(str(path) for path in (tmp_path / "out").glob("*.tar"))
+    assert len(urls) == 5
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert len(samples) == 21
+    for sample in samples:
+        ext = "png" if sample["__key__"].endswith("last") else "jpg"
+        assert sample[ext] == next(animals.glob(f"{sample['__key__']}.*")).read_bytes()
+        record = json.loads(sample["json"])
+        assert record["classes"] == [sample["__key__"].split("/")[0]]
+        assert (animals / record["source"]).read_bytes() == sample[ext]
+
+
+def test_shards_show_all_classes_in_turn(animals, build_folder, tmp_path):
+    build_folder(animals, tmp_path / "out", samples_per_shard=3)
+    classes = [row["classes"][0] for row in read_index(str(tmp_path / "out")).to_pylist()]
+    assert classes == ["cat", "dog", "emu"] * 7
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_two_builds_of_the_same_input_are_the_same_bytes(animals, build_folder, contents, tmp_path, workers):
+    build_folder(animals, tmp_path / "one")
+    for path in animals.rglob("*"):
+        os.utime(path, (0, 0))  # times of files do not matter
+    build_folder(animals, tmp_path / "two", workers=workers)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    with tarfile.open(tmp_path / "one" / "000000.tar") as tar:
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o644)}
+
+
+@pytest.mark.parametrize("kill_after", [0, 3, 20])
+def test_a_killed_build_continues_to_the_same_bytes(paint, build_folder, contents, tmp_path, kill_after):
+    root, killed = tmp_path / "pictures", tmp_path / "killed"
+    for number in range(160):
+        paint(number % 4, size=(120, 120), path=root / f"class{number % 4}" / f"{number}.jpg")
+    build_folder(root, tmp_path / "whole", samples_per_shard=4)
+
+    options = ["--root", str(root), "--out", str(killed), "--samples-per-shard", "4", "--workers", "1"]
+    command = [sys.executable, "-m", "shards", "build", "folder", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(killed.glob(".parts/*.json"))) < kill_after or not killed.exists():
+        assert process.poll() is None, "the build ended before it could be killed"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "manifest.json").exists()
+    written = {path: path.stat().st_mtime_ns for path in killed.glob("*.tar")}
+
+    build_folder(root, killed, samples_per_shard=4)
+    assert contents(killed) == contents(tmp_path / "whole")
+    kept = [path for path, time_ns in written.items() if path.stat().st_mtime_ns == time_ns]
+    assert len(kept) >= kill_after  # finished shards were not written again
+
+
+def test_a_torn_shard_of_an_interrupted_build_is_written_again(animals, build_folder, contents, tmp_path, monkeypatch):
+    build_folder(animals, tmp_path / "whole")
+    monkeypatch.setattr("shards.build.Manifest", None)  # ends the build just before its manifest
+    with pytest.raises(TypeError):
+        build_folder(animals, tmp_path / "out")
+    monkeypatch.undo()
+    (tmp_path / "out" / "000001.tar").write_bytes(b"half")
+    (tmp_path / "out" / "000002.tar.123.tmp").write_bytes(b"half")
+    build_folder(animals, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_pictures_renamed_before_a_build_continues_are_not_mixed_with_old_ones(
+    animals, build_folder, contents, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("shards.build.Manifest", None)
+    with pytest.raises(TypeError):
+        build_folder(animals, tmp_path / "out")
+    monkeypatch.undo()
+    (animals / "cat" / "cat0.jpg").rename(animals / "cat" / "tom.jpg")
+    for path in (animals / "emu").rglob("*.*"):
+        path.unlink()
+    build_folder(animals, tmp_path / "out")
+    build_folder(animals, tmp_path / "anew")
+    assert contents(tmp_path / "out") == contents(tmp_path / "anew")
+
+
+def test_a_finished_build_does_nothing_more(animals, build_folder, contents, tmp_path, capsys):
+    first = build_folder(animals, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    (animals / "cat" / "cat0.jpg").unlink()  # it would be another set now
+    assert build_folder(animals, tmp_path / "out") == first
+    assert contents(tmp_path / "out") == before
+    assert "finished: 21 samples in 5 shards" in capsys.readouterr().out
+
+
+def test_a_folder_begun_with_other_settings_is_refused(animals, build_folder, tmp_path):
+    build_folder(animals, tmp_path / "out")
+    with pytest.raises(ValueError, match="samples_per_shard 5, not 6"):
+        build_folder(animals, tmp_path / "out", samples_per_shard=6)
+    with pytest.raises(ValueError, match="was not begun by"):
+        build_folder(animals, animals)
+
+
+def test_unreadable_pictures_are_skipped_and_named(paint, build_folder, tmp_path, capsys):
+    root = tmp_path / "pictures"
+    for number in range(250):
+        paint(number % 5, path=root / "a" / f"{number:03d}.jpg")
+    (root / "a" / "007.jpg").write_bytes(paint(7)[:-200])
+    (root / "a" / "100.jpg").write_bytes(b"no picture")
+    manifest = build_folder(root, tmp_path / "out", samples_per_shard=50)
+    assert [shard.samples for shard in manifest.shards] == [49, 50, 49, 50, 50]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["a/007", "a/100"]
+    assert "truncated" in lines[0]["reason"]
+    assert "skipped a/007.jpg" in capsys.readouterr().err
+    assert check(str(tmp_path / "out")) == []
+
+
+def test_a_build_stops_over_its_budget_of_unreadable_pictures(animals, build_folder, tmp_path):
+    for number in (1, 2):
+        (animals / "dog" / f"dog{number}.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"2 of 21 pictures cannot be read, and 1 are allowed.*dog/dog1\.jpg"):
+        build_folder(animals, tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 2
+    assert build_folder(animals, tmp_path / "out", max_skipped=0.2).samples == 19  # the same build, with more patience
+
+
+def test_a_build_stops_after_a_hundred_unreadable_pictures_in_a_row(tmp_path, build_folder):
+    (tmp_path / "pictures" / "a").mkdir(parents=True)
+    for number in range(300):
+        (tmp_path / "pictures" / "a" / f"{number:03d}.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="100 in a row"):
+        build_folder(tmp_path / "pictures", tmp_path / "out", samples_per_shard=60, max_skipped=1.0)
+
+
+def test_a_decompression_bomb_is_skipped(paint, build_folder, tmp_path, monkeypatch):
+    paint(0, path=tmp_path / "pictures" / "a" / "small.jpg")
+    paint(0, size=(90, 90), kind="PNG", path=tmp_path / "pictures" / "a" / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8000)  # a warning in Pillow at 8100, an error above 16000
+    assert build_folder(tmp_path / "pictures", tmp_path / "out").samples == 1
+    assert "too many pixels" in (tmp_path / "out" / "skipped.jsonl").read_text()
+
+
+def test_max_side_shrinks_pictures_boxes_and_masks_and_leaves_small_ones(paint, tmp_path):
+    mask = io.BytesIO()
+    halves = np.zeros((40, 80), np.uint8)
+    halves[:, 40:] = 255
+    Image.fromarray(halves).save(mask, "PNG")
+    large = Sample("large", paint(0, (80, 40)), "jpg", [Object("a", Box(10, 20, 30, 80))], mask=mask.getvalue())
+    small = Sample("small", paint(1, (20, 16)), "jpg", [Object("b")])
+    part = write_shard(Task(tmp_path, 0, [large, small], max_side=20))
+    assert [(row["width"], row["height"]) for row in part.rows] == [(20, 10), (20, 16)]
+    with tarfile.open(tmp_path / "000000.tar") as tar:
+        found = {member.name: tar.extractfile(member).read() for member in tar}
+    assert list(found) == ["large.jpg", "large.json", "large.mask.png", "small.jpg", "small.json"]
+    assert found["small.jpg"] == small.image
+    assert json.loads(found["large.json"])["boxes"] == [[2.5, 5, 7.5, 20, "a"]]
+    shrunk = np.asarray(Image.open(io.BytesIO(found["large.mask.png"])))
+    assert np.array_equal(shrunk, halves[::4, ::4])
+    assert Image.open(io.BytesIO(found["large.jpg"])).size == (20, 10)
+
+
+def test_a_mask_of_another_size_than_its_picture_is_not_packed(paint, tmp_path):
+    part = write_shard(Task(tmp_path, 0, [Sample("a", paint(), "jpg", mask=paint(0, (9, 9), "PNG"))]))
+    assert part.shard is None
+    assert "its mask is 9 x 9" in part.skipped[0]["reason"]
+    assert not (tmp_path / "000000.tar").exists()
+
+
+def test_the_same_key_twice_is_an_error_that_names_both(animals, paint, build_folder, tmp_path):
+    paint(0, kind="PNG", path=animals / "cat" / "cat3.png")
+    with pytest.raises(ValueError, match=r"cat/cat3\.png and cat/cat3\.jpg have the same key 'cat/cat3'"):
+        build_folder(animals, tmp_path / "out")
+
+
+def test_names_that_leave_their_folder_become_harmless_keys(paint, tmp_path):
+    names = ["../../escape", "/absolute", "a/../b", "with.dots", "with dots", "图", "x" * 300, ".", "plain/key_1-2"]
+    samples = list(keyed(Sample(name, paint(), "jpg") for name in names))
+    part = write_shard(Task(tmp_path, 0, samples))
+    keys = [row["key"] for row in part.rows]
+    assert len(set(keys)) == len(names)
+    assert keys[-1] == "plain/key_1-2"
+    assert all(set(key) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-/") for key in keys)
+    with tarfile.open(tmp_path / "000000.tar") as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    assert len(list((tmp_path / "unpacked").rglob("*.jpg"))) == len(names)
+    assert [row["key"] for row in write_shard(Task(tmp_path, 1, samples)).rows] == keys
+
+
+def test_a_second_build_in_the_same_folder_is_refused_while_one_runs(animals, build_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    with alone_in(tmp_path / "out"), pytest.raises(ValueError, match="another build is writing"):
+        build_folder(animals, tmp_path / "out")
+    assert build_folder(animals, tmp_path / "out").samples == 21
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_the_workers_of_a_killed_build_end_too(paint, tmp_path):
+    for number in range(300):
+        paint(0, size=(200, 200), path=tmp_path / "pictures" / "a" / f"{number}.jpg")
+    options = ["--root", str(tmp_path / "pictures"), "--out", str(tmp_path / "out"), "--samples-per-shard", "2"]
+    command = [sys.executable, "-m", "shards", "build", "folder", *options, "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not list(tmp_path.glob("out/.parts/*.json")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while alive := running_in_session(process.pid):
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"{len(alive)} processes outlived the build by 20 s")
+        time.sleep(0.1)
+
+
+def running_in_session(session: int) -> list[str]:
+    """Processes of a session that are no zombies: /proc/<pid>/stat is pid (name) state parent group session ..."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its_session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state not in "ZX":
+                found.append(path.parent.name)
+    return found
+
+
+def test_the_manifest_tells_dataset_classes_and_shards(animals, build_folder, tmp_path):
+    build_folder(animals, tmp_path / "out", name="zoo", licence="CC0")
+    manifest = read_manifest(str(tmp_path / "out"))
+    assert (manifest.dataset, manifest.split, manifest.licence) == ("zoo", "train", "CC0")
+    assert manifest.classes == ("cat", "dog", "emu")
+    assert [shard.samples for shard in manifest.shards] == [5, 5, 5, 5, 1]
+    assert not (tmp_path / "out" / ".parts").exists()

@@ -1,0 +1,159 @@
+"""`index`: shards that others made, described as they are."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from bigtrain.data.schema import read_index, read_manifest
+from shards.check import check
+from shards.describe import describe
+
+
+def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items() if isinstance(members, dict) else members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    (tmp_path / "theirs").mkdir()
+    return tmp_path / "theirs"
+
+
+def test_shards_by_webdataset_are_indexed_without_a_change(theirs, paint, contents):
+    with webdataset.ShardWriter(str(theirs / "s-%04d.tar"), maxcount=4, verbose=0) as writer:
+        for n in range(10):
+            writer.write({"__key__": f"img{n:03d}", "jpg": paint(n, (10 + n, 8)), "cls": n % 3})
+    before = contents(theirs)
+    manifest = describe(theirs, ["ape", "bat", "cod"], name="zoo", split="val", licence="CC0")
+    assert {name: data for name, data in contents(theirs).items() if name.endswith(".tar")} == before
+    assert (manifest.dataset, manifest.split, manifest.licence) == ("zoo", "val", "CC0")
+    assert [(shard.file, shard.samples) for shard in manifest.shards] == [
+        ("s-0000.tar", 4),
+        ("s-0001.tar", 4),
+        ("s-0002.tar", 2),
+    ]
+    assert read_manifest(str(theirs)) == manifest
+    for n, row in enumerate(read_index(str(theirs)).to_pylist()):
+        tar = (theirs / manifest.shards[row["shard"]].file).read_bytes()
+        assert tar[row["image_offset"] : row["image_offset"] + row["image_size"]] == paint(n, (10 + n, 8))
+        assert (row["key"], row["width"], row["classes"]) == (f"img{n:03d}", 10 + n, [["ape", "bat", "cod"][n % 3]])
+    assert check(str(theirs)) == []
+
+
+def test_own_shards_are_indexed_to_the_same_index(animals, build_folder, tmp_path):
+    build_folder(animals, tmp_path / "out")
+    built = read_index(str(tmp_path / "out"))
+    for name in ("manifest.json", "index.parquet"):
+        (tmp_path / "out" / name).unlink()
+    describe(tmp_path / "out")
+    assert read_index(str(tmp_path / "out")).equals(built)
+
+
+def test_a_class_comes_from_json_cls_or_txt(theirs, paint):
+    picture = paint()
+    write_tar(
+        theirs / "a.tar",
+        {
+            "a/1.JPG": picture,
+            "a/1.json": b'{"classes": ["dog", "cat", "dog"]}',
+            "a/2.jpg": picture,
+            "a/2.json": b'{"label": 7}',
+            "a/3.jpg": picture,
+            "a/3.json": b'{"class": "owl"}',
+            "a/4.jpg": picture,
+            "a/4.cls": b"12",
+            "a/5.seg.png": picture,
+            "a/5.webp": picture,
+            "a/5.txt": b" fox\n",
+            "__meta__.json": b"{}",
+            "README": b"",
+        },
+    )
+    assert describe(theirs).classes == ("7", "12", "cat", "dog", "fox", "owl")
+    rows = read_index(str(theirs)).to_pylist()
+    assert [row["classes"] for row in rows] == [["cat", "dog"], ["7"], ["owl"], ["12"], ["fox"]]
+    assert [row["image_ext"] for row in rows] == ["jpg", "jpg", "jpg", "jpg", "webp"]
+
+
+def test_a_text_beside_a_json_is_a_caption_and_no_class(theirs, paint):
+    write_tar(theirs / "a.tar", {"1.jpg": paint(), "1.json": b'{"url": "x"}', "1.txt": b"a dog on a lawn"})
+    assert describe(theirs).classes == ()
+    assert read_index(str(theirs))["classes"].to_pylist() == [[]]
+
+
+@pytest.mark.parametrize(
+    ("members", "sentence"),
+    [
+        (["1.jpg", "2.jpg", "1.cls", "2.cls"], "'1' comes again .its members lie apart"),
+        (["1.jpg", "1.cls", "2.cls"], "2 has 0 pictures"),
+        (["1.jpg", "1.png", "1.cls"], "1 has 2 pictures"),
+        (["1.jpg", "1.cls", "2.jpg"], "1 samples have no class and others have one .a.tar: 2"),
+        (["1.jpg", "1.cls", "1.cls"], "1 has 1 pictures among its members .jpg, cls, cls"),
+    ],
+)
+def test_interleaved_missing_and_surplus_members_are_named(theirs, paint, members, sentence):
+    write_tar(theirs / "a.tar", [(name, paint() if name[2:] in ("jpg", "png") else b"1") for name in members])
+    with pytest.raises(ValueError, match=sentence):
+        describe(theirs)
+    assert [path.name for path in theirs.iterdir()] == ["a.tar"]
+
+
+def test_a_key_in_two_shards_is_named(theirs, paint):
+    for name in ("a.tar", "b.tar"):
+        write_tar(theirs / name, {"1.jpg": paint()})
+    with pytest.raises(ValueError, match=r"b\.tar: the key '1' comes again \(also in a\.tar\)"):
+        describe(theirs)
+
+
+@pytest.mark.parametrize(
+    ("label", "sentence"),
+    [(b'{"label": 5}', "class 5, and --class-names names 0 .. 1"), (b'{"label": 1.5}', "neither"), (b"{", "1.json: ")],
+)
+def test_a_label_that_means_nothing_is_named(theirs, paint, label, sentence):
+    write_tar(theirs / "a.tar", {"1.jpg": paint(), "1.json": label})
+    with pytest.raises(ValueError, match=sentence):
+        describe(theirs, ["a", "b"])
+
+
+def test_a_picture_that_is_none_is_skipped_named_and_known_to_check(theirs, paint):
+    members = {f"{n}.jpg": paint(n) if n != 5 else b"nothing" for n in range(9)}
+    write_tar(theirs / "a.tar", members)
+    assert describe(theirs).samples == 8
+    assert json.loads((theirs / "skipped.jsonl").read_text())["source"] == "a.tar:5.jpg"
+    assert check(str(theirs)) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [("w:gz", "a.tar.gz"), ("w:gz", "a.tar"), ("w:xz", "a.tar"), ("w:bz2", "a.tar")]
+)
+def test_compressed_tars_are_refused(theirs, mode, name):
+    with tarfile.open(theirs / name, mode):
+        pass
+    with pytest.raises(ValueError, match="is compressed"):
+        describe(theirs)
+
+
+@pytest.mark.parametrize("keep", [700, 1000, 1100, 1536])
+def test_a_truncated_tar_is_refused_wherever_it_is_cut(theirs, keep):
+    write_tar(theirs / "a.tar", {"1.txt": b"x" * 100, "2.txt": b"y" * 100})
+    (theirs / "a.tar").write_bytes((theirs / "a.tar").read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"no whole tar|0 pictures"):
+        describe(theirs)
+
+
+def test_a_described_set_is_not_described_over(theirs, paint: Callable[..., bytes]):
+    write_tar(theirs / "a.tar", {"1.jpg": paint()})
+    describe(theirs)
+    with pytest.raises(ValueError, match=r"has a manifest\.json already"):
+        describe(theirs)

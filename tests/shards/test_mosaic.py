@@ -1,0 +1,121 @@
+"""Mosaics of a shard set."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bigtrain.data.schema import Sample, read_index
+from shards.adapters import mosaic
+from shards.build import Settings, build
+
+CLASSES = ["ant", "bee", "cow", "elk"]
+
+
+@pytest.fixture
+def tiles(tmp_path: Path, build_folder: Callable[..., object]) -> str:
+    """Forty pictures of 6 x 4, each of one grey that no other has."""
+    for place in range(40):
+        path = tmp_path / "pictures" / CLASSES[place % 4] / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 4), (place, place, place)).save(path)
+    build_folder(tmp_path / "pictures", tmp_path / "set")
+    return str(tmp_path / "set")
+
+
+def mosaics(root: str, **options: Any) -> list[Sample]:
+    chosen = {"known": "bee", "mode": "test", "count": 200, "seed": 0, "grid": 2, "tile": None, **options}
+    return list(mosaic.samples(root, chosen["mode"], **chosen))
+
+
+def greys(sample: Sample, grid: int = 2) -> list[int]:
+    """The grey of each tile, in reading order."""
+    assert isinstance(sample.image, bytes)
+    pixels = np.asarray(Image.open(io.BytesIO(sample.image)))[..., 0]
+    assert pixels.shape == (4 * grid, 6 * grid)
+    return [int(pixels[4 * (n // grid) + 1, 6 * (n % grid) + 1]) for n in range(grid * grid)]
+
+
+@pytest.mark.parametrize("grid", [2, 3])
+def test_every_tile_is_boxed_and_named_and_its_pixels_are_the_pictures(tiles, grid):
+    for sample in mosaics(tiles, count=20, grid=grid):
+        shown = greys(sample, grid)
+        assert len(set(shown)) == grid * grid  # no picture twice
+        for number, thing in enumerate(sample.objects):
+            box = thing.box
+            assert (box.top, box.left) == (4 * (number // grid), 6 * (number % grid))
+            assert (box.bottom - box.top, box.right - box.left) == (4, 6)
+            assert thing.class_name == CLASSES[shown[number] % 4]
+        assert sample.source.split() == [f"{CLASSES[grey % 4]}/{grey}" for grey in shown]
+
+
+def test_training_mosaics_show_the_known_class_and_half_of_the_test_ones_do_not(tiles):
+    assert all("bee" in sample.classes for sample in mosaics(tiles, mode="train"))
+    known = ["bee" in sample.classes for sample in mosaics(tiles)]
+    assert known == [True, False] * 100
+
+
+def test_known_tiles_are_as_many_in_train_as_in_the_known_half_of_test_and_anywhere(tiles):
+    train = mosaics(tiles, mode="train", count=2000)
+    test = [sample for sample in mosaics(tiles, count=4000) if "bee" in sample.classes]
+    shares = []
+    for found in (train, test):
+        bees = [[thing.class_name for thing in sample.objects].count("bee") for sample in found]
+        shares.append([bees.count(n) / len(bees) for n in (1, 2, 3, 4)])
+        places = Counter(n for sample in found for n, thing in enumerate(sample.objects) if thing.class_name == "bee")
+        assert max(places.values()) / min(places.values()) < 1.15
+    # one bee for sure, and each of the other three with 1/4 (a little less, as no picture comes twice)
+    assert shares[0] == pytest.approx([0.42, 0.42, 0.14, 0.02], abs=0.05)
+    assert shares[0] == pytest.approx(shares[1], abs=0.05)
+
+
+def test_a_seed_gives_the_same_mosaics_and_another_seed_others(tiles):
+    first = mosaics(tiles, count=10)
+    assert first == mosaics(tiles, count=10)
+    assert first[:6] == mosaics(tiles, count=6)
+    assert [s.source for s in first] != [s.source for s in mosaics(tiles, count=10, seed=1)]
+    assert [s.source for s in first] != [s.source for s in mosaics(tiles, count=10, mode="train")]
+
+
+def test_a_set_of_mosaics_is_built_like_any_other(tiles, tmp_path, contents):
+    options = {"known": "cow", "mode": "test", "count": 8, "seed": 3, "grid": 2, "tile": None}
+    settings = Settings("mosaic", tiles, "test", samples_per_shard=3, options=options)
+    manifest = build(settings, tmp_path / "one")
+    build(settings, tmp_path / "two", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert (manifest.dataset, manifest.split, manifest.samples) == ("pictures-mosaic", "test", 8)
+    assert manifest.classes == tuple(CLASSES)
+    assert set(read_index(str(tmp_path / "one"))["width"].to_pylist()) == {12}
+    assert json.loads((tmp_path / "one" / "build.json").read_text())["options"] == options
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"known": "beee"}, "it has bee "),
+        ({"count": 7}, "give 6 or 8"),
+        ({"grid": 6}, "a mosaic needs 36"),
+    ],
+)
+def test_an_impossible_mosaic_is_refused(tiles, options, sentence):
+    chosen = {"known": "bee", "mode": "test", "count": 4, "seed": 0, "grid": 2, "tile": None, **options}
+    with pytest.raises(ValueError, match=sentence):
+        mosaic.about(tiles, "test", **chosen)
+
+
+def test_pictures_of_different_sizes_need_the_side_of_a_tile(animals, paint, build_folder, tmp_path):
+    paint(0, (50, 30), path=animals / "cat" / "large.jpg")
+    build_folder(animals, tmp_path / "set")
+    with pytest.raises(ValueError, match="2 sizes: give the side of a tile with --tile"):
+        mosaics(str(tmp_path / "set"), known="cat", count=2)
+    for sample in mosaics(str(tmp_path / "set"), known="cat", count=6, tile=10):
+        assert isinstance(sample.image, bytes)
+        assert Image.open(io.BytesIO(sample.image)).size == (20, 20)

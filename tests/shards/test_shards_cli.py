@@ -1,0 +1,95 @@
+"""The command line: what it prints, and one sentence for a mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shards.cli import main
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that a mistake prints; argparse leaves by SystemExit, the rest by a returned code."""
+    try:
+        code: object = main(argv)
+    except SystemExit as leaving:
+        code = leaving.code
+    said = capsys.readouterr()
+    assert code == 2
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("build flder --root R --out O", "Did you mean folder?"),
+        ("bild folder", "Did you mean build?"),
+        ("build folder --root R", "required: --out"),
+        ("build folder --root R --out O --max-sid 3", "Did you mean --max-side?"),
+        ("build folder --root R --out O --samples-per-shard 0", "no whole number of at least 1"),
+        ("build folder --root R --out O --max-skipped 2", "no fraction from 0 to 1"),
+        ("build folder --root R --out O", "must be a folder of class folders"),
+        ("build folder --root R --out s3://bucket/O", "is a URL"),
+        ("build folder --root s3://bucket/R --out O", "is a URL"),
+        ("build mnist --root R --out O --split val", "it has train and test"),
+        ("build mnist --root R --out O --dataset fashion", "Did you mean fashion_mnist?"),
+        ("build coco --root R --out O", "annotations/instances_<split>.json"),
+        ("build mosaic --root R --known a --mode train --count 3 --out O", "holds no manifest.json"),
+        ("build mosaic --root R --known a --mode train --count 3 --split x --out O", "unrecognized arguments: --split"),
+        ("check R", "holds no manifest.json"),
+        ("show R", "holds no manifest.json"),
+        ("index R", "is no folder"),
+        ("index s3://bucket/R", "is no local folder"),
+        ("index pipe:cat", "is no local folder"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch, capsys, line, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in mistake(capsys, *line.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_split_that_coco_has_is_named(tmp_path, capsys):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val2017.json").write_text("{}")
+    assert "--split may be val2017" in mistake(capsys, "build", "coco", "--root", str(tmp_path), "--out", "O")
+    line = ["build", "coco", "--root", str(tmp_path), "--out", "O", "--split", "val2017"]
+    assert "is no instances file of COCO" in mistake(capsys, *line)
+
+
+def test_build_show_and_check_from_the_command_line(animals, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["build", "folder", "--root", str(animals), "--out", out, "--samples-per-shard", "8"]) == 0
+    assert "21 samples in 3 shards" in capsys.readouterr().out
+    assert main(["show", out]) == 0
+    table = capsys.readouterr().out
+    for line in ("dataset    animals", "samples    21", "shards     3 of 5 .. 8 samples", "width      20 pixels"):
+        assert line in table
+    assert [line.split() for line in table.splitlines()[-3:]] == [["cat", "7"], ["dog", "7"], ["emu", "7"]]
+    assert main(["check", out]) == 0
+    assert capsys.readouterr().out == f"{out}: right.\n"
+    (tmp_path / "out" / "000001.tar").unlink()
+    assert main(["check", "--quick", out]) == 1
+    assert capsys.readouterr().out == f"000001.tar: missing\n{out}: 1 faults.\n"
+
+
+def test_index_from_the_command_line(animals, build_folder, tmp_path, capsys):
+    build_folder(animals, tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").unlink()
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    line = ["index", str(tmp_path / "out"), "--class-names", str(tmp_path / "classes.txt")]
+    capsys.readouterr()
+    assert "'emu', which --class-names does not name" in mistake(capsys, *line)
+    (tmp_path / "classes.txt").write_text("dog\ncat\nemu\n")
+    assert main(line) == 0
+    assert "21 samples in 5 shards, 3 classes" in capsys.readouterr().out
+
+
+def test_the_command_imports_neither_torch_nor_webdataset():
+    code = "import sys, shards.cli; sys.exit(bool({'torch', 'webdataset'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
