@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -35,13 +34,12 @@ from bigtrain.models.weights import Pretrained, load_vit, save_vit
 from bigtrain.objectives.losses import Distance, Normalisation, align_to_crops, dense_loss, distillation_loss
 from bigtrain.objectives.sinkhorn import sinkhorn
 from bigtrain.runtime.config import RunSettings, read_settings, result_settings, user_errors
-from bigtrain.runtime.log import clock, show_warnings
-from bigtrain.runtime.optim import cosine, decay_groups, set_schedule, update, warmup_cosine
-from bigtrain.runtime.preempt import Stop
+from bigtrain.runtime.log import clock
+from bigtrain.runtime.optim import cosine, decay_groups, follow, set_schedule, update, warmup_cosine
 from bigtrain.runtime.run_folder import RESULTS_FILE, RunFolder, write_json
-from bigtrain.runtime.start import Precision, choose_precision, start, torch_dtype, world_size_of_launch
+from bigtrain.runtime.start import Precision, choose_precision, torch_dtype, world_size_of_launch
 from recipes.presets.fashion.prepare import PRESET, with_embedded_data
-from recipes.stage import Stage, stream_of
+from recipes.stage import Setup, Stage
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Config:
     global_crops: int = 0
     """Further crops of scale .3-1 at the image's size; the authors' code has one."""
     prototypes: int = 0
-    """K; 0: twice the number of known classes (4.3)."""
+    """K; 0: twice the number of classes that the training images show (4.3)."""
     temperature: float = 0.1
     epsilon: float = 0.05
     sinkhorn_iterations: int = 3
@@ -155,16 +153,9 @@ def defend(config: Config) -> None:
         check_image_size((side, side), given.vit.patch_size)
     for global_batch in (config.tune_batch, config.distil_batch) if config.tune else (config.distil_batch,):
         check_divides(global_batch, world_size_of_launch())
-    if run.finished:
-        print(f"this run is finished, nothing to do: {run / RESULTS_FILE}, {run / 'report.html'}")
-        return
-
     precision = choose_precision(config.precision, given.vit.width)
-    accelerator = start(precision)
-    show_warnings()
-    if accelerator.is_main_process:
-        run.create()
-    accelerator.wait_for_everyone()
+    setup = Setup.begin(run, precision, config.run)
+    accelerator = setup.accelerator
     given.vit.to(accelerator.device)
     accelerator.print(
         f"defend: {train.manifest.dataset}, {len(parts.fitted_N)} known images ({', '.join(protocol.known)}) to train "
@@ -172,13 +163,12 @@ def defend(config: Config) -> None:
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {precision}, attention "
         f"{resolve_backend(config.attention, accelerator.device, torch_dtype(precision))}"
     )
-    stop = Stop(accelerator, run.path)
     fitted = Plan(parts.fitted_N, train.shard_N[parts.fitted_N], config.distil_batch, config.seed)
     teacher = given
     if config.tune:
-        prototypes = config.prototypes or 2 * len(protocol.known)
-        teacher = dense_tuning(config, run, accelerator, stop, train, fitted, given, prototypes)
-    student = masked_distillation(config, run, accelerator, stop, train, fitted, teacher)
+        prototypes = config.prototypes or 2 * train.count_classes(parts.fitted_N)
+        teacher = dense_tuning(config, setup, train, fitted, given, prototypes)
+    student = masked_distillation(config, setup, train, fitted, teacher)
 
     scoring = Scoring(
         image_size=config.image_size,
@@ -190,25 +180,22 @@ def defend(config: Config) -> None:
         batch=config.score_batch,
     )
 
-    def in_order(shard_set: ShardSet, sample_N: np.ndarray) -> Any:
-        global_batch = config.score_batch * accelerator.num_processes
-        plan = Plan(sample_N, shard_set.shard_N[sample_N], global_batch, shuffle=False)
-        return stream_of(accelerator, shard_set, plan, Resized(config.image_size), config.run)
-
     @torch.no_grad()
     def teacher_features(image_B3HW: Tensor) -> Tensor:
         with accelerator.autocast():
             return token_features(image_B3HW, given)
 
+    views = Resized(config.image_size)
+    bank_N = seeded_choice(parts.fitted_N, config.neighbours_bank, config.seed)
     results = judge(
         run.path,
         accelerator,
         DistillationDetector(teacher, student, scoring),
         method="DEFEND" if config.tune else "masked distillation",
         protocol=protocol,
-        test=in_order(test, parts.test_N),
-        held_out=in_order(train, parts.held_out_N) if len(parts.held_out_N) else None,
-        bank=in_order(train, seeded_choice(parts.fitted_N, config.neighbours_bank, config.seed)),
+        test=setup.in_order(test, parts.test_N, views, config.score_batch),
+        held_out=setup.in_order(train, parts.held_out_N, views, config.score_batch) if len(parts.held_out_N) else None,
+        bank=setup.in_order(train, bank_N, views, config.score_batch),
         plain={"pixels": pixel_features, "features of the given teacher": teacher_features},
         settings=result_settings(config),
         seed=config.seed,
@@ -224,17 +211,10 @@ def defend(config: Config) -> None:
 
 
 def dense_tuning(
-    config: Config,
-    run: RunFolder,
-    accelerator: Accelerator,
-    stop: Stop,
-    train: ShardSet,
-    fitted: Plan,
-    given: Pretrained,
-    prototypes: int,
+    config: Config, setup: Setup, train: ShardSet, fitted: Plan, given: Pretrained, prototypes: int
 ) -> Pretrained:
     """3.1: patches of one object come to agree. Leaves teacher.safetensors in the run folder, which ends the stage."""
-    tuned_file = run / "teacher.safetensors"
+    accelerator, tuned_file = setup.accelerator, setup.run / "teacher.safetensors"
     if tuned_file.is_file():
         return load_vit(str(tuned_file), attention=config.attention, device=accelerator.device)
     torch.manual_seed(config.seed)
@@ -247,9 +227,9 @@ def dense_tuning(
     groups += decay_groups(added, base_lr=config.head_lr)
     optimizer = torch.optim.AdamW(groups, lr=config.head_lr)
     views = MultiCrop(config.image_size, config.crop_size, config.crops, config.crop_scale, config.global_crops)
-    stream = stream_of(accelerator, train, replace(fitted, global_batch=config.tune_batch), views, config.run)
+    stream = setup.stream(train, replace(fitted, global_batch=config.tune_batch), views)
     stage = Stage(
-        "tune", run, accelerator, stop, config.run,
+        "tune", setup,
         trained=tuner, optimizer=optimizer, stream=stream, epochs=config.tune_epochs, state=state,
     )  # fmt: skip
     kinds = [("crops", "boxes"), ("global_crops", "global_boxes")][: 2 if config.global_crops else 1]
@@ -310,17 +290,9 @@ def cluster_map(
     return q_TK.unflatten(0, (len(z_BND), side, side))
 
 
-def masked_distillation(
-    config: Config,
-    run: RunFolder,
-    accelerator: Accelerator,
-    stop: Stop,
-    train: ShardSet,
-    fitted: Plan,
-    teacher: Pretrained,
-) -> Pretrained:
+def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: Plan, teacher: Pretrained) -> Pretrained:
     """3.2: a student from scratch predicts the teacher from half of the patches. Leaves student.safetensors."""
-    student_file = run / "student.safetensors"
+    accelerator, student_file = setup.accelerator, setup.run / "student.safetensors"
     if student_file.is_file():
         return load_vit(str(student_file), attention=config.attention, device=accelerator.device)
     torch.manual_seed(config.seed)
@@ -331,9 +303,9 @@ def masked_distillation(
     check_pair(teacher.vit, student, config.distilled_blocks)
     groups = decay_groups(student.named_parameters(), base_lr=config.distil_lr)
     optimizer = torch.optim.AdamW(groups, lr=config.distil_lr, betas=(0.9, 0.95))
-    stream = stream_of(accelerator, train, fitted, Resized(config.image_size), config.run)
+    stream = setup.stream(train, fitted, Resized(config.image_size))
     stage = Stage(
-        "distil", run, accelerator, stop, config.run,
+        "distil", setup,
         trained=student, optimizer=optimizer, stream=stream, epochs=config.distil_epochs,
     )  # fmt: skip
     warmup = round(config.warmup_epochs * fitted.batches_per_epoch)
@@ -367,13 +339,6 @@ def masked_distillation(
         save_vit(student_file, student, architecture, mean=teacher.mean, std=teacher.std)
     stage.checkpoints.clear()
     return Pretrained(student, architecture, teacher.mean, teacher.std, "")
-
-
-@torch.no_grad()
-def follow(average: nn.Module, network: nn.Module, momentum: float) -> None:
-    """Move an exponential moving average of a network's weights one step: m a + (1 - m) w."""
-    for a, w in zip(average.parameters(), network.parameters(), strict=True):
-        a.lerp_(w, 1 - momentum)
 
 
 if __name__ == "__main__":

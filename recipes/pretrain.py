@@ -30,12 +30,11 @@ from bigtrain.models.weights import AUGREG_MEAN as MEAN
 from bigtrain.models.weights import AUGREG_STD as STD
 from bigtrain.models.weights import save_vit
 from bigtrain.runtime.config import RunSettings, read_settings, user_errors
-from bigtrain.runtime.log import clock, show_warnings
+from bigtrain.runtime.log import clock
 from bigtrain.runtime.optim import decay_groups, set_schedule, update, warmup_cosine
-from bigtrain.runtime.preempt import Stop
 from bigtrain.runtime.run_folder import RESULTS_FILE, RunFolder, write_json
-from bigtrain.runtime.start import Precision, choose_precision, start, world_size_of_launch
-from recipes.stage import Stage, stream_of
+from bigtrain.runtime.start import Precision, choose_precision, world_size_of_launch
+from recipes.stage import Setup, Stage
 
 
 @dataclass(frozen=True)
@@ -104,14 +103,8 @@ def pretrain(config: Config) -> None:
     model = Classifier(vit, len(train.classes), config.pool)
     check_divides(config.batch, world_size_of_launch())
     precision = choose_precision(config.precision, vit.width)
-    accelerator = start(precision)
-    show_warnings()
-    if run.finished:
-        accelerator.print(f"this run is finished, nothing to do: {run / RESULTS_FILE}")
-        return
-    if accelerator.is_main_process:
-        run.create()
-    accelerator.wait_for_everyone()
+    setup = Setup.begin(run, precision, config.run)
+    accelerator = setup.accelerator
     parameters = sum(p.numel() for p in vit.parameters())
     accelerator.print(
         f"pretrain: {len(fitted_N)} images of {len(train.classes)} classes of {train.manifest.dataset}; {config.model} "
@@ -122,13 +115,10 @@ def pretrain(config: Config) -> None:
     plan = Plan(fitted_N, train.shard_N[fitted_N], config.batch, config.seed)
     stage = Stage(
         "pretrain",
-        run,
-        accelerator,
-        Stop(accelerator, run.path),
-        config.run,
+        setup,
         trained=model.train(),
         optimizer=torch.optim.AdamW(decay_groups(model.named_parameters(), base_lr=config.lr), lr=config.lr),
-        stream=stream_of(accelerator, train, plan, RandomResizedCrop(size, config.crop_scale), config.run),
+        stream=setup.stream(train, plan, RandomResizedCrop(size, config.crop_scale)),
         epochs=config.epochs,
     )
     warmup = round(config.warmup_epochs * plan.batches_per_epoch)
@@ -146,8 +136,7 @@ def pretrain(config: Config) -> None:
 
     dtype = torch.float16 if config.weights == "fp16" else torch.float32
     vit.to(dtype).float()
-    plan = Plan(held_out_N, held_out.shard_N[held_out_N], config.batch, shuffle=False)
-    stream = stream_of(accelerator, held_out, plan, Resized(size), config.run)
+    stream = setup.in_order(held_out, held_out_N, Resized(size), config.batch)
     top1, top5, count = accuracy(accelerator, model.eval(), stream, label_of)
     if accelerator.is_main_process:
         save_vit(run / "teacher.safetensors", vit, architecture, mean=MEAN, std=STD, dtype=dtype)

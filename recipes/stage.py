@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import nn
 
 from bigtrain.data.plan import Plan, Position
@@ -15,18 +18,43 @@ from bigtrain.data.stream import Batch, Stream
 from bigtrain.data.views import Transform
 from bigtrain.runtime.checkpoint import Checkpoints
 from bigtrain.runtime.config import RunSettings
-from bigtrain.runtime.log import StageLog
+from bigtrain.runtime.log import StageLog, show_warnings
 from bigtrain.runtime.preempt import Stop
 from bigtrain.runtime.run_folder import RunFolder
-from bigtrain.runtime.start import seed_step
+from bigtrain.runtime.start import seed_step, start
 
 
-def stream_of(
-    accelerator: Accelerator, shard_set: ShardSet, plan: Plan, transform: Transform, settings: RunSettings
-) -> Stream:
-    """This process's share of a plan."""
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    return Stream(shard_set, plan, transform, rank=rank, world_size=world_size, workers=settings.workers)
+@dataclass(frozen=True)
+class Setup:
+    """What all stages of a run share."""
+
+    run: RunFolder
+    accelerator: Accelerator
+    stop: Stop
+    settings: RunSettings
+
+    @classmethod
+    def begin(cls, run: RunFolder, precision: Literal["fp32", "bf16", "fp16"], settings: RunSettings) -> Setup:
+        """Form the process group and create the run folder; a finished run says so, and the program ends."""
+        accelerator = start(precision)
+        show_warnings()
+        if run.finished:
+            accelerator.print(f"this run is finished, nothing to do: see {run.path}")
+            raise SystemExit(0)
+        if accelerator.is_main_process:
+            run.create()
+        accelerator.wait_for_everyone()
+        return cls(run, accelerator, Stop(accelerator, run.path), settings)
+
+    def stream(self, shard_set: ShardSet, plan: Plan, transform: Transform) -> Stream:
+        """This process's share of a plan."""
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        return Stream(shard_set, plan, transform, rank=rank, world_size=world_size, workers=self.settings.workers)
+
+    def in_order(self, shard_set: ShardSet, sample_N: NDArray[np.int64], transform: Transform, batch: int) -> Stream:
+        """This process's share of some samples in the order of the index, `batch` of them at once."""
+        plan = Plan(sample_N, shard_set.shard_N[sample_N], batch * self.accelerator.num_processes, shuffle=False)
+        return self.stream(shard_set, plan, transform)
 
 
 class Stage:
@@ -47,10 +75,7 @@ class Stage:
     def __init__(
         self,
         name: str,
-        run: RunFolder,
-        accelerator: Accelerator,
-        stop: Stop,
-        settings: RunSettings,
+        setup: Setup,
         *,
         trained: nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -58,15 +83,10 @@ class Stage:
         epochs: int,
         state: nn.Module | None = None,
     ) -> None:
-        self.accelerator, self.stop, self.settings, self.stream, self.epochs = (
-            accelerator,
-            stop,
-            settings,
-            stream,
-            epochs,
-        )
+        self.setup, self.stream, self.epochs = setup, stream, epochs
+        accelerator, settings = setup.accelerator, setup.settings
         (state or trained).to(accelerator.device)  # before the moments are loaded beside the weights
-        folder = run / "checkpoints" / name
+        folder = setup.run / "checkpoints" / name
         self.checkpoints = Checkpoints(folder, accelerator, state or trained, optimizer, settings.keep_checkpoints)
         found = self.checkpoints.load()
         self.start = Position(found["epoch"], found["batch"]) if found else Position()
@@ -74,7 +94,7 @@ class Stage:
         self.steps = epochs * stream.plan.batches_per_epoch
         self.module, self.optimizer = accelerator.prepare(trained, optimizer)
         self.log = StageLog(
-            run.path,
+            setup.run.path,
             accelerator,
             name,
             steps=self.steps,
@@ -86,8 +106,8 @@ class Stage:
     def batches(self) -> Iterator[Batch]:
         """The batches that are left, on the device; torch's generator is seeded anew for each step and rank."""
         for batch in self.stream.batches(self.start, self.epochs):
-            seed_step(self.stream.plan.seed, self.step, self.accelerator.process_index)
-            yield batch.to(self.accelerator.device)
+            seed_step(self.stream.plan.seed, self.step, self.setup.accelerator.process_index)
+            yield batch.to(self.setup.accelerator.device)
         self.log.close()
 
     def advance(self, batch: Batch, **figures: torch.Tensor | float) -> None:
@@ -95,8 +115,8 @@ class Stage:
         self.step += 1
         self.log.step(**figures)
         following = asdict(self.stream.plan.after(batch.position))
-        if self.stop.agreed():
+        if self.setup.stop.agreed():
             self.checkpoints.save(self.step, following)
-            self.stop.leave()
-        elif self.step % self.settings.checkpoint_every == 0:
+            self.setup.stop.leave()
+        elif self.step % self.setup.settings.checkpoint_every == 0:
             self.checkpoints.save(self.step, following)

@@ -105,6 +105,8 @@ def _order(plan: Plan, epoch: int) -> NDArray[np.int64]:
 
 def check_divides(global_batch: int, world_size: int) -> int:
     """Return the world size, or say which global batches it could share evenly."""
+    if global_batch < 1:
+        raise ValueError(f"a global batch of {global_batch} was asked for; use 1 or more.")
     if global_batch % world_size:
         lower = global_batch // world_size * world_size
         choice = f"{lower} or {lower + world_size}" if lower else f"{world_size}"

@@ -54,20 +54,21 @@ class Protocol:
         """For each image of a set: does it show an object of a known class? Shape (N,)."""
         return shard_set.shows_any(self.known)
 
-    def check_test(self, test: ShardSet) -> None:
-        """Refuse a test split on which nothing can be judged."""
+    def check_test(self, test: ShardSet, sample_N: NDArray[np.int64]) -> None:
+        """Refuse a test split on whose samples `sample_N` nothing can be judged."""
         unknown = [name for name in test.classes if name not in self.known + self.novel]
         if unknown:
             raise ValueError(
                 f"the test shards have classes that the training shards lack ({', '.join(unknown[:10])}): list every "
                 "class in both, so that it is certain which are known."
             )
-        known = self.is_known(test)
+        known = self.is_known(test)[sample_N]
         for side, count in (("known", int(known.sum())), ("novel", int((~known).sum()))):
             if count == 0:
                 raise ValueError(
-                    f"the test split {test.url} has no {side} images among its {len(test)}: with known classes "
-                    f"{', '.join(self.known[:10])} nothing can be judged. Choose other classes or another test split."
+                    f"the test split {test.url} has no {side} images among the {len(known)} to judge on: with known "
+                    f"classes {', '.join(self.known[:10])} nothing can be judged. Choose other classes, another test "
+                    "split, or a greater limit."
                 )
 
 
@@ -93,6 +94,8 @@ def in_validation(keys: Sequence[str], *, share: float, seed: int) -> NDArray[np
 
     A sample is held out if the first 8 bytes of BLAKE2b("<seed>:<key>"), as a fraction of 2^64, are below `share`.
     """
+    if not 0 <= share < 1:
+        raise ValueError(f"a validation share of {share} was asked for; it must be at least 0 and below 1.")
     limit = int(share * 2**64)
     digests = (hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest() for key in keys)
     return np.array([int.from_bytes(digest, "big") < limit for digest in digests], dtype=bool)
@@ -129,12 +132,13 @@ def split(
     Raises:
         ValueError: nothing is left to train on, or the test split cannot be judged on.
     """
-    protocol.check_test(test)
+    test_N = seeded_choice(np.arange(len(test)), test_limit, 0)
+    protocol.check_test(test, test_N)
     known_N = np.flatnonzero(protocol.is_known(train))
     held_out = in_validation([train.key(s) for s in known_N.tolist()], share=validation_share, seed=seed)
-    fitted_N, test_N = known_N[~held_out], np.arange(len(test))
+    fitted_N = known_N[~held_out]
     if len(fitted_N) == 0:
         raise ValueError(
             f"{train.url} has no image of the known classes ({', '.join(protocol.known)}) to train on: choose others."
         )
-    return Parts(seeded_choice(fitted_N, train_limit, seed), known_N[held_out], seeded_choice(test_N, test_limit, 0))
+    return Parts(seeded_choice(fitted_N, train_limit, seed), known_N[held_out], test_N)

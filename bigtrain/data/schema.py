@@ -162,8 +162,8 @@ def read_index(url: str) -> pa.Table:
     """Read the index of the shard set at `url`: a table of INDEX_SCHEMA."""
     fs, path = filesystem(url)
     try:
-        with fs.open(f"{path}/{INDEX_FILE}", "rb") as file:
-            table = pq.read_table(file)
+        # from memory and in this thread: Arrow's threads on a Python file abort some interpreters at exit (arrow#34314)
+        table = pq.read_table(pa.BufferReader(fs.cat_file(f"{path}/{INDEX_FILE}")), use_threads=False, pre_buffer=False)
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         raise ValueError(
             f"{url} has no readable {INDEX_FILE} ({error}): make it with `bigtrain-shards index {url}`."

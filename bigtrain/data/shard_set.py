@@ -69,6 +69,11 @@ class ShardSet:
         hits = np.concatenate([[0], np.cumsum(wanted_C[self._class_of_object])])
         return hits[self._class_start_N[1:]] > hits[self._class_start_N[:-1]]
 
+    def count_classes(self, sample_N: NDArray[np.int64]) -> int:
+        """How many distinct classes these images show together."""
+        of_sample = np.repeat(np.arange(len(self)), np.diff(self._class_start_N))
+        return len(np.unique(self._class_of_object[np.isin(of_sample, sample_N)]))
+
     def only_class_of(self, sample: int) -> str:
         """The class of an image that shows one; a classifier cannot learn from any other."""
         names = self.classes_of(sample)
@@ -83,8 +88,13 @@ class ShardSet:
         """The original bytes of some images, in the order asked for; a shard that cannot be read stops the run."""
         for attempt in range(READ_ATTEMPTS):
             try:
-                return [self._read_local(s) for s in samples] if self._is_local else self._read_remote(samples)
-            except OSError as error:
+                payloads = [self._read_local(s) for s in samples] if self._is_local else self._read_remote(samples)
+                for sample, payload in zip(samples, payloads, strict=True):
+                    if len(payload) != self._size_N[sample]:
+                        whole = f"{len(payload)} of {self._size_N[sample]} bytes of {self.key(sample)}"
+                        raise OSError(f"{whole}: the shard is truncated")
+                return payloads
+            except Exception as error:  # each file system has errors of its own
                 if attempt == READ_ATTEMPTS - 1:
                     files = sorted({self.manifest.shards[self.shard_N[s]].file for s in samples})
                     raise OSError(f"{self.url}: {', '.join(files)} cannot be read ({error})") from error
@@ -101,16 +111,12 @@ class ShardSet:
             if len(self._open) >= 64:  # far below the usual limit of open files
                 os.close(self._open.pop(next(iter(self._open))))
             self._open[shard] = os.open(f"{self._path}/{self.manifest.shards[shard].file}", os.O_RDONLY)
-        size = int(self._size_N[sample])
-        data = os.pread(self._open[shard], size, int(self._offset_N[sample]))
-        if len(data) != size:
-            raise OSError(f"{len(data)} of {size} bytes of {self.key(sample)}: the shard is truncated")
-        return data
+        return os.pread(self._open[shard], int(self._size_N[sample]), int(self._offset_N[sample]))
 
     def _read_remote(self, samples: list[int]) -> list[bytes]:
         files = [f"{self._path}/{self.manifest.shards[self.shard_N[s]].file}" for s in samples]
         start, size = self._offset_N[samples], self._size_N[samples]
-        return self._fs.cat_ranges(files, start.tolist(), (start + size).tolist())
+        return self._fs.cat_ranges(files, start.tolist(), (start + size).tolist(), on_error="raise")
 
     def _check_sizes(self) -> None:
         for shard in self.manifest.shards:

@@ -48,6 +48,10 @@ class Batch:
         """The mean over the step's planned samples on all ranks, once gradients are averaged over the ranks."""
         return (value_B * self.weight_B).sum() * (world_size / self.samples_in_step)
 
+    def pin_memory(self) -> Batch:
+        """The loader calls it, so that copies to a GPU run beside its work."""
+        return replace(self, views={name: view.pin_memory() for name, view in self.views.items()})
+
     def to(self, device: torch.device) -> Batch:
         views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
         return replace(self, views=views, weight_B=self.weight_B.to(device), seed_B=self.seed_B.to(device))
@@ -91,7 +95,7 @@ class Stream:
             batch_size=None,
             num_workers=self.workers,
             multiprocessing_context="forkserver" if self.workers else None,
-            pin_memory=False,
+            pin_memory=torch.cuda.is_available(),
         )
         for batch in loader:
             self.budget.count(batch)

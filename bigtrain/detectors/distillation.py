@@ -60,7 +60,8 @@ class DistillationDetector:
 
     def score_map(self, images: Iterable[Picture]) -> NDArray[np.float32]:
         """Novelty of each patch of each image: shape (B, h, w); its mean over patches is the image's score."""
-        return np.concatenate([maps for _, maps in self._score(images)])
+        side = self.scoring.image_size // self.teacher.vit.patch_size
+        return np.concatenate([np.zeros((0, side, side), np.float32), *(maps for _, maps in self._score(images))])
 
     def _score(self, images: Iterable[Picture]) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float32]]]:
         resize = Resized(self.scoring.image_size)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -36,13 +36,6 @@ class Architecture:
     patch_size: int = 0
     depth: int = 0
 
-    @classmethod
-    def from_json(cls, text: str) -> Architecture:
-        return cls(**json.loads(text))
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
     def build(self, *, drop_path: float = 0.0) -> VisionTransformer:
         """The network without a classifier, with random weights.
 
@@ -61,7 +54,8 @@ class Architecture:
             self.model, pretrained=False, num_classes=0, dynamic_img_size=True, drop_path_rate=drop_path, **given
         )
         if not isinstance(net, VisionTransformer) or not all(
-            type(block) is Block and getattr(block.attn, "gate", None) is None for block in net.blocks
+            type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
+            for block in net.blocks
         ):
             raise ValueError(refusal)
         return net
@@ -168,7 +162,8 @@ class ViT(nn.Module):
         prefix, result = self.backbone.num_prefix_tokens, []
         with torch.no_grad():
             q_THd, k_THd, _ = self._qkv(block, x_TD)
-            split = [count * length for count, length in runs]
+        split = [count * length for count, length in runs]
+        with torch.no_grad(), torch.autocast(x_TD.device.type, enabled=False):  # which would take einsum to half again
             for shape, q, k in zip(runs, q_THd.split(split), k_THd.split(split), strict=True):
                 q_BHd, k_BTHd = q.unflatten(0, shape)[:, 0].float(), k.unflatten(0, shape).float()
                 score_BHT = torch.einsum("bhd,bthd->bht", q_BHd, k_BTHd) * q_BHd.shape[-1] ** -0.5

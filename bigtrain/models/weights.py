@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from bigtrain.models.attention import Backend
 from bigtrain.models.vit import Architecture, ViT
 
+ABOUT = "bigtrain"  # key of the metadata
 CLASSIFIER = re.compile(r"(head|head_dist|pre_logits|fc_norm)(\.|$)")
 LOCAL = (".safetensors", ".pth", ".pt", ".npz")
 AUGREG_MEAN = AUGREG_STD = (0.5, 0.5, 0.5)
@@ -75,14 +77,17 @@ def save_vit(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a ViT as .safetensors under timm's key names, with its architecture in the file; atomically."""
-    metadata = {"architecture": architecture.to_json(), "mean": json.dumps(mean), "std": json.dumps(std)}
-    save_tensors(path, {k: v.contiguous().cpu().to(dtype) for k, v in vit.backbone.state_dict().items()}, metadata)
+    about = {"architecture": asdict(architecture), "mean": list(mean), "std": list(std)}
+    save_tensors(path, {k: v.contiguous().cpu().to(dtype) for k, v in vit.backbone.state_dict().items()}, about)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a .safetensors file under a temporary name, flush it to disk, then rename it."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write a .safetensors file under a temporary name, flush it to disk, then rename it; the same bytes for the same.
+
+    `about` becomes one JSON entry of the metadata: the format does not keep the order of several.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    save_file(dict(tensors), temporary, metadata=dict(metadata or {}))
+    save_file(dict(tensors), temporary, metadata={ABOUT: json.dumps(about)})
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -121,11 +126,12 @@ def load_matching(module: nn.Module, state: Mapping[str, Tensor], source: str) -
     return f"{len(own)} keys matched, none missing or unexpected{rest}"
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a .safetensors file."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a .safetensors file, and what `save_tensors` wrote about them; nothing for files of others."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
+            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118 (file is no mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors ({error}): give a whole .safetensors file.") from error
 
@@ -136,19 +142,19 @@ def _from_file(source: str, architecture: Architecture | None, attention: Backen
         raise ValueError(f"{path} does not exist: give a file of weights ({', '.join(LOCAL)}) or a timm name.")
     mean: tuple[float, ...] = AUGREG_MEAN
     std: tuple[float, ...] = AUGREG_STD
-    metadata: dict[str, str] = {}
+    about: dict[str, Any] = {}
     if path.suffix == ".safetensors":
-        state, metadata = read_tensors(path)
+        state, about = read_tensors(path)
     elif path.suffix == ".npz":
         state = from_augreg(path)
     else:
         state = _read_pth(path)
-    if "architecture" in metadata:
-        stored = Architecture.from_json(metadata["architecture"])
+    if about:
+        stored = Architecture(**about["architecture"])
         if architecture is not None and architecture != stored:
             raise ValueError(f"{path} holds a {stored}, and {architecture} was asked for: leave --arch out.")
         architecture = stored
-        mean, std = tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"]))
+        mean, std = tuple(about["mean"]), tuple(about["std"])
     if architecture is None:
         raise ValueError(f"{path} does not say what network it belongs to: name it, as in --arch vit_base_patch16_224.")
     vit = ViT(architecture.build(), attention=attention)
@@ -231,7 +237,7 @@ def from_augreg(path: Path) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key.removeprefix("params/"): torch.from_numpy(np.asarray(file[key])) for key in file.files}
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as .npz of plain arrays ({error}).") from error
     state: dict[str, Tensor] = {}
     qkv: dict[str, list[Tensor | None]] = {}

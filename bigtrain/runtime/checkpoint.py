@@ -83,7 +83,8 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def _whole(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob("step-*") if p.suffix != ".tmp")
+        folders = [p for p in self.folder.glob("step-*") if p.suffix != ".tmp"]
+        return sorted(folders, key=lambda p: int(p.name.removeprefix("step-")))  # behind 999999 there are 7 digits
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         tensors = {}

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch.distributed as dist
 import tyro
@@ -80,16 +80,33 @@ def overlay(config: C, path: Path) -> C:
         ) from error
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}.") from error
-    run_fields = {field.name for field in dataclasses.fields(RunSettings)}
+    own_kinds, run_kinds = get_type_hints(type(config)), get_type_hints(RunSettings)
+    del own_kinds["run"]
     flat = {key: value for key, value in given.items() if key != "run"}
-    run = {**given.get("run", {}), **{key: flat.pop(key) for key in list(flat) if key in run_fields}}
-    allowed = {field.name for field in dataclasses.fields(config)} - {"run"}  # type: ignore[arg-type]
-    for key in [*flat, *run]:
-        if key not in allowed | run_fields:
-            near = difflib.get_close_matches(key, sorted(allowed | run_fields), n=2)
-            raise ValueError(f"{path}: there is no setting {key!r}; near it: {', '.join(near) or 'see --help'}.")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in flat.items()}
-    return dataclasses.replace(config, **values, run=dataclasses.replace(config.run, **run))  # type: ignore[type-var,attr-defined]
+    run = {key: flat.pop(key) for key in list(flat) if key in run_kinds}
+    group = given.get("run", {})
+    run |= group if isinstance(group, dict) else {"run": group}
+    for kinds, values in ((own_kinds, flat), (run_kinds, run)):
+        for key, value in values.items():
+            if key not in kinds:
+                near = difflib.get_close_matches(key, sorted(own_kinds | run_kinds), n=2)
+                raise ValueError(f"{path}: there is no setting {key!r}; near it: {', '.join(near) or 'see --help'}.")
+            values[key] = tuple(value) if isinstance(value, list) else value
+            if not _fits(values[key], kinds[key]):
+                kind = kinds[key].__name__ if isinstance(kinds[key], type) else str(kinds[key])
+                raise ValueError(f"{path}: {key} is {value!r}; it must be {kind.removeprefix('typing.')}.")
+    return dataclasses.replace(config, **flat, run=dataclasses.replace(config.run, **run))  # type: ignore[type-var,attr-defined]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a TOML file is what a setting's type allows; a whole number serves as a float."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        one, *others = get_args(kind)
+        kinds = [one] * len(value) if others == [...] and isinstance(value, tuple) else [one, *others]
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def result_settings(config: Any) -> dict[str, Any]:

@@ -54,3 +54,10 @@ def update(
         accelerator.clip_grad_norm_(module.parameters(), clip)
     optimizer.step()
     return loss_of_rank.mean()
+
+
+@torch.no_grad()
+def follow(average: nn.Module, network: nn.Module, momentum: float) -> None:
+    """Move an exponential moving average of a network's weights one step: m a + (1 - m) w."""
+    for a, w in zip(average.parameters(), network.parameters(), strict=True):
+        a.lerp_(w, 1 - momentum)

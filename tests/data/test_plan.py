@@ -1,0 +1,154 @@
+"""The order of an epoch: every sample once, the same at any world size, from any position on."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigtrain.data.plan import PADDING, Plan, Position, check_divides, sample_seeds
+
+plans = st.builds(
+    lambda gaps, per_shard, share, world, seed, shuffle, block: (
+        Plan(
+            np.cumsum(gaps, dtype=np.int64),  # rows of the index that a filter left
+            (np.cumsum(gaps) // per_shard).astype(np.int32),
+            share * world,
+            seed,
+            shuffle,
+            block,
+        ),
+        world,
+    ),
+    gaps=st.lists(st.integers(1, 3), min_size=1, max_size=60),
+    per_shard=st.integers(1, 20),
+    share=st.integers(1, 8),
+    world=st.integers(1, 5),
+    seed=st.integers(0, 2**32),
+    shuffle=st.booleans(),
+    block=st.integers(1, 5),
+)
+
+
+def an_epoch(plan, epoch, world_size=1):
+    """Global batches of an epoch, put together from the slices of all ranks."""
+    for batch in range(plan.batches_per_epoch):
+        position = Position(epoch, batch)
+        yield np.concatenate([plan.slice(position, rank, world_size) for rank in range(world_size)])
+
+
+@given(plans, st.integers(0, 5))
+def test_every_sample_is_read_exactly_once_an_epoch(given_plan, epoch):
+    plan, world_size = given_plan
+    read = [s for batch in an_epoch(plan, epoch, world_size) for s in batch if s != PADDING]
+    assert sorted(read) == plan.sample_N.tolist()
+
+
+@given(plans, st.integers(0, 5))
+def test_global_batches_are_the_same_at_any_world_size_that_divides_them(given_plan, epoch):
+    plan, _ = given_plan
+    alone = np.stack(list(an_epoch(plan, epoch)))
+    for world_size in range(2, plan.global_batch + 1):
+        if plan.global_batch % world_size == 0:
+            assert np.array_equal(np.stack(list(an_epoch(plan, epoch, world_size))), alone)
+
+
+@given(plans)
+def test_only_the_end_of_an_epoch_is_padded(given_plan):
+    plan, world_size = given_plan
+    batches = np.concatenate(list(an_epoch(plan, 0, world_size)))
+    padding = len(batches) - len(plan.sample_N)
+    assert 0 <= padding < plan.global_batch
+    assert (batches[len(plan.sample_N) :] == PADDING).all()
+    assert PADDING not in batches[: len(plan.sample_N)]
+    real = [plan.samples_in(Position(0, b)) for b in range(plan.batches_per_epoch)]
+    assert real == [int((batch != PADDING).sum()) for batch in an_epoch(plan, 0)]
+
+
+@settings(max_examples=30)
+@given(plans, st.integers(1, 3))
+def test_from_every_position_on_the_rest_of_the_training_is_the_same(given_plan, epochs):
+    plan, _ = given_plan
+    whole = list(plan.positions(Position(), epochs))
+    batches = [plan.batch(p) for p in whole]
+    fresh = Plan(plan.sample_N, plan.shard_N, plan.global_batch, plan.seed, plan.shuffle, plan.shards_per_block)
+    for step, position in enumerate(whole):
+        assert plan.steps_before(position) == step
+        rest = list(fresh.positions(position, epochs))
+        assert rest == whole[step:]
+        assert np.array_equal([fresh.batch(p) for p in rest[:3]], batches[step : step + 3])
+        assert plan.after(position) == (whole[step + 1] if step + 1 < len(whole) else Position(epochs, 0))
+
+
+def big_plan(seed=0, **changes):
+    sample_N = np.arange(1000)
+    return Plan(sample_N, (sample_N // 10).astype(np.int32), **{"global_batch": 10, "seed": seed, **changes})
+
+
+def test_samples_are_mixed_within_blocks_of_shards_and_not_beyond():
+    order = big_plan(shards_per_block=4).order(0)
+    for first in range(0, 1000, 40):
+        block = order[first : first + 40]
+        shards = np.unique(block // 10)
+        assert len(shards) == 4  # whole shards, of which each sample is there
+        assert not np.array_equal(block, np.sort(block))
+        assert len(np.unique(block[:10] // 10)) > 1  # mixed over the shards, not shard by shard
+    firsts = order[::40] // 10
+    assert not np.array_equal(firsts, np.sort(firsts))  # and blocks come in random order
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [big_plan(seed).order(epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    for i, one in enumerate(orders):
+        for other in orders[:i]:
+            assert (one == other).mean() < 0.02
+    assert np.array_equal(big_plan(1).order(1), orders[3])
+
+
+def test_the_order_does_not_depend_on_other_epochs_asked_for_before():
+    plan = big_plan()
+    third = [plan.order(epoch) for epoch in range(8)][3]
+    assert np.array_equal(big_plan().order(3), third)
+
+
+def test_without_shuffling_the_order_is_that_of_the_index():
+    assert np.array_equal(big_plan(shuffle=False).order(7), np.arange(1000))
+
+
+def test_a_batch_that_does_not_divide_says_which_would():
+    with pytest.raises(ValueError, match=r"10 does not divide among 3 processes: .* 3\.33 images\. Use 9 or 12"):
+        big_plan().slice(Position(), 0, 3)
+    with pytest.raises(ValueError, match=r"Use 4, or another number of processes"):
+        check_divides(3, 4)
+
+
+@pytest.mark.parametrize(("samples", "batch", "sentence"), [(0, 4, "no samples to read"), (3, 0, "use 1 or more")])
+def test_an_empty_plan_is_refused(samples, batch, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Plan(np.arange(samples), np.zeros(samples, np.int32), batch)
+
+
+def splitmix64(x):
+    """By plain integers (Steele, Lea & Flood 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+@given(st.integers(0, 2**40), st.integers(0, 10**6), st.integers(0, 10**9))
+def test_seeds_of_samples_are_splitmix64_of_seed_epoch_and_sample(seed, epoch, sample):
+    by_hand = splitmix64((splitmix64((splitmix64(seed) + epoch) % 2**64) + sample) % 2**64)
+    assert int(sample_seeds(seed, epoch, np.array([sample]))[0]) % 2**64 == by_hand
+
+
+def test_splitmix64_is_the_published_generator():
+    # the first output for the seed 1234567, as in the reference implementation's tests
+    assert splitmix64(1234567) == 6457827717110365317
+
+
+def test_a_sample_has_the_same_seed_in_any_batch_and_another_for_another_sample_epoch_or_seed():
+    sample_N = np.arange(5000)
+    seeds = sample_seeds(3, 1, sample_N)
+    assert np.array_equal(sample_seeds(3, 1, sample_N[::-7]), seeds[::-7])
+    others = np.concatenate([seeds, sample_seeds(3, 2, sample_N), sample_seeds(4, 1, sample_N)])
+    assert len(np.unique(others)) == len(others)

@@ -1,0 +1,189 @@
+"""The stream: the same bits with any number of workers, at any world size and from any position."""
+
+import io
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bigtrain.data.plan import PADDING, Plan, Position
+from bigtrain.data.stream import Batch, ErrorBudget, Stream, decode
+from bigtrain.data.views import MultiCrop, Resized
+
+SAMPLES, BATCH, EPOCHS = 20, 6, 2
+
+
+@pytest.fixture
+def pictures(write_set, noise):
+    return write_set([(["a"], noise(i)) for i in range(SAMPLES)])
+
+
+def stream(shard_set, *, shuffle=True, transform=None, batch=BATCH, **options):
+    plan = Plan(np.arange(len(shard_set)), shard_set.shard_N, batch, seed=5, shuffle=shuffle, shards_per_block=2)
+    return Stream(shard_set, plan, transform or MultiCrop(16, 8, 2), **options)
+
+
+def assert_same(one, other):
+    assert one.position == other.position
+    assert one.samples_in_step == other.samples_in_step
+    assert np.array_equal(one.sample_B, other.sample_B)
+    assert torch.equal(one.weight_B, other.weight_B)
+    assert torch.equal(one.seed_B, other.seed_B)
+    assert one.views.keys() == other.views.keys()
+    assert all(torch.equal(one.views[name], other.views[name]) for name in one.views)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_neither_order_nor_bits(pictures, workers):
+    alone = list(stream(pictures).batches(epochs=EPOCHS))
+    assert len(alone) == 8
+    for one, other in zip(alone, stream(pictures, workers=workers).batches(epochs=EPOCHS), strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_ranks_batches_put_together_are_those_of_one_process(pictures, world_size):
+    streams = [stream(pictures, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for whole, *parts in zip(
+        stream(pictures).batches(epochs=EPOCHS), *(s.batches(epochs=EPOCHS) for s in streams), strict=True
+    ):
+        together = Batch(
+            parts[0].position,
+            parts[0].samples_in_step,
+            np.concatenate([part.sample_B for part in parts]),
+            torch.cat([part.weight_B for part in parts]),
+            torch.cat([part.seed_B for part in parts]),
+            {name: torch.cat([part.views[name] for part in parts]) for name in parts[0].views},
+        )
+        assert_same(whole, together)
+
+
+def test_from_each_batch_on_the_rest_is_the_same_bits(pictures):
+    whole = list(stream(pictures).batches(epochs=EPOCHS))
+    for step, first in enumerate(whole):
+        rest = list(stream(pictures).batches(first.position, EPOCHS))
+        assert len(rest) == len(whole) - step
+        for one, other in zip(rest, whole[step:], strict=True):
+            assert_same(one, other)
+
+
+def test_views_are_those_of_the_sample_and_differ_by_epoch(pictures):
+    boxes = {}
+    for batch in stream(pictures).batches(epochs=EPOCHS):
+        for sample, box, image in zip(batch.sample_B, batch.views["boxes"], batch.views["image"], strict=True):
+            if sample != PADDING:
+                boxes.setdefault(sample, []).append(box)
+                resized = Resized(16)(decode(pictures.read([sample])[0]), np.random.default_rng(0))["image"]
+                assert np.array_equal(image.numpy(), resized)
+    assert sorted(boxes) == list(range(SAMPLES))
+    assert not any(torch.equal(*both) for both in boxes.values())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_sees_each_picture_exactly_once_in_order(pictures, world_size):
+    read = []
+    for rank in range(world_size):
+        one = stream(pictures, shuffle=False, transform=Resized(8), rank=rank, world_size=world_size)
+        for batch in one.batches():
+            seen = batch.sample_B[batch.weight_B.numpy() > 0]
+            read += seen.tolist()
+            assert seen.tolist() == sorted(seen)
+    assert sorted(read) == list(range(SAMPLES))
+
+
+def test_padding_ends_the_epoch_and_weighs_nothing(pictures):
+    last = list(stream(pictures).batches())[-1]
+    assert last.samples_in_step == 2
+    assert (last.sample_B[2:] == PADDING).all()
+    assert last.weight_B.tolist() == [1, 1, 0, 0, 0, 0]
+    assert not last.views["image"][2:].any()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_mean_of_the_ranks_means_is_the_mean_over_the_samples_of_the_step(pictures, world_size):
+    streams = [stream(pictures, rank=rank, world_size=world_size).batches() for rank in range(world_size)]
+    for parts in zip(*streams, strict=True):
+        means = [part.mean(torch.from_numpy(part.sample_B).double() ** 2, world_size) for part in parts]
+        real = [s**2 for part in parts for s in part.sample_B if s != PADDING]
+        assert torch.stack(means).mean().item() == pytest.approx(np.mean(real))
+
+
+def test_a_picture_that_cannot_be_decoded_is_named_and_its_place_stays(write_set, noise, caplog):
+    samples = [(["a"], noise(i)) for i in range(SAMPLES)]
+    samples[7] = (["a"], samples[7][1][:60])
+    good, bad = write_set([(["a"], noise(i)) for i in range(SAMPLES)], name="good"), write_set(samples, name="bad")
+    with caplog.at_level(logging.WARNING):
+        broken = stream(bad)
+        batches = list(broken.batches(epochs=EPOCHS))
+    for batch, whole in zip(batches, stream(good).batches(epochs=EPOCHS), strict=True):
+        assert np.array_equal(batch.sample_B, whole.sample_B)
+        assert batch.samples_in_step == whole.samples_in_step
+        here = batch.sample_B == 7
+        assert batch.weight_B.tolist() == np.where(here, 0, whole.weight_B.numpy()).tolist()
+        assert set(batch.bad) == ({7} if here.any() else set())
+        for name in set(batch.views) - {"boxes"}:
+            assert not batch.views[name][here].any()
+            assert torch.equal(batch.views[name][~here], whole.views[name][~here])
+    assert sum(7 in batch.bad for batch in batches) == EPOCHS
+    assert list(broken.budget.skipped) == ["k7"]
+    assert [record.getMessage().startswith("skipped k7 of") for record in caplog.records] == [
+        True
+    ]  # once, not each epoch
+
+
+def test_more_than_one_percent_of_bad_pictures_stops_with_the_list(write_set, noise):
+    samples = [(["a"], b"junk" if i in (3, 17) else noise(i)) for i in range(SAMPLES)]
+    with pytest.raises(ValueError, match=r"2 pictures cannot be decoded(.|\n)*k3: (.|\n)*k17: "):
+        list(stream(write_set(samples), shuffle=False).batches())
+
+
+class Keys:
+    url = "set"
+
+    def key(self, sample):
+        return f"k{sample}"
+
+
+def counted(budget, samples, bad):
+    ones = torch.ones(len(samples))
+    budget.count(Batch(Position(), len(samples), np.array(samples), ones, ones, {}, dict.fromkeys(bad, "broken")))
+
+
+def test_a_hundred_bad_pictures_in_a_row_stop_the_run_and_ninety_nine_do_not():
+    budget = ErrorBudget(Keys(), 10**6)
+    counted(budget, range(98), range(98))
+    counted(budget, [98, PADDING, 99], [98])  # 99 in a row; padding is no picture, and 99 is good
+    counted(budget, range(100, 199), range(100, 199))
+    with pytest.raises(ValueError, match=r"100 of them in a row(.|\n)*k0: broken(.|\n)*k199: broken"):
+        counted(budget, [199], [199])
+
+
+def test_the_budget_is_one_percent_of_the_rank_s_samples_and_counts_each_picture_once():
+    budget = ErrorBudget(Keys(), 500)
+    for _ in range(3):
+        counted(budget, range(10), range(0, 10, 2))  # 5 of 500
+    with pytest.raises(ValueError, match="6 pictures cannot be decoded"):
+        counted(budget, [11], [11])
+
+
+def test_a_mistake_in_a_transform_is_not_taken_for_a_bad_picture(pictures):
+    class Broken(Resized):
+        def __call__(self, image, rng):
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(stream(pictures, transform=Broken(8)).batches())
+
+
+def test_a_world_size_that_does_not_divide_is_refused_before_anything_is_read(pictures):
+    with pytest.raises(ValueError, match="6 does not divide among 4 processes"):
+        stream(pictures, world_size=4)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_pictures_of_every_kind_become_rgb(mode):
+    file = io.BytesIO()
+    Image.new(mode, (5, 4)).save(file, "TIFF")
+    assert (decode(file.getvalue()).mode, decode(file.getvalue()).size) == ("RGB", (5, 4))

@@ -1,0 +1,103 @@
+"""Views: what a crop shows is what its box says. The picture is a ramp: red is the row, green the column."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bigtrain.data.views import MultiCrop, RandomResizedCrop, Resized, random_box, to_float
+
+HEIGHT, WIDTH = 240, 180
+
+
+def ramp(height=HEIGHT, width=WIDTH):
+    row, column = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([row, column, 0 * row], axis=-1).astype(np.uint8))
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def centres(low, high, size):
+    """Where the pixels of a view of the interval lie, in pixels of the picture (the first one's centre is 0)."""
+    return low + (np.arange(size) + 0.5) * (high - low) / size - 0.5
+
+
+def assert_shows(view_3HW, top, left, bottom, right):
+    size = view_3HW.shape[-1]
+    inside = slice(2, -2)  # bicubic at the picture's own edge is no ramp
+    rows, columns = centres(top, bottom, size)[inside], centres(left, right, size)[inside]
+    shown = view_3HW[:, inside, inside].astype(float)
+    assert np.abs(shown[0] - rows[:, None]).max() <= 1
+    assert np.abs(shown[1] - columns[None, :]).max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(240, 180), (60, 250), (40, 40)])
+def test_the_resized_picture_is_the_whole_one(height, width):
+    view = Resized(32)(ramp(height, width), rng())["image"]
+    assert (view.dtype, view.shape) == (np.uint8, (3, 32, 32))
+    assert_shows(view, 0, 0, height, width)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_crop_shows_the_part_of_the_picture_that_its_box_names(seed):
+    views = MultiCrop(size=96, crop_size=24, crops=6, global_crops=2)(ramp(), rng(seed))
+    assert_shows(views["image"], 0, 0, HEIGHT, WIDTH)
+    for crops, boxes, count, size in (("crops", "boxes", 6, 24), ("global_crops", "global_boxes", 2, 96)):
+        assert views[crops].shape == (count, 3, size, size)
+        assert views[boxes].shape == (count, 4)
+        for crop, box in zip(views[crops], views[boxes], strict=True):
+            top, left, bottom, right = box * np.array([HEIGHT, WIDTH] * 2) / 96  # boxes are in pixels of `image`
+            assert_shows(crop, top, left, bottom, right)
+
+
+@pytest.mark.parametrize("scale", [(0.1, 0.3), (0.3, 1.0), (0.25, 0.25)])
+def test_boxes_lie_inside_and_take_the_share_of_the_area_that_was_asked(scale):
+    boxes = np.array([random_box(96, 96, rng(seed), scale) for seed in range(500)])
+    top, left, bottom, right = boxes.T
+    assert (boxes >= 0).all() and (boxes <= 96).all()
+    share = (bottom - top) * (right - left) / 96**2
+    assert (share > scale[0] - 1e-9).all() and (share < scale[1] + 1e-9).all()
+    if scale[1] <= 0.3:
+        shape = (right - left) / (bottom - top)
+        assert (shape > 0.75 - 1e-9).all() and (shape < 4 / 3 + 1e-9).all()
+        assert shape.min() < 0.8 and shape.max() > 1.25
+        assert top.min() < 3 and bottom.max() > 93 and left.min() < 3 and right.max() > 93
+    assert share.max() - share.min() >= 0.8 * (scale[1] - scale[0])
+
+
+def test_crops_belong_to_the_generator_alone():
+    views = [MultiCrop(32, 16, 2)(ramp(), rng(seed)) for seed in (0, 0, 1)]
+    assert all(np.array_equal(views[0][name], views[1][name]) for name in views[0])
+    assert not np.array_equal(views[0]["boxes"], views[2]["boxes"])
+
+
+def test_random_crops_are_mirrored_half_of_the_time():
+    mirrored, shares = 0, []
+    for seed in range(300):
+        view = RandomResizedCrop(16)(ramp(), rng(seed))["image"].astype(float)
+        across, down = view[1, 8, 13] - view[1, 8, 2], view[0, 13, 8] - view[0, 2, 8]
+        mirrored += across < 0
+        assert down > 0  # never upside down
+        shares.append(abs(across) * down / (11 / 16) ** 2 / (HEIGHT * WIDTH))
+    assert 110 < mirrored < 190  # 150, five standard deviations are 43
+    assert 0.22 < min(shares) < 0.35 and 0.85 < max(shares) < 1.03
+
+
+@pytest.mark.parametrize("transform", [Resized(16), MultiCrop(16, 8, 2, global_crops=1), RandomResizedCrop(16)])
+def test_the_place_of_a_missing_picture_has_the_shapes_of_the_others(transform):
+    real, blank = transform(ramp(), rng()), transform.blank()
+    assert {k: (v.shape, v.dtype) for k, v in real.items()} == {k: (v.shape, v.dtype) for k, v in blank.items()}
+    assert not any(v.any() for k, v in blank.items() if not k.endswith("boxes"))
+    for name in {"boxes", "global_boxes"} & set(blank):
+        top, left, bottom, right = blank[name].T
+        assert (bottom > top).all() and (right > left).all()  # RoIAlign wants an area
+
+
+def test_to_float_by_hand():
+    view = torch.tensor([[[0, 255]], [[0, 255]], [[51, 102]]], dtype=torch.uint8)  # 51 = 0.2 x 255
+    expected = torch.tensor([[[-1.0, 1.0]], [[-2.0, 2.0]], [[0.0, 0.8]]])
+    found = to_float(view[None, None], mean=(0.5, 0.5, 0.2), std=(0.5, 0.25, 0.25))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found[0, 0], expected)

@@ -1,0 +1,60 @@
+"""Nearest neighbours by hand and against scikit-learn, and the features that they compare."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.neighbors import NearestNeighbors as Reference
+
+from bigtrain.detectors.neighbours import NearestNeighbours, pixel_features, token_features
+from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.weights import Pretrained
+
+
+def test_the_score_is_the_sum_of_the_two_smallest_squared_distances_by_hand():
+    known_ND = np.array([[0.0, 0], [3, 4], [0, 1], [10, 0]])
+    scores = NearestNeighbours().fit(known_ND).score(np.array([[0.0, 0], [0, 5], [10, 0]]))
+    assert scores.tolist() == pytest.approx([0 + 1, (9 + 1) + 16, 0 + (49 + 16)])
+    assert scores.dtype == np.float64
+
+
+@pytest.mark.parametrize("neighbours", [1, 2, 5])
+def test_scores_are_those_of_scikit_learn(neighbours):
+    rng = np.random.default_rng(0)
+    known_ND, seen_ND = rng.normal(size=(50, 8)), rng.normal(size=(20, 8))
+    distance_NK = Reference(n_neighbors=neighbours, algorithm="kd_tree").fit(known_ND).kneighbors(seen_ND)[0]
+    found = NearestNeighbours(neighbours).fit(known_ND).score(seen_ND)
+    np.testing.assert_allclose(found, (distance_NK**2).sum(axis=1))
+
+
+def test_one_known_image_is_enough_and_none_is_refused():
+    assert NearestNeighbours(2).fit(np.array([[1.0]])).score(np.array([[4.0]])).tolist() == [9]
+    with pytest.raises(ValueError, match="at least one is needed"):
+        NearestNeighbours().fit(np.zeros((0, 3)))
+
+
+def test_what_was_fitted_scores_as_near_and_what_is_far_as_novel():
+    rng = np.random.default_rng(0)
+    index = NearestNeighbours().fit(rng.normal(size=(100, 4)))
+    assert index.score(rng.normal(size=(50, 4)) + 9).min() > index.score(rng.normal(size=(50, 4))).max()
+
+
+def test_pixel_features_are_the_picture_at_32_pixels():
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(pixel_features(images), images.flatten(1).float() / 255)
+    large = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    small = np.asarray(Image.fromarray(large).resize((32, 32), Image.Resampling.BILINEAR), np.float32) / 255
+    found = pixel_features(torch.from_numpy(large).permute(2, 0, 1)[None])
+    torch.testing.assert_close(found[0].view(3, 32, 32), torch.from_numpy(small).permute(2, 0, 1), atol=4e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_token_features_are_the_mean_direction_of_the_patch_tokens():
+    architecture = Architecture("vit_tiny_patch16_224", 32, 8, 1)
+    torch.manual_seed(0)
+    network = Pretrained(ViT(architecture.build().eval()), architecture, (0.5,) * 3, (0.25,) * 3, "")
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    tokens_BND = network.vit.backbone.forward_features((images / 255 - 0.5) / 0.25)[:, 1:]
+    mean_BD = (tokens_BND / tokens_BND.norm(dim=-1, keepdim=True)).mean(dim=1)
+    torch.testing.assert_close(token_features(images, network), F.normalize(mean_BD, dim=-1), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,95 @@
+"""Packed attention: every backend is the definition, and sequences do not see each other."""
+
+import pytest
+import torch
+
+from bigtrain.models.attention import attention, lengths, resolve_backend
+
+RUNS = ((3, 5), (1, 9), (4, 2))
+TOKENS = 3 * 5 + 9 + 4 * 2
+
+
+def qkv(tokens=TOKENS, heads=2, width=8, device="cpu", dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, tokens, heads, width, generator=generator)
+    return [part.to(device, dtype).requires_grad_() for part in x]
+
+
+def segments(runs):
+    start = 0
+    for length in lengths(runs):
+        yield slice(start, start + length)
+        start += length
+
+
+def test_the_dense_backend_is_the_definition():
+    q, k, v = qkv()
+    out = attention(q, k, v, RUNS, backend="dense")
+    for segment in segments(RUNS):
+        for head in range(2):
+            weight = (q[segment, head] @ k[segment, head].T / 8**0.5).softmax(dim=-1)
+            torch.testing.assert_close(out[segment, head], weight @ v[segment, head])
+
+
+@pytest.mark.parametrize("runs", [RUNS, ((1, 32),), ((32, 1),), ((2, 7), (2, 7), (4, 1))])
+def test_sdpa_is_dense_forward_and_backward(runs):
+    results = []
+    for backend in ("sdpa", "dense"):
+        leaves = qkv()
+        out = attention(*leaves, runs, backend=backend)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "dense"])
+def test_no_information_flows_between_sequences(backend):
+    before = attention(*qkv(), RUNS, backend=backend)
+    for changed in segments(RUNS):
+        leaves = [x.detach().clone() for x in qkv()]
+        for x in leaves:
+            x[changed] += 3
+        after = attention(*leaves, RUNS, backend=backend)
+        others = torch.ones(TOKENS, dtype=torch.bool)
+        others[changed] = False
+        assert torch.equal(after[others], before[others])
+        assert not torch.allclose(after[changed], before[changed])
+
+
+def test_runs_that_do_not_add_up_are_refused():
+    with pytest.raises(ValueError, match=r"do not add up to the 32 packed tokens"):
+        attention(*qkv(), ((3, 5), (1, 9)))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", torch.bfloat16), ("cpu", torch.float32), ("cuda", torch.float32)]
+)
+def test_xformers_where_it_has_no_kernel_is_refused(device, dtype):
+    with pytest.raises(ValueError, match="it needs CUDA in bf16 or fp16: use --attention auto, or sdpa"):
+        resolve_backend("xformers", torch.device(device), dtype)
+    assert resolve_backend("auto", torch.device(device), dtype) == "sdpa"
+
+
+def test_the_mask_that_xformers_gets_is_that_of_the_dense_definition():
+    fmha = pytest.importorskip("xformers.ops.fmha.attn_bias")
+    bias_TT = fmha.BlockDiagonalMask.from_seqlens(lengths(RUNS)).materialize((TOKENS, TOKENS))
+    expected_TT = torch.full((TOKENS, TOKENS), float("-inf"))
+    for segment in segments(RUNS):
+        expected_TT[segment, segment] = 0
+    assert torch.equal(bias_TT, expected_TT)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("runs", [((4, 197), (16, 37)), ((8, 99),)])
+def test_xformers_is_dense_in_bf16_forward_and_backward(runs):
+    assert resolve_backend("auto", torch.device("cuda"), torch.bfloat16) == "xformers"
+    results = []
+    for backend in ("xformers", "dense"):
+        leaves = qkv(sum(lengths(runs)), heads=6, width=64, device="cuda", dtype=torch.bfloat16)
+        out = attention(*leaves, runs, backend=backend)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)

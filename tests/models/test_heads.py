@@ -1,0 +1,119 @@
+"""What is put on a trunk: what learns, what does not, and the queue's order."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bigtrain.models.heads import Classifier, DenseTuner, ProjectionHead, Prototypes, TokenQueue
+from bigtrain.objectives.losses import dense_loss
+
+
+def images(count, size, seed=0):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def tuner(network):
+    return DenseTuner(network(depth=4)[1], prototypes=5, tuned_blocks=2)
+
+
+def learns(name):
+    return name.startswith(("vit.backbone.blocks.2.", "vit.backbone.blocks.3.", "head.", "prototypes."))
+
+
+def test_the_last_blocks_head_and_prototypes_learn_and_nothing_else(tuner):
+    assert {n for n, p in tuner.named_parameters() if p.requires_grad} == {
+        n for n, _ in tuner.named_parameters() if learns(n)
+    }
+
+
+def test_gradients_reach_all_that_learns_and_only_that(tuner):
+    _, (cosines_RMK,) = tuner(images(2, 32), images(6, 16, seed=1))
+    target = torch.rand(6, 1, 4, 5).softmax(dim=-1)
+    dense_loss(cosines_RMK[:, None], target).sum().backward()
+    for name, parameter in tuner.named_parameters():
+        reached = parameter.grad is not None and bool(parameter.grad.any())
+        assert reached == learns(name), name
+
+
+@torch.no_grad()
+def test_the_tuner_projects_the_patch_tokens_of_images_and_of_each_kind_of_crop(tuner):
+    crops = [images(6, 16, seed=1), images(2, 32, seed=2)]
+    z_BND, cosines = tuner(images(2, 32), *crops)
+    expected = F.normalize(tuner.head(tuner.vit(images(2, 32))[0].tokens_BND), dim=-1)
+    torch.testing.assert_close(z_BND, expected, rtol=1e-4, atol=1e-5)
+    prototype_KD = tuner.prototypes.weight_KD
+    for crop, cosines_RMK in zip(crops, cosines, strict=True):
+        z_RMD = F.normalize(tuner.head(tuner.vit(crop)[0].tokens_BND), dim=-1)
+        torch.testing.assert_close(cosines_RMK, z_RMD @ prototype_KD.T, rtol=1e-4, atol=1e-5)
+
+
+def test_z_of_the_images_carries_no_gradient(tuner):
+    z_BND, (cosines,) = tuner(images(2, 32), images(2, 16))
+    assert not z_BND.requires_grad
+    assert cosines.requires_grad
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_more_blocks_than_there_are_cannot_be_tuned(network, blocks):
+    with pytest.raises(ValueError, match=f"the last {blocks} blocks were to be tuned, of a network with 2; use 1 to"):
+        DenseTuner(network(depth=2)[1], 5, blocks)
+
+
+def test_the_head_has_three_layers_of_the_paper_s_widths_and_gives_unit_vectors():
+    head = ProjectionHead(192)
+    assert [tuple(p.shape) for p in head.parameters() if p.ndim == 2] == [(2048, 192), (2048, 2048), (256, 2048)]
+    torch.testing.assert_close(head(torch.randn(7, 192) * 9).norm(dim=-1), torch.ones(7))
+
+
+def test_prototypes_are_unit_vectors_and_go_back_to_the_sphere():
+    prototypes = Prototypes(4, 8)
+    torch.testing.assert_close(prototypes.weight_KD.norm(dim=1), torch.ones(4))
+    z_TD = F.normalize(torch.randn(3, 8), dim=1)
+    torch.testing.assert_close(prototypes(z_TD), z_TD @ prototypes.weight_KD.T)
+    before = prototypes.weight_KD.detach().clone()
+    with torch.no_grad():
+        prototypes.weight_KD *= 3
+    prototypes.normalise()
+    torch.testing.assert_close(prototypes.weight_KD.detach(), before)
+
+
+def test_the_queue_keeps_the_newest_tokens_in_their_order():
+    queue = TokenQueue(5, 1)
+    for tokens, held, full in (
+        ([1, 2], [0, 0, 0, 1, 2], False),
+        ([3, 4], [0, 1, 2, 3, 4], False),
+        ([5], [1, 2, 3, 4, 5], True),
+        ([6, 7, 8], [4, 5, 6, 7, 8], True),
+        (list(range(10, 20)), [15, 16, 17, 18, 19], True),
+    ):
+        queue.push(torch.tensor(tokens)[:, None])
+        assert queue.z_QD[:, 0].tolist() == held
+        assert queue.full() == full
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_the_shares_of_all_ranks_are_the_queue_once(world_size):
+    queue = TokenQueue(5, 1)
+    queue.push(torch.arange(5)[:, None])
+    shares = torch.cat([queue.share(rank, world_size) for rank in range(world_size)])
+    assert shares[:, 0].tolist() == list(range(5))
+
+
+def test_a_queue_of_no_tokens_adds_none():
+    queue = TokenQueue(0)
+    assert queue.full() and len(queue.share(0, 1)) == 0
+
+
+@torch.no_grad()
+def test_the_classifier_reads_cls_or_cls_and_the_mean_of_the_patches(network):
+    net, vit = network()
+    features = net.forward_features(images(2, 32))
+    for pool, expected in (
+        ("token", features[:, 0]),
+        ("both", torch.cat([features[:, 0], features[:, 1:].mean(dim=1)], dim=1)),
+    ):
+        model = Classifier(vit, 3, pool)
+        assert not model(images(2, 32)).any()  # it starts at zero
+        torch.nn.init.normal_(model.head.weight)
+        torch.testing.assert_close(model(images(2, 32)), model.head(expected), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,280 @@
+"""Our packed forward pass is timm's, the masked one is that of the tokens it kept, and the rest is refused."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bigtrain.models.vit import Architecture, ViT, check_image_size, check_pair, masked_student, sincos_positions
+
+KINDS = {  # model: image and patch size that keep it small
+    "vit_tiny_patch16_224": (32, 8),
+    "vit_small_patch14_reg4_dinov2": (42, 14),  # registers, layer scale, no position for [CLS]
+    "deit3_small_patch16_224": (32, 16),  # layer scale, no position for [CLS]
+    "vit_xsmall_patch16_clip_224": (32, 16),  # a norm before the blocks
+    "vit_wee_patch16_reg1_gap_256": (32, 16),  # no [CLS], one register, the norm behind pooling
+    "vit_medium_patch16_gap_240": (32, 16),  # no prefix at all
+    "deit_tiny_distilled_patch16_224": (32, 16),  # a distillation token
+}
+
+
+def images(count=2, height=32, width=32, seed=0):
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def timm_tokens(net, image_B3HW):
+    return net.fc_norm(net.forward_features(image_B3HW))
+
+
+@pytest.mark.parametrize("model", KINDS)
+@torch.no_grad()
+def test_the_packed_pass_is_timm_s_own(network, model):
+    size, patch = KINDS[model]
+    net, vit = network(model, size, patch)
+    for height, width in ((size, size), (2 * size, size)):  # the second resamples positions
+        image_B3HW = images(2, height, width)
+        expected = timm_tokens(net, image_B3HW)
+        (encoded,) = vit(image_B3HW)
+        torch.testing.assert_close(encoded.tokens_BND, expected[:, net.num_prefix_tokens :], rtol=1e-4, atol=1e-4)
+        if net.has_class_token:
+            torch.testing.assert_close(encoded.class_BD, expected[:, 0], rtol=1e-4, atol=1e-4)
+        else:
+            assert encoded.class_BD is None
+        assert encoded.attention_BN is None
+    assert expected.std(dim=1).mean() > 0.03  # tokens differ, so that the comparison says something
+
+
+@torch.no_grad()
+def test_the_last_blocks_are_those_of_timm(network):
+    net, vit = network(depth=4)
+    (encoded,) = vit(images(), last=3)
+    blocks = net.get_intermediate_layers(images(), n=3, norm=False)
+    assert encoded.blocks_LBND.shape[0] == 3
+    for ours, theirs in zip(encoded.blocks_LBND[:2], blocks[:2], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(encoded.tokens_BND, net.norm(blocks[2]))
+    with pytest.raises(ValueError, match="the last 5 blocks were asked for, of a network with 4"):
+        vit(images(), last=5)
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
+@torch.no_grad()
+def test_one_packed_pass_over_views_of_many_sizes_is_a_pass_over_each(network, model):
+    size, patch = KINDS[model]
+    _, vit = network(model, size, patch)
+    views = [images(2, size, size), images(5, patch, patch, seed=1), images(1, patch, 4 * patch, seed=2)]
+    together = vit(*views, last=2, with_attention=True)
+    assert len(together) == 3
+    for view, packed in zip(views, together, strict=True):
+        (alone,) = vit(view, last=2, with_attention=True)
+        torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def half_visible(count=2, patches=16, seed=0):
+    order_BN = torch.rand(count, patches, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
+    return torch.zeros(count, patches, dtype=torch.bool).scatter_(1, order_BN[:, : patches // 2], True)
+
+
+@pytest.mark.parametrize(
+    "model", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_xsmall_patch16_clip_224"]
+)
+@torch.no_grad()
+def test_a_masked_pass_is_timm_s_blocks_on_the_kept_tokens_in_their_order(network, model):
+    patch = KINDS[model][1]
+    net, vit = network(model, 4 * patch, patch)
+    image_B3HW, visible_BN = images(2, 4 * patch, 4 * patch), half_visible()
+    embedded = net._pos_embed(net.patch_embed(image_B3HW))
+    prefix = net.num_prefix_tokens
+    for one in range(2):
+        kept = [embedded[one, t] for t in range(prefix)]
+        kept += [embedded[one, prefix + n] for n in range(16) if visible_BN[one, n]]
+        expected = net.norm(net.blocks(net.norm_pre(torch.stack(kept)[None])))
+        (encoded,) = vit(image_B3HW, visible_BN=visible_BN)
+        torch.testing.assert_close(encoded.tokens_BND[one], expected[0, prefix:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(encoded.class_BD[one], expected[0, 0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_lies_under_hidden_patches_changes_no_bit(network):
+    _, vit = network()
+    image_B3HW, visible_BN = images(), half_visible()
+    hidden_BHW = (~visible_BN).view(2, 4, 4).repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+    other = torch.where(hidden_BHW[:, None], images(seed=9), image_B3HW)
+    one, two = (vit(x, visible_BN=visible_BN)[0] for x in (image_B3HW, other))
+    assert torch.equal(one.tokens_BND, two.tokens_BND)
+    assert torch.equal(one.class_BD, two.class_BD)
+    everything = torch.ones_like(visible_BN)
+    assert torch.equal(vit(image_B3HW, visible_BN=everything)[0].tokens_BND, vit(image_B3HW)[0].tokens_BND)
+
+
+def by_hand(qkv_BTF, heads, prefix):
+    """Attention of [CLS] to the patches, mean over heads, in float64 and head by head."""
+    q, k, _ = qkv_BTF.double().chunk(3, dim=-1)
+    per_head = []
+    for q_d, k_Td in zip(q[:, 0].chunk(heads, dim=-1), k.chunk(heads, dim=-1), strict=True):
+        per_head.append((torch.einsum("bd,btd->bt", q_d, k_Td) / q_d.shape[-1] ** 0.5).softmax(dim=-1))
+    return (sum(per_head) / heads)[:, prefix:].float()
+
+
+def last_qkv(net):
+    seen = []
+    net.blocks[-1].attn.qkv.register_forward_hook(lambda module, given, out: seen.append(out))
+    return seen
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
+@torch.no_grad()
+def test_the_attention_of_cls_is_a_softmax_of_timm_s_own_queries_and_keys(network, model):
+    size, patch = KINDS[model]
+    net, vit = network(model, size, patch)
+    seen = last_qkv(net)
+    net.forward_features(images(2, size, size))
+    expected_BN = by_hand(seen[0], net.blocks[-1].attn.num_heads, net.num_prefix_tokens)
+    (encoded,) = vit(images(2, size, size), with_attention=True)
+    torch.testing.assert_close(encoded.attention_BN, expected_BN, rtol=1e-4, atol=1e-6)
+    assert expected_BN.max() / expected_BN.min() > 1.2
+
+
+@torch.no_grad()
+def test_the_attention_of_cls_is_computed_in_float32_under_autocast(network):
+    net, vit = network()
+    seen = last_qkv(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        (encoded,) = vit(images(), with_attention=True)
+    assert seen[0].dtype == torch.bfloat16
+    assert encoded.attention_BN.dtype == torch.float32
+    expected_BN = by_hand(seen[0].unflatten(0, (2, 17)), 3, 1)
+    torch.testing.assert_close(encoded.attention_BN, expected_BN, rtol=1e-5, atol=1e-7)
+
+
+def test_a_network_without_cls_has_no_attention_to_give(network):
+    _, vit = network("vit_wee_patch16_reg1_gap_256", 32, 16)
+    with pytest.raises(ValueError, match=r"no \[CLS\] token.* use --keep random"):
+        vit(images(), with_attention=True)
+
+
+@torch.no_grad()
+def test_drop_path_drops_whole_sequences(network):
+    net, vit = network(drop_path=0.5)  # 0 in the first block, .5 in the second
+    net.norm = nn.Identity()
+    net.blocks[1].mlp = nn.Identity()  # leave the attention branch alone
+    net.blocks[1].ls2 = nn.Module()
+    net.blocks[1].ls2.forward = torch.zeros_like
+    views = [images(100), images(100, 16, 16, seed=1)]
+
+    def branch():
+        return [e.blocks_LBND[1] - e.blocks_LBND[0] for e in vit(*views, last=2)]
+
+    whole = branch()
+    net.train()
+    dropped = []
+    for kept, of_eval in zip(branch(), whole, strict=True):
+        for one, expected in zip(kept, of_eval, strict=True):
+            dropped.append(not one.any())
+            if not dropped[-1]:
+                torch.testing.assert_close(one, 2 * expected, rtol=1e-3, atol=1e-4)
+    assert 65 < sum(dropped) < 135  # of 200, five standard deviations
+    assert 0 < sum(dropped[:100]) < 100 and 0 < sum(dropped[100:]) < 100
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "resnet18",
+        "swin_tiny_patch4_window7_224",
+        "eva02_tiny_patch14_224",
+        "vit_relpos_small_patch16_224",
+        "vit_small_r26_s32_224",
+        "vit_small_patch16_dinov3",  # rotary positions
+        "vit_small_patch16_18x2_224",  # parallel blocks
+        "vit_dwee_patch16_reg1_gap_256",  # differential attention
+    ],
+)
+def test_what_is_no_plain_vision_transformer_is_refused(model):
+    with pytest.raises(ValueError, match=f"{model} is no plain vision transformer: take a timm model vit_"):
+        Architecture(model).build()
+
+
+def test_an_unknown_model_gives_near_names():
+    with pytest.raises(ValueError, match=r"timm has no model 'vit_tiny_patch61_224'; near it: .*vit_tiny_patch16_224"):
+        Architecture("vit_tiny_patch61_224").build()
+
+
+def test_an_architecture_is_timm_s_but_for_what_is_named():
+    net = Architecture("vit_tiny_patch16_224", 32, 8, 3).build()
+    assert (len(net.blocks), net.patch_embed.patch_size, net.pos_embed.shape[1]) == (3, (8, 8), 17)
+    net = Architecture("vit_tiny_patch16_224").build()
+    assert (len(net.blocks), net.patch_embed.patch_size, net.pos_embed.shape[1]) == (12, (16, 16), 197)
+
+
+def test_a_patch_that_does_not_divide_the_picture_says_which_sizes_would(network):
+    with pytest.raises(ValueError, match=r"patch size 16 does not divide .* 100 x 100 pixels: use 96 or 112"):
+        check_image_size((100, 100), 16)
+    with pytest.raises(ValueError, match="use 16 or 32"):
+        check_image_size((10, 10), 16)
+    with pytest.raises(ValueError, match="patch size 8 does not divide"):
+        network()[1](images(1, 32, 30))
+
+
+def test_sine_cosine_positions_by_hand():
+    s, c = math.sin(1), math.cos(1)
+    expected = torch.tensor([[0, 1, 0, 1], [0, 1, s, c], [s, c, 0, 1], [s, c, s, c]])
+    torch.testing.assert_close(sincos_positions(2, 2, 4), expected)
+    # with 8 features there are two frequencies, 1 and 10000^(-1/2)
+    row = torch.tensor([math.sin(2), math.sin(0.02), math.cos(2), math.cos(0.02)])
+    torch.testing.assert_close(sincos_positions(3, 1, 8)[2], torch.cat([row, torch.tensor([0.0, 0, 1, 1])]))
+    with pytest.raises(ValueError, match="a width that 4 divides"):
+        sincos_positions(2, 2, 6)
+
+
+SMALL = Architecture("vit_tiny_patch16_224", 32, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "prefix"), [(SMALL, 1), (Architecture("deit3_small_patch16_224", 32, 8, 1), 0)]
+)
+def test_the_student_s_positions_are_sines_and_cosines_and_do_not_learn(architecture, prefix):
+    net = masked_student(architecture).backbone
+    assert not net.pos_embed.requires_grad
+    expected = torch.cat([torch.zeros(prefix, net.embed_dim), sincos_positions(4, 4, net.embed_dim)])
+    assert torch.equal(net.pos_embed[0], expected)
+    frozen = [name for name, p in net.named_parameters() if not p.requires_grad]
+    assert frozen == ["pos_embed"]
+
+
+def test_the_student_is_random_by_the_seed_with_xavier_linears_and_rising_drop_path():
+    nets = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        nets.append(masked_student(SMALL, drop_path=0.2).backbone)
+    one, again, other = (net.state_dict() for net in nets)
+    assert all(torch.equal(one[key], again[key]) for key in one)
+    assert not torch.equal(one["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
+    for name, (fan_out, fan_in) in {"attn.qkv": (576, 192), "mlp.fc2": (192, 768)}.items():
+        bound = (6 / (fan_in + fan_out)) ** 0.5
+        weight = one[f"blocks.1.{name}.weight"]
+        assert 0.99 * bound < weight.abs().max() <= bound
+        assert weight.std() == pytest.approx(bound / 3**0.5, rel=0.02)
+        assert not one[f"blocks.1.{name}.bias"].any()
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in nets[0].blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2])
+
+
+def test_a_student_that_cannot_be_compared_with_its_teacher_is_refused(network):
+    teacher = network()[1]
+    check_pair(teacher, network(depth=3)[1], last=2)
+    with pytest.raises(ValueError, match="teacher's width is 192 and the student's 384"):
+        check_pair(teacher, network("vit_small_patch16_224")[1], last=1)
+    with pytest.raises(ValueError, match="teacher's patch size is 8 and the student's 16"):
+        check_pair(teacher, network(patch_size=16)[1], last=1)
+    with pytest.raises(ValueError, match="the last 3 blocks were to be distilled, of networks with 2"):
+        check_pair(teacher, network(depth=3)[1], last=3)
+
+
+def test_the_backend_that_is_named_is_the_one_that_serves(network):
+    net, vit = network()
+    dense = ViT(net, attention="dense")(images())[0].tokens_BND
+    torch.testing.assert_close(vit(images())[0].tokens_BND, dense, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="backend xformers was asked for on cpu"):
+        ViT(net, attention="xformers")(images())

@@ -1,0 +1,271 @@
+"""DEFEND from end to end, on a few pictures."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import bigtrain
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.stream import decode
+from bigtrain.models.vit import Architecture
+from bigtrain.models.weights import read_tensors, save_tensors
+from recipes.defend import main
+from tests.recipes.conftest import ENVIRONMENT, ROOT, command, launched
+
+
+def scores(run):
+    return pq.read_table(run / "scores.parquet").to_pandas().set_index("key")
+
+
+def losses(run, stage):
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["stage"] == stage]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small):
+    """A run of the small settings, made by the command itself."""
+    run = tmp_path_factory.mktemp("runs") / "boot"
+    done = launched("defend.py", *small, "--out", run)
+    assert done.returncode == 0, done.stderr
+    return run, done.stdout
+
+
+def test_a_run_leaves_figures_scores_report_and_detector(finished):
+    run, said = finished
+    results = json.loads((run / "results.json").read_text())
+    assert 0 <= results["auroc"]["low"] <= results["auroc"]["value"] <= results["auroc"]["high"] <= 1
+    assert set(results["comparisons"]) == {
+        "nearest neighbour on pixels",
+        "nearest neighbour on features of the given teacher",
+    }
+    assert results["counts"]["known"] + results["counts"]["novel"] == 120
+    assert "AUROC" in said.splitlines()[-1] and str(run / "report.html") in said.splitlines()[-1]
+    assert "<svg" in (run / "report.html").read_text()
+    table = scores(run)
+    assert sorted(table["split"].unique()) == ["held_out", "test"]
+    judged = table[table["split"] == "test"]
+    assert len(judged) == 120 and (judged["novel"] == judged["classes"].map(lambda c: "ankle_boot" not in c)).all()
+    assert json.loads((run / "config.json").read_text())["packages"]["torch"]
+
+
+def test_the_same_command_again_says_so_and_does_nothing(finished, small):
+    run, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    done = launched("defend.py", *small, "--out", run)
+    assert done.returncode == 0 and "finished" in done.stdout
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_the_saved_detector_gives_the_scores_of_the_run_bit_for_bit(finished):
+    run, _ = finished
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    test = ShardSet(settings["test"])
+    judged = scores(run).query("split == 'test'")
+    places = [test.keys().index(key) for key in judged.index]
+    images = [decode(payload) for payload in test.read(places)]
+    detector = bigtrain.load_detector(run / "detector", device="cpu")
+    assert detector.score(images).tolist() == judged["score"].tolist()
+    maps = detector.score_map(images[:5])
+    assert maps.shape == (5, 4, 4)
+    assert maps.mean(axis=(1, 2)) == pytest.approx(judged["score"].to_numpy()[:5])
+
+
+@pytest.mark.parametrize("step", [("tune", 2), ("distil", 3)])
+def test_a_run_killed_and_started_again_ends_with_the_same_bits(finished, small, tmp_path, step):
+    run, _ = finished
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command("defend.py", *small, "--out", killed), env=ENVIRONMENT, stdout=subprocess.DEVNULL
+    )
+    stage, count = step
+    while process.poll() is None:
+        log = killed / "log.jsonl"
+        if log.exists() and sum(f'"stage": "{stage}"' in line for line in log.read_text().splitlines()) >= count:
+            break
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (killed / "results.json").exists(), "the run ended before it could be killed"
+    done = launched("defend.py", *small, "--out", killed)
+    assert done.returncode == 0, done.stderr
+    for name in ("teacher.safetensors", "student.safetensors", "scores.parquet"):
+        assert (killed / name).read_bytes() == (run / name).read_bytes(), name
+    assert json.loads((killed / "results.json").read_text()) == json.loads((run / "results.json").read_text())
+    assert not list(killed.rglob("*.tmp")) and not list(killed.glob("checkpoints/*/*"))
+
+
+def test_a_run_stops_when_asked_and_goes_on(finished, small, tmp_path):
+    run, _ = finished
+    folder = tmp_path / "again"
+    with pytest.raises(SystemExit) as stop:
+        ask_to_stop_after_first_step(small, folder)
+    assert stop.value.code == 85
+    assert launched("defend.py", *small, "--out", folder).returncode == 0
+    assert (folder / "student.safetensors").read_bytes() == (run / "student.safetensors").read_bytes()
+
+
+def ask_to_stop_after_first_step(small, folder):
+    def ask():
+        while not (folder / "log.jsonl").exists():
+            time.sleep(0.005)
+        (folder / "stop").touch()
+
+    threading.Thread(target=ask, daemon=True).start()
+    main([*small, "--out", str(folder)])
+
+
+def test_two_processes_score_as_one_does(finished, small, tmp_path):
+    run, _ = finished
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    for name in ("results.json", "report.html", "scores.parquet"):
+        (again / name).unlink()
+    done = launched("defend.py", *small, "--out", again, processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = scores(run), scores(again)
+    assert list(one.index) == list(two.index)
+    assert (one["score"] - two["score"]).abs().max() < 1e-5
+
+
+def test_two_processes_train_as_one_does(finished, small, tmp_path):
+    flags = [*small, "--drop-path", "0"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert launched("defend.py", *flags, "--out", one).returncode == 0
+    done = launched("defend.py", *flags, "--out", two, processes=2)
+    assert done.returncode == 0, done.stderr
+    for stage in ("tune", "distil"):
+        assert len(losses(one, stage)) >= 4
+        assert losses(two, stage) == pytest.approx(losses(one, stage), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "--keep random",
+        "--keep unattended --mask-ratio 0.25",
+        "--mask-ratio 0",
+        "--normalisation layer --distilled-blocks 1",
+        "--normalisation none --distance smooth_l1",
+        "--no-normalise-student --distance smooth_l1",
+        "--global-crops 1 --ema-teacher",
+        "--queue 64 --prototypes 5",
+        "--no-tune --schedule cosine --warmup-epochs 1",
+        "--precision bf16",
+        "--workers 2",
+        "--validation-share 0",
+    ],
+)
+def test_each_variant_of_the_method_runs_and_is_judged(small, tmp_path, variant):
+    main([*small, "--out", str(tmp_path / "run"), "--distil-epochs", "1", *variant.split()])
+    assert 0 <= json.loads((tmp_path / "run" / "results.json").read_text())["auroc"]["value"] <= 1
+
+
+def test_workers_change_no_bit(finished, small, tmp_path):
+    run, _ = finished
+    main([*small, "--out", str(tmp_path / "run"), "--workers", "2"])
+    assert (tmp_path / "run" / "student.safetensors").read_bytes() == (run / "student.safetensors").read_bytes()
+
+
+def test_a_tuned_teacher_serves_another_run(finished, small, tmp_path):
+    run, _ = finished
+    tuned = ["--no-tune", "--teacher", str(run / "teacher.safetensors")]
+    main([*small, "--out", str(tmp_path / "run"), *tuned])
+    assert (tmp_path / "run" / "student.safetensors").read_bytes() == (run / "student.safetensors").read_bytes()
+
+
+def test_tuning_changes_the_last_two_blocks_and_nothing_else(finished, teacher):
+    run, _ = finished
+    before, after = read_tensors(teacher)[0], read_tensors(run / "teacher.safetensors")[0]
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and all(key.startswith(("blocks.0.", "blocks.1.")) for key in changed)
+
+
+def test_a_broken_picture_is_skipped_counted_and_named(small, shards, tmp_path):
+    broken = tmp_path / "test"
+    shutil.copytree(shards / "test", broken)
+    test = ShardSet(str(broken))
+    shard = broken / test.manifest.shards[0].file
+    data = bytearray(shard.read_bytes())
+    start = int(test._offset_N[7])
+    data[start : start + 8] = b"not a png"[:8]
+    shard.write_bytes(data)
+    flags = [*small, "--test", str(broken), "--test-limit", "0", "--out", str(tmp_path / "run")]
+    main(flags)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["skipped"]) == [test.key(7)]
+    assert results["counts"]["known"] + results["counts"]["novel"] == len(test) - 1
+
+
+MISTAKES = {
+    "unknown class": (["--known", "ankle_boots"], "ankle_boot"),
+    "neither side": (["--train-limit", "8", "--known"], "--known"),
+    "no manifest": (["--train", "nowhere"], "bigtrain-shards build"),
+    "no ViT": (["--teacher", "resnet18"], "vit_"),
+    "patch size": (["--crop-size", "20"], "patch size 8 does not divide"),
+    "weights of another network": (["--teacher", "WRONG"], "does not fit the network"),
+    "batch that does not divide": (["--tune-batch", "0"], "global batch of 0"),
+    "no such file": (["--teacher", "missing.safetensors"], "does not exist"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_leaves_nothing(small, tmp_path, capsys, mistake):
+    flags, says = MISTAKES[mistake]
+    if "WRONG" in flags:
+        about = {"architecture": asdict(Architecture("vit_tiny_patch16_224")), "mean": [0], "std": [1]}
+        save_tensors(tmp_path / "wrong.safetensors", {"cls_token": torch.zeros(1, 1, 192)}, about)
+        flags = ["--teacher", str(tmp_path / "wrong.safetensors")]
+    with pytest.raises(SystemExit) as stop:
+        main([*small, "--out", str(tmp_path / "run"), *flags])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert says in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_test_split_without_novel_images_is_refused(small, shards, tmp_path, capsys):
+    only_known = tmp_path / "pictures" / "ankle_boot"
+    only_known.mkdir(parents=True)
+    test = ShardSet(str(shards / "test"))
+    for sample in [s for s in range(200) if test.classes_of(s) == ["ankle_boot"]][:3]:
+        (only_known / f"{sample}.png").write_bytes(test.read([sample])[0])
+    build = [
+        sys.executable,
+        "-m",
+        "shards",
+        "build",
+        "folder",
+        "--root",
+        only_known.parent,
+        "--out",
+        tmp_path / "known",
+    ]
+    subprocess.run(list(map(str, build)), check=True, cwd=ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main([*small, "--test", str(tmp_path / "known"), "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "no novel images" in capsys.readouterr().err
+
+
+def test_a_folder_with_another_runs_settings_is_refused_naming_them(finished, small, capsys):
+    run, _ = finished
+    with pytest.raises(SystemExit) as stop:
+        main([*small, "--out", str(run), "--mask-ratio", "0.25"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "mask_ratio (0.5 there, 0.25 here)" in said
+
+
+def test_print_config_shows_the_resolved_settings_as_json(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--print-config", "--train", "somewhere", "--known", "dog", "cat", "--keep", "random"])
+    settings = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0
+    assert settings["known"] == ["dog", "cat"] and settings["keep"] == "random" and settings["tune_epochs"] == 3

@@ -1,0 +1,80 @@
+"""Supervised pretraining from end to end, on a few pictures."""
+
+import json
+
+import pytest
+import torch
+
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.models.heads import Classifier
+from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.weights import load_vit
+from recipes import defend, pretrain
+from tests.recipes.conftest import launched
+
+TINY = ["--model", "vit_tiny_patch16_224", "--image-size", "32", "--patch-size", "8", "--depth", "2"]
+
+
+@pytest.fixture
+def flags(shards):
+    return [
+        *("--train", str(shards / "test"), *TINY, "--epochs", "1", "--batch", "100", "--warmup-epochs", "0"),
+        *("--lr", "5e-4", "--log-every", "1", "--checkpoint-every", "4"),
+    ]
+
+
+def test_a_pretrained_vit_serves_as_a_teacher(flags, shards, tmp_path, small):
+    pretrain.main([*flags, "--weights", "fp16", "--pool", "both", "--out", str(tmp_path / "teacher")])
+    results = json.loads((tmp_path / "teacher" / "results.json").read_text())
+    assert 0 < results["top1"] <= results["top5"] <= 1
+    weights = tmp_path / "teacher" / "teacher.safetensors"
+    assert load_vit(str(weights)).architecture == Architecture("vit_tiny_patch16_224", 32, 8, 2)
+    defend.main([*small, "--teacher", str(weights), "--no-tune", "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_it_learns_and_its_figures_are_those_of_the_weights_it_leaves(flags, shards, tmp_path):
+    easy = ["--val", str(shards / "test"), "--epochs", "8", "--lr", "1e-3", "--crop-scale", "0.8", "1"]
+    pretrain.main([*flags, *easy, "--out", str(tmp_path / "run")])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["held_out_images"] == len(ShardSet(str(shards / "test")))
+    assert results["top1"] > 0.4  # ten classes: chance is 0.1
+
+
+def test_held_out_pictures_of_train_are_not_trained_on(flags, shards, tmp_path, capsys):
+    pretrain.main([*flags, "--validation-share", "0.2", "--out", str(tmp_path / "run")])
+    held_out = json.loads((tmp_path / "run" / "results.json").read_text())["held_out_images"]
+    assert 150 <= held_out <= 250
+    assert f"pretrain: {1000 - held_out} images" in capsys.readouterr().out
+
+
+def test_two_processes_train_as_one_does(flags, tmp_path):
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        done = launched("pretrain.py", *flags, "--drop-path", "0", "--out", out, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in "12"
+    )
+    assert len(one) == 10 and two == pytest.approx(one, abs=1e-5)
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in "12"]
+    assert results[0]["held_out_images"] == results[1]["held_out_images"]
+
+
+def test_a_classifier_may_see_the_mean_of_the_patches_beside_the_class_token():
+    torch.manual_seed(0)
+    vit = ViT(Architecture("vit_tiny_patch16_224", 32, 8, 1).build())
+    images = torch.randn(2, 3, 32, 32)
+    model = Classifier(vit, 3, "both")
+    torch.nn.init.normal_(model.head.weight)
+    (seen,) = vit(images)
+    features = torch.cat([seen.class_BD, seen.tokens_BND.mean(dim=1)], dim=1)
+    assert torch.allclose(model(images), features @ model.head.weight.T)
+
+
+def test_train_and_out_are_needed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([])
+    assert stop.value.code == 2 and "--train SHARDS and --out FOLDER are needed" in capsys.readouterr().err

@@ -1,0 +1,174 @@
+"""Checkpoints: whole or not there, and a run that goes on from one is the uninterrupted run, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from bigtrain.runtime.checkpoint import Checkpoints
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
+    "sgd with momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=1e-3),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
+}
+
+
+def a_network(seed=0):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 2))
+    net[0].bias.requires_grad_(False)
+    return net
+
+
+def groups(net):
+    """In another order than the module's: names, not positions, say which moments belong to which weights."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    return [{"params": trained[::-1][:2]}, {"params": trained[::-1][2:]}]
+
+
+def train(net, optimizer, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(16, 4, generator=generator), torch.randn(16, 2, generator=generator)
+        optimizer.zero_grad()
+        (net(x) - y).square().mean().backward()
+        optimizer.step()
+
+
+def state_of(net, optimizer):
+    moments = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+    return [*net.state_dict().values(), *(s[kind] for s in moments for kind in sorted(s) if s[kind] is not None)]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_going_on_from_a_checkpoint_is_the_uninterrupted_training(tmp_path, accelerator, kind):
+    net = a_network()
+    optimizer = OPTIMIZERS[kind](groups(net))
+    train(net, optimizer, range(5))
+    Checkpoints(tmp_path, accelerator, net, optimizer).save(5, {"epoch": 1, "batch": 2})
+    saved = copy.deepcopy(state_of(net, optimizer))
+    train(net, optimizer, range(5, 10))
+
+    other = a_network(seed=1)
+    again = OPTIMIZERS[kind](groups(other))
+    assert Checkpoints(tmp_path, accelerator, other, again).load() == {"step": 5, "epoch": 1, "batch": 2}
+    for one, two in zip(state_of(other, again), saved, strict=True):
+        assert torch.equal(one, two)
+        assert one.dtype == two.dtype
+    train(other, again, range(5, 10))
+    for one, two in zip(state_of(other, again), state_of(net, optimizer), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_the_learning_rate_stays_the_optimizer_s_own(tmp_path, accelerator):
+    net = a_network()
+    optimizer = OPTIMIZERS["adamw"](groups(net))
+    train(net, optimizer, range(1))
+    Checkpoints(tmp_path, accelerator, net, optimizer).save(1, {})
+    again = torch.optim.AdamW(groups(net), lr=7.0)
+    Checkpoints(tmp_path, accelerator, net, again).load()
+    assert [group["lr"] for group in again.param_groups] == [7.0, 7.0]
+
+
+@pytest.fixture
+def checkpoints(tmp_path, accelerator):
+    """checkpoints(keep=) over one network whose first bias tells the step it was saved at."""
+    net = a_network()
+    optimizer = OPTIMIZERS["sgd with momentum"](groups(net))
+    train(net, optimizer, range(1))
+
+    def make(keep=2):
+        made = Checkpoints(tmp_path / "checkpoints", accelerator, net, optimizer, keep)
+
+        def save(step):
+            nn.init.constant_(net[0].bias, step)
+            made.save(step, {"batch": step})
+            nn.init.zeros_(net[0].bias)
+
+        def load():
+            state = made.load()
+            return state, net[0].bias[0].item()
+
+        return save, load, tmp_path / "checkpoints"
+
+    return make
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_nothing_saved_is_nothing_loaded(checkpoints):
+    _, load, _ = checkpoints()
+    assert load()[0] == {}
+
+
+def test_the_newest_are_kept_and_the_newest_is_loaded(checkpoints):
+    save, load, folder = checkpoints(keep=2)
+    for step in (10, 20, 30, 40):
+        save(step)
+    assert names(folder) == ["step-000030", "step-000040"]
+    assert load() == ({"step": 40, "batch": 40}, 40)
+
+
+def test_steps_of_seven_digits_are_newer_than_those_of_six(checkpoints):
+    save, load, folder = checkpoints(keep=2)
+    for step in (999_998, 999_999, 1_000_000):
+        save(step)
+    assert names(folder) == ["step-1000000", "step-999999"]
+    assert load()[1] == 1_000_000
+
+
+def test_a_half_written_checkpoint_is_passed_over_and_its_leftovers_do_not_stop_the_next(checkpoints):
+    save, load, folder = checkpoints()
+    save(10)
+    save(20)
+    (folder / "step-000020").rename(folder / "step-000020.tmp")  # killed before the rename
+    assert load()[1] == 10
+    save(20)
+    assert names(folder) == ["step-000010", "step-000020"]
+    assert load()[1] == 20
+
+
+@pytest.mark.parametrize("harm", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("how", ["truncated", "missing", "empty"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(checkpoints, capsys, harm, how):
+    save, load, folder = checkpoints()
+    save(10)
+    save(20)
+    file = folder / "step-000020" / harm
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: -(file.stat().st_size // 3)] if how == "truncated" else b"")
+    assert load() == ({"step": 10, "batch": 10}, 10)
+    said = capsys.readouterr().out
+    assert "step-000020 is not whole" in said
+    assert "continuing from" in said and said.strip().endswith("step-000010")
+
+
+def test_a_step_saved_again_replaces_the_first(checkpoints):
+    save, load, folder = checkpoints()
+    for _ in range(2):
+        save(10)
+    assert names(folder) == ["step-000010"]
+    assert load()[1] == 10
+
+
+def test_clear_removes_them_all(accelerator, tmp_path):
+    net = a_network()
+    made = Checkpoints(tmp_path / "c", accelerator, net, OPTIMIZERS["sgd"](groups(net)))
+    made.save(1, {})
+    made.clear()
+    assert not (tmp_path / "c").exists()
+    made.clear()
+    assert made.load() == {}

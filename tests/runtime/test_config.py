@@ -1,0 +1,201 @@
+"""Settings: what lies over what, one sentence for a mistake, and the folder that holds one run."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from bigtrain.runtime.config import RunSettings, overlay, read_settings, result_settings, user_errors
+from bigtrain.runtime.run_folder import RunFolder, write_json
+
+TOP = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Config:
+    known: tuple[str, ...] = ()
+    scale: tuple[float, float] = (0.1, 0.3)
+    lr: float = 1e-5
+    epochs: int = 10
+    keep: Literal["attended", "random"] = "attended"
+    tune: bool = True
+    blocks: Literal[1, 3] = 1
+    run: RunSettings = field(default_factory=RunSettings)
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(text, name="config.toml"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+def test_flags_lie_over_the_file_over_the_preset_over_the_defaults(toml):
+    preset = toml("lr = 1\nepochs = 1\nkeep = 'random'\n", "preset.toml")
+    file = toml("lr = 2\nepochs = 2\nout = 'a'\nknown = ['x', 'y']\n")
+    config = read_settings(Config, ["--config", str(file), "--lr", "3", "--out", "b"], preset)
+    assert config == Config(known=("x", "y"), lr=3, epochs=2, keep="random", run=RunSettings(out="b"))
+    assert read_settings(Config, [f"--config={file}"], preset).lr == 2
+    assert read_settings(Config, [], preset).lr == 1
+    assert read_settings(Config, []) == Config()
+
+
+def test_flags_of_every_kind_are_read():
+    flags = [
+        "--known",
+        "cat",
+        "dog",
+        "--scale",
+        ".2",
+        ".4",
+        "--no-tune",
+        "--blocks",
+        "3",
+        "--workers",
+        "2",
+        "--epochs",
+        "5",
+    ]
+    expected = Config(
+        known=("cat", "dog"), scale=(0.2, 0.4), tune=False, blocks=3, epochs=5, run=RunSettings(workers=2)
+    )
+    assert read_settings(Config, flags) == expected
+
+
+def test_the_group_run_may_be_a_table_or_stand_at_the_top(toml):
+    config = overlay(Config(), toml("log_every = 7\n[run]\nworkers = 3\n"))
+    assert config.run == RunSettings(log_every=7, workers=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("epoch = 3", r"no setting 'epoch'; near it: epochs"),
+        ("zzz = 3", r"no setting 'zzz'; near it: see --help"),
+        ("[run]\nworker = 3", r"no setting 'worker'; near it: workers"),
+        ("[run]\nepochs = 3", r"no setting 'epochs'"),
+        ("run = 3", r"no setting 'run'"),
+        ("epochs = ", r"is not valid TOML"),
+        ("epochs = 'ten'", r"epochs is 'ten'; it must be int"),
+        ("epochs = 2.5", r"epochs is 2.5; it must be int"),
+        ("epochs = true", r"epochs is True; it must be int"),
+        ("lr = 'fast'", r"lr is 'fast'; it must be float"),
+        ("tune = 1", r"tune is 1; it must be bool"),
+        ("keep = 'all'", r"keep is 'all'; it must be Literal\['attended', 'random'\]"),
+        ("blocks = 2", r"blocks is 2; it must be Literal\[1, 3\]"),
+        ("known = 'cat'", r"known is 'cat'; it must be tuple\[str, \.\.\.\]"),
+        ("known = [1]", r"known is \[1\]; it must be tuple\[str, \.\.\.\]"),
+        ("scale = [0.1]", r"scale is \[0\.1\]; it must be tuple\[float, float\]"),
+        ("workers = 'two'", r"workers is 'two'; it must be int"),
+    ],
+)
+def test_a_wrong_setting_in_a_file_is_refused(toml, text, sentence):
+    with pytest.raises(ValueError, match=r"config\.toml.*" + sentence):
+        overlay(Config(), toml(text))
+
+
+def test_a_whole_number_is_also_a_float(toml):
+    config = overlay(Config(), toml("lr = 1\nscale = [0, 1]"))
+    assert (config.lr, config.scale) == (1, (0, 1))
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.toml cannot be read .*--config takes a \.toml file"):
+        read_settings(Config, ["--config", str(tmp_path / "none.toml")])
+    with pytest.raises(ValueError, match="--config was given without a file"):
+        read_settings(Config, ["--config"])
+
+
+def test_print_config_prints_the_settings_as_json_and_ends(toml, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        read_settings(Config, ["--epochs", "4", "--print-config", "--config", str(toml("known = ['a']"))])
+    assert leaving.value.code == 0
+    record = json.loads(capsys.readouterr().out)
+    expected = Config(known=("a",), epochs=4)
+    assert record == {**result_settings(expected), "run": {**expected.run.__dict__}}
+
+
+def test_where_a_run_lies_is_no_setting_of_its_result():
+    assert result_settings(Config()) == result_settings(Config(run=RunSettings(out="x", workers=5)))
+    assert result_settings(Config(epochs=3)) != result_settings(Config())
+
+
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as leaving, user_errors("defend.py"):
+        raise ValueError("the cat is no dog.")
+    assert leaving.value.code == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "defend.py: error: the cat is no dog.\n")
+
+
+def test_of_many_processes_one_says_what_is_wrong_and_a_bug_keeps_its_traceback(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as leaving, user_errors("defend.py"):
+        raise ValueError("the cat is no dog.")
+    assert (leaving.value.code, capsys.readouterr().err) == (2, "")
+    with pytest.raises(TypeError), user_errors("defend.py"):
+        raise TypeError("a bug")
+
+
+def run_of(folder, **changes):
+    run = RunFolder(folder, replace(Config(), **changes))
+    run.check()
+    return run
+
+
+def test_a_run_folder_continues_with_the_same_settings_and_refuses_others_by_name(tmp_path):
+    run = run_of(tmp_path / "run", known=("a",))
+    run.create()
+    written = (tmp_path / "run" / "config.json").read_text()
+    assert json.loads(written)["settings"]["known"] == ["a"]
+    assert "torch" in json.loads(written)["packages"]
+    again = run_of(tmp_path / "run", known=("a",), run=RunSettings(workers=4))
+    again.create()
+    assert (tmp_path / "run" / "config.json").read_text() == written
+    with pytest.raises(ValueError) as caught:
+        run_of(tmp_path / "run", known=("b",), epochs=11)
+    said = str(caught.value)
+    assert "known (['a'] there, ['b'] here)" in said
+    assert "epochs (10 there, 11 here)" in said
+    assert "lr" not in said and "Name another folder" in said
+
+
+def test_a_run_is_finished_once_it_has_results(tmp_path):
+    run = run_of(tmp_path / "run")
+    run.create()
+    assert not run.finished
+    write_json(run / "results.json", {"auroc": 0.5})
+    assert run.finished
+
+
+def test_a_folder_of_other_files_is_no_run(tmp_path):
+    run_of(tmp_path)  # an empty one may serve
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"holds other files and no run: name a new folder"):
+        run_of(tmp_path)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    write_json(tmp_path / "a.json", {"ä": 1})
+    before = (tmp_path / "a.json").read_text()
+    for wrong in ({"x": float("nan")}, {"x": object()}):
+        with pytest.raises((ValueError, TypeError)):
+            write_json(tmp_path / "a.json", wrong)
+        assert (tmp_path / "a.json").read_text() == before
+
+
+def test_a_recipe_prints_its_settings_without_loading_data_or_weights(tmp_path):
+    command = [sys.executable, TOP / "recipes" / "defend.py", "--print-config", "--train", "nowhere", "--seed", "3"]
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(TOP)}
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert (record["train"], record["seed"], record["run"]["out"]) == ("nowhere", 3, "")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,202 @@
+"""The start of a run, and how it stops: processes that know each other agree on both."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from bigtrain.runtime import start as module
+from bigtrain.runtime.log import StageLog, clock
+from bigtrain.runtime.preempt import SIGNALS, STOPPED, Stop
+from bigtrain.runtime.start import choose_precision, seed_step, start, torch_dtype
+
+TOP = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def test_a_step_s_random_numbers_depend_on_seed_step_and_rank_alone():
+    def drawn(*of):
+        torch.rand(7)
+        seed_step(*of)
+        return tuple(torch.rand(2).tolist())
+
+    steps = [(seed, step, rank) for seed in range(3) for step in range(5) for rank in range(4)]
+    first = [drawn(*of) for of in steps]
+    assert [drawn(*of) for of in steps] == first
+    assert len(set(first)) == len(first)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "bf16", "width", "expected"),
+    [
+        (True, True, 192, "bf16"),
+        (True, False, 768, "fp16"),
+        (False, True, 384, "bf16"),
+        (False, True, 192, "fp32"),
+        (False, False, 768, "fp32"),
+    ],
+)
+def test_the_precision_is_a_rule_of_device_and_width(monkeypatch, cuda, bf16, width, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert choose_precision("auto", width) == expected
+    assert choose_precision("fp16", width) == "fp16"
+
+
+def test_precisions_by_name():
+    assert [torch_dtype(p) for p in ("fp32", "bf16", "fp16")] == [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_deepspeed_is_refused_until_a_recipe_can(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="does not run under DeepSpeed yet"):
+        start("fp32")
+
+
+def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(module, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    with pytest.raises(
+        ValueError, match=r"started 2 processes, but they run as 1 that do not know each other\. On CPUs"
+    ):
+        start("fp32")
+
+
+def launched(folder, script, *, use_cpu, timeout_s=120):
+    (folder / "script.py").write_text(script)
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU")}
+    environment |= {"PYTHONPATH": str(TOP), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"ACCELERATE_USE_CPU": "true"} if use_cpu else {}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py"]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=timeout_s
+    )
+
+
+TWO = """
+from pathlib import Path
+import os, signal, time
+from bigtrain.runtime.config import user_errors
+from bigtrain.runtime.preempt import Stop
+from bigtrain.runtime.start import start
+with user_errors("recipe.py"):
+    accelerator = start("fp32")
+rank = accelerator.process_index
+stop = Stop(accelerator, Path("."))
+agreed = []
+for step in range(4):
+    accelerator.wait_for_everyone()
+    if step == 2 and rank == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)  # one rank alone is asked
+    agreed.append(stop.agreed())
+Path(f"agreed{rank}").write_text(repr(agreed))
+stop.leave()
+"""
+
+
+def test_two_processes_launched_wrongly_end_with_one_sentence(tmp_path):
+    done = launched(tmp_path, TWO, use_cpu=False)
+    assert done.returncode != 0
+    assert not list(tmp_path.glob("agreed*"))
+    (sentence,) = {line for line in done.stderr.splitlines() if line.startswith("recipe.py: error: ")}
+    assert "the launcher started 2 processes, but they run as 1" in sentence
+    assert "exitcode  : 2 " in done.stderr
+
+
+def test_all_processes_agree_to_stop_once_one_was_asked(tmp_path):
+    done = launched(tmp_path, TWO, use_cpu=True)
+    agreed = [(tmp_path / f"agreed{rank}").read_text() for rank in range(2)]
+    assert agreed == ["[False, False, True, True]"] * 2, done.stderr
+    assert done.stdout.count("stopped when asked, saved; the same command continues.") == 1
+    assert f"exitcode  : {STOPPED}" in done.stderr
+
+
+@pytest.fixture
+def handlers():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_asks_for_the_stop_and_does_nothing_else(accelerator, handlers, tmp_path, number):
+    stop = Stop(accelerator, tmp_path)
+    assert not stop.agreed()
+    os.kill(os.getpid(), number)
+    assert stop.agreed()
+    assert stop.agreed()
+    if number == signal.SIGINT:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+    else:
+        os.kill(os.getpid(), number)  # again: still only asked
+
+
+def test_a_file_asks_for_the_stop_and_is_gone_once_the_run_left(accelerator, handlers, tmp_path, capsys):
+    stop = Stop(accelerator, tmp_path)
+    (tmp_path / "stop").touch()
+    assert stop.agreed()
+    with pytest.raises(SystemExit) as leaving:
+        stop.leave()
+    assert leaving.value.code == STOPPED
+    assert "the same command continues" in capsys.readouterr().out
+    assert not (tmp_path / "stop").exists()
+    assert not stop.agreed()
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_log_has_a_row_at_every_so_many_steps_and_at_the_end(accelerator, tmp_path, capsys):
+    log = StageLog(tmp_path, accelerator, "distil", steps=7, done=0, images_per_step=4, every=3)
+    for step in range(1, 8):
+        log.step(loss=torch.tensor(step / 2), lr=0.5)
+    log.close()
+    assert [(row["stage"], row["step"], row["loss"], row["lr"]) for row in rows(tmp_path)] == [
+        ("distil", 3, 1.5, 0.5),
+        ("distil", 6, 3.0, 0.5),
+        ("distil", 7, 3.5, 0.5),
+    ]
+    assert all(row["images_per_s"] > 0 and row["time"] > 1e9 for row in rows(tmp_path))
+    said = capsys.readouterr().out
+    assert "distil  step 7/7  loss 3.5  lr 0.5" in said
+    assert list((tmp_path / "tensorboard" / "distil").iterdir())
+
+
+def test_a_continued_log_goes_on_at_its_step(accelerator, tmp_path):
+    for done in (0, 4):
+        log = StageLog(tmp_path, accelerator, "tune", steps=8, done=done, images_per_step=4, every=2)
+        for _ in range(4):
+            log.step(loss=1.0)
+        log.close()
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6, 8]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = StageLog(
+        tmp_path, SimpleNamespace(is_main_process=False), "tune", steps=2, done=0, images_per_step=4, every=1
+    )
+    log.step(loss=1.0)
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clock_by_hand():
+    assert [clock(s) for s in (0, 59.6, 61, 3599, 4000)] == ["0:00", "1:00", "1:01", "59:59", "1:06:40"]
