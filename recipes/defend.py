@@ -177,6 +177,7 @@ def defend(config: Config) -> None:
         distance=config.distance,
         distilled_blocks=config.distilled_blocks,
         precision=precision,
+        attention=config.attention,
         batch=config.score_batch,
     )
 
@@ -208,6 +209,7 @@ def defend(config: Config) -> None:
         f"AUROC {auroc['value']:.3f} (95 % interval {auroc['low']:.3f} to {auroc['high']:.3f}); {plain}; "
         f"{clock(time.monotonic() - began)}; report: {run / 'report.html'}"
     )
+    accelerator.end_training()
 
 
 def dense_tuning(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bigtrain.data.stream import decode
 from bigtrain.data.views import Resized, to_float
+from bigtrain.models.attention import Backend
 from bigtrain.models.weights import Pretrained, load_vit, save_vit
 from bigtrain.objectives.losses import Distance, Normalisation
 from bigtrain.objectives.scores import distillation_score
@@ -34,6 +35,8 @@ class Scoring:
     distance: Distance
     distilled_blocks: int
     precision: Literal["fp32", "bf16", "fp16"]
+    attention: Backend
+    """Where it is not to be had on the device that loads the detector, another takes its place."""
     batch: int
     """Images a forward pass. Short batches are filled up: a kernel's rounding can depend on the batch's shape."""
     threshold: float | None = None
@@ -120,7 +123,10 @@ class DistillationDetector:
         record = json.loads((folder / "detector.json").read_text())
         scoring = Scoring(**{key: value for key, value in record.items() if key not in ("method", "version")})
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        networks = [load_vit(str(folder / f"{name}.safetensors")) for name in ("teacher", "student")]
+        attention = "auto" if scoring.attention == "xformers" and target.type != "cuda" else scoring.attention
+        networks = [
+            load_vit(str(folder / f"{name}.safetensors"), attention=attention) for name in ("teacher", "student")
+        ]
         for network in networks:
             network.vit.to(target)
         return cls(networks[0], networks[1], scoring)

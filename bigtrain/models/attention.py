@@ -68,9 +68,10 @@ def _sdpa(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, runs: Runs) -> Tensor:
 def _dense(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, runs: Runs) -> Tensor:
     sequence_T = torch.arange(sum(count for count, _ in runs), device=q_THd.device)
     sequence_T = sequence_T.repeat_interleave(torch.tensor(lengths(runs), device=q_THd.device))
-    score_HTT = torch.einsum("thd,shd->hts", q_THd.float(), k_THd.float()) * q_THd.shape[-1] ** -0.5
-    score_HTT = score_HTT.masked_fill(sequence_T[:, None] != sequence_T[None, :], float("-inf"))
-    return torch.einsum("hts,shd->thd", score_HTT.softmax(dim=-1), v_THd.float()).to(v_THd.dtype)
+    with torch.autocast(q_THd.device.type, enabled=False):  # an oracle in float32, whatever surrounds it
+        score_HTT = torch.einsum("thd,shd->hts", q_THd.float(), k_THd.float()) * q_THd.shape[-1] ** -0.5
+        score_HTT = score_HTT.masked_fill(sequence_T[:, None] != sequence_T[None, :], float("-inf"))
+        return torch.einsum("hts,shd->thd", score_HTT.softmax(dim=-1), v_THd.float()).to(v_THd.dtype)
 
 
 def _xformers(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, runs: Runs) -> Tensor:

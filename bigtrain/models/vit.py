@@ -58,6 +58,8 @@ class Architecture:
             for block in net.blocks
         ):
             raise ValueError(refusal)
+        # our pass has no use for it, and DDP wants a gradient for every weight
+        net.attn_pool = None  # type: ignore[assignment]
         return net
 
 

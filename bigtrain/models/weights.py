@@ -19,7 +19,7 @@ import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ from bigtrain.models.attention import Backend
 from bigtrain.models.vit import Architecture, ViT
 
 ABOUT = "bigtrain"  # key of the metadata
-CLASSIFIER = re.compile(r"(head|head_dist|pre_logits|fc_norm)(\.|$)")
+CLASSIFIER = re.compile(r"(head|head_dist|pre_logits|fc_norm|attn_pool)(\.|$)")
 LOCAL = (".safetensors", ".pth", ".pt", ".npz")
 AUGREG_MEAN = AUGREG_STD = (0.5, 0.5, 0.5)
 
@@ -87,8 +87,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
     `about` becomes one JSON entry of the metadata: the format does not keep the order of several.
     """
     temporary = path.with_name(path.name + ".tmp")
-    save_file(dict(tensors), temporary, metadata={ABOUT: json.dumps(about)})
-    with temporary.open("rb") as file:
+    with temporary.open("wb") as file:  # safetensors' own save_file makes files that only their owner can read
+        file.write(serialize(dict(tensors), metadata={ABOUT: json.dumps(about)}))
+        file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 

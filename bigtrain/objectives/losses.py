@@ -32,7 +32,7 @@ def align_to_crops(assignment_BhwK: Tensor, box_BV4: Tensor, *, patch_size: int,
     top, left, bottom, right = box_BV4.float().unbind(-1)
     roi = list(torch.stack([left, top, right, bottom], dim=-1))
     map_BKhw = assignment_BhwK.float().permute(0, 3, 1, 2).contiguous()
-    out = roi_align(map_BKhw, roi, grid, spatial_scale=1 / patch_size, sampling_ratio=2, aligned=True)
+    out = roi_align(map_BKhw, roi, grid, spatial_scale=1 / patch_size, aligned=True)
     return out.flatten(2).transpose(1, 2).unflatten(0, (-1, crops))
 
 

@@ -83,8 +83,9 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def _whole(self) -> list[Path]:
-        folders = [p for p in self.folder.glob("step-*") if p.suffix != ".tmp"]
-        return sorted(folders, key=lambda p: int(p.name.removeprefix("step-")))  # behind 999999 there are 7 digits
+        step_of = {p: p.name.removeprefix("step-") for p in self.folder.glob("step-*")}
+        whole = [p for p, step in step_of.items() if step.isdigit()]  # not step-000123.tmp
+        return sorted(whole, key=lambda p: int(step_of[p]))  # behind 999999 there are 7 digits
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         tensors = {}

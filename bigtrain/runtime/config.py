@@ -121,7 +121,7 @@ def user_errors(program: str) -> Iterator[None]:
     """End with exit code 2 and one sentence on a user's mistake; `BIGTRAIN_TRACEBACK=1` shows where it was raised."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         if os.environ.get("BIGTRAIN_TRACEBACK"):
             traceback.print_exc()
         # before a process group forms, every rank finds the same mistake: one of them says so

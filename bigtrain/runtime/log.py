@@ -46,7 +46,7 @@ class StageLog:
         self.began = self.last_line = time.monotonic()
         self.waited_s = 0.0
         if self.writes:
-            self.file = (folder / "log.jsonl").open("a", buffering=1)
+            self.file = continued(folder / "log.jsonl", stage, done).open("a", buffering=1)
             self.board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=done)
             self.bar = tqdm(
                 total=steps, initial=done, desc=stage, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
@@ -88,6 +88,25 @@ class StageLog:
             self.bar.close()
             self.board.close()
             self.file.close()
+
+
+def continued(path: Path, stage: str, done: int) -> Path:
+    """Leave out of a log the rows of steps that are taken again, those behind the checkpoint of a killed start."""
+    rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [row for row in rows if not is_row_after(row, stage, done)]
+    if len(kept) < len(rows):
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+    return path
+
+
+def is_row_after(row: str, stage: str, done: int) -> bool:
+    try:
+        record = json.loads(row)
+    except json.JSONDecodeError:
+        return True  # the row at which the run was killed
+    return record["stage"] == stage and record["step"] > done
 
 
 def clock(seconds: float) -> str:

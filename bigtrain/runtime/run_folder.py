@@ -32,7 +32,7 @@ class RunFolder:
     def check(self) -> None:
         """Refuse a folder that holds another configuration's run, naming the settings that differ."""
         if not (self / CONFIG_FILE).is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(p.suffix != ".tmp" for p in self.path.iterdir()):
                 raise ValueError(f"--out {self.path} holds other files and no run: name a new folder.")
             return
         there = json.loads((self / CONFIG_FILE).read_text())["settings"]

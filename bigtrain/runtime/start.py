@@ -59,4 +59,4 @@ def torch_dtype(precision: Literal["fp32", "bf16", "fp16"]) -> torch.dtype:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch for one step of one rank: drop path and dropout then need no generator state in a checkpoint."""
-    torch.manual_seed((seed * 1_000_003 + step) * 4099 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 4099 + rank) % 2**63)

@@ -22,6 +22,7 @@ SCORING = Scoring(
     distance="squared",
     distilled_blocks=1,
     precision="fp32",
+    attention="auto",
     batch=5,
 )
 
@@ -75,6 +76,13 @@ def test_a_picture_scores_the_same_bits_in_any_order_and_grouping(detector, pict
     assert np.array_equal(detector.score(pictures[::-1]), together[::-1])
     assert np.array_equal(np.concatenate([detector.score([picture]) for picture in pictures]), together)
     assert np.array_equal(detector.score(picture for picture in pictures[3:]), together[3:])
+
+
+def test_every_forward_pass_has_the_shape_it_had_in_training(detector, pictures, monkeypatch):
+    shapes, score_tensor = [], detector.score_tensor
+    monkeypatch.setattr(detector, "score_tensor", lambda image: [shapes.append(image.shape), score_tensor(image)][1])
+    assert len(detector.score(pictures)) == 12
+    assert shapes == [(5, 3, 32, 32)] * 3  # a kernel's rounding can depend on it
 
 
 def test_paths_arrays_and_pictures_are_the_same_input(detector, pictures, tmp_path):

@@ -53,8 +53,10 @@ def test_pixel_features_are_the_picture_at_32_pixels():
 def test_token_features_are_the_mean_direction_of_the_patch_tokens():
     architecture = Architecture("vit_tiny_patch16_224", 32, 8, 1)
     torch.manual_seed(0)
-    network = Pretrained(ViT(architecture.build().eval()), architecture, (0.5,) * 3, (0.25,) * 3, "")
+    net = architecture.build().eval()
+    torch.nn.init.normal_(net.norm.weight, std=3)  # so that tokens differ in length
+    network = Pretrained(ViT(net), architecture, (0.5,) * 3, (0.25,) * 3, "")
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    tokens_BND = network.vit.backbone.forward_features((images / 255 - 0.5) / 0.25)[:, 1:]
+    tokens_BND = net.forward_features((images / 255 - 0.5) / 0.25)[:, 1:]
     mean_BD = (tokens_BND / tokens_BND.norm(dim=-1, keepdim=True)).mean(dim=1)
     torch.testing.assert_close(token_features(images, network), F.normalize(mean_BD, dim=-1), rtol=1e-4, atol=1e-5)

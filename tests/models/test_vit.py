@@ -261,6 +261,15 @@ def test_the_student_is_random_by_the_seed_with_xavier_linears_and_rising_drop_p
     assert rates == pytest.approx([0, 0.1, 0.2])
 
 
+@pytest.mark.parametrize("model", [*KINDS, "vit_base_patch16_siglip_224"])
+def test_every_weight_of_a_student_that_learns_has_a_gradient_as_ddp_demands(model):
+    size, patch = KINDS.get(model, (32, 16))
+    student = masked_student(Architecture(model, size, patch, 1), drop_path=0.0)
+    visible_BN = half_visible(2, (size // patch) ** 2)
+    student(images(2, size, size), visible_BN=visible_BN)[0].tokens_BND.square().sum().backward()
+    assert [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_a_student_that_cannot_be_compared_with_its_teacher_is_refused(network):
     teacher = network()[1]
     check_pair(teacher, network(depth=3)[1], last=2)

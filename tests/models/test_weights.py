@@ -93,6 +93,16 @@ def test_the_classifier_of_pretraining_is_left_out_and_said_to_be(network, file_
         load_vit(file_of({**state, "header": torch.ones(1)}), SMALL)
 
 
+def test_a_pooling_head_is_left_out_with_the_classifier(file_of):
+    theirs = timm.create_model("vit_base_patch16_siglip_224", img_size=32, depth=1)
+    loaded = load_vit(file_of(theirs.state_dict()), Architecture("vit_base_patch16_siglip_224", 32, depth=1))
+    assert "left out: attn_pool.kv.bias" in loaded.report
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs.eval().forward_features(image)
+        torch.testing.assert_close(loaded.vit(image)[0].tokens_BND, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_loading_leaves_a_network_that_does_not_fit_as_it_was():
     module = nn.Linear(2, 2)
     before = module.weight.clone()
