@@ -36,7 +36,7 @@ from bigtrain.objectives.sinkhorn import sinkhorn
 from bigtrain.runtime.config import RunSettings, read_settings, result_settings, user_errors
 from bigtrain.runtime.log import clock
 from bigtrain.runtime.optim import cosine, decay_groups, follow, set_schedule, update, warmup_cosine
-from bigtrain.runtime.run_folder import RESULTS_FILE, RunFolder, write_json
+from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.start import Precision, choose_precision, torch_dtype, world_size_of_launch
 from recipes.presets.fashion.prepare import PRESET, with_embedded_data
 from recipes.stage import Setup, Stage
@@ -202,7 +202,7 @@ def defend(config: Config) -> None:
         seed=config.seed,
     )
     if accelerator.is_main_process:
-        write_json(run / RESULTS_FILE, results)
+        run.finish(results)
     plain = ", ".join(f"{name} {figures['auroc']['value']:.3f}" for name, figures in results["comparisons"].items())
     auroc = results["auroc"]
     accelerator.print(
@@ -270,7 +270,6 @@ def dense_tuning(
     tuned = replace(given, vit=tuner.vit.requires_grad_(False))
     if accelerator.is_main_process:
         save_vit(tuned_file, tuned.vit, tuned.architecture, mean=tuned.mean, std=tuned.std)
-    stage.checkpoints.clear()
     return tuned
 
 
@@ -339,7 +338,6 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
     student.requires_grad_(False).eval()
     if accelerator.is_main_process:
         save_vit(student_file, student, architecture, mean=teacher.mean, std=teacher.std)
-    stage.checkpoints.clear()
     return Pretrained(student, architecture, teacher.mean, teacher.std, "")
 
 

@@ -32,7 +32,7 @@ from bigtrain.models.weights import save_vit
 from bigtrain.runtime.config import RunSettings, read_settings, user_errors
 from bigtrain.runtime.log import clock
 from bigtrain.runtime.optim import decay_groups, set_schedule, update, warmup_cosine
-from bigtrain.runtime.run_folder import RESULTS_FILE, RunFolder, write_json
+from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.start import Precision, choose_precision, world_size_of_launch
 from recipes.stage import Setup, Stage
 
@@ -141,8 +141,7 @@ def pretrain(config: Config) -> None:
     if accelerator.is_main_process:
         save_vit(run / "teacher.safetensors", vit, architecture, mean=MEAN, std=STD, dtype=dtype)
         results = {"top1": top1, "top5": top5, "held_out_images": count, "classes": len(label_of), "seed": config.seed}
-        write_json(run / RESULTS_FILE, results)
-    stage.checkpoints.clear()
+        run.finish(results)
     accelerator.print(
         f"top-1 {top1:.3f}, top-5 {top5:.3f} on {count} held-out images; {clock(time.monotonic() - began)}; "
         f"the teacher is {run / 'teacher.safetensors'}"

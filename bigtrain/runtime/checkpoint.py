@@ -76,12 +76,6 @@ class Checkpoints:
             return state
         return {}
 
-    def clear(self) -> None:
-        """Remove them all, once what they lead to has been saved."""
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-
     def _whole(self) -> list[Path]:
         step_of = {p: p.name.removeprefix("step-") for p in self.folder.glob("step-*")}
         whole = [p for p, step in step_of.items() if step.isdigit()]  # not step-000123.tmp

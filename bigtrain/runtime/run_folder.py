@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from importlib.metadata import distributions
 from pathlib import Path
@@ -55,6 +56,11 @@ class RunFolder:
                 "packages": dict(sorted((d.metadata["Name"], d.version) for d in distributions())),
             }
             write_json(self / CONFIG_FILE, record)
+
+    def finish(self, results: Any) -> None:
+        """Write results.json, which makes the run a finished one; its checkpoints have served. Called on one rank."""
+        write_json(self / RESULTS_FILE, results)
+        shutil.rmtree(self / "checkpoints", ignore_errors=True)
 
 
 def write_json(path: Path, record: Any) -> None:

@@ -162,13 +162,3 @@ def test_a_step_saved_again_replaces_the_first(checkpoints):
         save(10)
     assert names(folder) == ["step-000010"]
     assert load()[1] == 10
-
-
-def test_clear_removes_them_all(accelerator, tmp_path):
-    net = a_network()
-    made = Checkpoints(tmp_path / "c", accelerator, net, OPTIMIZERS["sgd"](groups(net)))
-    made.save(1, {})
-    made.clear()
-    assert not (tmp_path / "c").exists()
-    made.clear()
-    assert made.load() == {}

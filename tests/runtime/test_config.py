@@ -166,12 +166,14 @@ def test_a_run_folder_continues_with_the_same_settings_and_refuses_others_by_nam
     assert "lr" not in said and "Name another folder" in said
 
 
-def test_a_run_is_finished_once_it_has_results(tmp_path):
+def test_a_run_is_finished_once_it_has_results_and_keeps_no_checkpoints(tmp_path):
     run = run_of(tmp_path / "run")
     run.create()
+    (run / "checkpoints" / "distil").mkdir(parents=True)
     assert not run.finished
-    write_json(run / "results.json", {"auroc": 0.5})
-    assert run.finished
+    run.finish({"auroc": 0.5})
+    assert run.finished and json.loads((run / "results.json").read_text()) == {"auroc": 0.5}
+    assert not (run / "checkpoints").exists()
 
 
 def test_a_folder_of_other_files_is_no_run(tmp_path):

@@ -1,0 +1,46 @@
+"""The main job without arguments: the embedded sample and teacher, as a new user starts it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bigtrain.models.weights import load_vit
+from recipes.presets.fashion.prepare import HERE
+from tests.recipes.conftest import ENVIRONMENT, ROOT
+
+
+def first_command(folder, *flags):
+    """`accelerate launch recipes/defend.py`, in an empty folder of its own and without a network."""
+    accelerate = Path(sys.executable).with_name("accelerate")
+    line = [str(accelerate), "launch", str(ROOT / "recipes" / "defend.py"), *flags]
+    return subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=900, cwd=folder)
+
+
+def test_the_first_command_works_on_the_data_that_comes_with_it(tmp_path):
+    done = first_command(tmp_path, "--tune-epochs", "1", "--distil-epochs", "1")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert "preset fashion" in said[0]
+    assert "AUROC" in said[-1] and "runs/fashion/report.html" in said[-1]
+    results = json.loads((tmp_path / "runs" / "fashion" / "results.json").read_text())
+    assert results["known"] == ["ankle_boot"]
+    assert results["counts"] == {"known": 100, "novel": 900}
+
+
+def test_the_embedded_teacher_is_small_and_whole():
+    file = HERE / "teacher" / "teacher.safetensors"
+    assert file.stat().st_size <= 6e6
+    teacher = load_vit(str(file))
+    assert len(teacher.vit.backbone.blocks) == 6 and teacher.vit.width == 192
+
+
+@pytest.mark.slow
+def test_the_first_command_reaches_its_figure_over_three_seeds(tmp_path):
+    found = []
+    for seed in "012":
+        assert first_command(tmp_path, "--seed", seed, "--out", seed).returncode == 0
+        found.append(json.loads((tmp_path / seed / "results.json").read_text())["auroc"]["value"])
+    assert sum(found) / 3 >= 0.92
