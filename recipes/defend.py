@@ -12,133 +12,68 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from bigtrain.data.masks import Keep, visible_patches
-from bigtrain.data.plan import Plan, check_divides
+from bigtrain.data.masks import visible_patches
+from bigtrain.data.plan import Plan
 from bigtrain.data.protocol import Protocol, seeded_choice, split
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.views import MultiCrop, Resized, to_float
 from bigtrain.detectors.distillation import DistillationDetector, Scoring
 from bigtrain.detectors.neighbours import pixel_features, token_features
 from bigtrain.evaluation.judge import judge
-from bigtrain.models.attention import Backend, resolve_backend
+from bigtrain.models.attention import resolve_backend, torch_dtype
 from bigtrain.models.heads import DenseTuner, TokenQueue
-from bigtrain.models.vit import Architecture, check_image_size, check_pair, masked_student
+from bigtrain.models.vit import Architecture, masked_student
 from bigtrain.models.weights import Pretrained, load_vit, save_vit
-from bigtrain.objectives.losses import Distance, Normalisation, align_to_crops, dense_loss, distillation_loss
+from bigtrain.objectives.losses import align_to_crops, dense_loss, distillation_loss
 from bigtrain.objectives.sinkhorn import sinkhorn
-from bigtrain.runtime.config import RunSettings, read_settings, result_settings, user_errors
+from bigtrain.runtime.config import (
+    check_ranges,
+    print_if_asked,
+    read_settings,
+    result_settings,
+    user_errors,
+)
 from bigtrain.runtime.log import clock
 from bigtrain.runtime.optim import cosine, decay_groups, follow, set_schedule, update, warmup_cosine
 from bigtrain.runtime.run_folder import RunFolder
-from bigtrain.runtime.start import Precision, choose_precision, torch_dtype, world_size_of_launch
-from recipes.presets.fashion.prepare import PRESET, with_embedded_data
-from recipes.stage import Setup, Stage
-
-
-@dataclass(frozen=True)
-class Config:
-    train: str = ""
-    """Shard set to train on; only its known images are read."""
-    test: str = ""
-    """Shard set to judge on."""
-    known: tuple[str, ...] = ()
-    """Known classes; an image with any object of them is known. All others are novel."""
-    novel: tuple[str, ...] = ()
-    """Or the novel classes; all others are known."""
-    validation_share: float = 0.1
-    """Share of the known training images that is held out, for the threshold."""
-    train_limit: int = 0
-    """Train on a seeded choice of so many known images; 0: all."""
-    test_limit: int = 0
-    """Judge on a seeded choice of so many test images; 0: all."""
-
-    teacher: str = "vit_base_patch16_224.augreg_in21k"
-    """A timm name, or a local .safetensors, .pth or AugReg .npz."""
-    arch: str = ""
-    """The timm vit_* that a local file's weights belong to; bigtrain's own files know theirs."""
-    student: str = ""
-    """The student's architecture, a timm vit_* as wide as the teacher; empty: the teacher's."""
-    image_size: int = 224
-    crop_size: int = 96
-
-    tune: bool = True
-    """Stage 1; without it (--no-tune) the teacher is distilled as it is."""
-    tune_epochs: int = 3
-    tune_batch: int = 64
-    tuned_blocks: int = 2
-    crops: int = 4
-    crop_scale: tuple[float, float] = (0.1, 0.3)
-    global_crops: int = 0
-    """Further crops of scale .3-1 at the image's size; the authors' code has one."""
-    prototypes: int = 0
-    """K; 0: twice the number of classes that the training images show (4.3)."""
-    temperature: float = 0.1
-    epsilon: float = 0.05
-    sinkhorn_iterations: int = 3
-    tune_lr: float = 1e-5
-    """Of the tuned blocks."""
-    head_lr: float = 1e-4
-    """Of projection head and prototypes."""
-    tune_decay: tuple[float, float] = (0.04, 0.5)
-    ema_teacher: bool = False
-    """Take the targets from a moving average of the network, as the authors' code can."""
-    ema_momentum: float = 0.9995
-    """At the start; it rises to 1 along a cosine."""
-    queue: int = 0
-    """Projected tokens of earlier batches that join Sinkhorn; 8192 in the authors' code."""
-
-    distil_epochs: int = 10
-    distil_batch: int = 64
-    mask_ratio: float = 0.5
-    keep: Keep = "attended"
-    """Which patches the student sees."""
-    normalisation: Normalisation = "l2"
-    normalise_student: bool = True
-    """--no-normalise-student: teacher only, for the pixel level (4.6)."""
-    distance: Distance = "squared"
-    distilled_blocks: Literal[1, 3, 5] = 1
-    distil_lr: float = 1e-5
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_epochs: float = 0.0
-    distil_decay: float = 0.05
-    drop_path: float = 0.1
-
-    score_batch: int = 64
-    """Images a forward pass of each process when scoring."""
-    neighbours_bank: int = 10_000
-    """At most so many known images serve the two nearest-neighbour figures."""
-    seed: int = 0
-    precision: Precision = "auto"
-    attention: Backend = "auto"
-
-    run: RunSettings = field(default_factory=RunSettings)
+from bigtrain.runtime.start import choose_precision
+from recipes.defend_settings import LIMITS, Config, check, student_architecture
+from recipes.presets.fashion.prepare import PRESET, build_embedded_shards, with_embedded_data
+from recipes.stage import Setup, Stage, already_finished
 
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("defend.py"):
         argv = sys.argv[1:] if argv is None else argv
-        config = read_settings(Config, argv)
-        if not config.train:
-            config = with_embedded_data(read_settings(Config, argv, preset=PRESET))
+        config = read_settings(Config, argv, description=__doc__)
+        embedded = not config.train
+        if embedded:
+            config = with_embedded_data(read_settings(Config, argv, PRESET, description=__doc__))
+        print_if_asked(config, argv)
+        check_ranges(config, LIMITS)
         if not config.test or not config.run.out:
             raise ValueError("--test SHARDS and --out FOLDER are needed: what to judge on, and where the run goes.")
-        defend(config)
+        run = RunFolder(config.run.out, config)
+        if already_finished(run):
+            return
+        if embedded:
+            build_embedded_shards()
+        defend(config, run)
 
 
-def defend(config: Config) -> None:
+def defend(config: Config, run: RunFolder) -> None:
     """The whole of the paper: tune, distil, judge. What an earlier start has finished is not done again."""
     began = time.monotonic()
-    run = RunFolder(config.run.out, config)
-    run.check()
     train, test = ShardSet(config.train), ShardSet(config.test)
-    protocol = Protocol.of(train.classes, known=config.known, novel=config.novel)
+    classes = tuple(dict.fromkeys((*train.classes, *test.classes)))
+    protocol = Protocol.of(classes, known=config.known, novel=config.novel)
     parts = split(
         protocol,
         train,
@@ -149,11 +84,8 @@ def defend(config: Config) -> None:
         test_limit=config.test_limit,
     )
     given = load_vit(config.teacher, Architecture(config.arch) if config.arch else None, attention=config.attention)
-    for side in (config.image_size, config.crop_size) if config.tune else (config.image_size,):
-        check_image_size((side, side), given.vit.patch_size)
-    for global_batch in (config.tune_batch, config.distil_batch) if config.tune else (config.distil_batch,):
-        check_divides(global_batch, world_size_of_launch())
-    precision = choose_precision(config.precision, given.vit.width)
+    precision = run.resolved("precision") or choose_precision(config.precision, given.vit.width)
+    check(config, given, precision)
     setup = Setup.begin(run, precision, config.run)
     accelerator = setup.accelerator
     given.vit.to(accelerator.device)
@@ -170,6 +102,7 @@ def defend(config: Config) -> None:
         teacher = dense_tuning(config, setup, train, fitted, given, prototypes)
     student = masked_distillation(config, setup, train, fitted, teacher)
 
+    setup.stop.release()
     scoring = Scoring(
         image_size=config.image_size,
         normalisation=config.normalisation,
@@ -222,8 +155,9 @@ def dense_tuning(
     torch.manual_seed(config.seed)
     tuner = DenseTuner(copy.deepcopy(given.vit), prototypes, config.tuned_blocks)
     state = nn.ModuleDict({"tuner": tuner, "queue": TokenQueue(config.queue)})
+    ema = copy.deepcopy(tuner).requires_grad_(False)
     if config.ema_teacher:
-        state["ema"] = copy.deepcopy(tuner).requires_grad_(False)
+        state["ema"] = ema
     groups = decay_groups(tuner.vit.named_parameters(), base_lr=config.tune_lr)
     added = [*tuner.head.named_parameters(), *tuner.prototypes.named_parameters()]
     groups += decay_groups(added, base_lr=config.head_lr)
@@ -250,7 +184,7 @@ def dense_tuning(
             z_BND, cosines = stage.module(image_B3HW, *crops)  # z of the images; z' p of the crops
             if config.ema_teacher:
                 with torch.no_grad():
-                    z_BND, _ = state["ema"](image_B3HW)
+                    z_BND, _ = ema(image_B3HW)
         q_BhwK = cluster_map(config, accelerator, state, z_BND, batch.weight_B > 0)
         loss_B = torch.zeros_like(batch.weight_B)
         for cosines_RMK, crop, (_, boxes) in zip(cosines, crops, kinds, strict=True):
@@ -258,13 +192,15 @@ def dense_tuning(
             grid = (crop.shape[-2] // patch, crop.shape[-1] // patch)
             target_BVMK = align_to_crops(q_BhwK, box_BV4, patch_size=patch, grid=grid)  # alpha(Q)
             cosines_BVMK = cosines_RMK.unflatten(0, box_BV4.shape[:2])
-            loss_B = loss_B + dense_loss(cosines_BVMK, target_BVMK, temperature=config.temperature)  # eq. 1
-        loss = batch.mean(loss_B / len(kinds), accelerator.num_processes)
+            share = box_BV4.shape[1] / (config.crops + config.global_crops)
+            loss_B = loss_B + share * dense_loss(cosines_BVMK, target_BVMK, temperature=config.temperature)  # eq. 1
+        loss = batch.mean(loss_B, accelerator.num_processes)
         loss = update(accelerator, stage.module, stage.optimizer, loss)
         tuner.prototypes.normalise()
         if config.ema_teacher:
             momentum = cosine(stage.step, total=stage.steps, start=config.ema_momentum, end=1.0)
-            follow(state["ema"], tuner, momentum)
+            follow(ema, tuner, momentum)
+            ema.prototypes.normalise()
         stage.advance(batch, loss=loss)
 
     tuned = replace(given, vit=tuner.vit.requires_grad_(False))
@@ -297,11 +233,8 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
     if student_file.is_file():
         return load_vit(str(student_file), attention=config.attention, device=accelerator.device)
     torch.manual_seed(config.seed)
-    architecture = replace(teacher.architecture, image_size=config.image_size)
-    if config.student:
-        architecture = Architecture(config.student, config.image_size)
+    architecture = student_architecture(config, teacher)
     student = masked_student(architecture, drop_path=config.drop_path, attention=config.attention).train()
-    check_pair(teacher.vit, student, config.distilled_blocks)
     groups = decay_groups(student.named_parameters(), base_lr=config.distil_lr)
     optimizer = torch.optim.AdamW(groups, lr=config.distil_lr, betas=(0.9, 0.95))
     stream = setup.stream(train, fitted, Resized(config.image_size))

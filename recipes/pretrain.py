@@ -8,6 +8,7 @@ crops, mirroring, label smoothing, AdamW, warm-up and cosine.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -29,12 +30,12 @@ from bigtrain.models.vit import Architecture, ViT
 from bigtrain.models.weights import AUGREG_MEAN as MEAN
 from bigtrain.models.weights import AUGREG_STD as STD
 from bigtrain.models.weights import save_vit
-from bigtrain.runtime.config import RunSettings, read_settings, user_errors
+from bigtrain.runtime.config import Limits, RunSettings, check_ranges, print_if_asked, read_settings, user_errors
 from bigtrain.runtime.log import clock
 from bigtrain.runtime.optim import decay_groups, set_schedule, update, warmup_cosine
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.start import Precision, choose_precision, world_size_of_launch
-from recipes.stage import Setup, Stage
+from recipes.stage import Setup, Stage, already_finished
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,30 @@ class Config:
     run: RunSettings = field(default_factory=RunSettings)
 
 
+LIMITS: Limits = {
+    "validation_share": (0, 0.9),
+    **dict.fromkeys(("image_size", "patch_size", "depth", "seed"), (0, math.inf)),
+    **dict.fromkeys(("epochs", "batch"), (1, math.inf)),
+    **dict.fromkeys(("lr", "weight_decay", "warmup_epochs", "clip"), (0, math.inf)),
+    **dict.fromkeys(("drop_path", "label_smoothing"), (0, 0.99)),
+    "crop_scale": (0.001, 1),
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     with user_errors("pretrain.py"):
-        config = read_settings(Config, sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:] if argv is None else argv
+        config = read_settings(Config, argv, description=__doc__)
+        print_if_asked(config, argv)
+        check_ranges(config, LIMITS)
         if not config.train or not config.run.out:
             raise ValueError("--train SHARDS and --out FOLDER are needed: what to train on, and where the run goes.")
-        pretrain(config)
+        run = RunFolder(config.run.out, config)
+        if not already_finished(run):
+            pretrain(config, run)
 
 
-def pretrain(config: Config) -> None:
-    run = RunFolder(config.run.out, config)
-    run.check()
+def pretrain(config: Config, run: RunFolder) -> None:
     train = ShardSet(config.train)
     fitted_N = np.arange(len(train))
     held_out, held_out_N = train, fitted_N
@@ -94,6 +108,10 @@ def pretrain(config: Config) -> None:
         fitted_N, held_out_N = fitted_N[~is_held_out], fitted_N[is_held_out]
     if unknown := sorted(set(held_out.classes) - set(train.classes)):
         raise ValueError(f"--val has classes that --train lacks: {', '.join(unknown[:10])}.")
+    if len(held_out_N) == 0:
+        raise ValueError("nothing is held out to report top-1 on: give --val SHARDS, or a greater --validation-share.")
+    for shard_set in (train, held_out):
+        shard_set.check_single_objects()
     label_of = {name: number for number, name in enumerate(train.classes)}
 
     architecture = Architecture(config.model, config.image_size, config.patch_size, config.depth)
@@ -102,7 +120,7 @@ def pretrain(config: Config) -> None:
     size = vit.backbone.patch_embed.img_size[0]
     model = Classifier(vit, len(train.classes), config.pool)
     check_divides(config.batch, world_size_of_launch())
-    precision = choose_precision(config.precision, vit.width)
+    precision = run.resolved("precision") or choose_precision(config.precision, vit.width)
     setup = Setup.begin(run, precision, config.run)
     accelerator = setup.accelerator
     parameters = sum(p.numel() for p in vit.parameters())
@@ -137,9 +155,11 @@ def pretrain(config: Config) -> None:
     dtype = torch.float16 if config.weights == "fp16" else torch.float32
     vit.to(dtype).float()
     stream = setup.in_order(held_out, held_out_N, Resized(size), config.batch)
-    top1, top5, count = accuracy(accelerator, model.eval(), stream, label_of)
+    setup.stop.release()
     if accelerator.is_main_process:
         save_vit(run / "teacher.safetensors", vit, architecture, mean=MEAN, std=STD, dtype=dtype)
+    top1, top5, count = accuracy(accelerator, model.eval(), stream, label_of)
+    if accelerator.is_main_process:
         results = {"top1": top1, "top5": top5, "held_out_images": count, "classes": len(label_of), "seed": config.seed}
         run.finish(results)
     accelerator.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -35,14 +36,11 @@ class Setup:
 
     @classmethod
     def begin(cls, run: RunFolder, precision: Literal["fp32", "bf16", "fp16"], settings: RunSettings) -> Setup:
-        """Form the process group and create the run folder; a finished run says so, and the program ends."""
+        """Form the process group and create the run folder."""
         accelerator = start(precision)
         show_warnings()
-        if run.finished:
-            accelerator.print(f"this run is finished, nothing to do: see {run.path}")
-            raise SystemExit(0)
         if accelerator.is_main_process:
-            run.create()
+            run.create(precision=precision)
         accelerator.wait_for_everyone()
         return cls(run, accelerator, Stop(accelerator, run.path), settings)
 
@@ -55,6 +53,14 @@ class Setup:
         """This process's share of some samples in the order of the index, `batch` of them at once."""
         plan = Plan(sample_N, shard_set.shard_N[sample_N], batch * self.accelerator.num_processes, shuffle=False)
         return self.stream(shard_set, plan, transform)
+
+
+def already_finished(run: RunFolder) -> bool:
+    """Refuse a folder of another run; say so, once, if this one is finished."""
+    run.check()
+    if run.finished and os.environ.get("RANK", "0") == "0":
+        print(f"this run is finished, nothing to do: see {run.path}")
+    return run.finished
 
 
 class Stage:
@@ -92,7 +98,9 @@ class Stage:
         self.start = Position(found["epoch"], found["batch"]) if found else Position()
         self.step = stream.plan.steps_before(self.start)
         self.steps = epochs * stream.plan.batches_per_epoch
-        self.module, self.optimizer = accelerator.prepare(trained, optimizer)
+        self.module, self.optimizer = accelerator.prepare(
+            trained, optimizer, device_placement=[True, False]
+        )  # the optimizer's state is where it belongs; moving AdamW's step counts to a GPU would sync at each
         self.log = StageLog(
             setup.run.path,
             accelerator,
@@ -117,6 +125,7 @@ class Stage:
         following = asdict(self.stream.plan.after(batch.position))
         if self.setup.stop.agreed():
             self.checkpoints.save(self.step, following)
+            self.log.close()
             self.setup.stop.leave()
         elif self.step % self.setup.settings.checkpoint_every == 0:
             self.checkpoints.save(self.step, following)

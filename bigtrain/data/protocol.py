@@ -42,8 +42,8 @@ class Protocol:
             if name not in classes:
                 near = difflib.get_close_matches(name, classes, n=3, cutoff=0.4) or list(classes)[:10]
                 raise ValueError(
-                    f"class {name!r} is not in the training shards; the nearest of their {len(classes)} classes "
-                    f"{'is' if len(near) == 1 else 'are'} {', '.join(near)}."
+                    f"class {name!r} is in neither the training nor the test shards; the nearest of their "
+                    f"{len(classes)} classes {'is' if len(near) == 1 else 'are'} {', '.join(near)}."
                 )
         rest = tuple(name for name in classes if name not in named)
         if not rest:
@@ -56,12 +56,6 @@ class Protocol:
 
     def check_test(self, test: ShardSet, sample_N: NDArray[np.int64]) -> None:
         """Refuse a test split on whose samples `sample_N` nothing can be judged."""
-        unknown = [name for name in test.classes if name not in self.known + self.novel]
-        if unknown:
-            raise ValueError(
-                f"the test shards have classes that the training shards lack ({', '.join(unknown[:10])}): list every "
-                "class in both, so that it is certain which are known."
-            )
         known = self.is_known(test)[sample_N]
         for side, count in (("known", int(known.sum())), ("novel", int((~known).sum()))):
             if count == 0:
@@ -132,6 +126,8 @@ def split(
     Raises:
         ValueError: nothing is left to train on, or the test split cannot be judged on.
     """
+    if absent := [name for name in protocol.known if name not in train.classes]:
+        raise ValueError(f"the known classes {', '.join(absent[:10])} are not in the training shards {train.url}.")
     test_N = seeded_choice(np.arange(len(test)), test_limit, 0)
     protocol.check_test(test, test_N)
     known_N = np.flatnonzero(protocol.is_known(train))

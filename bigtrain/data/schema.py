@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -115,6 +115,13 @@ class Manifest:
         record = {"format": FORMAT, "version": VERSION, "samples": self.samples, **asdict(self)}
         return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
+    def checked(self, where: str) -> Manifest:
+        """Refuse file names that would lead out of the set's own folder."""
+        for shard in self.shards:
+            if shard.file != PurePosixPath(shard.file).name or "\\" in shard.file or shard.file in ("", "..", "."):
+                raise ValueError(f"{where} names the shard {shard.file!r}: shards lie beside their manifest.")
+        return self
+
     @classmethod
     def from_json(cls, text: str, where: str = MANIFEST_FILE) -> Manifest:
         try:
@@ -130,7 +137,7 @@ class Manifest:
                 classes=tuple(record["classes"]),
                 licence=record["licence"],
                 shards=tuple(Shard(**shard) for shard in record["shards"]),
-            )
+            ).checked(where)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{where} is no manifest of a shard set ({type(error).__name__}: {error}): "
@@ -164,7 +171,7 @@ def read_index(url: str) -> pa.Table:
     try:
         # from memory and in this thread: Arrow's threads on a Python file abort some interpreters at exit (arrow#34314)
         table = pq.read_table(pa.BufferReader(fs.cat_file(f"{path}/{INDEX_FILE}")), use_threads=False, pre_buffer=False)
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(
             f"{url} has no readable {INDEX_FILE} ({error}): make it with `bigtrain-shards index {url}`."
         ) from error

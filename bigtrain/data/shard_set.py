@@ -74,6 +74,12 @@ class ShardSet:
         of_sample = np.repeat(np.arange(len(self)), np.diff(self._class_start_N))
         return len(np.unique(self._class_of_object[np.isin(of_sample, sample_N)]))
 
+    def check_single_objects(self) -> None:
+        """Refuse a set in which an image shows no class or several: a classifier needs exactly one for each."""
+        wrong_N = np.flatnonzero(np.diff(self._class_start_N) != 1)
+        if len(wrong_N):
+            self.only_class_of(int(wrong_N[0]))
+
     def only_class_of(self, sample: int) -> str:
         """The class of an image that shows one; a classifier cannot learn from any other."""
         names = self.classes_of(sample)

@@ -135,10 +135,17 @@ class Stream:
 
 
 def decode(payload: bytes) -> Image.Image:
-    """The picture in `payload` as RGB; anything Pillow warns about in the file is not our log's business."""
+    """The picture in `payload` as RGB of 8 bits; 16-bit greys keep their high byte.
+
+    Anything Pillow warns about in the file is not our log's business.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(payload)) as image:
+            if image.mode == "F":
+                raise ValueError("a picture of floating-point numbers, which have no given range")
+            if image.mode.startswith("I;16"):
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bigtrain.data.stream import decode
 from bigtrain.data.views import Resized, to_float
-from bigtrain.models.attention import Backend
+from bigtrain.models.attention import Backend, Precision, torch_dtype
 from bigtrain.models.weights import Pretrained, load_vit, save_vit
 from bigtrain.objectives.losses import Distance, Normalisation
 from bigtrain.objectives.scores import distillation_score
@@ -34,7 +34,7 @@ class Scoring:
     normalise_student: bool
     distance: Distance
     distilled_blocks: int
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     attention: Backend
     """Where it is not to be had on the device that loads the detector, another takes its place."""
     batch: int
@@ -80,9 +80,8 @@ class DistillationDetector:
     def score_tensor(self, image_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Score resized uint8 images on the detector's device: score_B and map_Bhw, float32."""
         how = self.scoring
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[how.precision]
         image_B3HW = to_float(image_B3HW, self.teacher.mean, self.teacher.std)
-        with torch.autocast(self.device.type, dtype, enabled=how.precision != "fp32"):
+        with torch.autocast(self.device.type, torch_dtype(how.precision), enabled=how.precision != "fp32"):
             (teacher,) = self.teacher.vit(image_B3HW, last=how.distilled_blocks)
             (student,) = self.student.vit(image_B3HW, last=how.distilled_blocks)
         score_B, map_BN = distillation_score(

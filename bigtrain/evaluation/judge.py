@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,10 @@ def judge(
     threshold = detector.calibrate(known["score"])
     others = {name: partial(distance_to_known, name) for name in plain}
     test_N, found = collect(accelerator, test, scorers | others)
-    skipped = {key: why for part in gather_object([test.budget.skipped]) for key, why in part.items()}
+    skipped = {
+        "train": all_skipped([bank] + ([held_out] if held_out else [])),
+        "test": all_skipped([test]),
+    }
 
     scored = Scored(test.shard_set, "test", test_N, ~protocol.is_known(test.shard_set)[test_N], found.pop("score"))
     figures = summary(scored.novel_N, scored.score_N, seed=seed)
@@ -101,7 +104,7 @@ def judge(
         "novel": list(protocol.novel),
         "seed": seed,
         "held_out_known": len(known_N),
-        "skipped": skipped,
+        "skipped": skipped,  # key -> why it could not be decoded
     }
     if accelerator.is_main_process:
         detector.save(folder / "detector")
@@ -121,6 +124,12 @@ def judge(
         )
     accelerator.wait_for_everyone()
     return results
+
+
+def all_skipped(streams: Sequence[Stream]) -> dict[str, str]:
+    """The pictures of some streams that could not be decoded, on any rank."""
+    here = [stream.budget.skipped for stream in streams]
+    return {key: why for skipped in gather_object(here) for key, why in skipped.items()}
 
 
 def write_scores(path: Path, parts: list[Scored]) -> None:

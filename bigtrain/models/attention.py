@@ -24,6 +24,8 @@ from torch import Tensor
 Runs = tuple[tuple[int, int], ...]
 Backend = Literal["auto", "xformers", "sdpa", "dense"]
 
+Precision = Literal["fp32", "bf16", "fp16"]
+
 log = logging.getLogger(__name__)
 
 
@@ -96,6 +98,11 @@ def _xformers_loads() -> bool:
         log.warning("xformers cannot be imported (%s): attention goes through PyTorch's own kernels", error)
         return False
     return True
+
+
+def torch_dtype(precision: Precision) -> torch.dtype:
+    """What autocast computes in."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def lengths(runs: Sequence[tuple[int, int]]) -> list[int]:

@@ -179,8 +179,8 @@ def _drop_path(x_TD: Tensor, drop: nn.Module, runs: Runs) -> Tensor:
     if not drop.training or not probability:
         return x_TD
     keep_S = torch.rand(sum(count for count, _ in runs), device=x_TD.device) >= probability
-    length_S = torch.tensor([length for count, length in runs for _ in range(count)], device=x_TD.device)
-    keep_T = keep_S.repeat_interleave(length_S, output_size=x_TD.shape[0])
+    parts = zip(keep_S.split([count for count, _ in runs]), runs, strict=True)
+    keep_T = torch.cat([keep.repeat_interleave(length) for keep, (_, length) in parts])
     return x_TD * (keep_T[:, None].to(x_TD.dtype) / (1 - probability))
 
 

@@ -151,7 +151,10 @@ def _from_file(source: str, architecture: Architecture | None, attention: Backen
     else:
         state = _read_pth(path)
     if about:
-        stored = Architecture(**about["architecture"])
+        try:
+            stored = Architecture(**about["architecture"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} has a header that this bigtrain cannot read ({error}).") from error
         if architecture is not None and architecture != stored:
             raise ValueError(f"{path} holds a {stored}, and {architecture} was asked for: leave --arch out.")
         architecture = stored

@@ -47,7 +47,8 @@ class Checkpoints:
             temporary.mkdir(parents=True)
             save_file({k: v.contiguous().cpu() for k, v in self.module.state_dict().items()}, temporary / MODEL_FILE)
             save_file(self._optimizer_tensors(), temporary / OPTIMIZER_FILE)
-            (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state}))
+            scaler = {"scaler": self.accelerator.scaler.state_dict()} if self.accelerator.scaler else {}  # of fp16
+            (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state, **scaler}))
             for file in [*temporary.iterdir(), temporary]:
                 _fsync(file)
             if final.exists():
@@ -72,6 +73,8 @@ class Checkpoints:
                 continue
             self.module.load_state_dict(weights)
             self._load_optimizer(moments)
+            if (scaler := state.pop("scaler", None)) and self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(scaler)
             self.accelerator.print(f"continuing from {folder}")
             return state
         return {}

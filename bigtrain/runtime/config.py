@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
 import tomllib
@@ -18,7 +19,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import torch.distributed as dist
 import tyro
 
-USER_ERROR = 2  # exit code
+USER_ERROR = 2  # exit codes
+INTERRUPTED = 130
+PRINT_CONFIG = "--print-config"
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,20 @@ class RunSettings:
 
 
 C = TypeVar("C")
+Limits = dict[str, tuple[float, float]]
+RUN_LIMITS: Limits = {
+    "workers": (0, math.inf),
+    "log_every": (1, math.inf),
+    "checkpoint_every": (1, math.inf),
+    "keep_checkpoints": (1, math.inf),
+}
 
 
-def read_settings(config_class: type[C], argv: Sequence[str], preset: Path | None = None) -> C:
-    """Defaults, then `preset`, then `--config FILE.toml`, then flags. `--print-config` prints them as JSON and ends."""
-    arguments = list(argv)
-    show = "--print-config" in arguments
-    if show:
-        arguments.remove("--print-config")
+def read_settings(
+    config_class: type[C], argv: Sequence[str], preset: Path | None = None, *, description: str | None = None
+) -> C:
+    """Defaults, then `preset`, then `--config FILE.toml`, then flags."""
+    arguments = [argument for argument in argv if argument != PRINT_CONFIG]
     config: Any = config_class()
     if preset:
         config = overlay(config, preset)
@@ -61,13 +70,30 @@ def read_settings(config_class: type[C], argv: Sequence[str], preset: Path | Non
         tyro.conf.OmitArgPrefixes[config_class],  # type: ignore[misc,valid-type]
         args=arguments,
         default=config,
-        description=(sys.modules[config_class.__module__].__doc__ or "").strip()
+        description=(description or "").strip()
         + "\n\n--config FILE.toml: settings underneath the flags.  --print-config: show the settings as JSON and end.",
     )
-    if show:
+    check_ranges(config.run, RUN_LIMITS)
+    return config
+
+
+def print_if_asked(config: Any, argv: Sequence[str]) -> None:
+    """With `--print-config` among the flags, print the resolved settings as JSON and end."""
+    if PRINT_CONFIG in argv:
         print(json.dumps(dataclasses.asdict(config), indent=1))
         raise SystemExit(0)
-    return config
+
+
+def check_ranges(config: Any, limits: Limits) -> None:
+    """Refuse settings outside of (lowest, highest); a pair must lie inside, and rise."""
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(low <= v <= high for v in values):
+            reach = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {reach}.")
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; the first must not be above the second.")
 
 
 def overlay(config: C, path: Path) -> C:
@@ -121,7 +147,10 @@ def user_errors(program: str) -> Iterator[None]:
     """End with exit code 2 and one sentence on a user's mistake; `BIGTRAIN_TRACEBACK=1` shows where it was raised."""
     try:
         yield
-    except (ValueError, FloatingPointError) as error:
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; the same command continues.", file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED) from None
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
         if os.environ.get("BIGTRAIN_TRACEBACK"):
             traceback.print_exc()
         # before a process group forms, every rank finds the same mistake: one of them says so

@@ -44,7 +44,6 @@ class StageLog:
         self.accelerator = accelerator
         self.writes = accelerator.is_main_process
         self.began = self.last_line = time.monotonic()
-        self.waited_s = 0.0
         if self.writes:
             self.file = continued(folder / "log.jsonl", stage, done).open("a", buffering=1)
             self.board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=done)

@@ -22,8 +22,7 @@ class Stop:
     def __init__(self, accelerator: Accelerator, folder: Path) -> None:
         self.accelerator, self.file = accelerator, folder / "stop"
         self.asked = False
-        for number in SIGNALS:
-            signal.signal(number, self._ask)
+        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
@@ -36,6 +35,11 @@ class Stop:
             return asked
         flag = torch.tensor([int(asked)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum").item())
+
+    def release(self) -> None:
+        """Let signals end the process at once again: behind the training stages there is nothing to save."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def leave(self) -> None:
         """Say so and end with the exit code of a stopped run; call on all ranks, after saving."""

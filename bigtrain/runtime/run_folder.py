@@ -32,6 +32,8 @@ class RunFolder:
 
     def check(self) -> None:
         """Refuse a folder that holds another configuration's run, naming the settings that differ."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--out {self.path} is a file: name a folder, which may be new.")
         if not (self / CONFIG_FILE).is_file():
             if self.path.is_dir() and any(p.suffix != ".tmp" for p in self.path.iterdir()):
                 raise ValueError(f"--out {self.path} holds other files and no run: name a new folder.")
@@ -46,12 +48,18 @@ class RunFolder:
                 "settings to continue it."
             )
 
-    def create(self) -> None:
-        """Write the resolved settings and versions, once. Called on one rank, after `check`."""
+    def resolved(self, name: str) -> Any:
+        """What an "auto" setting came to when the run began, so that a restart elsewhere keeps to it; None before."""
+        config = self / CONFIG_FILE
+        return json.loads(config.read_text())["resolved"][name] if config.is_file() else None
+
+    def create(self, **resolved: Any) -> None:
+        """Write settings, what the "auto" ones came to, and versions, once. Called on one rank, after `check`."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self / CONFIG_FILE).is_file():
             record = {
                 "settings": result_settings(self.config),
+                "resolved": resolved,
                 "git_sha": _git_sha(),
                 "packages": dict(sorted((d.metadata["Name"], d.version) for d in distributions())),
             }
@@ -79,5 +87,8 @@ def _git_sha() -> str | None:
     if not (top / ".git").exists():
         return None
     describe = ["git", "-C", str(top), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    done = subprocess.run(describe, capture_output=True, text=True)
+    try:
+        done = subprocess.run(describe, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return None
     return done.stdout.strip() or None

@@ -40,6 +40,12 @@ def start(precision: Literal["fp32", "bf16", "fp16"]) -> Accelerator:
     return accelerator
 
 
+def device_type() -> Literal["cuda", "cpu"]:
+    """The kind of device that `start` will choose."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+    return "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
+
+
 def choose_precision(precision: Precision, width: int) -> Literal["fp32", "bf16", "fp16"]:
     """What "auto" means here: bf16 on CUDA, and on a CPU with bf16 instructions from ViT-S up; else fp32.
 
@@ -47,14 +53,10 @@ def choose_precision(precision: Precision, width: int) -> Literal["fp32", "bf16"
     """
     if precision != "auto":
         return precision
-    if torch.cuda.is_available():
+    if device_type() == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if has_bf16 and width >= BF16_FROM_WIDTH else "fp32"
-
-
-def torch_dtype(precision: Literal["fp32", "bf16", "fp16"]) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -1,7 +1,8 @@
 """Mosaics of a shard set: n x n of its pictures in one, labelled with all their classes, and a box for each tile.
 
-A known mosaic has one picture of the known class at a random place; for every other tile a class is drawn uniformly
-from all classes of the set, then a picture of it. A novel mosaic draws all tiles so, from pictures without the known.
+A known mosaic has 1 to --known-tiles pictures of the known class (drawn uniformly) at random places; for every other
+tile a class is drawn uniformly from all classes of the set, then a picture of it. A novel mosaic draws all tiles so,
+from pictures without the known class.
 --mode train: all known; --mode test: known and novel in turn, half and half. No picture is twice in one mosaic.
 """
 
@@ -33,6 +34,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--count": {"required": True, "type": int, "metavar": "N", "help": "how many mosaics"},
     "--seed": {"type": int, "default": 0, "metavar": "S", "help": "another seed, other mosaics (default: 0)"},
     "--grid": {"type": int, "default": 2, "metavar": "n", "help": "n x n tiles (default: 2)"},
+    "--known-tiles": {
+        "type": int,
+        "default": 1,
+        "metavar": "K",
+        "help": "at most so many tiles of a known mosaic are of the known class on purpose (default: 1)",
+    },
     "--tile": {
         "type": int,
         "metavar": "PIXELS",
@@ -60,13 +67,15 @@ def about(root: str | Path, split: str, **options: Any) -> About:
         )
     if count < 1 or grid < 2 or (options["tile"] is not None and options["tile"] < 1):
         raise ValueError(f"--count {count} must be at least 1, --grid {grid} at least 2, --tile at least 1.")
+    if not 1 <= options["known_tiles"] <= grid * grid:
+        raise ValueError(f"--known-tiles is {options['known_tiles']}; a mosaic of {grid * grid} tiles has 1 to that.")
     if mode == "test" and count % 2:
         raise ValueError(f"--count {count} does not halve into known and novel: give {count - 1} or {count + 1}.")
     pool = pool_of(str(root), known)
     novel = {row for rows in pool.novel_by_class.values() for row in rows}
     shown = {row for rows in pool.by_class.values() for row in rows}
     for name, there, needed in (
-        (f"pictures of {known}", len(pool.by_class.get(known, [])), 1),
+        (f"pictures of {known}", len(pool.by_class.get(known, [])), options["known_tiles"]),
         ("labelled pictures", len(shown), grid * grid),
         (f"pictures without {known}", len(novel), grid * grid if mode == "test" else 0),
     ):
@@ -80,25 +89,24 @@ def samples(root: str | Path, split: str, **options: Any) -> Iterator[Sample]:
     """Yield `count` mosaics; each depends on the seed, the mode and its number alone."""
     pool = pool_of(str(root), options["known"])
     grid, size = options["grid"], tile_size(pool, options.get("tile"))
+    known, known_tiles = options["known"], options["known_tiles"]
     for number in range(options["count"]):
         rng = random.Random(f"{options['seed']} {options['mode']} {number}")
         is_known = options["mode"] == "train" or number % 2 == 0
-        tiles = [pool.rows[row] for row in drawn(rng, pool, options["known"] if is_known else None, grid * grid)]
+        tiles = [pool.rows[row] for row in drawn(rng, pool, known if is_known else None, known_tiles, grid * grid)]
         yield mosaic(f"{options['mode']}-{number:06d}", str(root), tiles, grid, size)
 
 
-def drawn(rng: random.Random, pool: Pool, known: str | None, tiles: int) -> list[int]:
+def drawn(rng: random.Random, pool: Pool, known: str | None, known_tiles: int, tiles: int) -> list[int]:
     """The rows of one mosaic, in reading order; known is None for a novel one."""
     by_class = pool.novel_by_class if known is None else pool.by_class
     names = sorted(by_class)
-    rows: list[int] = [] if known is None else [rng.choice(by_class[known])]
+    rows: list[int] = [] if known is None else rng.sample(by_class[known], rng.randint(1, known_tiles))
     while len(rows) < tiles:
         row = rng.choice(by_class[rng.choice(names)])
         if row not in rows:
             rows.append(row)
-    if known is not None:
-        place = rng.randrange(tiles)
-        rows[0], rows[place] = rows[place], rows[0]
+    rng.shuffle(rows)
     return rows
 
 

@@ -33,8 +33,8 @@ def test_naming_the_novel_side_leaves_the_rest_known():
     [
         ({}, "neither of --known and --novel"),
         ({"known": ["cat"], "novel": ["dog"]}, "both of --known and --novel"),
-        ({"known": ["dgo"]}, r"'dgo' is not in .* nearest of their 3 classes is dog"),
-        ({"novel": ["zebra"]}, r"'zebra' is not in .* cat, dog, emu"),
+        ({"known": ["dgo"]}, r"'dgo' is in neither .* nearest of their 3 classes is dog"),
+        ({"novel": ["zebra"]}, r"'zebra' is in neither .* cat, dog, emu"),
         ({"known": ANIMALS}, "all 3 classes are known"),
         ({"novel": ANIMALS}, "all 3 classes are novel"),
     ],
@@ -103,9 +103,12 @@ def test_a_training_split_without_known_images_is_refused(animals):
         divide(animals("train", [["dog"], ["emu"]]), animals("test"))
 
 
-def test_test_classes_that_training_lacks_are_refused(animals, write_set):
-    with pytest.raises(ValueError, match=r"classes that the training shards lack \(gnu\)"):
-        divide(animals("train"), write_set([(["gnu"], b"x"), (["cat"], b"x")], name="test"))
+def test_a_known_class_without_training_shards_is_refused_and_a_novel_one_is_not(animals, write_set):
+    test = write_set([(["gnu"], b"x"), (["cat"], b"x")], name="test")
+    both, train = [*ANIMALS, "gnu"], animals("train")
+    assert divide(train, test, Protocol.of(both, known=["cat"])).test_N.tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"known classes gnu are not in the training shards"):
+        divide(train, test, Protocol.of(both, known=["cat", "gnu"]))
 
 
 KEYS = [f"class/{i:05d}" for i in range(4000)]

@@ -142,10 +142,10 @@ def test_names_from_outside_come_out_as_text(tmp_path, hostile):
 
 def test_pictures_on_the_wrong_side_of_the_threshold_are_marked(tmp_path):
     shown = [
-        picture("right-novel", novel=True, score=1.0),
-        picture("missed-novel", novel=True, score=0.9),
-        picture("right-known", novel=False, score=0.9),
-        picture("wrong-known", novel=False, score=1.0),
+        picture("right-novel", novel=True, score=1.1),
+        picture("missed-novel", novel=True, score=1.0),  # the threshold itself is still known
+        picture("right-known", novel=False, score=1.0),
+        picture("wrong-known", novel=False, score=1.1),
     ]
     _, page = written(tmp_path, pictures={"All": shown})
     cards = re.findall(r"Bag [\d.]+\s+(known|novel) ?(missed|false alarm|)\s+(\S+)", page.text)

@@ -54,9 +54,12 @@ def small(shards, teacher):
 
 @pytest.fixture(autouse=True)
 def clean_process():
-    """Undo what a recipe sets for its process: Accelerate's shared state and signal handlers."""
+    """One thread, as the launched runs have, for the same bits; undo what a recipe sets for its process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     yield
+    torch.set_num_threads(threads)
     for state in (AcceleratorState, GradientState, PartialState):
         with contextlib.suppress(Exception):
             state._reset_state()

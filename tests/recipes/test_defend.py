@@ -201,7 +201,7 @@ def test_a_broken_picture_is_skipped_counted_and_named(small, shards, tmp_path):
     flags = [*small, "--test", str(broken), "--test-limit", "0", "--out", str(tmp_path / "run")]
     main(flags)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert list(results["skipped"]) == [test.key(7)]
+    assert results["skipped"]["train"] == {} and list(results["skipped"]["test"]) == [test.key(7)]
     assert results["counts"]["known"] + results["counts"]["novel"] == len(test) - 1
 
 
@@ -212,8 +212,18 @@ MISTAKES = {
     "no ViT": (["--teacher", "resnet18"], "vit_"),
     "patch size": (["--crop-size", "20"], "patch size 8 does not divide"),
     "weights of another network": (["--teacher", "WRONG"], "does not fit the network"),
-    "batch that does not divide": (["--tune-batch", "0"], "global batch of 0"),
+    "an empty batch": (["--tune-batch", "0"], "--tune-batch is 0"),
     "no such file": (["--teacher", "missing.safetensors"], "does not exist"),
+    "too many tuned blocks": (["--tuned-blocks", "9"], "the teacher has 2 blocks"),
+    "too many distilled blocks": (["--distilled-blocks", "3"], "networks with 2"),
+    "another width": (["--student", "vit_small_patch16_224"], "width is 192"),
+    "everything masked": (["--mask-ratio", "1"], "--mask-ratio is 1.0; it must be from 0 to 0.99"),
+    "no epoch": (["--distil-epochs", "0"], "--distil-epochs is 0; it must be at least 1"),
+    "no step": (["--log-every", "0"], "--log-every is 0"),
+    "one prototype": (["--prototypes", "1"], "use 2 or more"),
+    "a scale that falls": (["--crop-scale", "0.5", "0.1"], "must not be above the second"),
+    "no kernels for it": (["--attention", "xformers"], "it needs CUDA"),
+    "a negative seed": (["--seed", "-1"], "--seed is -1"),
 }
 
 
@@ -261,6 +271,52 @@ def test_a_folder_with_another_runs_settings_is_refused_naming_them(finished, sm
         main([*small, "--out", str(run), "--mask-ratio", "0.25"])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "mask_ratio (0.5 there, 0.25 here)" in said
+
+
+def test_a_finished_run_needs_neither_shards_nor_teacher_to_say_so(finished, small, shards, teacher, tmp_path, capsys):
+    run, _ = finished
+    config = json.loads((run / "config.json").read_text())
+    config["settings"] |= {"train": "gone", "test": "gone", "teacher": "gone.safetensors"}
+    moved = tmp_path / "run"
+    moved.mkdir()
+    (moved / "config.json").write_text(json.dumps(config))
+    (moved / "results.json").write_text("{}")
+    main([*small, "--out", str(moved), "--train", "gone", "--test", "gone", "--teacher", "gone.safetensors"])
+    assert "finished" in capsys.readouterr().out
+
+
+def test_training_shards_of_known_pictures_alone_are_enough(small, shards, tmp_path):
+    train = ShardSet(str(shards / "train"))
+    known = tmp_path / "pictures" / "ankle_boot"
+    known.mkdir(parents=True)
+    samples = [s for s in range(len(train)) if train.classes_of(s) == ["ankle_boot"]][:30]
+    for sample, payload in zip(samples, train.read(samples), strict=True):
+        (known / f"{sample}.png").write_bytes(payload)
+    build = [sys.executable, "-m", "shards", "build", "folder", "--root", known.parent, "--out", tmp_path / "shards"]
+    subprocess.run(list(map(str, build)), check=True, cwd=ROOT)
+    main([*small, "--train", str(tmp_path / "shards"), "--out", str(tmp_path / "run")])
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["novel"]) == 9
+
+
+def test_queue_and_moving_average_go_on_with_the_same_bits(small, tmp_path):
+    flags = [*small, "--queue", "64", "--ema-teacher", "--prototypes", "5"]
+    assert launched("defend.py", *flags, "--out", tmp_path / "whole").returncode == 0
+    with pytest.raises(SystemExit) as stop:
+        ask_to_stop_after_first_step(flags, tmp_path / "stopped")
+    assert stop.value.code == 85
+    assert launched("defend.py", *flags, "--out", tmp_path / "stopped").returncode == 0
+    whole, stopped = (tmp_path / name / "teacher.safetensors" for name in ("whole", "stopped"))
+    assert whole.read_bytes() == stopped.read_bytes()
+
+
+def test_print_config_without_shards_shows_the_preset_and_builds_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["--print-config", "--seed", "3"])
+    settings = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0
+    assert settings["known"] == ["ankle_boot"] and settings["image_size"] == 32 and settings["seed"] == 3
+    assert settings["run"]["out"] == "runs/fashion" and not list(tmp_path.iterdir())
 
 
 def test_print_config_shows_the_resolved_settings_as_json(capsys):

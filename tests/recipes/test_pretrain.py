@@ -74,6 +74,13 @@ def test_a_classifier_may_see_the_mean_of_the_patches_beside_the_class_token():
     assert torch.allclose(model(images), features @ model.head.weight.T)
 
 
+def test_nothing_held_out_is_refused_before_training(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([*flags, "--validation-share", "0", "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "--val SHARDS" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_and_out_are_needed(capsys):
     with pytest.raises(SystemExit) as stop:
         pretrain.main([])

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from bigtrain.runtime.config import RunSettings, overlay, read_settings, result_settings, user_errors
+from bigtrain.runtime.config import RunSettings, overlay, print_if_asked, read_settings, result_settings, user_errors
 from bigtrain.runtime.run_folder import RunFolder, write_json
 
 TOP = Path(__file__).parents[2]
@@ -113,8 +113,9 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_print_config_prints_the_settings_as_json_and_ends(toml, capsys):
+    flags = ["--epochs", "4", "--print-config", "--config", str(toml("known = ['a']"))]
     with pytest.raises(SystemExit) as leaving:
-        read_settings(Config, ["--epochs", "4", "--print-config", "--config", str(toml("known = ['a']"))])
+        print_if_asked(read_settings(Config, flags), flags)
     assert leaving.value.code == 0
     record = json.loads(capsys.readouterr().out)
     expected = Config(known=("a",), epochs=4)

@@ -13,10 +13,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from bigtrain.models.attention import torch_dtype
 from bigtrain.runtime import start as module
 from bigtrain.runtime.log import StageLog, clock
 from bigtrain.runtime.preempt import SIGNALS, STOPPED, Stop
-from bigtrain.runtime.start import choose_precision, seed_step, start, torch_dtype
+from bigtrain.runtime.start import choose_precision, seed_step, start
 
 TOP = Path(__file__).parents[2]
 

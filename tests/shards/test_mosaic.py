@@ -32,7 +32,16 @@ def tiles(tmp_path: Path, build_folder: Callable[..., object]) -> str:
 
 
 def mosaics(root: str, **options: Any) -> list[Sample]:
-    chosen = {"known": "bee", "mode": "test", "count": 200, "seed": 0, "grid": 2, "tile": None, **options}
+    chosen = {
+        "known": "bee",
+        "mode": "test",
+        "count": 200,
+        "seed": 0,
+        "grid": 2,
+        "known_tiles": 1,
+        "tile": None,
+        **options,
+    }
     return list(mosaic.samples(root, chosen["mode"], **chosen))
 
 
@@ -77,6 +86,14 @@ def test_known_tiles_are_as_many_in_train_as_in_the_known_half_of_test_and_anywh
     assert shares[0] == pytest.approx(shares[1], abs=0.05)
 
 
+def test_more_known_tiles_make_the_known_class_the_prevalent_one(tiles):
+    found = mosaics(tiles, mode="train", count=1000, known_tiles=4)
+    bees = [[thing.class_name for thing in sample.objects].count("bee") for sample in found]
+    assert min(bees) == 1 and 0.25 < bees.count(4) / 1000 < 0.4  # a quarter on purpose, and some by chance
+    with pytest.raises(ValueError, match="has 1 to that"):
+        mosaic.about(tiles, "train", known="bee", mode="train", count=4, seed=0, grid=2, known_tiles=5, tile=None)
+
+
 def test_a_seed_gives_the_same_mosaics_and_another_seed_others(tiles):
     first = mosaics(tiles, count=10)
     assert first == mosaics(tiles, count=10)
@@ -86,7 +103,7 @@ def test_a_seed_gives_the_same_mosaics_and_another_seed_others(tiles):
 
 
 def test_a_set_of_mosaics_is_built_like_any_other(tiles, tmp_path, contents):
-    options = {"known": "cow", "mode": "test", "count": 8, "seed": 3, "grid": 2, "tile": None}
+    options = {"known": "cow", "mode": "test", "count": 8, "seed": 3, "grid": 2, "known_tiles": 1, "tile": None}
     settings = Settings("mosaic", tiles, "test", samples_per_shard=3, options=options)
     manifest = build(settings, tmp_path / "one")
     build(settings, tmp_path / "two", workers=2)
@@ -106,7 +123,16 @@ def test_a_set_of_mosaics_is_built_like_any_other(tiles, tmp_path, contents):
     ],
 )
 def test_an_impossible_mosaic_is_refused(tiles, options, sentence):
-    chosen = {"known": "bee", "mode": "test", "count": 4, "seed": 0, "grid": 2, "tile": None, **options}
+    chosen = {
+        "known": "bee",
+        "mode": "test",
+        "count": 4,
+        "seed": 0,
+        "grid": 2,
+        "known_tiles": 1,
+        "tile": None,
+        **options,
+    }
     with pytest.raises(ValueError, match=sentence):
         mosaic.about(tiles, "test", **chosen)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,7 @@ OUT = Path("runs") / "fashion"
 
 
 def with_embedded_data(config: Any) -> Any:
-    """Fill in the sample's shards, the embedded teacher and a run folder where none were named; build the shards."""
-    if os.environ.get("RANK", "0") == "0":
-        print("no --train was given: running the preset fashion, on the embedded sample of Fashion-MNIST", flush=True)
-    for split in ("train", "test"):
-        build(split)
+    """Fill in the sample's shards, the embedded teacher and a run folder where none were named."""
     given = {
         "train": str(SHARDS / "train"),
         "test": str(SHARDS / "test"),
@@ -33,21 +30,22 @@ def with_embedded_data(config: Any) -> Any:
     return replace(config, **given, run=replace(config.run, out=config.run.out or str(OUT)))
 
 
-def build(split: str) -> None:
-    """Build one split's shards; of several processes the first builds, and the others wait for its manifest."""
-    out = SHARDS / split
-    if os.environ.get("RANK", "0") != "0":
+def build_embedded_shards() -> None:
+    """Build the sample's shards, once; of several processes the first builds, and the others wait for it."""
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        print("no --train was given: running the preset fashion, on the embedded sample of Fashion-MNIST", flush=True)
+    for split in ("train", "test"):
+        out = SHARDS / split
+        if first and not (out / MANIFEST_FILE).is_file():
+            options = ["--root", str(HERE / "sample"), "--dataset", "fashion_mnist", "--split", split]
+            done = subprocess.run([sys.executable, "-m", "shards", "build", "mnist", *options, "--out", str(out)])
+            if done.returncode:
+                raise ValueError(f"the shards of the embedded sample could not be built in {out}: see the line above.")
         wait_for(out / MANIFEST_FILE)
-        return
-    options = ["--root", str(HERE / "sample"), "--dataset", "fashion_mnist", "--split", split, "--out", str(out)]
-    done = subprocess.run([sys.executable, "-m", "shards", "build", "mnist", *options])
-    if done.returncode:
-        raise ValueError(f"the shards of the embedded sample could not be built in {out}: see the line above.")
 
 
 def wait_for(path: Path, *, timeout_s: float = 120.0) -> None:
-    import time
-
     deadline = time.monotonic() + timeout_s
     while not path.is_file():
         if time.monotonic() > deadline:

@@ -1,0 +1,135 @@
+"""The settings of recipes/defend.py: the paper's values, what is allowed, and what fits the networks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from bigtrain.data.masks import Keep
+from bigtrain.data.plan import check_divides
+from bigtrain.models.attention import Backend, resolve_backend, torch_dtype
+from bigtrain.models.vit import Architecture, check_image_size, check_pair, masked_student
+from bigtrain.models.weights import Pretrained
+from bigtrain.objectives.losses import Distance, Normalisation
+from bigtrain.runtime.config import Limits, RunSettings
+from bigtrain.runtime.start import Precision, device_type, world_size_of_launch
+
+
+@dataclass(frozen=True)
+class Config:
+    train: str = ""
+    """Shard set to train on; only its known images are read."""
+    test: str = ""
+    """Shard set to judge on."""
+    known: tuple[str, ...] = ()
+    """Known classes; an image with any object of them is known. All others are novel."""
+    novel: tuple[str, ...] = ()
+    """Or the novel classes; all others are known."""
+    validation_share: float = 0.1
+    """Share of the known training images that is held out, for the threshold."""
+    train_limit: int = 0
+    """Train on a seeded choice of so many known images; 0: all."""
+    test_limit: int = 0
+    """Judge on a seeded choice of so many test images; 0: all."""
+
+    teacher: str = "vit_base_patch16_224.augreg_in21k"
+    """A timm name, or a local .safetensors, .pth or AugReg .npz."""
+    arch: str = ""
+    """The timm vit_* that a local file's weights belong to; bigtrain's own files know theirs."""
+    student: str = ""
+    """The student's architecture, a timm vit_* as wide as the teacher; empty: the teacher's."""
+    image_size: int = 224
+    crop_size: int = 96
+
+    tune: bool = True
+    """Stage 1; without it (--no-tune) the teacher is distilled as it is."""
+    tune_epochs: int = 3
+    tune_batch: int = 64
+    tuned_blocks: int = 2
+    crops: int = 4
+    crop_scale: tuple[float, float] = (0.1, 0.3)
+    global_crops: int = 0
+    """Further crops of scale .3-1 at the image's size; the authors' code has one."""
+    prototypes: int = 0
+    """K; 0: twice the number of classes that the training images show (4.3)."""
+    temperature: float = 0.1
+    epsilon: float = 0.05
+    sinkhorn_iterations: int = 3
+    tune_lr: float = 1e-5
+    """Of the tuned blocks."""
+    head_lr: float = 1e-4
+    """Of projection head and prototypes."""
+    tune_decay: tuple[float, float] = (0.04, 0.5)
+    ema_teacher: bool = False
+    """Take the targets from a moving average of the network, as the authors' code can."""
+    ema_momentum: float = 0.9995
+    """At the start; it rises to 1 along a cosine."""
+    queue: int = 0
+    """Projected tokens of earlier batches that join Sinkhorn; 8192 in the authors' code."""
+
+    distil_epochs: int = 10
+    distil_batch: int = 64
+    mask_ratio: float = 0.5
+    keep: Keep = "attended"
+    """Which patches the student sees."""
+    normalisation: Normalisation = "l2"
+    normalise_student: bool = True
+    """--no-normalise-student: teacher only, for the pixel level (4.6)."""
+    distance: Distance = "squared"
+    distilled_blocks: Literal[1, 3, 5] = 1
+    distil_lr: float = 1e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_epochs: float = 0.0
+    distil_decay: float = 0.05
+    drop_path: float = 0.1
+
+    score_batch: int = 64
+    """Images a forward pass of each process when scoring."""
+    neighbours_bank: int = 10_000
+    """At most so many known images serve the two nearest-neighbour figures."""
+    seed: int = 0
+    precision: Precision = "auto"
+    attention: Backend = "auto"
+
+    run: RunSettings = field(default_factory=RunSettings)
+
+
+LIMITS: Limits = {
+    "validation_share": (0, 0.9),
+    **dict.fromkeys(("train_limit", "test_limit", "queue", "prototypes", "global_crops", "seed"), (0, math.inf)),
+    **dict.fromkeys(("image_size", "crop_size", "crops", "tune_epochs", "tune_batch", "tuned_blocks"), (1, math.inf)),
+    **dict.fromkeys(("distil_epochs", "distil_batch", "score_batch", "neighbours_bank"), (1, math.inf)),
+    **dict.fromkeys(("sinkhorn_iterations",), (1, math.inf)),
+    **dict.fromkeys(("temperature", "epsilon"), (1e-4, math.inf)),
+    **dict.fromkeys(("tune_lr", "head_lr", "distil_lr", "distil_decay", "tune_decay", "warmup_epochs"), (0, math.inf)),
+    **dict.fromkeys(("mask_ratio", "drop_path"), (0, 0.99)),
+    "ema_momentum": (0, 1),
+    "crop_scale": (0.001, 1),
+}
+
+
+def check(config: Config, given: Pretrained, precision: Literal["fp32", "bf16", "fp16"]) -> None:
+    """Refuse settings that do not fit the networks, before anything is written."""
+    depth, device = len(given.vit.backbone.blocks), torch.device(device_type())
+    for side in (config.image_size, config.crop_size) if config.tune else (config.image_size,):
+        check_image_size((side, side), given.vit.patch_size)
+    for global_batch in (config.tune_batch, config.distil_batch) if config.tune else (config.distil_batch,):
+        check_divides(global_batch, world_size_of_launch())
+    if config.tune and config.tuned_blocks > depth:
+        raise ValueError(f"--tuned-blocks is {config.tuned_blocks}, and the teacher has {depth} blocks: use 1 to that.")
+    if config.tune and config.prototypes == 1:
+        raise ValueError("--prototypes is 1: with one prototype every patch agrees with every other; use 2 or more.")
+    if config.keep != "random" and config.mask_ratio > 0 and not given.vit.backbone.has_class_token:
+        raise ValueError("the teacher has no [CLS] token, whose attention guides the mask: use --keep random.")
+    resolve_backend(config.attention, device, torch_dtype(precision))
+    with torch.device("meta"):
+        check_pair(given.vit, masked_student(student_architecture(config, given)), config.distilled_blocks)
+
+
+def student_architecture(config: Config, given: Pretrained) -> Architecture:
+    if config.student:
+        return Architecture(config.student, config.image_size)
+    return replace(given.architecture, image_size=config.image_size)
