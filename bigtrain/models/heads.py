@@ -88,9 +88,10 @@ class DenseTuner(nn.Module):
             z_BND of the images, without gradient, and the cosines z' p of each kind of crop, (B V, M, K).
         """
         whole, *cut = self.vit(image_B3HW, *crops)
+        # the crops first: a head first used without gradient could leave its bf16 copies, cached so, to autocast
+        cosines = [self.prototypes(self.head(crop.tokens_BND)) for crop in cut]
         with torch.no_grad():
-            z_BND = self.head(whole.tokens_BND)
-        return z_BND, [self.prototypes(self.head(crop.tokens_BND)) for crop in cut]
+            return self.head(whole.tokens_BND), cosines
 
 
 class TokenQueue(nn.Module):

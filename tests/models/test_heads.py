@@ -27,8 +27,10 @@ def test_the_last_blocks_head_and_prototypes_learn_and_nothing_else(tuner):
     }
 
 
-def test_gradients_reach_all_that_learns_and_only_that(tuner):
-    _, (cosines_RMK,) = tuner(images(2, 32), images(6, 16, seed=1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_reach_all_that_learns_and_only_that(tuner, dtype):
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        _, (cosines_RMK,) = tuner(images(2, 32), images(6, 16, seed=1))
     target = torch.rand(6, 1, 4, 5).softmax(dim=-1)
     dense_loss(cosines_RMK[:, None], target).sum().backward()
     for name, parameter in tuner.named_parameters():
