@@ -19,6 +19,7 @@ from bigtrain.data.shard_set import ShardSet
 
 TOP = Path(__file__).parents[2]
 names = st.text(min_size=1, max_size=12)
+file_names = st.from_regex(r"[0-9A-Za-z_-]{1,12}\.tar", fullmatch=True)
 
 
 @given(
@@ -29,12 +30,19 @@ names = st.text(min_size=1, max_size=12)
         classes=st.lists(names, unique=True).map(tuple),
         licence=names,
         shards=st.lists(
-            st.builds(Shard, names, st.integers(0, 10**9), st.integers(0, 10**15), st.text("0123456789abcdef"))
+            st.builds(Shard, file_names, st.integers(0, 10**9), st.integers(0, 10**15), st.text("0123456789abcdef"))
         ).map(tuple),
     )
 )
 def test_a_manifest_reads_as_it_was_written(manifest):
     assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize("file", ["../x.tar", "/etc/passwd", "a/b.tar", "..\\x.tar", "..", ""])
+def test_a_manifest_that_leads_out_of_its_folder_is_refused(file):
+    text = Manifest("pets", "train", (), "", (Shard(file, 1, 1, ""),)).to_json()
+    with pytest.raises(ValueError, match="lie beside their manifest"):
+        Manifest.from_json(text)
 
 
 def test_the_label_member_holds_classes_boxes_and_source():
