@@ -6,12 +6,15 @@ A shard set is a folder, or any fsspec URL prefix (s3://, gs://, http://, hf://)
     manifest.json    what the set is, and every shard with its samples, bytes and sha256; written last
     index.parquet    one row a sample, in shard order: where its image lies and which classes it shows
 
+A view is a set without tars: its manifest says where they lie (`shards_at`), its index holds some of their samples.
+
 This module knows neither torch nor any dataset, so that `shards` and `slurm` can build on it alone.
 """
 
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -105,7 +108,8 @@ class Manifest:
     split: str
     classes: tuple[str, ...]  # every class name of the set, in the order the dataset gives them
     licence: str
-    shards: tuple[Shard, ...]
+    shards: tuple[Shard, ...]  # of a view: `samples` are those it takes, `bytes` and `sha256` are of the whole tar
+    shards_at: str = ""  # of a view: the URL of the folder of the tars, or its path from the manifest's own folder
 
     @property
     def samples(self) -> int:
@@ -113,6 +117,8 @@ class Manifest:
 
     def to_json(self) -> str:
         record = {"format": FORMAT, "version": VERSION, "samples": self.samples, **asdict(self)}
+        if not self.shards_at:
+            del record["shards_at"]
         return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
     def checked(self, where: str) -> Manifest:
@@ -137,6 +143,7 @@ class Manifest:
                 classes=tuple(record["classes"]),
                 licence=record["licence"],
                 shards=tuple(Shard(**shard) for shard in record["shards"]),
+                shards_at=record.get("shards_at", ""),
             ).checked(where)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
@@ -147,8 +154,20 @@ class Manifest:
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a shard set's folder or URL prefix, and the path in it, without a slash at its end."""
+    if url.startswith("pipe:"):
+        raise ValueError(f"{url} would run a shell command, which no address of a shard set may: give a folder or URL.")
     fs, path = fsspec.core.url_to_fs(url)
     return fs, path.rstrip("/")
+
+
+def shards_url(url: str, manifest: Manifest) -> str:
+    """The folder or URL prefix where the tars of the set at `url` lie: its own, unless it is a view."""
+    if not manifest.shards_at:
+        return url
+    if "://" in manifest.shards_at:
+        return manifest.shards_at
+    scheme, separator, path = url.rpartition("://")
+    return scheme + separator + posixpath.normpath(posixpath.join(path, manifest.shards_at))
 
 
 def read_manifest(url: str) -> Manifest:

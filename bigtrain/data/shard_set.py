@@ -10,7 +10,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from bigtrain.data.schema import filesystem, read_index, read_manifest
+from bigtrain.data.schema import filesystem, read_index, read_manifest, shards_url
 
 READ_ATTEMPTS = 4
 
@@ -40,7 +40,7 @@ class ShardSet:
         encoded = classes.values.dictionary_encode()
         self._class_of_object = encoded.indices.to_numpy()
         self._class_names: list[str] = encoded.dictionary.to_pylist()
-        self._fs, self._path = filesystem(self.url)
+        self._fs, self._path = filesystem(shards_url(self.url, self.manifest))
         self._open: dict[int, int] = {}
         if isinstance(self._fs, LocalFileSystem):
             self._check_sizes()
