@@ -121,7 +121,8 @@ class Stage:
     def advance(self, batch: Batch, **figures: torch.Tensor | float) -> None:
         """Count the step, log its figures, save when it is due; leave when any rank was asked to."""
         self.step += 1
-        self.log.step(**figures)
+        skipped = self.stream.budget.by_kind
+        self.log.step(wait_s=batch.wait_s, read_bytes=batch.read_bytes, skipped=skipped, **figures)
         following = asdict(self.stream.plan.after(batch.position))
         if self.setup.stop.agreed():
             self.checkpoints.save(self.step, following)

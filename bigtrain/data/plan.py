@@ -3,18 +3,25 @@
 The order is a function of (seed, epoch, samples, global batch) and of nothing else: ranks and workers only take
 slices of it. So a run resumes in the middle of an epoch from two integers, at any world size that divides the global
 batch.
+
+A set of a few shards is shuffled whole. In a larger one that would make each picture a read of its own, far from the
+last. There the unit is the run, some consecutive samples of one shard: runs are shuffled over the whole set and dealt
+to G lanes, and batch b is sample b of every lane. So a batch holds G runs' samples, mixed as widely as the set is, and
+whoever serves a lane reads each run at once. Lanes belong to places in the global batch, not to ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import count, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 PADDING = -1
+SHUFFLED_WHOLE = 16  # shards at most
 
 
 @dataclass(frozen=True, order=True)
@@ -31,11 +38,11 @@ class Plan:
 
     Args:
         sample_N: the samples to read (rows of the index), ascending; a known/novel filter has been applied.
-        shard_N: the shard of each, so that shuffling can keep reads near each other.
+        shard_N: the shard of each.
         global_batch: G, samples a step over all processes.
         seed: of the shuffling and of every sample's own random numbers.
         shuffle: False gives index order, for evaluation.
-        shards_per_block: samples are mixed within blocks of so many shards; blocks and shards are in random order.
+        run_length: samples of a run, at most.
     """
 
     sample_N: NDArray[np.int64]
@@ -43,7 +50,7 @@ class Plan:
     global_batch: int
     seed: int = 0
     shuffle: bool = True
-    shards_per_block: int = 16
+    run_length: int = 32
 
     def __post_init__(self) -> None:
         if len(self.sample_N) == 0:
@@ -55,17 +62,49 @@ class Plan:
     def batches_per_epoch(self) -> int:
         return -(-len(self.sample_N) // self.global_batch)
 
+    @cached_property
+    def in_runs(self) -> bool:
+        """Whether samples are shuffled by runs."""
+        return self.shuffle and bool(np.count_nonzero(np.diff(self.shard_N)) >= SHUFFLED_WHOLE)
+
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Every sample exactly once, in the order of this epoch: shape (N,)."""
-        return _order(self, epoch) if self.shuffle else self.sample_N
+        return self.sample_N[_places(self, epoch)] if self.shuffle else self.sample_N
 
     def batch(self, position: Position) -> NDArray[np.int64]:
         """The G samples of one step over all ranks; the short last batch of an epoch is filled with PADDING."""
-        start = position.batch * self.global_batch
         batch_G = np.full(self.global_batch, PADDING, dtype=np.int64)
-        part = self.order(position.epoch)[start : start + self.global_batch]
-        batch_G[: len(part)] = part
+        part = self._of_lanes(position)
+        batch_G[: len(part)] = self.sample_N[part]
         return batch_G
+
+    def rest_of_runs(self, position: Position, lanes: slice, *, begun: bool) -> NDArray[np.int64]:
+        """The samples that will follow in these lanes, as far as one read serves them: those of the runs that start at
+        this position, or, unless reading has begun before it, of all.
+        """
+        if not self.in_runs:
+            return np.empty(0, np.int64)
+        batches = range(position.batch, min(position.batch + self.run_length, self.batches_per_epoch))
+        columns = [self._of_lanes(Position(position.epoch, b))[lanes] for b in batches]
+        going = np.ones(len(columns[0]), bool)
+        if begun and position.batch:
+            before = self._of_lanes(Position(position.epoch, position.batch - 1))[lanes][: len(going)]
+            going = ~self._follows(before, columns[0])
+        rest = [np.empty(0, np.int32)]
+        for now, then in pairwise(columns):
+            going = going[: len(then)] & self._follows(now[: len(then)], then)
+            rest.append(then[going])
+        return self.sample_N[np.concatenate(rest)]
+
+    def _follows(self, now: NDArray[np.int32], then: NDArray[np.int32]) -> NDArray[np.bool_]:
+        return (then == now + 1) & (self.shard_N[then] == self.shard_N[now])
+
+    def _of_lanes(self, position: Position) -> NDArray[np.int32]:
+        """The places in sample_N of one step's samples, at most G."""
+        start = position.batch * self.global_batch
+        if not self.shuffle:
+            return np.arange(start, min(start + self.global_batch, len(self.sample_N)), dtype=np.int32)
+        return _places(self, position.epoch)[start : start + self.global_batch]
 
     def slice(self, position: Position, rank: int, world_size: int) -> NDArray[np.int64]:
         """Rank r's share of a step: samples [r G/W, (r+1) G/W) of the global batch."""
@@ -76,9 +115,9 @@ class Plan:
         """How many samples of a step are real, over all ranks."""
         return min(self.global_batch, len(self.sample_N) - position.batch * self.global_batch)
 
-    def positions(self, start: Position, epochs: int) -> Iterator[Position]:
-        """Every position from `start` to the end of the last epoch."""
-        for epoch in range(start.epoch, epochs):
+    def positions(self, start: Position, epochs: int | None) -> Iterator[Position]:
+        """Every position from `start` to the end of epoch `epochs - 1`, or without end."""
+        for epoch in count(start.epoch) if epochs is None else range(start.epoch, epochs):
             for batch in range(start.batch if epoch == start.epoch else 0, self.batches_per_epoch):
                 yield Position(epoch, batch)
 
@@ -86,21 +125,44 @@ class Plan:
         last = position.batch + 1 == self.batches_per_epoch
         return Position(position.epoch + 1, 0) if last else Position(position.epoch, position.batch + 1)
 
+    def position_at(self, step: int) -> Position:
+        """Where training stands after so many steps."""
+        return Position(*divmod(step, self.batches_per_epoch))
+
     def steps_before(self, position: Position) -> int:
         return position.epoch * self.batches_per_epoch + position.batch
 
 
 @lru_cache(maxsize=4)  # a few streams read at once; batches of one epoch come in a row
-def _order(plan: Plan, epoch: int) -> NDArray[np.int64]:
+def _places(plan: Plan, epoch: int) -> NDArray[np.int32]:
+    """The order of an epoch as places in sample_N."""
     rng = np.random.Generator(np.random.Philox(key=[plan.seed, epoch]))
-    shards, start_S = np.unique(plan.shard_N, return_index=True)
-    sample_of_shard = np.split(plan.sample_N, start_S[1:])
-    shuffled = rng.permutation(len(shards))
-    blocks = []
-    for first in range(0, len(shuffled), plan.shards_per_block):
-        block = np.concatenate([sample_of_shard[s] for s in shuffled[first : first + plan.shards_per_block]])
-        blocks.append(rng.permutation(block))
-    return np.concatenate(blocks)
+    place_N = np.arange(len(plan.sample_N), dtype=np.int32)
+    start_S = np.flatnonzero(np.diff(plan.shard_N, prepend=-1))
+    if not plan.in_runs:
+        of_shard = np.split(place_N, start_S[1:])
+        return rng.permutation(np.concatenate([of_shard[s] for s in rng.permutation(len(start_S))]))
+    size_S = np.diff(start_S, append=len(place_N))
+    phase_S = rng.integers(plan.run_length, size=len(start_S))  # each epoch cuts the runs elsewhere
+    in_run_N = place_N - np.repeat((start_S - phase_S).astype(np.int32), size_S)
+    in_run_N %= plan.run_length
+    begins_N = in_run_N == 0
+    begins_N[start_S] = True
+    start_R = np.flatnonzero(begins_N)
+    size_R = np.diff(start_R, append=len(place_N))
+    shuffled_R = rng.permutation(len(start_R))
+    start_R, size_R = start_R[shuffled_R], size_R[shuffled_R]
+    # one run after the other: each place is its own number, moved by what its run was moved
+    tape_N = place_N + np.repeat((start_R - np.concatenate([[0], np.cumsum(size_R)[:-1]])).astype(np.int32), size_R)
+    return dealt(tape_N, plan.global_batch)
+
+
+def dealt(tape_N: NDArray[np.int32], lanes: int) -> NDArray[np.int32]:
+    """Cut a sequence into consecutive parts, one a lane, and take one of each in turn: [0..5] on 4: [0 2 4 5 1 3]."""
+    rows, rest = divmod(len(tape_N), lanes)
+    longer = tape_N[: rest * (rows + 1)].reshape(rest, rows + 1)
+    shorter = tape_N[rest * (rows + 1) :].reshape(lanes - rest, rows)
+    return np.concatenate([np.concatenate([longer[:, :rows], shorter]).T.ravel(), longer[:, rows:].T.ravel()])
 
 
 def check_divides(global_batch: int, world_size: int) -> int:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
+from bigtrain.data.reader import Reader
 from bigtrain.data.schema import filesystem, read_index, read_manifest, shards_url
 
-READ_ATTEMPTS = 4
+Places = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]  # shard, offset and size of each sample
 
 
 class ShardSet:
@@ -40,10 +40,10 @@ class ShardSet:
         encoded = classes.values.dictionary_encode()
         self._class_of_object = encoded.indices.to_numpy()
         self._class_names: list[str] = encoded.dictionary.to_pylist()
-        self._fs, self._path = filesystem(shards_url(self.url, self.manifest))
-        self._open: dict[int, int] = {}
-        if isinstance(self._fs, LocalFileSystem):
-            self._check_sizes()
+        self._reader = self.reader()
+        fs, path = filesystem(shards_url(self.url, self.manifest))
+        if isinstance(fs, LocalFileSystem):
+            self._check_sizes(Path(path))
 
     def __len__(self) -> int:
         return len(self.shard_N)
@@ -90,43 +90,21 @@ class ShardSet:
             )
         return names[0]
 
-    def read(self, samples: list[int]) -> list[bytes]:
+    def places(self, sample_N: NDArray[np.int64]) -> Places:
+        """Where the pictures of some samples lie: their shards, and offsets and sizes in bytes."""
+        return self.shard_N[sample_N], self._offset_N[sample_N], self._size_N[sample_N]
+
+    def reader(self) -> Reader:
+        """What reads by `places`, in this process or in a worker, which needs no index for it."""
+        return Reader(shards_url(self.url, self.manifest), [shard.file for shard in self.manifest.shards])
+
+    def read(self, samples: Sequence[int]) -> list[bytes]:
         """The original bytes of some images, in the order asked for; a shard that cannot be read stops the run."""
-        for attempt in range(READ_ATTEMPTS):
-            try:
-                payloads = [self._read_local(s) for s in samples] if self._is_local else self._read_remote(samples)
-                for sample, payload in zip(samples, payloads, strict=True):
-                    if len(payload) != self._size_N[sample]:
-                        whole = f"{len(payload)} of {self._size_N[sample]} bytes of {self.key(sample)}"
-                        raise OSError(f"{whole}: the shard is truncated")
-                return payloads
-            except Exception as error:  # each file system has errors of its own
-                if attempt == READ_ATTEMPTS - 1:
-                    files = sorted({self.manifest.shards[self.shard_N[s]].file for s in samples})
-                    raise OSError(f"{self.url}: {', '.join(files)} cannot be read ({error})") from error
-                time.sleep(0.2 * 4**attempt)
-        raise AssertionError("unreachable")
+        return self._reader.read(*self.places(np.asarray(samples, np.int64)))
 
-    @property
-    def _is_local(self) -> bool:
-        return isinstance(self._fs, LocalFileSystem)
-
-    def _read_local(self, sample: int) -> bytes:
-        shard = int(self.shard_N[sample])
-        if shard not in self._open:
-            if len(self._open) >= 64:  # far below the usual limit of open files
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[shard] = os.open(f"{self._path}/{self.manifest.shards[shard].file}", os.O_RDONLY)
-        return os.pread(self._open[shard], int(self._size_N[sample]), int(self._offset_N[sample]))
-
-    def _read_remote(self, samples: list[int]) -> list[bytes]:
-        files = [f"{self._path}/{self.manifest.shards[self.shard_N[s]].file}" for s in samples]
-        start, size = self._offset_N[samples], self._size_N[samples]
-        return self._fs.cat_ranges(files, start.tolist(), (start + size).tolist(), on_error="raise")
-
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, folder: Path) -> None:
         for shard in self.manifest.shards:
-            path = Path(self._path) / shard.file
+            path = folder / shard.file
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
@@ -134,6 +112,3 @@ class ShardSet:
                     f"{path} {found}, and the manifest says {shard.bytes}: copy it again or build the set again "
                     f"(`bigtrain-shards check {self.url}` lists everything that is wrong)."
                 )
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}  # workers open their own files

@@ -1,28 +1,30 @@
 """The stream: from a plan to batches, the same at any world size and with any number of workers.
 
-The stages are an explicit `webdataset.DataPipeline` behind a `WebLoader`: positions -> bytes -> views -> batch. A
-worker makes whole batches, every W-th one, so workers change neither order nor content. Never pass a stream to
-`accelerator.prepare`: it would be read by one rank for all, or sharded a second time.
+This process plans: it cuts its share of each step into pieces, one a worker, and tells each worker which bytes to read
+(so workers need no index). A worker reads and decodes; the pieces are joined here, in a `webdataset.DataPipeline`
+behind a `WebLoader`. A worker has the same places of every batch, so in large sets it reads whole runs (see plan.py).
+Never pass a stream to `accelerator.prepare`: it would be read by one rank for all, or sharded a second time.
 """
 
 from __future__ import annotations
 
-import io
 import logging
-import warnings
-from collections.abc import Iterable, Iterator
+import time
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import webdataset as wds
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
+from bigtrain.data.pictures import Picture, UnreadableError, jpeg_decoder
 from bigtrain.data.plan import PADDING, Plan, Position, check_divides, sample_seeds
+from bigtrain.data.reader import Reader
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.views import Transform
+from bigtrain.data.views import Transform, Views
 
 log = logging.getLogger(__name__)
 START = Position()
@@ -43,14 +45,12 @@ class Batch:
     seed_B: Tensor
     views: dict[str, Tensor]
     bad: dict[int, str] = field(default_factory=dict)  # sample -> why it could not be decoded
+    read_bytes: int = 0  # for this batch, and ahead of it
+    wait_s: float = 0.0  # how long the training waited for it
 
     def mean(self, value_B: Tensor, world_size: int) -> Tensor:
         """The mean over the step's planned samples on all ranks, once gradients are averaged over the ranks."""
         return (value_B * self.weight_B).sum() * (world_size / self.samples_in_step)
-
-    def pin_memory(self) -> Batch:
-        """The loader calls it, so that copies to a GPU run beside its work."""
-        return replace(self, views={name: view.pin_memory() for name, view in self.views.items()})
 
     def to(self, device: torch.device) -> Batch:
         views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
@@ -65,7 +65,8 @@ class Stream:
         plan: which of them, in what order.
         transform: picture and random generator to named uint8 views, e.g. `views.Resized(224)`.
         rank, world_size: this process among all; the world size must divide the plan's global batch.
-        workers: processes that read and decode; 0 does it in this one.
+        workers: processes that read and decode; 0 does it in this one. Each has some of the places of every batch, so
+            there are never more than this rank has places.
     """
 
     def __init__(
@@ -78,89 +79,148 @@ class Stream:
         world_size: int = 1,
         workers: int = 0,
     ) -> None:
-        check_divides(plan.global_batch, world_size)
+        share = plan.global_batch // check_divides(plan.global_batch, world_size)
         self.shard_set, self.plan, self.transform = shard_set, plan, transform
-        self.rank, self.world_size, self.workers = rank, world_size, workers
+        self.workers = min(workers, share)
+        edges = rank * share + np.linspace(0, share, max(self.workers, 1) + 1).astype(int)
+        self._lanes = [slice(int(low), int(high)) for low, high in zip(edges[:-1], edges[1:], strict=True)]
         self.budget = ErrorBudget(shard_set, len(plan.sample_N) // world_size)
 
-    def batches(self, start: Position = START, epochs: int = 1) -> Iterator[Batch]:
-        """This rank's batches from `start` to the end of epoch `epochs - 1`; the same from any start."""
-        pipeline = wds.DataPipeline(
-            _Positions(self.plan, start, epochs),
-            self._read,
-            self._decode,
-        )
+    def batches(self, start: Position = START, epochs: int | None = 1) -> Generator[Batch]:
+        """This rank's batches from `start` to the end of epoch `epochs - 1`, or without end; the same from any start.
+
+        Raises:
+            ValueError: more pictures cannot be decoded than the error budget allows.
+            OSError: a shard cannot be read.
+        """
         loader = wds.WebLoader(
-            pipeline,
+            _Work(self.shard_set.reader(), self.transform),
+            sampler=self._pieces(start, epochs),
             batch_size=None,
             num_workers=self.workers,
             multiprocessing_context="forkserver" if self.workers else None,
-            pin_memory=torch.cuda.is_available(),
         )
-        for batch in loader:
-            self.budget.count(batch)
-            yield batch
+        began = time.perf_counter()
+        try:
+            for batch in wds.DataPipeline(loader, self._joined):
+                batch = replace(batch, wait_s=time.perf_counter() - began)
+                self.budget.count(batch)
+                yield batch
+                began = time.perf_counter()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error) or "exited unexpectedly" not in str(error):
+                raise
+            raise OSError(
+                f"a process that reads {self.shard_set.url} was killed (out of memory?): use fewer --workers."
+            ) from error
 
-    def _read(self, positions: Iterable[Position]) -> Iterator[tuple[Position, NDArray[np.int64], list[bytes]]]:
-        for position in positions:
-            sample_B = self.plan.slice(position, self.rank, self.world_size)
-            yield position, sample_B, self.shard_set.read([int(s) for s in sample_B if s != PADDING])
+    def _pieces(self, start: Position, epochs: int | None) -> Iterator[_Piece]:
+        """What each worker is to do, one piece after the other; a loader gives them to its workers in turn."""
+        for position in self.plan.positions(start, epochs):
+            sample_G = self.plan.batch(position)
+            for lanes in self._lanes:
+                sample_B = sample_G[lanes]
+                rest = self.plan.rest_of_runs(position, lanes, begun=position != start)
+                read_N = np.concatenate([sample_B[sample_B != PADDING], rest])
+                seed_B = sample_seeds(self.plan.seed, position.epoch, sample_B)
+                yield _Piece(position, sample_B, seed_B, read_N, self.shard_set.places(read_N))
 
-    def _decode(self, parts: Iterable[tuple[Position, NDArray[np.int64], list[bytes]]]) -> Iterator[Batch]:
-        blank = self.transform.blank()
-        for position, sample_B, payloads in parts:
-            seed_B = sample_seeds(self.plan.seed, position.epoch, sample_B)
-            payload = iter(payloads)
-            made, weight_B, bad = [], np.zeros(len(sample_B), np.float32), {}
-            for place, (sample, seed) in enumerate(zip(sample_B.tolist(), seed_B.tolist(), strict=True)):
-                views = blank
-                if sample != PADDING:
-                    try:
-                        image = decode(next(payload))
-                    except Exception as error:  # Pillow's readers raise whatever a broken file makes them raise
-                        bad[sample] = f"{type(error).__name__}: {error}"
-                    else:
-                        views = self.transform(image, np.random.Generator(np.random.Philox(key=seed % 2**64)))
-                        weight_B[place] = 1
-                made.append(views)
+    def _joined(self, done: Iterable[_Done]) -> Iterator[Batch]:
+        for parts in zip(*[iter(done)] * len(self._lanes), strict=True):
+            for part in parts:
+                if part.failure is not None:
+                    raise OSError(part.failure)
+            position = parts[0].position
             yield Batch(
                 position=position,
                 samples_in_step=self.plan.samples_in(position),
-                sample_B=sample_B,
-                weight_B=torch.from_numpy(weight_B),
-                seed_B=torch.from_numpy(seed_B),
-                views={name: torch.from_numpy(np.stack([views[name] for views in made])) for name in blank},
-                bad=bad,
+                sample_B=np.concatenate([part.sample_B for part in parts]),
+                weight_B=joined([part.weight_B for part in parts]),
+                seed_B=joined([part.seed_B for part in parts]),
+                views={name: joined([part.views[name] for part in parts]) for name in parts[0].views},
+                bad={sample: why for part in parts for sample, why in part.bad.items()},
+                read_bytes=sum(part.read_bytes for part in parts),
             )
 
 
-def decode(payload: bytes) -> Image.Image:
-    """The picture in `payload` as RGB of 8 bits; 16-bit greys keep their high byte.
+@dataclass(frozen=True)
+class _Piece:
+    """A worker's places of one batch, and the samples to read for it, those of later batches behind them."""
 
-    Anything Pillow warns about in the file is not our log's business.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(payload)) as image:
-            if image.mode == "F":
-                raise ValueError("a picture of floating-point numbers, which have no given range")
-            if image.mode.startswith("I;16"):
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+    position: Position
+    sample_B: NDArray[np.int64]
+    seed_B: NDArray[np.int64]
+    read_N: NDArray[np.int64]
+    places: tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]  # shard, offset and size of each
 
 
-class _Positions(torch.utils.data.IterableDataset[Position]):
-    """The source stage: the positions of this worker, every W-th one from its own number on."""
+@dataclass(frozen=True)
+class _Done:
+    position: Position
+    sample_B: NDArray[np.int64]
+    seed_B: Tensor
+    weight_B: Tensor
+    views: dict[str, Tensor]
+    bad: dict[int, str]
+    read_bytes: int
+    failure: str | None = None  # a shard that cannot be read: said here, without the worker's traceback
 
-    def __init__(self, plan: Plan, start: Position, epochs: int) -> None:
-        self.plan, self.start, self.epochs = plan, start, epochs
 
-    def __iter__(self) -> Iterator[Position]:
-        worker = torch.utils.data.get_worker_info()
-        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
-        for number, position in enumerate(self.plan.positions(self.start, self.epochs)):
-            if number % every == first:
-                yield position
+class _Work(torch.utils.data.Dataset[_Done]):
+    """What a worker does: a piece's bytes, pictures and views."""
+
+    def __init__(self, reader: Reader, transform: Transform) -> None:
+        self.reader, self.transform, self.decoder = reader, transform, jpeg_decoder()
+        self._ahead: dict[int, bytes] = {}  # read and not yet needed
+
+    def __getitem__(self, piece: _Piece) -> _Done:
+        before = self.reader.bytes_read
+        blank = self.transform.blank()
+        weight_B = np.zeros(len(piece.sample_B), np.float32)
+        made: list[Views] = []
+        bad: dict[int, str] = {}
+        failure = None
+        try:
+            self._read(piece)
+        except OSError as error:
+            failure = str(error)
+        for place, (sample, seed) in enumerate(zip(piece.sample_B.tolist(), piece.seed_B.tolist(), strict=True)):
+            views = blank
+            if sample != PADDING and failure is None:
+                try:
+                    picture = Picture(self._ahead.pop(sample), self.decoder)
+                    views = self.transform(picture, np.random.Generator(np.random.Philox(key=seed % 2**64)))
+                    weight_B[place] = 1
+                except UnreadableError as reason:
+                    bad[sample] = str(reason)
+            made.append(views)
+        return _Done(
+            position=piece.position,
+            sample_B=piece.sample_B,
+            seed_B=torch.from_numpy(piece.seed_B),
+            weight_B=torch.from_numpy(weight_B),
+            views={name: torch.from_numpy(np.stack([views[name] for views in made])) for name in blank},
+            bad=bad,
+            read_bytes=self.reader.bytes_read - before,
+            failure=failure,
+        )
+
+    def _read(self, piece: _Piece) -> None:
+        lacking = np.array([sample not in self._ahead for sample in piece.read_N.tolist()], bool)
+        if lacking.any():
+            shard_N, offset_N, size_N = (place_N[lacking] for place_N in piece.places)
+            payloads = self.reader.read(shard_N, offset_N, size_N)
+            self._ahead |= zip(piece.read_N[lacking].tolist(), payloads, strict=True)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Tensors one behind the other; in pinned memory where there is a GPU, so that copies run beside its work."""
+    if len(parts) == 1 and not torch.cuda.is_available():
+        return parts[0]
+    whole = torch.empty(
+        (sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype, pin_memory=torch.cuda.is_available()
+    )
+    return torch.cat(parts, out=whole)
 
 
 class ErrorBudget:
@@ -173,6 +233,7 @@ class ErrorBudget:
     def __init__(self, shard_set: ShardSet, samples: int, *, in_a_row: int = 100, share: float = 0.01) -> None:
         self.shard_set, self.in_a_row, self.limit = shard_set, in_a_row, max(1, int(share * samples))
         self.skipped: dict[str, str] = {}  # key -> reason
+        self.by_kind: Counter[str] = Counter()  # of pictures.KINDS
         self._row = 0
 
     def count(self, batch: Batch) -> None:
@@ -182,6 +243,7 @@ class ErrorBudget:
             self._row = self._row + 1 if sample in batch.bad else 0
             if sample in batch.bad and (key := self.shard_set.key(sample)) not in self.skipped:
                 self.skipped[key] = batch.bad[sample]
+                self.by_kind[batch.bad[sample].partition(":")[0]] += 1
                 log.warning("skipped %s of %s: %s", key, self.shard_set.url, batch.bad[sample])
             if self._row >= self.in_a_row or len(self.skipped) > self.limit:
                 listing = "".join(f"\n  {key}: {reason}" for key, reason in self.skipped.items())

@@ -1,7 +1,8 @@
 """What is made of one picture: the resized image, crops with their boxes, training crops; all keyed by the sample's
 seed.
 
-Views are uint8 and channels first; they are normalised on the device (`to_float`).
+Views are uint8 and channels first; they are normalised on the device (`to_float`). Crops lie on whole pixels of the
+picture, and the boxes that are told are those.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from typing import Protocol as Interface
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
+
+from bigtrain.data.pictures import Box, Picture
 
 Views = dict[str, NDArray[np.generic]]
 
 
 class Transform(Interface):
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Views: ...
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Views: ...
 
     def blank(self) -> Views:
         """Views of the same shapes for a place without a picture."""
@@ -33,8 +35,9 @@ class Resized:
 
     size: int
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Views:
-        return {"image": _resize(image, self.size)}
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Views:
+        (image,) = picture.cut([(whole(picture), self.size)])
+        return {"image": image}
 
     def blank(self) -> Views:
         return {"image": np.zeros((3, self.size, self.size), np.uint8)}
@@ -56,26 +59,26 @@ class MultiCrop:
     global_crops: int = 0
     global_scale: tuple[float, float] = (0.3, 1.0)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Views:
-        views: Views = {"image": _resize(image, self.size)}
-        views["crops"], views["boxes"] = self._cut(image, rng, self.crops, self.crop_size, self.crop_scale)
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Views:
+        # shapes are drawn in the resized image, where patches are; crops are cut from the picture, which is sharper
+        to_picture = np.array([picture.height, picture.width] * 2) / self.size
+        parts = [(self.crops, self.crop_scale, self.crop_size), (self.global_crops, self.global_scale, self.size)]
+        boxes = [
+            on_pixels(np.array(random_box(self.size, self.size, rng, scale)) * to_picture, picture)
+            for count, scale, _ in parts
+            for _ in range(count)
+        ]
+        sizes = [size for count, _, size in parts for _ in range(count)]
+        image, *cuts = picture.cut([(whole(picture), self.size), *zip(boxes, sizes, strict=True)])
+        box_V4 = (np.array(boxes) / to_picture).astype(np.float32)
+        views: Views = {"image": image, "crops": np.stack(cuts[: self.crops]), "boxes": box_V4[: self.crops]}
         if self.global_crops:
-            cut = self._cut(image, rng, self.global_crops, self.size, self.global_scale)
-            views["global_crops"], views["global_boxes"] = cut
+            views |= {"global_crops": np.stack(cuts[self.crops :]), "global_boxes": box_V4[self.crops :]}
         return views
 
-    def _cut(
-        self, image: Image.Image, rng: np.random.Generator, count: int, size: int, scale: tuple[float, float]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        # drawn in the resized image's pixels, where patches are; cut from the picture itself, which is sharper
-        boxes = [random_box(self.size, self.size, rng, scale) for _ in range(count)]
-        to_picture = np.array([image.height, image.width] * 2) / self.size
-        crops = [_resize(image, size, box=tuple(np.array(box) * to_picture)) for box in boxes]
-        return np.stack(crops), np.array(boxes, np.float32)
-
     def blank(self) -> Views:
-        views = self(Image.new("RGB", (self.size, self.size)), np.random.default_rng(0))
-        return {name: view if name.endswith("boxes") else np.zeros_like(view) for name, view in views.items()}
+        black = Picture.of(np.zeros((self.size, self.size, 3), np.uint8))
+        return self(black, np.random.default_rng(0))
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,24 @@ class RandomResizedCrop:
     size: int
     scale: tuple[float, float] = (0.25, 1.0)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Views:
-        view = _resize(image, self.size, box=random_box(image.height, image.width, rng, self.scale))
-        return {"image": np.ascontiguousarray(view[..., ::-1]) if rng.random() < 0.5 else view}
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Views:
+        box = on_pixels(np.array(random_box(picture.height, picture.width, rng, self.scale)), picture)
+        (image,) = picture.cut([(box, self.size)])
+        return {"image": np.ascontiguousarray(image[..., ::-1]) if rng.random() < 0.5 else image}
 
     def blank(self) -> Views:
         return {"image": np.zeros((3, self.size, self.size), np.uint8)}
+
+
+def whole(picture: Picture) -> Box:
+    return 0, 0, picture.height, picture.width
+
+
+def on_pixels(box: NDArray[np.float64], picture: Picture) -> Box:
+    """The nearest box of whole pixels, of at least one, inside the picture."""
+    top, left, bottom, right = box.round().astype(int).tolist()
+    top, left = min(top, picture.height - 1), min(left, picture.width - 1)
+    return top, left, min(max(bottom, top + 1), picture.height), min(max(right, left + 1), picture.width)
 
 
 def random_box(
@@ -100,9 +115,14 @@ def random_box(
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[float, float, float, float]:
-    """A box of a random share of the area and of a random shape: (top, left, bottom, right), floats."""
+    """A box of a random share of the area and of a random shape: (top, left, bottom, right), floats.
+
+    The share is always as drawn: in an elongated picture the shape gives way.
+    """
     area = height * width * rng.uniform(*scale)
-    shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    least, most = area / height**2, width**2 / area  # width / height of the boxes of this area that fit
+    low, high = (min(max(shape, least), most) for shape in ratio)
+    shape = math.exp(rng.uniform(math.log(low), math.log(high)))
     h, w = min(math.sqrt(area / shape), height), min(math.sqrt(area * shape), width)
     top, left = rng.uniform(0, height - h), rng.uniform(0, width - w)
     return top, left, top + h, left + w
@@ -113,13 +133,3 @@ def to_float(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
     mean_311 = torch.tensor(mean, device=view.device).view(3, 1, 1)
     std_311 = torch.tensor(std, device=view.device).view(3, 1, 1)
     return (view.float() / 255 - mean_311) / std_311
-
-
-def _resize(image: Image.Image, size: int, box: tuple[float, float, float, float] | None = None) -> NDArray[np.uint8]:
-    """A box (top, left, bottom, right) of a picture, bicubic with anti-aliasing, as uint8 (3, size, size)."""
-    pillow_box = None
-    if box is not None:
-        top, left, bottom, right = box
-        pillow_box = (left, top, min(right, image.width), min(bottom, image.height))
-    resized = image.resize((size, size), Image.Resampling.BICUBIC, box=pillow_box)
-    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))

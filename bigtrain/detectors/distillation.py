@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from bigtrain.data.stream import decode
+from bigtrain.data.pictures import Picture
 from bigtrain.data.views import Resized, to_float
 from bigtrain.models.attention import Backend, Precision, torch_dtype
 from bigtrain.models.weights import Pretrained, load_vit, save_vit
 from bigtrain.objectives.losses import Distance, Normalisation
 from bigtrain.objectives.scores import distillation_score
 
-Picture = Image.Image | NDArray[np.uint8] | str | Path
+Given = Image.Image | NDArray[np.uint8] | str | Path  # a picture, open or in a file
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,17 @@ class DistillationDetector:
     def device(self) -> torch.device:
         return next(self.student.vit.parameters()).device
 
-    def score(self, images: Iterable[Picture]) -> NDArray[np.float64]:
+    def score(self, images: Iterable[Given]) -> NDArray[np.float64]:
         """Novelty of each image, higher = more novel: shape (B,)."""
         parts = [scores for scores, _ in self._score(images)]
         return np.concatenate(parts) if parts else np.zeros(0)
 
-    def score_map(self, images: Iterable[Picture]) -> NDArray[np.float32]:
+    def score_map(self, images: Iterable[Given]) -> NDArray[np.float32]:
         """Novelty of each patch of each image: shape (B, h, w); its mean over patches is the image's score."""
         side = self.scoring.image_size // self.teacher.vit.patch_size
         return np.concatenate([np.zeros((0, side, side), np.float32), *(maps for _, maps in self._score(images))])
 
-    def _score(self, images: Iterable[Picture]) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float32]]]:
+    def _score(self, images: Iterable[Given]) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float32]]]:
         resize = Resized(self.scoring.image_size)
         rest = iter(images)
         while some := list(islice(rest, self.scoring.batch)):
@@ -131,9 +131,5 @@ class DistillationDetector:
         return cls(networks[0], networks[1], scoring)
 
 
-def _open(image: Picture) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image).convert("RGB")
-    return decode(Path(image).read_bytes())
+def _open(image: Given) -> Picture:
+    return Picture(Path(image).read_bytes()) if isinstance(image, str | Path) else Picture.of(image)

@@ -17,14 +17,15 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bigtrain.data.pictures import Picture
 from bigtrain.data.protocol import Protocol
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.stream import Stream, decode
+from bigtrain.data.stream import Stream
 from bigtrain.detectors.distillation import DistillationDetector
 from bigtrain.detectors.neighbours import NearestNeighbours
 from bigtrain.evaluation.collect import collect
 from bigtrain.evaluation.metrics import summary
-from bigtrain.evaluation.pictures import Picture, most_telling
+from bigtrain.evaluation.pictures import Shown, most_telling
 from bigtrain.evaluation.report import write_report
 
 Features = Callable[[Tensor], Tensor]  # uint8 images (B, 3, H, W) to (B, D)
@@ -171,11 +172,12 @@ def rates(threshold: float | None, test: Scored) -> dict[str, float] | None:
     }
 
 
-def pictures(test: Scored, places: list[int], detector: DistillationDetector) -> list[Picture]:
+def pictures(test: Scored, places: list[int], detector: DistillationDetector) -> list[Shown]:
     """The pictures at some places of the scores, with their maps."""
-    images = [decode(payload) for payload in test.shard_set.read([int(test.sample_N[p]) for p in places])]
+    payloads = test.shard_set.read([int(test.sample_N[place]) for place in places])
+    images = [Picture(payload).rgb() for payload in payloads]
     return [
-        Picture(
+        Shown(
             key=test.shard_set.key(test.sample_N[place]),
             classes=test.shard_set.classes_of(test.sample_N[place]),
             novel=bool(test.novel_N[place]),

@@ -22,7 +22,7 @@ HEAT = ("#0d0887", "#6a00a8", "#b12a90", "#e16462", "#fca636", "#f0f921")  # pla
 
 
 @dataclass(frozen=True)
-class Picture:
+class Shown:
     """One picture of the report, with what is known of it."""
 
     key: str
@@ -56,7 +56,7 @@ def most_telling(novel_N: Bools, score_N: Floats, *, count: int = 8) -> dict[str
     }
 
 
-def shared_scale(pictures: Iterable[Picture]) -> Scale | None:
+def shared_scale(pictures: Iterable[Shown]) -> Scale | None:
     """Return the range of all maps, without the outer 1 % at each end, or None where no picture has a map."""
     maps = [picture.score_map_hw for picture in pictures if picture.score_map_hw is not None]
     if not maps:

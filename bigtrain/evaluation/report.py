@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from bigtrain.evaluation.charts import SERIES, histogram, histogram_chart, roc_chart, roc_points
 from bigtrain.evaluation.metrics import Bools, Floats, checked
-from bigtrain.evaluation.pictures import HEAT, Picture, Scale, data_uri, overlay, rgb, shared_scale
+from bigtrain.evaluation.pictures import HEAT, Shown, Scale, data_uri, overlay, rgb, shared_scale
 
 TEMPLATE = "report.html.jinja"
 FIGURES = {  # key in a summary: heading, whether more is better, what it means
@@ -34,7 +34,7 @@ def write_report(
     novel_N: ArrayLike,
     score_N: ArrayLike,
     comparisons: Mapping[str, tuple[ArrayLike, Mapping[str, Any]]],
-    pictures: Mapping[str, Sequence[Picture]],
+    pictures: Mapping[str, Sequence[Shown]],
 ) -> None:
     """Write the report to `path` at once: a reader sees the old page or the new one, never half of one.
 
@@ -64,7 +64,7 @@ def render(
     novel_N: Bools,
     score_N: Floats,
     comparisons: Mapping[str, tuple[ArrayLike, Mapping[str, Any]]],
-    pictures: Mapping[str, Sequence[Picture]],
+    pictures: Mapping[str, Sequence[Shown]],
 ) -> str:
     """Return the page; the arguments are those of `write_report`."""
     if "metrics" not in results:
@@ -151,7 +151,7 @@ def rates_at(threshold: float | None, novel_N: Bools, score_N: Floats) -> tuple[
     return percent(float(flagged_N[~novel_N].mean())), percent(float(flagged_N[novel_N].mean()))
 
 
-def card(picture: Picture, scale: Scale | None, threshold: float | None) -> dict[str, Any]:
+def card(picture: Shown, scale: Scale | None, threshold: float | None) -> dict[str, Any]:
     """Return what the page shows of a picture; `error` where the threshold puts it on the wrong side."""
     image = rgb(picture.image)
     with_map = None

@@ -6,10 +6,12 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -43,7 +45,9 @@ class StageLog:
         self.images_per_step, self.every = images_per_step, every
         self.accelerator = accelerator
         self.writes = accelerator.is_main_process
-        self.began = self.last_line = time.monotonic()
+        self.began = self.last_line = self.last_row = time.monotonic()
+        self.waited_s, self.read_bytes = 0.0, 0  # since the last row
+        self.reading: dict[str, float] = {}  # the figures of the last row
         if self.writes:
             self.file = continued(folder / "log.jsonl", stage, done).open("a", buffering=1)
             self.board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=done)
@@ -51,21 +55,39 @@ class StageLog:
                 total=steps, initial=done, desc=stage, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
             )
 
-    def step(self, **values: Tensor | float) -> None:
-        """Count a step; now and then write its figures. Values stay on the device until they are written."""
+    def step(
+        self,
+        *,
+        wait_s: float = 0.0,
+        read_bytes: int = 0,
+        skipped: Mapping[str, int] | None = None,
+        **values: Tensor | float,
+    ) -> None:
+        """Count a step, on all ranks; now and then write its figures, which stay on the device until then.
+
+        Args:
+            wait_s: how long this rank waited for its batch.
+            read_bytes: what it read for it.
+            skipped: the samples that it has left out so far, by reason.
+        """
         self.done += 1
+        self.waited_s += wait_s
+        self.read_bytes += read_bytes
+        now = time.monotonic()
+        row_due = self.done % self.every == 0 or self.done == self.steps
+        if row_due:
+            self.reading = self.over_ranks(now - self.last_row, skipped or {})
+            self.last_row, self.waited_s, self.read_bytes = now, 0.0, 0
         if not self.writes:
             return
         self.bar.update()
-        now = time.monotonic()
-        row_due = self.done % self.every == 0 or self.done == self.steps
         line_due = self.bar.disable and (now - self.last_line > LINE_EVERY_S or self.done == self.steps)
         if not (row_due or line_due):
             return
         numbers = {name: float(value) for name, value in values.items()}
         elapsed_s = max(now - self.began, 1e-9)
         rate = (self.done - self.first) * self.images_per_step / elapsed_s
-        numbers["images_per_s"] = rate
+        numbers |= {"images_per_s": rate, **self.reading}
         if torch.cuda.is_available():
             numbers["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if row_due:
@@ -81,6 +103,18 @@ class StageLog:
                 flush=True,
             )
             self.last_line = now
+
+    def over_ranks(self, elapsed_s: float, skipped: Mapping[str, int]) -> dict[str, float]:
+        """What reading cost since the last row: the longest wait of a rank, all ranks' bytes, all samples left out."""
+        here = {"wait_s": self.waited_s, "bytes": self.read_bytes, "skipped": dict(skipped)}
+        ranks = gather_object([here])
+        figures = {
+            "data_wait_percent": 100 * max(rank["wait_s"] for rank in ranks) / max(elapsed_s, 1e-9),
+            "read_mb_per_s": sum(rank["bytes"] for rank in ranks) / max(elapsed_s, 1e-9) / 1e6,
+        }
+        for kind in sorted({kind for rank in ranks for kind in rank["skipped"]}):
+            figures["skipped_" + kind.replace(" ", "_")] = sum(rank["skipped"].get(kind, 0) for rank in ranks)
+        return figures
 
     def close(self) -> None:
         if self.writes:

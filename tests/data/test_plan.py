@@ -1,5 +1,7 @@
 """The order of an epoch: every sample once, the same at any world size, from any position on."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,24 +10,24 @@ from hypothesis import strategies as st
 from bigtrain.data.plan import PADDING, Plan, Position, check_divides, sample_seeds
 
 plans = st.builds(
-    lambda gaps, per_shard, share, world, seed, shuffle, block: (
+    lambda gaps, per_shard, share, world, seed, shuffle, run_length: (
         Plan(
             np.cumsum(gaps, dtype=np.int64),  # rows of the index that a filter left
             (np.cumsum(gaps) // per_shard).astype(np.int32),
             share * world,
             seed,
             shuffle,
-            block,
+            run_length,
         ),
         world,
     ),
-    gaps=st.lists(st.integers(1, 3), min_size=1, max_size=60),
-    per_shard=st.integers(1, 20),
+    gaps=st.lists(st.integers(1, 3), min_size=1, max_size=120),
+    per_shard=st.integers(1, 12),  # often more shards than are shuffled whole
     share=st.integers(1, 8),
     world=st.integers(1, 5),
     seed=st.integers(0, 2**32),
     shuffle=st.booleans(),
-    block=st.integers(1, 5),
+    run_length=st.integers(1, 7),
 )
 
 
@@ -70,7 +72,7 @@ def test_from_every_position_on_the_rest_of_the_training_is_the_same(given_plan,
     plan, _ = given_plan
     whole = list(plan.positions(Position(), epochs))
     batches = [plan.batch(p) for p in whole]
-    fresh = Plan(plan.sample_N, plan.shard_N, plan.global_batch, plan.seed, plan.shuffle, plan.shards_per_block)
+    fresh = Plan(plan.sample_N, plan.shard_N, plan.global_batch, plan.seed, plan.shuffle, plan.run_length)
     for step, position in enumerate(whole):
         assert plan.steps_before(position) == step
         rest = list(fresh.positions(position, epochs))
@@ -84,16 +86,79 @@ def big_plan(seed=0, **changes):
     return Plan(sample_N, (sample_N // 10).astype(np.int32), **{"global_batch": 10, "seed": seed, **changes})
 
 
-def test_samples_are_mixed_within_blocks_of_shards_and_not_beyond():
-    order = big_plan(shards_per_block=4).order(0)
-    for first in range(0, 1000, 40):
-        block = order[first : first + 40]
-        shards = np.unique(block // 10)
-        assert len(shards) == 4  # whole shards, of which each sample is there
-        assert not np.array_equal(block, np.sort(block))
-        assert len(np.unique(block[:10] // 10)) > 1  # mixed over the shards, not shard by shard
-    firsts = order[::40] // 10
-    assert not np.array_equal(firsts, np.sort(firsts))  # and blocks come in random order
+def test_a_few_shards_are_shuffled_whole():
+    sample_N = np.arange(1600)
+    order = Plan(sample_N, (sample_N // 100).astype(np.int32), 10).order(0)
+    assert len(np.unique(order[:160] // 100)) == 16
+    assert (np.diff(order) == 1).mean() < 0.01
+
+
+def lanes_of(plan, epoch=0):
+    """The sequence of each lane of an epoch without padding: shape (G, batches)."""
+    return plan.order(epoch).reshape(plan.batches_per_epoch, plan.global_batch).T
+
+
+def test_in_many_shards_each_lane_takes_runs_of_one_shard_from_all_over_the_set():
+    sample_N = np.arange(64_000)
+    plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 64, run_length=8)
+    lanes = lanes_of(plan)
+    follows = np.diff(lanes) == 1
+    assert 0.80 < follows.mean() < 0.88  # 7 of 8, less those cut at the ends of shards
+    for lane in lanes[:8]:
+        runs = np.split(lane, np.flatnonzero(np.diff(lane) != 1) + 1)
+        assert max(map(len, runs)) <= 2 * 8  # two may follow one another by chance
+        assert len({run[0] // 100 for run in runs}) > 80  # of 640 shards
+    for batch in lanes.T[:20]:
+        assert len(np.unique(batch // 100)) > 55  # 64 samples of nearly as many shards
+    assert not np.array_equal(lanes_of(plan), lanes_of(plan, 1))
+
+
+def test_epochs_cut_the_runs_at_other_places():
+    sample_N = np.arange(64_000)
+    plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 64, run_length=8)
+    begins = [set(lanes_of(plan, epoch)[:, 1:][np.diff(lanes_of(plan, epoch)) != 1] % 100) for epoch in range(2)]
+    assert begins[0] == set(range(100)) == begins[1]
+
+
+@given(plans, st.integers(0, 3), st.data())
+def test_what_is_read_ahead_is_what_follows_in_the_same_lanes(given_plan, epoch, data):
+    plan, _ = given_plan
+    low = data.draw(st.integers(0, plan.global_batch - 1))
+    lanes = slice(low, data.draw(st.integers(low + 1, plan.global_batch)))
+    first = data.draw(st.integers(0, plan.batches_per_epoch - 1))
+    read = set()
+    for b in range(first, plan.batches_per_epoch):
+        position = Position(epoch, b)
+        needed = set(plan.batch(position)[lanes]) - {PADDING}
+        ahead = plan.rest_of_runs(position, lanes, begun=b > first)
+        later = {s for c in range(b + 1, plan.batches_per_epoch) for s in plan.batch(Position(epoch, c))[lanes]}
+        assert len(set(ahead)) == len(ahead) and set(ahead) <= later
+        again = set(ahead) & read  # chance neighbours of runs: the reader knows what it has
+        assert not again or plan.run_length > 1
+        read |= needed | set(ahead)
+
+
+def test_reading_ahead_serves_nearly_all_samples():
+    sample_N = np.arange(20_000)
+    plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 8, run_length=10)
+    requests, have = 0, set()
+    for b in range(plan.batches_per_epoch):
+        position = Position(0, b)
+        ahead = plan.rest_of_runs(position, slice(0, 8), begun=b > 0)
+        requests += sum(s not in have for s in plan.batch(position).tolist())
+        have |= set(plan.batch(position).tolist()) | set(ahead.tolist())
+    assert requests < 1.25 * 20_000 / 10
+
+
+def test_fourteen_million_samples_are_planned_in_little_memory():
+    sample_N = np.arange(14_000_000)
+    plan = Plan(sample_N, (sample_N // 1000).astype(np.int32), 4096)
+    tracemalloc.start()
+    batch = plan.batch(Position(0, 3000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e9
+    assert len(np.unique(batch // 1000)) > 3000
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():

@@ -1,15 +1,14 @@
 """The stream: the same bits with any number of workers, at any world size and from any position."""
 
-import io
 import logging
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from bigtrain.data.plan import PADDING, Plan, Position
-from bigtrain.data.stream import Batch, ErrorBudget, Stream, decode
+from bigtrain.data.pictures import Picture
+from bigtrain.data.stream import Batch, ErrorBudget, Stream
 from bigtrain.data.views import MultiCrop, Resized
 
 SAMPLES, BATCH, EPOCHS = 20, 6, 2
@@ -21,7 +20,7 @@ def pictures(write_set, noise):
 
 
 def stream(shard_set, *, shuffle=True, transform=None, batch=BATCH, **options):
-    plan = Plan(np.arange(len(shard_set)), shard_set.shard_N, batch, seed=5, shuffle=shuffle, shards_per_block=2)
+    plan = Plan(np.arange(len(shard_set)), shard_set.shard_N, batch, seed=5, shuffle=shuffle, run_length=3)
     return Stream(shard_set, plan, transform or MultiCrop(16, 8, 2), **options)
 
 
@@ -75,7 +74,7 @@ def test_views_are_those_of_the_sample_and_differ_by_epoch(pictures):
         for sample, box, image in zip(batch.sample_B, batch.views["boxes"], batch.views["image"], strict=True):
             if sample != PADDING:
                 boxes.setdefault(sample, []).append(box)
-                resized = Resized(16)(decode(pictures.read([sample])[0]), np.random.default_rng(0))["image"]
+                resized = Resized(16)(Picture(pictures.read([sample])[0]), np.random.default_rng(0))["image"]
                 assert np.array_equal(image.numpy(), resized)
     assert sorted(boxes) == list(range(SAMPLES))
     assert not any(torch.equal(*both) for both in boxes.values())
@@ -148,7 +147,7 @@ class Keys:
 
 def counted(budget, samples, bad):
     ones = torch.ones(len(samples))
-    budget.count(Batch(Position(), len(samples), np.array(samples), ones, ones, {}, dict.fromkeys(bad, "broken")))
+    budget.count(Batch(Position(), len(samples), np.array(samples), ones, ones, {}, dict.fromkeys(bad, "damaged: broken")))
 
 
 def test_a_hundred_bad_pictures_in_a_row_stop_the_run_and_ninety_nine_do_not():
@@ -156,7 +155,7 @@ def test_a_hundred_bad_pictures_in_a_row_stop_the_run_and_ninety_nine_do_not():
     counted(budget, range(98), range(98))
     counted(budget, [98, PADDING, 99], [98])  # 99 in a row; padding is no picture, and 99 is good
     counted(budget, range(100, 199), range(100, 199))
-    with pytest.raises(ValueError, match=r"100 of them in a row(.|\n)*k0: broken(.|\n)*k199: broken"):
+    with pytest.raises(ValueError, match=r"100 of them in a row(.|\n)*k0: damaged: broken(.|\n)*k199: damaged: broken"):
         counted(budget, [199], [199])
 
 
@@ -170,7 +169,7 @@ def test_the_budget_is_one_percent_of_the_rank_s_samples_and_counts_each_picture
 
 def test_a_mistake_in_a_transform_is_not_taken_for_a_bad_picture(pictures):
     class Broken(Resized):
-        def __call__(self, image, rng):
+        def __call__(self, picture, rng):
             raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
@@ -180,10 +179,3 @@ def test_a_mistake_in_a_transform_is_not_taken_for_a_bad_picture(pictures):
 def test_a_world_size_that_does_not_divide_is_refused_before_anything_is_read(pictures):
     with pytest.raises(ValueError, match="6 does not divide among 4 processes"):
         stream(pictures, world_size=4)
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_pictures_of_every_kind_become_rgb(mode):
-    file = io.BytesIO()
-    Image.new(mode, (5, 4)).save(file, "TIFF")
-    assert (decode(file.getvalue()).mode, decode(file.getvalue()).size) == ("RGB", (5, 4))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from bigtrain.data.pictures import Picture
 from bigtrain.data.views import MultiCrop, RandomResizedCrop, Resized, random_box, to_float
 
 HEIGHT, WIDTH = 240, 180
@@ -12,7 +12,7 @@ HEIGHT, WIDTH = 240, 180
 
 def ramp(height=HEIGHT, width=WIDTH):
     row, column = np.mgrid[:height, :width]
-    return Image.fromarray(np.stack([row, column, 0 * row], axis=-1).astype(np.uint8))
+    return Picture.of(np.stack([row, column, 0 * row], axis=-1).astype(np.uint8))
 
 
 def rng(seed=0):
@@ -65,6 +65,22 @@ def test_boxes_lie_inside_and_take_the_share_of_the_area_that_was_asked(scale):
         assert shape.min() < 0.8 and shape.max() > 1.25
         assert top.min() < 3 and bottom.max() > 93 and left.min() < 3 and right.max() > 93
     assert share.max() - share.min() >= 0.8 * (scale[1] - scale[0])
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 900), (900, 20), (1, 400)])
+def test_in_an_elongated_picture_the_shape_gives_way_and_the_share_stays(height, width):
+    for seed in range(200):
+        top, left, bottom, right = random_box(height, width, rng(seed), (0.25, 1.0))
+        assert 0 <= top <= bottom <= height and 0 <= left <= right <= width + 1e-9
+        assert 0.25 - 1e-9 <= (bottom - top) * (right - left) / (height * width) <= 1 + 1e-9
+
+
+def test_crops_lie_on_whole_pixels_even_in_the_smallest_pictures():
+    for height, width in [(1, 1), (2, 3), (28, 28)]:
+        views = MultiCrop(size=16, crop_size=8, crops=50)(ramp(height, width), rng())
+        edges = views["boxes"] * np.array([height, width] * 2) / 16
+        assert np.abs(edges - edges.round()).max() < 1e-4
+        assert (views["boxes"][:, 2:] > views["boxes"][:, :2]).all() and views["boxes"].max() <= 16
 
 
 def test_crops_belong_to_the_generator_alone():

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import bigtrain
+from bigtrain.data.pictures import Picture
 from bigtrain.data.views import Resized
 from bigtrain.detectors.distillation import DistillationDetector, Scoring
 from bigtrain.models.vit import Architecture, ViT, masked_student
@@ -98,7 +99,7 @@ def test_the_score_is_the_mean_of_its_map_and_that_the_distance_of_the_networks_
     scores, maps = detector.score(pictures[:2]), detector.score_map(pictures[:2])
     assert (scores.dtype, maps.shape) == (np.float64, (2, 4, 4))
     np.testing.assert_allclose(maps.mean(axis=(1, 2)), scores, rtol=1e-5)
-    image = torch.from_numpy(Resized(32)(pictures[1], np.random.default_rng(0))["image"])[None] / 255
+    image = torch.from_numpy(Resized(32)(Picture.of(pictures[1]), np.random.default_rng(0))["image"])[None] / 255
     mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.5, 0.2]).view(3, 1, 1)
     tokens = []
     for network in (detector.teacher, detector.student):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from bigtrain.evaluation.metrics import summary
-from bigtrain.evaluation.pictures import Picture, Scale, heat, most_telling, overlay, rgb, shared_scale
+from bigtrain.evaluation.pictures import Shown, Scale, heat, most_telling, overlay, rgb, shared_scale
 from bigtrain.evaluation.report import write_report
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -40,10 +40,10 @@ class Page(HTMLParser):
 
 def picture(
     key: str = "a/1", *, novel: bool = True, score: float = 0.5, side: int = 28, with_map: bool = True
-) -> Picture:
+) -> Shown:
     """Make a grey picture with a rising 2 x 2 map."""
     score_map_hw = np.arange(4.0).reshape(2, 2) if with_map else None
-    return Picture(key, ["Bag"], novel, score, np.full((side, side, 3), 128, np.uint8), score_map_hw)
+    return Shown(key, ["Bag"], novel, score, np.full((side, side, 3), 128, np.uint8), score_map_hw)
 
 
 def written(tmp_path, **changes) -> tuple[str, Page]:
@@ -124,7 +124,7 @@ def test_names_from_outside_come_out_as_text(tmp_path, hostile):
     novel_N = np.repeat([False, True], 10)
     score_N = np.arange(20.0)
     found = summary(novel_N, score_N, resamples=10)
-    shown = Picture(hostile, [hostile], True, 1.0, Image.new("L", (8, 8)), None)
+    shown = Shown(hostile, [hostile], True, 1.0, Image.new("L", (8, 8)), None)
     text, page = written(
         tmp_path,
         title=hostile,
@@ -207,11 +207,11 @@ def test_most_telling_pictures_are_the_extremes_and_the_worst_errors():
 
 
 def test_one_scale_spans_the_maps_of_all_pictures():
-    low, high = Picture("a", [], True, 0, rgb(Image.new("L", (4, 4))), np.zeros((2, 2))), picture()
+    low, high = Shown("a", [], True, 0, rgb(Image.new("L", (4, 4))), np.zeros((2, 2))), picture()
     assert shared_scale([low, high]) == pytest.approx((0, 3), abs=0.1)
     assert shared_scale([picture(with_map=False)]) is None
     with pytest.raises(ValueError, match="1 of 1 patch scores"):
-        shared_scale([Picture("a", [], True, 0, Image.new("L", (4, 4)), np.array([[np.nan]]))])
+        shared_scale([Shown("a", [], True, 0, Image.new("L", (4, 4)), np.array([[np.nan]]))])
 
 
 def test_heat_ends_at_the_ends_of_its_scale():

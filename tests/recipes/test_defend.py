@@ -14,7 +14,7 @@ import torch
 
 import bigtrain
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.stream import decode
+from bigtrain.data.pictures import Picture
 from bigtrain.models.vit import Architecture
 from bigtrain.models.weights import read_tensors, save_tensors
 from recipes.defend import main
@@ -71,7 +71,7 @@ def test_the_saved_detector_gives_the_scores_of_the_run_bit_for_bit(finished):
     test = ShardSet(settings["test"])
     judged = scores(run).query("split == 'test'")
     places = [test.keys().index(key) for key in judged.index]
-    images = [decode(payload) for payload in test.read(places)]
+    images = [Picture(payload).rgb() for payload in test.read(places)]
     detector = bigtrain.load_detector(run / "detector", device="cpu")
     assert detector.score(images).tolist() == judged["score"].tolist()
     maps = detector.score_map(images[:5])

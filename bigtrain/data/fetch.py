@@ -1,0 +1,263 @@
+"""Bytes from files near and far: time limits, retries, and a clear stop.
+
+A shard set lies on a disk or behind any fsspec URL, and both fail: a disk loses a file, a server is busy, slow, silent,
+or closes the connection in mid-answer. What may pass is asked for again, what will not stops at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.implementations.local import LocalFileSystem
+
+log = logging.getLogger(__name__)
+MAX_OPEN_FILES = 64  # far below the usual limit
+MAX_REQUESTS = 16  # at once, of one process
+MAX_WAIT_S = 30.0
+SLOWEST_BYTES_PER_S = 250_000  # what is slower counts as silent
+PIECE_BYTES = 32 << 20  # of a file that is read whole
+MAY_PASS = (408, 425, 429)  # of HTTP's 4xx: too slow, too early, too many
+# what no second try changes; TimeoutError is an OSError as well, and is not among them
+PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError, TypeError)
+_jitter = random.SystemRandom()  # so that neither the run's random numbers nor those of other workers take part
+
+
+class Range(NamedTuple):
+    """Bytes start .. end - 1 of a file."""
+
+    path: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to bear with a server: `attempts` requests, with waits of about first_wait_s, twice that, and so on.
+
+    A request has answer_s, and the time its bytes take at SLOWEST_BYTES_PER_S.
+    """
+
+    attempts: int = 6
+    first_wait_s: float = 0.5
+    answer_s: float = 30.0
+
+
+class LocalFiles:
+    """Files of this machine, kept open between reads; pickled closed."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, int] = {}
+
+    def get(self, ranges: Sequence[Range]) -> list[bytes | BaseException]:
+        answers: list[bytes | BaseException] = []
+        for path, start, end in ranges:
+            try:
+                answers.append(os.pread(self._descriptor(path), end - start, start))
+            except OSError as error:
+                self._close(path)  # a network disk may ask for the file to be opened anew
+                answers.append(error)
+        return answers
+
+    def size(self, path: str) -> int | None:
+        return Path(path).stat().st_size
+
+    def name(self, path: str) -> str:
+        return path
+
+    def _descriptor(self, path: str) -> int:
+        if path not in self._open:
+            if len(self._open) >= MAX_OPEN_FILES:
+                self._close(next(iter(self._open)))
+            self._open[path] = os.open(path, os.O_RDONLY)
+        return self._open[path]
+
+    def _close(self, path: str) -> None:
+        if path in self._open:
+            os.close(self._open.pop(path))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_open": {}}
+
+    def __del__(self) -> None:
+        for path in list(self._open):
+            self._close(path)
+
+
+class RemoteFiles:
+    """Files behind an fsspec file system; several requests at once where it can. Its connections are not pickled."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, answer_s: float) -> None:
+        self._fs, self._answer_s = fs, answer_s
+
+    def get(self, ranges: Sequence[Range]) -> list[bytes | BaseException]:
+        # they share one line, so that each may take as long as all of them
+        limit_s = self._answer_s + sum(end - start for _, start, end in ranges) / SLOWEST_BYTES_PER_S
+        if isinstance(self._fs, AsyncFileSystem):
+            return sync(self._fs.loop, self._get_together, ranges, limit_s)
+        return [self._get_one(r) for r in ranges]
+
+    async def _get_together(self, ranges: Sequence[Range], limit_s: float) -> list[bytes | BaseException]:
+        gate = asyncio.Semaphore(MAX_REQUESTS)
+
+        async def get(wanted: Range) -> bytes:
+            async with gate:
+                request = self._fs._cat_file(wanted.path, start=wanted.start, end=wanted.end)
+                try:
+                    return await asyncio.wait_for(request, limit_s)
+                except asyncio.TimeoutError as error:
+                    raise TimeoutError(f"no whole answer within {limit_s:.0f} s") from error
+
+        return await asyncio.gather(*map(get, ranges), return_exceptions=True)
+
+    def _get_one(self, wanted: Range) -> bytes | BaseException:
+        try:
+            return self._fs.cat_file(wanted.path, start=wanted.start, end=wanted.end)
+        except Exception as error:  # each file system has errors of its own
+            return error
+
+    def size(self, path: str) -> int | None:
+        """None where the server does not say."""
+        limit = {"timeout": self._answer_s} if isinstance(self._fs, AsyncFileSystem) else {}
+        try:
+            return self._fs.info(path, **limit)["size"]
+        except Exception:  # the question only serves to explain an error
+            return None
+
+    def name(self, path: str) -> str:
+        return self._fs.unstrip_protocol(path)
+
+
+Files = LocalFiles | RemoteFiles
+
+
+def files_of(fs: fsspec.AbstractFileSystem, patience: Patience) -> Files:
+    return LocalFiles() if isinstance(fs, LocalFileSystem) else RemoteFiles(fs, patience.answer_s)
+
+
+def fetch(files: Files, ranges: Sequence[Range], patience: Patience, *, whole: bool = True) -> list[bytes]:
+    """The bytes of each range, in the order asked for; only what failed is asked for again.
+
+    Args:
+        whole: False: an answer may be short, or empty, because the file ends there.
+
+    Raises:
+        FileNotFoundError, PermissionError, OSError: a file is missing, may not be read, is shorter than the ranges say,
+            or failed `patience.attempts` times. `filename` is its path.
+    """
+    answers: list[bytes] = [b""] * len(ranges)
+    wanted = list(range(len(ranges)))
+    for attempt in range(1, patience.attempts + 1):
+        failed: dict[int, BaseException] = {}
+        for i, answer in zip(wanted, files.get([ranges[i] for i in wanted]), strict=True):
+            problem = answer if isinstance(answer, BaseException) else None
+            if problem is None and whole and len(answer) != ranges[i].end - ranges[i].start:
+                problem = OSError(f"{len(answer)} bytes came where {ranges[i].end - ranges[i].start} were asked for")
+                _check_cut(files, ranges[i], len(answer))
+            if not whole and problem is not None and _status(problem) == 416:  # asked for bytes behind the end
+                problem, answer = None, b""
+            if problem is None:
+                answers[i] = answer
+            elif isinstance(problem, Exception):
+                failed[i] = problem
+            else:
+                raise problem
+        if not failed:
+            return answers
+        for i, problem in failed.items():
+            if _is_permanent(problem) or attempt == patience.attempts:
+                if _status(problem) == 416:
+                    _check_cut(files, ranges[i], 0)
+                raise _stop(files, ranges[i].path, problem, attempt) from problem
+        wanted = list(failed)
+        wait_s = min(MAX_WAIT_S, patience.first_wait_s * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1.5)
+        first = wanted[0]
+        log.warning(
+            "%s: %s%s; attempt %d of %d in %.1f s",
+            files.name(ranges[first].path),
+            _said(failed[first]),
+            f", and {len(wanted) - 1} more requests failed" if len(wanted) > 1 else "",
+            attempt + 1,
+            patience.attempts,
+            wait_s,
+        )
+        time.sleep(wait_s)
+    raise AssertionError("unreachable")
+
+
+def fetch_file(files: Files, path: str, patience: Patience) -> bytes:
+    """A whole file of any size, in pieces, so that a cut connection costs one piece."""
+    pieces: list[bytes] = []
+    while not pieces or len(pieces[-1]) == PIECE_BYTES:
+        start = len(pieces) * PIECE_BYTES
+        # a server that ignores ranges answers the first request with everything
+        pieces += fetch(files, [Range(path, start, start + PIECE_BYTES)], patience, whole=False)
+    return b"".join(pieces)
+
+
+def _is_permanent(error: BaseException) -> bool:
+    if isinstance(error, TimeoutError):
+        return False
+    status = _status(error)
+    if status is not None:
+        return 400 <= status < 500 and status not in MAY_PASS
+    return isinstance(error, PERMANENT)
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error of aiohttp, botocore (below s3fs's own error) or gcsfs, if there is one."""
+    for e in (error, error.__cause__):
+        response = getattr(e, "response", None)
+        if isinstance(response, dict):
+            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        for attribute in ("status", "code"):
+            if isinstance(number := getattr(e, attribute, None), int):
+                return number
+    return None
+
+
+def _check_cut(files: Files, wanted: Range, came: int) -> None:
+    """Say what no second request will change: the file is too short, or its server knows no ranges."""
+    name = files.name(wanted.path)
+    if came > wanted.end - wanted.start:
+        text = (
+            f"{name}: the server sent {came} bytes where {wanted.end - wanted.start} were asked for, so it serves no byte "
+            "ranges: use a server that does (nginx, S3), or copy the shards to a disk."
+        )
+    elif (size := files.size(wanted.path)) is not None and size < wanted.end:
+        text = (
+            f"{name} has {size} bytes, and bytes {wanted.start} to {wanted.end} were to be read: the file was cut or "
+            "changed after its index was made. Copy it again, or make the index again with `bigtrain-shards index`."
+        )
+    else:
+        return
+    raise _at(wanted.path, OSError(text))
+
+
+def _stop(files: Files, path: str, error: BaseException, attempts: int) -> OSError:
+    name, status = files.name(path), _status(error)
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or status in (404, 410):
+        return _at(path, FileNotFoundError(f"{name} is missing ({_said(error)}): copy it there, or check the address."))
+    if isinstance(error, PermissionError) or status in (401, 403):
+        text = f"{name} may not be read ({_said(error)}): check the rights of the file or your credentials."
+        return _at(path, PermissionError(text))
+    tried = "once" if attempts == 1 else f"{attempts} times"
+    return _at(path, OSError(f"{name} cannot be read: tried {tried}, at last {_said(error)}."))
+
+
+def _at(path: str, error: OSError) -> OSError:
+    error.filename = path
+    return error
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,73 @@
+"""Several streams side by side: every step has a batch of each, in fixed numbers (known and reference images, say).
+
+Each source has a plan of its own, so its order, views and state do not depend on the others. One that is smaller
+begins its next epoch while another is still in its first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from bigtrain.data.plan import Position
+from bigtrain.data.stream import Batch, Stream
+
+Positions = dict[str, Position]
+
+
+class Mixture:
+    """`for batches in mixture.batches(start, steps)`, each a dict with one batch a source.
+
+    Args:
+        streams: by the name of the source; the numbers of samples a step are their plans' global batches (`divided`).
+    """
+
+    def __init__(self, streams: Mapping[str, Stream]) -> None:
+        if not streams:
+            raise ValueError("a mixture of no streams was asked for: give one at least.")
+        self.streams = dict(streams)
+
+    def at(self, step: int) -> Positions:
+        """Where each source stands before step `step`, counted from 0: what a checkpoint keeps."""
+        return {name: stream.plan.position_at(step) for name, stream in self.streams.items()}
+
+    def after(self, batches: Mapping[str, Batch]) -> Positions:
+        """Where each source stands after these batches."""
+        return {name: self.streams[name].plan.after(batch.position) for name, batch in batches.items()}
+
+    def batches(self, start: Mapping[str, Position], steps: int) -> Iterator[dict[str, Batch]]:
+        """The next `steps` steps, from where each source stands."""
+        if missing := self.streams.keys() ^ start.keys():
+            raise ValueError(
+                f"the sources of this mixture are {', '.join(self.streams)}, and positions were given for "
+                f"{', '.join(start) or 'none'}: {', '.join(sorted(missing))} is on one side only."
+            )
+        endless = {name: stream.batches(start[name], epochs=None) for name, stream in self.streams.items()}
+        try:
+            for _ in range(steps):
+                yield {name: next(batches) for name, batches in endless.items()}
+        finally:
+            for batches in endless.values():  # ends their workers
+                batches.close()
+
+
+def divided(global_batch: int, ratios: Mapping[str, float], world_size: int = 1) -> dict[str, int]:
+    """Divide a global batch among sources by ratio, each number a multiple of the world size.
+
+    By largest remainders (Hamilton's method), so that the numbers add up: 64 at 3 : 1 is 48 and 16.
+    """
+    if not ratios or any(not ratio > 0 for ratio in ratios.values()):
+        raise ValueError(f"the ratios of a mixture must be above 0, and {dict(ratios)} were given.")
+    if global_batch % world_size:
+        raise ValueError(f"a global batch of {global_batch} does not divide among {world_size} processes.")
+    shares, total = global_batch // world_size, sum(ratios.values())
+    exact = {name: shares * ratio / total for name, ratio in ratios.items()}
+    sizes = {name: int(share) for name, share in exact.items()}
+    rest = sorted(exact, key=lambda name: (sizes[name] - exact[name], name))  # the largest remainder first
+    for name in rest[: shares - sum(sizes.values())]:
+        sizes[name] += 1
+    if empty := [name for name, size in sizes.items() if size == 0]:
+        raise ValueError(
+            f"a global batch of {global_batch} on {world_size} processes leaves nothing for {', '.join(empty)} at the "
+            f"ratios {dict(ratios)}: use a larger batch, or other ratios."
+        )
+    return {name: size * world_size for name, size in sizes.items()}

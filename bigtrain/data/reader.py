@@ -1,0 +1,70 @@
+"""Pictures by their places in the shards: few large reads where they are neighbours, none of what lies between others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtrain.data.fetch import LocalFiles, Patience, Range, fetch, files_of
+from bigtrain.data.schema import filesystem
+
+MAX_GAP_BYTES = 64 << 10  # what another request costs in bytes of the same line; headers and labels are far less
+MAX_LOCAL_GAP_BYTES = 4 << 10
+MAX_RANGE_BYTES = 8 << 20  # longer runs are several requests, which go at once
+
+
+class Reader:
+    """Reads pictures of one shard set by (shard, offset, size); small, and pickled to workers without open files.
+
+    Args:
+        url: the folder or URL prefix where the shards lie.
+        files: their names, by number.
+        patience: with a server that fails.
+
+    `bytes_read` counts what was read since it was made or unpickled, gaps included. Not for two threads at once.
+    """
+
+    def __init__(self, url: str, files: Sequence[str], patience: Patience = Patience()) -> None:
+        fs, self._path = filesystem(url)
+        self._names, self._patience = tuple(files), patience
+        self._files = files_of(fs, patience)
+        self._max_gap = MAX_LOCAL_GAP_BYTES if isinstance(self._files, LocalFiles) else MAX_GAP_BYTES
+        self.bytes_read = 0
+
+    def read(self, shard_N: NDArray[np.int32], offset_N: NDArray[np.int64], size_N: NDArray[np.int64]) -> list[bytes]:
+        """The bytes of some pictures, in the order asked for; what cannot be read stops with an OSError."""
+        start_N, size = offset_N.tolist(), size_N.tolist()
+        ranges, members = self._merged(shard_N.tolist(), start_N, size, np.lexsort((offset_N, shard_N)).tolist())
+        pictures: list[bytes] = [b""] * len(start_N)
+        for (_, first, end), places, data in zip(
+            ranges, members, fetch(self._files, ranges, self._patience), strict=True
+        ):
+            self.bytes_read += end - first
+            for i in places:
+                start = start_N[i] - first
+                pictures[i] = data[start : start + size[i]]  # the whole of `data` is not copied
+        return pictures
+
+    def _merged(
+        self, shard_N: list[int], start_N: list[int], size_N: list[int], order_N: list[int]
+    ) -> tuple[list[Range], list[list[int]]]:
+        """The ranges to read, neighbours together, and which pictures lie in each."""
+        ranges: list[Range] = []
+        members: list[list[int]] = []
+        shard = first = end = -1
+        for i in order_N:
+            start, stop = start_N[i], start_N[i] + size_N[i]
+            if shard_N[i] == shard and start - end <= self._max_gap and stop - first <= MAX_RANGE_BYTES:
+                end = max(end, stop)
+                ranges[-1] = ranges[-1]._replace(end=end)
+                members[-1].append(i)
+            else:
+                shard, first, end = shard_N[i], start, stop
+                ranges.append(Range(f"{self._path}/{self._names[shard]}", first, end))
+                members.append([i])
+        return ranges, members
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "bytes_read": 0}
