@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import posixpath
 import random
 import time
 from collections.abc import Sequence
@@ -71,6 +72,12 @@ class LocalFiles:
     def size(self, path: str) -> int | None:
         return Path(path).stat().st_size
 
+    def sizes(self, folder: str) -> dict[str, int] | None:
+        if not Path(folder).is_dir():
+            return {}
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
     def name(self, path: str) -> str:
         return path
 
@@ -98,6 +105,7 @@ class RemoteFiles:
 
     def __init__(self, fs: fsspec.AbstractFileSystem, answer_s: float) -> None:
         self._fs, self._answer_s = fs, answer_s
+        self._limit = {"timeout": answer_s} if isinstance(fs, AsyncFileSystem) else {}  # fsspec's, of any call
 
     def get(self, ranges: Sequence[Range]) -> list[bytes | BaseException]:
         # they share one line, so that each may take as long as all of them
@@ -114,7 +122,7 @@ class RemoteFiles:
                 request = self._fs._cat_file(wanted.path, start=wanted.start, end=wanted.end)
                 try:
                     return await asyncio.wait_for(request, limit_s)
-                except asyncio.TimeoutError as error:
+                except TimeoutError as error:
                     raise TimeoutError(f"no whole answer within {limit_s:.0f} s") from error
 
         return await asyncio.gather(*map(get, ranges), return_exceptions=True)
@@ -127,11 +135,25 @@ class RemoteFiles:
 
     def size(self, path: str) -> int | None:
         """None where the server does not say."""
-        limit = {"timeout": self._answer_s} if isinstance(self._fs, AsyncFileSystem) else {}
         try:
-            return self._fs.info(path, **limit)["size"]
+            return self._fs.info(path, **self._limit)["size"]
         except Exception:  # the question only serves to explain an error
             return None
+
+    def sizes(self, folder: str) -> dict[str, int] | None:
+        """Bytes of each file in a folder, by name; None where the server does not list them, or not to us."""
+        if "http" in self._fs.protocol:  # a page of links at best
+            return None
+        try:
+            self._fs.invalidate_cache(folder)
+            entries = self._fs.ls(folder, detail=True, **self._limit)
+        except FileNotFoundError:
+            return {}
+        except Exception as error:  # each file system has errors of its own; reading will say what is wrong
+            log.info("%s is not listed (%s): its files' sizes are not checked", self.name(folder), _said(error))
+            return None
+        sizes = {posixpath.basename(entry["name"]): entry["size"] for entry in entries}
+        return None if None in sizes.values() else sizes
 
     def name(self, path: str) -> str:
         return self._fs.unstrip_protocol(path)
@@ -159,25 +181,21 @@ def fetch(files: Files, ranges: Sequence[Range], patience: Patience, *, whole: b
     for attempt in range(1, patience.attempts + 1):
         failed: dict[int, BaseException] = {}
         for i, answer in zip(wanted, files.get([ranges[i] for i in wanted]), strict=True):
-            problem = answer if isinstance(answer, BaseException) else None
-            if problem is None and whole and len(answer) != ranges[i].end - ranges[i].start:
-                problem = OSError(f"{len(answer)} bytes came where {ranges[i].end - ranges[i].start} were asked for")
-                _check_cut(files, ranges[i], len(answer))
-            if not whole and problem is not None and _status(problem) == 416:  # asked for bytes behind the end
-                problem, answer = None, b""
-            if problem is None:
+            asked = ranges[i].end - ranges[i].start
+            is_past_end = isinstance(answer, BaseException) and _status(answer) == 416
+            if is_past_end and not whole:
+                continue
+            if isinstance(answer, bytes) and (len(answer) == asked or not whole):
                 answers[i] = answer
-            elif isinstance(problem, Exception):
-                failed[i] = problem
-            else:
-                raise problem
+                continue
+            if isinstance(answer, bytes) or is_past_end:
+                _check_cut(files, ranges[i], len(answer) if isinstance(answer, bytes) else 0)
+            problem = OSError(f"{len(answer)} of {asked} bytes came") if isinstance(answer, bytes) else answer
+            if _is_permanent(problem) or attempt == patience.attempts:
+                raise _stop(files, ranges[i].path, problem, attempt) from problem
+            failed[i] = problem
         if not failed:
             return answers
-        for i, problem in failed.items():
-            if _is_permanent(problem) or attempt == patience.attempts:
-                if _status(problem) == 416:
-                    _check_cut(files, ranges[i], 0)
-                raise _stop(files, ranges[i].path, problem, attempt) from problem
         wanted = list(failed)
         wait_s = min(MAX_WAIT_S, patience.first_wait_s * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1.5)
         first = wanted[0]

@@ -73,10 +73,8 @@ class Picture:
 
     def cut(self, views: Sequence[tuple[Box, int]]) -> list[Pixels]:
         """For each (box, size) that part of the picture as uint8 (3, size, size), bicubic with anti-aliasing."""
-        reduce = max(
-            (k for k in (8, 4, 2) if all(min(b - t, r - l) >= k * SPARE * size for (t, l, b, r), size in views)),
-            default=1,
-        )
+        spare = min(min(box[2] - box[0], box[3] - box[1]) / size for box, size in views) / SPARE
+        reduce = next(factor for factor in (8, 4, 2, 1) if factor <= max(spare, 1))
         pixels_HW3 = self._decoded(reduce)
         down, across = pixels_HW3.shape[0] / self.height, pixels_HW3.shape[1] / self.width
         return [_resized(pixels_HW3, scaled(box, down, across), size) for box, size in views]
@@ -154,11 +152,11 @@ def jpeg_segments(payload: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def jpeg_size(payload: bytes) -> tuple[int, int] | None:
-    """Height and width in a JPEG's frame header, as stored; None where there is none."""
+    """Height and width in the frame header of a grey or colour JPEG, as stored; None for CMYK and for all else."""
     for marker, start, _ in jpeg_segments(payload):
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and start + 6 <= len(payload):
             height, width = (int.from_bytes(payload[start + i : start + i + 2], "big") for i in (1, 3))
-            return (height, width) if height and width else None
+            return (height, width) if height and width and payload[start + 5] in (1, 3) else None
     return None
 
 

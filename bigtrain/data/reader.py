@@ -47,6 +47,10 @@ class Reader:
                 pictures[i] = data[start : start + size[i]]  # the whole of `data` is not copied
         return pictures
 
+    def sizes(self) -> dict[str, int] | None:
+        """Bytes of the files beside the shards, by name; None where the file system does not list them."""
+        return self._files.sizes(self._path)
+
     def _merged(
         self, shard_N: list[int], start_N: list[int], size_N: list[int], order_N: list[int]
     ) -> tuple[list[Range], list[list[int]]]:

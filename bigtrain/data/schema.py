@@ -24,6 +24,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bigtrain.data.fetch import Patience, fetch_file, files_of
+
 FORMAT = "bigtrain-shards"
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -154,7 +156,11 @@ class Manifest:
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a shard set's folder or URL prefix, and the path in it, without a slash at its end."""
+    """The file system of a shard set's folder or URL prefix, and the path in it, without a slash at its end.
+
+    Endpoints and credentials are fsspec's and the client's own business: for S3, AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and
+    AWS_SECRET_ACCESS_KEY, or any option of s3fs as FSSPEC_S3_ENDPOINT_URL or in ~/.config/fsspec/*.json.
+    """
     if url.startswith("pipe:"):
         raise ValueError(f"{url} would run a shell command, which no address of a shard set may: give a folder or URL.")
     fs, path = fsspec.core.url_to_fs(url)
@@ -171,12 +177,12 @@ def shards_url(url: str, manifest: Manifest) -> str:
     return scheme + separator + posixpath.normpath(posixpath.join(path, manifest.shards_at))
 
 
-def read_manifest(url: str) -> Manifest:
+def read_manifest(url: str, patience: Patience = Patience()) -> Manifest:
     """Read the manifest of the shard set at `url`; a set without one is an unfinished build or no set at all."""
     fs, path = filesystem(url)
     try:
-        text = fs.cat_file(f"{path}/{MANIFEST_FILE}").decode()
-    except (FileNotFoundError, NotADirectoryError) as error:
+        text = fetch_file(files_of(fs, patience), f"{path}/{MANIFEST_FILE}", patience).decode()
+    except FileNotFoundError as error:
         raise ValueError(
             f"{url} holds no {MANIFEST_FILE}, so it is no finished shard set: build one from a folder of class folders "
             f"with `bigtrain-shards build folder --root PICTURES --out {url}`, run an interrupted build again, or "
@@ -185,17 +191,23 @@ def read_manifest(url: str) -> Manifest:
     return Manifest.from_json(text, where=f"{url}/{MANIFEST_FILE}")
 
 
-def read_index(url: str) -> pa.Table:
-    """Read the index of the shard set at `url`: a table of INDEX_SCHEMA."""
+def read_index(
+    url: str, columns: Sequence[str] = tuple(INDEX_SCHEMA.names), patience: Patience = Patience()
+) -> pa.Table:
+    """Read the index of the shard set at `url`: a table of INDEX_SCHEMA, or of some of its columns."""
     fs, path = filesystem(url)
+    advice = f"make it with `bigtrain-shards index {url}`."
+    try:
+        data = fetch_file(files_of(fs, patience), f"{path}/{INDEX_FILE}", patience)
+    except FileNotFoundError as error:
+        raise ValueError(f"{url} has no {INDEX_FILE}: {advice}") from error
     try:
         # from memory and in this thread: Arrow's threads on a Python file abort some interpreters at exit (arrow#34314)
-        table = pq.read_table(pa.BufferReader(fs.cat_file(f"{path}/{INDEX_FILE}")), use_threads=False, pre_buffer=False)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(
-            f"{url} has no readable {INDEX_FILE} ({error}): make it with `bigtrain-shards index {url}`."
-        ) from error
-    missing = [name for name in INDEX_SCHEMA.names if name not in table.column_names]
-    if missing:
-        raise ValueError(f"{url}/{INDEX_FILE} lacks the columns {missing}: make it again with `bigtrain-shards index`.")
-    return table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+        file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+        missing = [name for name in INDEX_SCHEMA.names if name not in file.schema_arrow.names]
+        if not missing:
+            table = file.read(list(columns), use_threads=False)
+            return table.cast(pa.schema([INDEX_SCHEMA.field(name) for name in columns]))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{url} has no readable {INDEX_FILE} ({error}): {advice}") from error
+    raise ValueError(f"{url}/{INDEX_FILE} lacks the columns {missing}: make it again with `bigtrain-shards index`.")

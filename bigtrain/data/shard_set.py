@@ -3,47 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePosixPath
 
 import numpy as np
-from fsspec.implementations.local import LocalFileSystem
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from bigtrain.data.fetch import Patience
 from bigtrain.data.reader import Reader
-from bigtrain.data.schema import filesystem, read_index, read_manifest, shards_url
+from bigtrain.data.schema import read_index, read_manifest, shards_url
 
+COLUMNS = ("key", "shard", "image_offset", "image_size", "classes")
 Places = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]  # shard, offset and size of each sample
 
 
 class ShardSet:
     """The shard set at a folder or URL; `shard_set.read([3, 7])` gives two images' original bytes.
 
+    Args:
+        url: a folder, or any fsspec URL prefix.
+        patience: with a server that fails.
+
     Raises:
-        ValueError: there is no manifest, or a local shard is not as long as the manifest says.
+        ValueError: there is no manifest, or a shard is not as long as the manifest says.
+        OSError: the server does not answer.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = str(url)
-        self.manifest = read_manifest(self.url)
-        table = read_index(self.url)
+    def __init__(self, url: str, patience: Patience = Patience()) -> None:
+        self.url, self._patience = str(url), patience
+        self.manifest = read_manifest(self.url, patience)
+        table = read_index(self.url, COLUMNS, patience)
         if table.num_rows != self.manifest.samples:
             raise ValueError(
                 f"{url}: the index has {table.num_rows} rows and the manifest {self.manifest.samples} samples: "
                 f"make the index again with `bigtrain-shards index {url}`."
             )
-        self._key_N = table["key"].combine_chunks()
+        shards = len(self.manifest.shards)
+        if any(table[name].null_count for name in COLUMNS[:4]) or not _all_within(table["shard"], 0, shards - 1):
+            raise ValueError(
+                f"{url}: the index has rows without a place or in none of the manifest's {shards} shards: make it again "
+                f"with `bigtrain-shards index {url}`."
+            )
+        self._key_N = table["key"]  # in chunks: a single array of strings holds 2 GiB at most
         self.shard_N: NDArray[np.int32] = table["shard"].to_numpy()
         self._offset_N = table["image_offset"].to_numpy()
         self._size_N = table["image_size"].to_numpy()
-        classes = table["classes"].combine_chunks()
-        self._class_start_N = classes.offsets.to_numpy()
-        encoded = classes.values.dictionary_encode()
-        self._class_of_object = encoded.indices.to_numpy()
-        self._class_names: list[str] = encoded.dictionary.to_pylist()
+        self._class_start_N, self._class_of_object, self._class_names = _encoded(table["classes"])
         self._reader = self.reader()
-        fs, path = filesystem(shards_url(self.url, self.manifest))
-        if isinstance(fs, LocalFileSystem):
-            self._check_sizes(Path(path))
+        self._check_sizes()
 
     def __len__(self) -> int:
         return len(self.shard_N)
@@ -71,8 +79,10 @@ class ShardSet:
 
     def count_classes(self, sample_N: NDArray[np.int64]) -> int:
         """How many distinct classes these images show together."""
-        of_sample = np.repeat(np.arange(len(self)), np.diff(self._class_start_N))
-        return len(np.unique(self._class_of_object[np.isin(of_sample, sample_N)]))
+        is_counted_N = np.zeros(len(self), bool)
+        is_counted_N[sample_N] = True
+        is_counted = np.repeat(is_counted_N, np.diff(self._class_start_N))
+        return np.count_nonzero(np.bincount(self._class_of_object[is_counted]))
 
     def check_single_objects(self) -> None:
         """Refuse a set in which an image shows no class or several: a classifier needs exactly one for each."""
@@ -96,19 +106,39 @@ class ShardSet:
 
     def reader(self) -> Reader:
         """What reads by `places`, in this process or in a worker, which needs no index for it."""
-        return Reader(shards_url(self.url, self.manifest), [shard.file for shard in self.manifest.shards])
+        files = [shard.file for shard in self.manifest.shards]
+        return Reader(shards_url(self.url, self.manifest), files, self._patience)
 
     def read(self, samples: Sequence[int]) -> list[bytes]:
         """The original bytes of some images, in the order asked for; a shard that cannot be read stops the run."""
-        return self._reader.read(*self.places(np.asarray(samples, np.int64)))
+        try:
+            return self._reader.read(*self.places(np.asarray(samples, np.int64)))
+        except OSError as error:
+            file = PurePosixPath(error.filename).name
+            keys = [self.key(s) for s in samples if self.manifest.shards[self.shard_N[s]].file == file]
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise type(error)(f"{error} It was to give {', '.join(keys[:3])}{more}.") from error
 
-    def _check_sizes(self, folder: Path) -> None:
-        for shard in self.manifest.shards:
-            path = folder / shard.file
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard.bytes:
-                found = "is missing" if size is None else f"has {size} bytes"
+    def _check_sizes(self) -> None:
+        """Compare the shards' sizes with the manifest's, where the file system lists them (HTTP does not)."""
+        found = self._reader.sizes()
+        for shard in self.manifest.shards if found is not None else ():
+            if (size := found.get(shard.file)) != shard.bytes:
+                what = "is missing" if size is None else f"has {size} bytes"
                 raise ValueError(
-                    f"{path} {found}, and the manifest says {shard.bytes}: copy it again or build the set again "
-                    f"(`bigtrain-shards check {self.url}` lists everything that is wrong)."
+                    f"{shards_url(self.url, self.manifest)}/{shard.file} {what}, and the manifest says {shard.bytes}: "
+                    f"copy it again or build the set again (`bigtrain-shards check {self.url}` lists everything that "
+                    "is wrong)."
                 )
+
+
+def _all_within(column: pa.ChunkedArray, low: int, high: int) -> bool:
+    found = pc.min_max(column).as_py()
+    return found["min"] is None or (low <= found["min"] and found["max"] <= high)
+
+
+def _encoded(classes: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[np.int32], list[str]]:
+    """Lists of names as numbers: where each list starts (and the last ends), the number of each name in it, the names."""
+    count_N = pc.fill_null(pc.list_value_length(classes), 0).to_numpy()
+    names = pc.list_flatten(classes).dictionary_encode().combine_chunks()
+    return np.concatenate([[0], np.cumsum(count_N)]), names.indices.to_numpy(), names.dictionary.to_pylist()

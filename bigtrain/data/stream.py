@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ class Stream:
         self.shard_set, self.plan, self.transform = shard_set, plan, transform
         self.workers = min(workers, share)
         edges = rank * share + np.linspace(0, share, max(self.workers, 1) + 1).astype(int)
-        self._lanes = [slice(int(low), int(high)) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+        self._lanes = [slice(int(low), int(high)) for low, high in pairwise(edges)]
         self.budget = ErrorBudget(shard_set, len(plan.sample_N) // world_size)
 
     def batches(self, start: Position = START, epochs: int | None = 1) -> Generator[Batch]:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from bigtrain.evaluation.charts import SERIES, histogram, histogram_chart, roc_chart, roc_points
 from bigtrain.evaluation.metrics import Bools, Floats, checked
-from bigtrain.evaluation.pictures import HEAT, Shown, Scale, data_uri, overlay, rgb, shared_scale
+from bigtrain.evaluation.pictures import HEAT, Scale, Shown, data_uri, overlay, rgb, shared_scale
 
 TEMPLATE = "report.html.jinja"
 FIGURES = {  # key in a summary: heading, whether more is better, what it means

@@ -1,13 +1,19 @@
 """The stream: the same bits with any number of workers, at any world size and from any position."""
 
 import logging
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from bigtrain.data.plan import PADDING, Plan, Position
 from bigtrain.data.pictures import Picture
+from bigtrain.data.plan import PADDING, Plan, Position
 from bigtrain.data.stream import Batch, ErrorBudget, Stream
 from bigtrain.data.views import MultiCrop, Resized
 
@@ -66,6 +72,119 @@ def test_from_each_batch_on_the_rest_is_the_same_bits(pictures):
         assert len(rest) == len(whole) - step
         for one, other in zip(rest, whole[step:], strict=True):
             assert_same(one, other)
+
+
+@pytest.fixture
+def many_shards(write_set, noise):
+    """More than are shuffled whole, so that samples are read in runs."""
+    return write_set([([str(i % 3)], noise(i)) for i in range(60)], per_shard=3, name="many")
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_in_runs_too_neither_workers_nor_ranks_nor_the_start_change_a_bit(many_shards, workers):
+    alone = list(stream(many_shards, batch=8).batches(epochs=EPOCHS))
+    assert stream(many_shards).plan.in_runs
+    for epoch in range(EPOCHS):
+        seen = np.concatenate([batch.sample_B for batch in alone if batch.position.epoch == epoch])
+        assert sorted(seen[seen != PADDING]) == list(range(60))
+    for one, other in zip(alone, stream(many_shards, batch=8, workers=workers).batches(epochs=EPOCHS), strict=True):
+        assert_same(one, other)
+    late = alone[11]
+    ranks = [stream(many_shards, batch=8, rank=r, world_size=2, workers=workers) for r in range(2)]
+    for whole, *parts in zip(alone[11:], *(s.batches(late.position, EPOCHS) for s in ranks), strict=True):
+        assert np.array_equal(whole.sample_B, np.concatenate([part.sample_B for part in parts]))
+        for name, view in whole.views.items():
+            assert torch.equal(view, torch.cat([part.views[name] for part in parts]))
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    global_batch=st.sampled_from([2, 4, 6, 12]),
+    kept=st.sets(st.integers(0, 59), min_size=1),
+    run_length=st.integers(1, 9),
+    start=st.integers(0, 200),
+    data=st.data(),
+)
+def test_each_sample_that_a_filter_leaves_comes_once_an_epoch_with_its_own_views(
+    many_shards, global_batch, kept, run_length, start, data
+):
+    world_size = data.draw(st.sampled_from([n for n in (1, 2, 3, 4, 6) if global_batch % n == 0]))
+    sample_N = np.array(sorted(kept))
+    plan = Plan(sample_N, many_shards.shard_N[sample_N], global_batch, seed=7, run_length=run_length)
+    begin = plan.position_at(start % (EPOCHS * plan.batches_per_epoch))
+    ranks = [Stream(many_shards, plan, Resized(4), rank=r, world_size=world_size) for r in range(world_size)]
+    seen = [[] for _ in range(EPOCHS)]
+    for parts in zip(*(rank.batches(begin, EPOCHS) for rank in ranks), strict=True):
+        position = parts[0].position
+        together = np.concatenate([part.sample_B for part in parts])
+        assert np.array_equal(together, plan.batch(position))
+        seen[position.epoch] += together[together != PADDING].tolist()
+        for part in parts:
+            for sample, image in zip(part.sample_B, part.views["image"], strict=True):
+                if sample != PADDING:
+                    assert np.array_equal(image, Resized(4)(Picture(many_shards.read([sample])[0]), None)["image"])
+    if begin.epoch == 0:
+        assert sorted(seen[1]) == sorted(kept)
+    if begin == Position():
+        assert sorted(seen[0]) == sorted(kept)
+
+
+def test_a_run_is_read_at_once(many_shards):
+    plan = Plan(np.arange(60), many_shards.shard_N, 4, run_length=3)
+    asked = []
+    one = Stream(many_shards, plan, Resized(4))
+    one.shard_set = SimpleNamespace(
+        reader=lambda: Counting(many_shards.reader(), asked), places=many_shards.places, key=many_shards.key
+    )
+    assert len(list(one.batches())) == 15
+    assert sum(asked) == 60  # each sample once
+    assert len(asked) < 15 and max(asked) > 4  # often several at once, ahead of their batch
+
+
+class Counting:
+    """A reader that notes how many pictures it is asked for."""
+
+    def __init__(self, reader, asked):
+        self.reader, self.asked = reader, asked
+
+    def read(self, shard_N, offset_N, size_N):
+        self.asked.append(len(shard_N))
+        return self.reader.read(shard_N, offset_N, size_N)
+
+    def __getattr__(self, name):
+        return getattr(self.reader, name)
+
+
+def test_a_batch_tells_what_it_cost(pictures):
+    batches = list(stream(pictures, shuffle=False, workers=1).batches())
+    total = sum(map(len, pictures.read(list(range(SAMPLES)))))
+    assert total <= sum(batch.read_bytes for batch in batches) < total + SAMPLES * 2048  # headers between neighbours
+    assert all(batch.wait_s > 0 for batch in batches)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_goes_missing_stops_the_run_with_its_name(pictures, workers):
+    one = stream(pictures, shuffle=False, workers=workers)
+    (Path(pictures.url) / "000003.tar").unlink()
+    with pytest.raises(OSError, match=r"000003\.tar") as stop:
+        list(one.batches())
+    assert "Traceback" not in str(stop.value)
+
+
+class Deadly(Resized):
+    """Ends the worker that uses it, as the kernel does when memory runs out."""
+
+    def __call__(self, picture, rng):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_stops_the_run_with_a_sentence(pictures):
+    with pytest.raises(OSError, match=r"a process that reads .* was killed"):
+        list(stream(pictures, transform=Deadly(8), workers=1).batches())
+
+
+def test_there_are_never_more_workers_than_places(pictures):
+    assert stream(pictures, workers=50, world_size=2).workers == 3
 
 
 def test_views_are_those_of_the_sample_and_differ_by_epoch(pictures):
@@ -147,7 +266,9 @@ class Keys:
 
 def counted(budget, samples, bad):
     ones = torch.ones(len(samples))
-    budget.count(Batch(Position(), len(samples), np.array(samples), ones, ones, {}, dict.fromkeys(bad, "damaged: broken")))
+    budget.count(
+        Batch(Position(), len(samples), np.array(samples), ones, ones, {}, dict.fromkeys(bad, "damaged: broken"))
+    )
 
 
 def test_a_hundred_bad_pictures_in_a_row_stop_the_run_and_ninety_nine_do_not():

@@ -181,6 +181,21 @@ def test_the_log_has_a_row_at_every_so_many_steps_and_at_the_end(accelerator, tm
     assert list((tmp_path / "tensorboard" / "distil").iterdir())
 
 
+def test_the_log_tells_what_reading_cost_since_its_last_row(accelerator, tmp_path):
+    log = StageLog(tmp_path, accelerator, "tune", steps=4, done=0, images_per_step=4, every=2)
+    began = time.monotonic()
+    for number in range(4):
+        time.sleep(0.05)
+        skipped = {"damaged": number, "too many pixels": 1}
+        log.step(loss=1.0, wait_s=0.04 if number < 2 else 0.0, read_bytes=10**6, skipped=skipped)
+    elapsed_s = time.monotonic() - began
+    log.close()
+    first, second = rows(tmp_path)
+    assert 20 < first["data_wait_percent"] <= 80.01 and second["data_wait_percent"] == 0
+    assert 4 / elapsed_s / 3 < first["read_mb_per_s"] <= 2 / 0.1
+    assert (first["skipped_damaged"], second["skipped_damaged"], second["skipped_too_many_pixels"]) == (1, 3, 1)
+
+
 def test_a_continued_log_goes_on_at_its_step(accelerator, tmp_path):
     for done in (0, 4):
         log = StageLog(tmp_path, accelerator, "tune", steps=8, done=done, images_per_step=4, every=2)

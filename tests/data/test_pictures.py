@@ -1,0 +1,198 @@
+"""Pictures of every kind, against Pillow: the same pixels, or a refusal that says why."""
+
+import io
+import logging
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from bigtrain.data import pictures
+from bigtrain.data.pictures import JPEG_DECODERS, KINDS, Picture, UnreadableError, jpeg_decoder
+
+
+def painted(height=90, width=120, seed=0):
+    """Smooth, as photographs are: noise would tell decoders apart that no one else can."""
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image, kind="JPEG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def whole(picture, size):
+    (view_3HW,) = picture.cut([((0, 0, picture.height, picture.width), size)])
+    return view_3HW
+
+
+def assert_is(payload, expected, decoder=None):
+    """Size and pixels are those of `expected`, an RGB image of Pillow."""
+    picture = Picture(payload, decoder)
+    assert (picture.width, picture.height) == expected.size
+    assert np.array_equal(np.asarray(picture.rgb()), np.asarray(expected))
+
+
+@pytest.mark.parametrize("decoder", JPEG_DECODERS)
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
+def test_every_decoder_gives_the_pixels_that_pillow_gives(decoder, subsampling):
+    payload = encoded(painted(), quality=90, subsampling=subsampling)
+    assert_is(payload, Image.open(io.BytesIO(payload)).convert("RGB"), decoder)
+
+
+@pytest.mark.parametrize("decoder", JPEG_DECODERS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_upright_whatever_its_exif_says(decoder, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    payload = encoded(painted(), exif=exif)
+    assert_is(payload, ImageOps.exif_transpose(Image.open(io.BytesIO(payload))), decoder)
+
+
+def test_damaged_exif_is_no_damage_to_the_picture():
+    payload = encoded(painted(), exif=b"Exif\0\0" + b"\xff" * 40)
+    assert_is(payload, Image.open(io.BytesIO(payload)).convert("RGB"))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+@pytest.mark.parametrize("decoder", JPEG_DECODERS)
+def test_grey_and_cmyk_jpegs_become_rgb(mode, decoder):
+    payload = encoded(painted().convert(mode))
+    assert_is(payload, Image.open(io.BytesIO(payload)).convert("RGB"), decoder)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_pictures_of_every_mode_become_rgb(mode):
+    payload = encoded(painted().convert(mode), "TIFF")
+    assert_is(payload, Image.open(io.BytesIO(payload)).convert("RGB"))
+
+
+@pytest.mark.parametrize(("kind", "maximum"), [("PNG", 65535), ("PPM", 65535), ("TIFF", 65535)])
+def test_16_bit_greys_keep_their_high_byte(kind, maximum):
+    grey = np.linspace(0, maximum, 300).astype(np.uint16).reshape(15, 20)
+    shown = np.asarray(Picture(encoded(Image.fromarray(grey), kind)).rgb())
+    assert np.array_equal(shown, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_an_animation_shows_its_first_frame():
+    payload = encoded(Image.new("RGB", (9, 7), "red"), "GIF", save_all=True, append_images=[Image.new("RGB", (9, 7))])
+    assert_is(payload, Image.new("RGB", (9, 7), "red"))
+
+
+def test_a_picture_of_a_million_by_one_has_views():
+    view = whole(Picture(encoded(Image.new("RGB", (1_000_000, 1), (10, 200, 30)), "PNG")), 16)
+    assert (view == np.array([10, 200, 30]).reshape(3, 1, 1)).all()
+
+
+def png_header(width, height):
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", b"")
+    )
+
+
+def jpeg_of_size(width, height):
+    payload = bytearray(encoded(Image.new("RGB", (16, 16))))
+    at = payload.index(b"\xff\xc0") + 5
+    payload[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(payload)
+
+
+@pytest.mark.parametrize("payload", [png_header(12_000, 10_000), jpeg_of_size(12_000, 10_000)], ids=["png", "jpeg"])
+def test_a_decompression_bomb_is_refused_with_its_size(payload):
+    with pytest.raises(UnreadableError, match=r"too many pixels: 12000 x 10000, and at most 89478485 are decoded"):
+        Picture(payload)
+
+
+def test_a_bomb_beyond_pillow_s_own_limit_is_refused_too():
+    with pytest.raises(UnreadableError, match=r"too many pixels: .*10000000000"):
+        Picture(png_header(100_000, 100_000))
+
+
+@pytest.mark.parametrize("decoder", JPEG_DECODERS)
+@pytest.mark.parametrize(
+    ("payload", "kind"),
+    [
+        (encoded(painted())[:-400], "damaged"),
+        (encoded(painted(), "PNG")[:-400], "damaged"),
+        (b"", "not a picture"),
+        (b"\xff\xd8\xff", "not a picture"),
+        (b"<html>", "not a picture"),
+        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "unsupported"),
+    ],
+    ids=["truncated jpeg", "truncated png", "empty", "three bytes", "html", "floats"],
+)
+def test_what_cannot_be_decoded_says_why(payload, kind, decoder):
+    assert kind in KINDS
+    with pytest.raises(UnreadableError, match=rf"^{kind}: "):
+        whole(Picture(payload, decoder), 8)
+
+
+def test_every_cut_of_a_jpeg_is_a_picture_or_a_refusal():
+    payload = encoded(painted(40, 50))
+    for length in range(0, len(payload), 7):
+        with pytest.raises(UnreadableError):
+            whole(Picture(payload[:length]), 8)
+
+
+def test_views_are_those_of_pillow_s_bicubic_within_two_levels_or_three_where_they_enlarge():
+    payload = encoded(painted(), "PNG")
+    boxes = [((0, 0, 90, 120), 32), ((10, 20, 61, 77), 32), ((5, 5, 8, 9), 24), ((0, 0, 32, 32), 32)]
+    for view_3HW, ((top, left, bottom, right), size) in zip(Picture(payload).cut(boxes), boxes, strict=True):
+        expected = painted().resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+        apart = np.abs(view_3HW.astype(int) - np.asarray(expected).transpose(2, 0, 1)).max()
+        assert apart <= (3 if bottom - top < size else 2)
+
+
+@pytest.mark.parametrize("decoder", ["simplejpeg", "pillow"])
+def test_a_much_larger_picture_is_decoded_smaller_and_looks_the_same(decoder, monkeypatch):
+    payload = encoded(painted(800, 1200), quality=95)
+    asked = []
+    decode = JPEG_DECODERS[decoder]
+    monkeypatch.setitem(JPEG_DECODERS, decoder, lambda p, reduce: asked.append(reduce) or decode(p, reduce))
+    small = whole(Picture(payload, decoder), 32)
+    crop, _ = Picture(payload, decoder).cut([((100, 200, 500, 700), 48), ((0, 0, 800, 1200), 48)])
+    both = Picture(payload, decoder).cut([((0, 0, 800, 1200), 32), ((0, 0, 65, 65), 32)])
+    assert asked == [8, 4, 1]  # half of 8 views' sides, of 4, and a small box wants every pixel
+    full = Picture(encoded(Image.open(io.BytesIO(payload)), "PNG"))
+    assert np.abs(small.astype(int) - whole(full, 32)).max() <= 3
+    (expected,) = full.cut([((100, 200, 500, 700), 48)])
+    assert np.abs(crop.astype(int) - expected).max() <= 6
+    assert np.abs(both[0].astype(int) - whole(full, 32)).max() <= 2
+
+
+def test_an_open_picture_and_its_array_are_the_same_and_upright():
+    image = painted()
+    image.getexif()[0x0112] = 6
+    assert Picture.of(image).height == 120
+    assert np.array_equal(whole(Picture.of(painted()), 16), whole(Picture.of(np.asarray(painted())), 16))
+
+
+@pytest.fixture
+def chosen_anew():
+    jpeg_decoder.cache_clear()
+    yield
+    jpeg_decoder.cache_clear()
+
+
+def test_a_decoder_that_does_not_work_here_gives_way_to_the_next_and_is_named(chosen_anew, monkeypatch, caplog):
+    def broken(payload, reduce):
+        raise OSError("no such library")
+
+    assert jpeg_decoder() == "simplejpeg"
+    jpeg_decoder.cache_clear()
+    monkeypatch.setitem(JPEG_DECODERS, "simplejpeg", broken)
+    with caplog.at_level(logging.WARNING, logger=pictures.__name__):
+        assert jpeg_decoder() == "torchvision"
+        assert jpeg_decoder() == "torchvision"
+    assert [record.getMessage() for record in caplog.records] == [
+        "simplejpeg cannot decode JPEGs here (no such library): the next fastest does"
+    ]
