@@ -1,21 +1,37 @@
-"""Is a shard set whole? Manifest, sizes, sha256, and each row of the index against the tar."""
+"""Is a shard set whole? Manifest, sizes, sha256, and each row of the index against the tar, in one read of each tar."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from bigtrain.data.schema import MANIFEST_FILE, Manifest, Shard, filesystem, read_index, read_manifest
+from bigtrain.data.schema import MANIFEST_FILE, MASK_SUFFIX, Manifest, Shard, read_index, read_manifest, shards_url
 from shards.build import SKIPPED_FILE
-from shards.members import members
+from shards.members import Digested, members
+from shards.place import Place
+from shards.progress import Progress
 
 MAX_NAMED = 20  # of one kind in one shard
+MAX_JSON = 64 << 20  # bytes of a json that is read
+
+
+@dataclass
+class Held:
+    """What one tar holds."""
+
+    pictures: dict[str, tuple[int, int, str]] = field(default_factory=dict)  # offset, size, extension
+    classes: dict[str, list[str]] = field(default_factory=dict)  # as a json of our own form says
+    json: set[str] = field(default_factory=set)
+    masks: set[str] = field(default_factory=set)
+    wrong: list[str] = field(default_factory=list)
 
 
 def check(url: str, quick: bool = False) -> list[str]:
@@ -23,11 +39,11 @@ def check(url: str, quick: bool = False) -> list[str]:
 
     A folder without manifest is no shard set: that is a ValueError.
     """
-    fs, path = filesystem(url)
+    place = Place(url)
     try:
         manifest = read_manifest(url)
     except ValueError as error:
-        if fs.exists(f"{path}/{MANIFEST_FILE}"):
+        if place.size(MANIFEST_FILE) is not None:
             return [str(error)]
         raise
     wrong: list[str] = []
@@ -37,90 +53,150 @@ def check(url: str, quick: bool = False) -> list[str]:
         index, wrong = None, [str(error)]
     if index is not None:
         wrong += counts(manifest, index)
-    skipped = skipped_keys(fs, path)
+        index = index.sort_by("shard") if not is_sorted(index) else index
+    skipped = skipped_keys(place)
+    tars = Place(shards_url(url, manifest))
+    there = listed(tars)
     named = {shard.file for shard in manifest.shards}
-    there = {found.rsplit("/", 1)[-1] for found in fs.ls(path, detail=False)}
-    wrong += [f"{name}: not in the manifest" for name in sorted(there - named) if name.endswith(".tar")]
-    rows_of = rows_by_shard(index, len(manifest.shards)) if index is not None and not quick else None
-    for number, shard in enumerate(manifest.shards):
-        if shard.file not in there:
-            wrong.append(f"{shard.file}: missing")
-            continue
-        size = fs.size(f"{path}/{shard.file}")
-        if size != shard.bytes:
-            wrong.append(f"{shard.file}: {size} bytes, and the manifest says {shard.bytes}")
-        if not quick:
-            wrong += content(fs, f"{path}/{shard.file}", shard, rows_of[number] if rows_of else None, skipped)
+    if not manifest.shards_at:
+        wrong += [f"{name}: not in the manifest" for name in sorted((there or {}).keys() - named) if is_tar(name)]
+    progress = Progress(manifest.samples)
+    try:
+        for number, shard in enumerate(manifest.shards):
+            size = there.get(shard.file) if there is not None else tars.size(shard.file)
+            if size is None:
+                wrong.append(f"{shard.file}: missing")
+                continue
+            if size != shard.bytes:
+                wrong.append(f"{shard.file}: {size} bytes, and the manifest says {shard.bytes}")
+            if not quick:
+                rows = rows_of(index, number) if index is not None else None
+                wrong += content(tars, shard, rows, skipped, is_view=bool(manifest.shards_at))
+                progress.add(shard.samples, shard.bytes)
+    finally:
+        progress.close()
     return wrong
+
+
+def is_tar(name: str) -> bool:
+    return name.endswith(".tar")
+
+
+def is_sorted(index: pa.Table) -> bool:
+    return bool((np.diff(index["shard"].to_numpy()) >= 0).all())
+
+
+def listed(tars: Place) -> dict[str, int] | None:
+    """Names and bytes of what lies there; None where a web server gives no list."""
+    if tars.folder is None and tars.url.startswith(("http:", "https:")):
+        return None
+    return tars.sizes()
 
 
 def counts(manifest: Manifest, index: pa.Table) -> list[str]:
     """Keys once, as many rows for each shard as the manifest says, no class that it does not name."""
-    wrong = [
-        f"index: the key {key!r} is there {times} times"
-        for key, times in Counter(index["key"].to_pylist()).items()
-        if times > 1
-    ]
-    rows = Counter(index["shard"].to_pylist())
+    wrong = []
+    if pc.count_distinct(index["key"]).as_py() != index.num_rows:
+        wrong += [
+            f"index: the key {key!r} is there {times} times"
+            for key, times in Counter(index["key"].to_pylist()).items()
+            if times > 1
+        ]
+    rows = Counter(index["shard"].to_numpy().tolist())
     for number, shard in enumerate(manifest.shards):
-        if rows.pop(number, 0) != shard.samples:
-            there = index["shard"].to_pylist().count(number)
+        if (there := rows.pop(number, 0)) != shard.samples:
             wrong.append(f"index: {there} rows for {shard.file}, and the manifest says {shard.samples}")
     wrong += [f"index: {times} rows for a shard number {number} that is not there" for number, times in rows.items()]
-    unknown = set(index["classes"].combine_chunks().flatten().to_pylist()) - set(manifest.classes)
-    wrong += [f"index: the class {name!r} is not in the manifest" for name in sorted(unknown)]
+    shown = pc.unique(pc.list_flatten(index["classes"])).to_pylist()
+    wrong += [
+        f"index: the class {name!r} is not in the manifest" for name in sorted(set(shown) - set(manifest.classes))
+    ]
     return wrong
 
 
-def rows_by_shard(index: pa.Table, shards: int) -> list[list[dict[str, Any]]]:
-    rows: list[list[dict[str, Any]]] = [[] for _ in range(shards)]
-    for row in index.select(["key", "shard", "image_offset", "image_size", "image_ext"]).to_pylist():
-        if 0 <= row["shard"] < shards:
-            rows[row["shard"]].append(row)
+def rows_of(index: pa.Table, number: int) -> list[dict[str, Any]]:
+    """The rows of one shard, of an index in shard order."""
+    begin, end = np.searchsorted(index["shard"].to_numpy(), [number, number + 1])
+    rows: list[dict[str, Any]] = index.slice(begin, end - begin).to_pylist()
     return rows
 
 
 def content(
-    fs: fsspec.AbstractFileSystem,
-    path: str,
-    shard: Shard,
-    rows: list[dict[str, Any]] | None,
-    skipped: set[str],
+    tars: Place, shard: Shard, rows: list[dict[str, Any]] | None, skipped: set[str], is_view: bool
 ) -> list[str]:
-    """One shard: its sha256, and its pictures against its rows."""
+    """One shard: its sha256, and its pictures and labels against its rows."""
+    held = Held()
     wrong: list[str] = []
-    digest = hashlib.sha256()
-    with fs.open(path, "rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    if digest.hexdigest() != shard.sha256:
-        wrong.append(f"{shard.file}: sha256 {digest.hexdigest()[:12]}..., and the manifest says {shard.sha256[:12]}...")
-    pictures: dict[str, tuple[int, int, str]] = {}
-    twice: list[str] = []
     try:
-        with fs.open(path, "rb") as file:
-            for member in members(file):
-                if member.is_image:
-                    if member.key in pictures:
-                        twice.append(f"{shard.file}: the key {member.key!r} has two pictures")
-                    pictures[member.key] = (member.offset, member.size, member.ext.lower())
-    except (tarfile.TarError, OSError) as error:
-        wrong.append(f"{shard.file}: no whole tar ({error})")
+        with tars.opened(shard.file) as raw:
+            file = Digested(raw)
+            try:
+                walk(file, shard, held)
+            except tarfile.TarError as error:
+                wrong.append(f"{shard.file}: no whole tar ({error})")
+            file.finish()
+    except OSError as error:
+        return [f"{shard.file}: cannot be read ({error})"]
+    found = file.sha256.hexdigest()
+    if found != shard.sha256:
+        wrong.insert(0, f"{shard.file}: sha256 {found[:12]}..., and the manifest says {shard.sha256[:12]}...")
+    wrong += shortened(held.wrong, shard)
     if rows is None:
-        return wrong + shortened(twice, shard)
-    unlike: list[str] = []
-    for row in rows:
-        said = (row["image_offset"], row["image_size"], row["image_ext"])
-        found = pictures.pop(row["key"], None)
-        if found is None:
-            unlike.append(f"{shard.file}: {row['key']} is in the index, not in the tar")
-        elif found != said:
-            unlike.append(
-                f"{shard.file}: {row['key']}.{found[2]} lies at {found[0]} with {found[1]} bytes, "
-                f"and the index says .{said[2]} at {said[0]} with {said[1]}"
-            )
-    unlike += [f"{shard.file}: {key} is in the tar, not in the index" for key in pictures if key not in skipped]
-    return wrong + shortened(twice, shard) + shortened(unlike, shard)
+        return wrong
+    unlike = [line for row in rows for line in against(row, held, shard)]
+    taken = {row["key"] for row in rows}
+    if not is_view:
+        surplus = [key for key in held.pictures if key not in taken and key not in skipped]
+        unlike += [f"{shard.file}: {key} is in the tar, not in the index" for key in surplus]
+    alone = sorted((held.masks | held.json) - held.pictures.keys())
+    unlike += [f"{shard.file}: {key} has a json or mask and no picture" for key in alone]
+    return wrong + shortened(unlike, shard)
+
+
+def walk(file: Digested, shard: Shard, held: Held) -> None:
+    for member in members(file):
+        if member.is_image:
+            if member.key in held.pictures:
+                held.wrong.append(f"{shard.file}: the key {member.key!r} has two pictures")
+            held.pictures[member.key] = (member.offset, member.size, member.ext.lower())
+        elif member.ext == MASK_SUFFIX:
+            held.masks.add(member.key)
+        elif member.ext == "json":
+            held.json.add(member.key)
+            if member.size <= MAX_JSON:
+                file.seek(member.offset)
+                if (classes := own_classes(file.read(member.size))) is not None:
+                    held.classes[member.key] = classes
+
+
+def own_classes(text: bytes) -> list[str] | None:
+    """The classes of a json in this project's form; None for any other."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    classes = record.get("classes") if isinstance(record, dict) and "boxes" in record else None
+    is_own = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    return classes if is_own else None
+
+
+def against(row: dict[str, Any], held: Held, shard: Shard) -> Iterator[str]:
+    """One row of the index against the tar."""
+    said = (row["image_offset"], row["image_size"], row["image_ext"])
+    found = held.pictures.get(row["key"])
+    if found is None:
+        yield f"{shard.file}: {row['key']} is in the index, not in the tar"
+        return
+    if found != said:
+        yield (
+            f"{shard.file}: {row['key']}.{found[2]} lies at {found[0]} with {found[1]} bytes, "
+            f"and the index says .{said[2]} at {said[0]} with {said[1]}"
+        )
+    if held.json and row["key"] not in held.json:
+        yield f"{shard.file}: {row['key']} has no json, and others in the tar have one"
+    classes = held.classes.get(row["key"])
+    if classes is not None and classes != row["classes"]:
+        yield f"{shard.file}: {row['key']}.json has the classes {classes}, and the index says {row['classes']}"
 
 
 def shortened(lines: list[str], shard: Shard) -> list[str]:
@@ -128,10 +204,9 @@ def shortened(lines: list[str], shard: Shard) -> list[str]:
     return lines if more <= 0 else [*lines[:MAX_NAMED], f"{shard.file}: and {more} more like these"]
 
 
-def skipped_keys(fs: fsspec.AbstractFileSystem, path: str) -> set[str]:
+def skipped_keys(place: Place) -> set[str]:
     """Pictures that `index` found unreadable: in the tar, not in the index."""
     try:
-        lines = fs.cat_file(f"{path}/{SKIPPED_FILE}").decode().splitlines()
-        return {json.loads(line)["key"] for line in lines}
+        return {json.loads(line)["key"] for line in place.read(SKIPPED_FILE).decode().splitlines()}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return set()

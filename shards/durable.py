@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+TEMPORARY = ".tmp"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Open <path>.<pid>.tmp to write; on leaving it is synced and renamed to `path`, on an error removed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Open <path>.<pid>.tmp to write and to read back; it is synced and renamed to `path`, or on an error removed."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -50,3 +54,17 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def space_for(out: str) -> Iterator[None]:
+    """A full disk is one sentence; what was finished before stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise OSError(
+            f"no space is left for {out} ({error.strerror}): free some, or allow larger files, and run the same "
+            "command again; a build continues with what is finished."
+        ) from error

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import struct
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
+from pathlib import PurePosixPath
+from typing import Any
 
 from bigtrain.data.schema import IMAGE_EXTENSIONS
 
 KEY_AND_EXT = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")  # WebDataset: the first dot of the file name divides them
-
 META = re.compile(r"__[^/]*__(/|\.|$)")  # what WebDataset passes over: __meta__.json and the like
+PICKLED = ("pyd", "pkl", "pickle", "pth", "pt")  # what WebDataset would unpickle, and so run; nothing here reads them
+BEHIND = 2 * tarfile.BLOCKSIZE  # bytes that tarfile goes back at most
+STEP = 1 << 20
+MAX_READ = 1 << 30  # bytes of one member that is read; a damaged header may ask for terabytes
+
+
+class RefusedError(tarfile.TarError):
+    """A tar with a member that could lead out of its folder, or is no plain file."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +40,89 @@ class Member:
     def is_image(self) -> bool:
         return self.ext.lower() in IMAGE_EXTENSIONS
 
+    @property
+    def is_pickle(self) -> bool:
+        return self.ext.lower().rsplit(".", 1)[-1] in PICKLED
 
-def members(file: IO[bytes]) -> Iterator[Member]:
-    """Walk an uncompressed tar; whatever is no <key>.<ext> (folders, links, .hidden files) belongs to no sample.
 
-    Raises tarfile.TarError where the tar is truncated, compressed or no tar.
+def members(file: Any) -> Iterator[Member]:
+    """Walk an uncompressed tar (a file or Digested); folders, .hidden files and names without dot are no sample's.
+
+    Raises:
+        RefusedError: a member's name leads out of the folder, or it is a link, a device or a sparse file.
+        tarfile.TarError: the tar is truncated, compressed or no tar.
     """
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for info in tar:
-            found = KEY_AND_EXT.match(info.name)
-            if found and info.isreg() and not META.match(info.name):
-                yield Member(found[1], found[2], info.offset_data, info.size)
-        file.seek(tar.offset)  # tarfile takes a damaged header for the end
-        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise tarfile.ReadError(f"at byte {tar.offset} there is neither a member nor the mark of the end")
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for info in tar:
+                tar.members.clear()  # it keeps every member it has seen
+                check_plain(info)
+                found = KEY_AND_EXT.match(info.name)
+                if found and info.isreg() and not META.match(info.name):
+                    yield Member(found[1], found[2], info.offset_data, info.size)
+            file.seek(tar.offset)  # tarfile takes a damaged header for the end
+            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"at byte {tar.offset} there is neither a member nor the mark of the end")
+    except (ValueError, OverflowError, struct.error, IndexError, KeyError, RecursionError) as error:
+        raise tarfile.ReadError(f"a damaged header ({type(error).__name__}: {error})") from error
+
+
+def check_plain(info: tarfile.TarInfo) -> None:
+    name = info.name
+    if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name or "\0" in name:
+        raise RefusedError(f"its member {name!r} leads out of the folder")
+    if not name.isprintable():  # a newline, or bytes that are no UTF-8
+        raise RefusedError(f"its member {name!r} has a name that cannot be printed")
+    if not (info.isdir() or info.isreg()) or info.issparse():
+        kind = "a link" if info.issym() or info.islnk() else "a sparse file" if info.issparse() else "a device"
+        raise RefusedError(f"its member {name!r} is {kind}, and samples are plain files")
+    if info.size < 0:
+        raise tarfile.ReadError(f"its member {name!r} has {info.size} bytes")
+
+
+class Digested:
+    """A file read once, from start to end, for its sha256 and its members; it goes back two blocks at most."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.bytes = 0  # taken from the file so far
+        self._behind = b""  # the last of them
+        self._at = 0
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, place: int) -> int:
+        if place < self.bytes - len(self._behind):
+            raise tarfile.ReadError(f"a header leads back from byte {self.bytes} to {place}")
+        while self.bytes < place and self._take(min(STEP, place - self.bytes)):
+            pass
+        self._at = place
+        return place
+
+    def read(self, count: int) -> bytes:
+        if not 0 <= count <= MAX_READ:
+            raise tarfile.ReadError(f"a member of {count} bytes at byte {self._at}")
+        again = self.bytes - self._at
+        first = self._behind[len(self._behind) - again :][:count] if again > 0 else b""
+        parts = [first]
+        wanted = count - len(first) if again >= 0 else 0
+        while wanted and (data := self._take(min(wanted, 16 * STEP))):
+            parts.append(data)
+            wanted -= len(data)
+        found = b"".join(parts)
+        self._at += len(found)
+        return found
+
+    def finish(self) -> None:
+        """Read what is behind the last member."""
+        while self._take(STEP):
+            pass
+
+    def _take(self, count: int) -> bytes:
+        data: bytes = self._file.read(count)
+        self.sha256.update(data)
+        self.bytes += len(data)
+        self._behind = data[-BEHIND:] if len(data) >= BEHIND else (self._behind + data)[-BEHIND:]
+        return data

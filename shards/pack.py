@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from bigtrain.data.schema import IMAGE_EXTENSIONS, MASK_SUFFIX, Sample, Shard
-from shards.durable import written_whole
-from shards.pictures import Picture, UnreadableError, checked, checked_mask, decode, scaled
+from shards.pictures import Picture, Treatment, UnreadableError, checked, checked_mask, read_size, scaled
+from shards.place import Place
 
 RECORD = 10240  # a tar ends on a multiple of this
 
@@ -20,10 +21,10 @@ RECORD = 10240  # a tar ends on a multiple of this
 class Task:
     """Samples number * samples_per_shard and on, to go to one shard."""
 
-    out: Path
+    out: Place
     number: int
     samples: Sequence[Sample]
-    max_side: int | None = None
+    treatment: Treatment
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Part:
     fingerprint: str  # of their keys and sources: a dataset that has changed is noticed
     shard: Shard | None  # None: not one of them could be read
     rows: list[dict[str, Any]]  # INDEX_SCHEMA without "shard"
+    contents: list[int]  # of each row: its picture as the dataset has it, in 64 bits
     skipped: list[dict[str, Any]]  # position, key, source, reason
 
 
@@ -56,7 +58,9 @@ class TarWriter:
         member = tarfile.TarInfo(name)
         member.size = len(data)
         member.mode = 0o644
-        self._write(member.tobuf(tarfile.PAX_FORMAT))
+        # where the name is short, both give the same bytes, and the plain header takes half the time
+        plain = len(name) <= tarfile.LENGTH_NAME
+        self._write(member.tobuf(tarfile.USTAR_FORMAT if plain else tarfile.PAX_FORMAT))
         offset = self.bytes
         self._write(data)
         self._write(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
@@ -81,55 +85,70 @@ def shard_name(number: int) -> str:
 def write_shard(task: Task) -> Part:
     """Write the block's shard; pictures that cannot be read are left out and named."""
     rows: list[dict[str, Any]] = []
+    contents: list[int] = []
     skipped: list[dict[str, Any]] = []
-    path = task.out / shard_name(task.number)
-    with written_whole(path) as file:
-        tar = TarWriter(file)
-        for position, sample in enumerate(task.samples):
-            try:
-                picture, members = prepare(sample, task.max_side)
-            except UnreadableError as reason:
-                skipped.append(
-                    {"position": position, "key": sample.key, "source": sample.source, "reason": str(reason)}
+    name = shard_name(task.number)
+    try:
+        with task.out.written(name) as file:
+            tar = TarWriter(file)
+            for position, sample in enumerate(task.samples):
+                try:
+                    original, picture, members = prepare(sample, task.treatment)
+                except UnreadableError as reason:
+                    skipped.append(
+                        {"position": position, "key": sample.key, "source": sample.source, "reason": str(reason)}
+                    )
+                    continue
+                offset = tar.add(f"{sample.key}.{picture.ext}", picture.encoded)
+                for ext, data in members:
+                    tar.add(f"{sample.key}.{ext}", data)
+                rows.append(
+                    {
+                        "key": sample.key,
+                        "image_offset": offset,
+                        "image_size": len(picture.encoded),
+                        "image_ext": picture.ext,
+                        "width": picture.width,
+                        "height": picture.height,
+                        "classes": sample.classes,
+                    }
                 )
-                continue
-            offset = tar.add(f"{sample.key}.{picture.ext}", picture.encoded)
-            for ext, data in members:
-                tar.add(f"{sample.key}.{ext}", data)
-            rows.append(
-                {
-                    "key": sample.key,
-                    "image_offset": offset,
-                    "image_size": len(picture.encoded),
-                    "image_ext": picture.ext,
-                    "width": picture.width,
-                    "height": picture.height,
-                    "classes": sample.classes,
-                }
-            )
-        tar.close()
-    if not rows:
-        path.unlink()
-    shard = Shard(path.name, len(rows), tar.bytes, tar.sha256.hexdigest()) if rows else None
-    return Part(task.number, len(task.samples), fingerprint(task.samples), shard, rows, skipped)
+                contents.append(content_digest(original))
+            tar.close()
+            if not rows:
+                raise NothingToWrite
+        shard = Shard(name, len(rows), tar.bytes, tar.sha256.hexdigest())
+    except NothingToWrite:
+        shard = None
+    return Part(task.number, len(task.samples), fingerprint(task.samples), shard, rows, contents, skipped)
 
 
-def prepare(sample: Sample, max_side: int | None) -> tuple[Picture, list[tuple[str, bytes]]]:
-    """The picture and the other members of a sample, or UnreadableError."""
+def content_digest(encoded: bytes) -> int:
+    """64 bits that tell pictures apart: a checksum of all bytes, and a hash of length, beginning and end."""
+    ends = hashlib.sha256(encoded[:4096] + encoded[-4096:] + len(encoded).to_bytes(8, "big")).digest()
+    return zlib.crc32(encoded) << 32 | int.from_bytes(ends[:4], "big")
+
+
+class NothingToWrite(Exception):  # noqa: N818
+    """Not one picture of the block can be read, so there is no shard."""
+
+
+def prepare(sample: Sample, treatment: Treatment) -> tuple[bytes, Picture, list[tuple[str, bytes]]]:
+    """The picture as it was, as it is packed, and the other members of a sample, or UnreadableError."""
     if sample.image_ext not in IMAGE_EXTENSIONS:
         raise ValueError(f"{sample.key} is a .{sample.image_ext}; pictures may be {', '.join(IMAGE_EXTENSIONS)}.")
     original = content(sample.image)
-    picture = checked(original, sample.image_ext, max_side)
+    picture = checked(original, sample.image_ext, treatment)
     original_size = (picture.width, picture.height)
     if picture.encoded is not original:
-        original_size = decode(original).size
+        original_size = read_size(original)
         across, down = picture.width / original_size[0], picture.height / original_size[1]
         sample = replace(sample, objects=[scaled(thing, across, down) for thing in sample.objects])
     members = [("json", sample.to_json())]
     if sample.mask is not None:
         mask = checked_mask(content(sample.mask), original_size, (picture.width, picture.height))
         members.append((MASK_SUFFIX, mask))
-    return picture, members
+    return original, picture, members
 
 
 def content(image: Path | bytes) -> bytes:

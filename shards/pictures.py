@@ -1,16 +1,21 @@
-"""One picture: can all of it be decoded, how large is it, and a smaller one where asked for."""
+"""One picture: is it whole, how large is it as displayed, and a smaller one where asked for."""
 
 from __future__ import annotations
 
 import io
 import warnings
 from dataclasses import dataclass, replace
+from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
-from bigtrain.data.schema import Box, Object
+from bigtrain.data.schema import MAX_PIXELS, Box, Object
 
 JPEG_QUALITY = 95  # of a re-encoded picture, without subsampling of colour
+VERIFY = ("structure", "decode")
+TURNED = range(5, 9)  # values of EXIF's orientation that exchange width and height
+EXT_OF = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+REDUCING_GAP = 2.0  # a decoder or a box filter first brings a picture down to this many times its new size
 
 
 class UnreadableError(Exception):
@@ -18,7 +23,25 @@ class UnreadableError(Exception):
 
 
 @dataclass(frozen=True)
+class Treatment:
+    """What is done with each picture.
+
+    Args:
+        max_side: re-encode what is longer, in pixels; None: all keep their bytes.
+        quality: of a re-encoded JPEG or WebP, 1 to 100.
+        verify: "structure": the header, and that the file has its end, which finds what was cut short; "decode": every
+            pixel. A picture whose format has no mark of its end is decoded either way.
+    """
+
+    max_side: int | None = None
+    quality: int = JPEG_QUALITY
+    verify: str = "structure"
+
+
+@dataclass(frozen=True)
 class Picture:
+    """Encoded bytes, and the size as displayed, after EXIF's orientation."""
+
     encoded: bytes
     ext: str
     width: int
@@ -26,70 +49,165 @@ class Picture:
 
 
 def decode(encoded: bytes) -> Image.Image:
-    """Decode every pixel, or raise: truncated, no picture, or more pixels than Pillow's MAX_IMAGE_PIXELS."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(encoded))
-            image.load()
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UnreadableError(f"too many pixels: {error}") from error
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
-        raise UnreadableError(f"{type(error).__name__}: {error}") from error
+    """Decode every pixel as stored, or raise: truncated, no picture, or more than MAX_PIXELS."""
+    image = opened(encoded)
+    load(image)
     return image
 
 
-def read_size(encoded: bytes) -> tuple[int, int]:
-    """Width and height from the header alone."""
+def opened(encoded: bytes) -> Image.Image:
+    """Read the header; no pixel is decoded yet."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(encoded)).size
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            image = Image.open(io.BytesIO(encoded))
+    except Image.DecompressionBombError as error:
         raise UnreadableError(f"too many pixels: {error}") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
+        raise UnreadableError(f"{type(error).__name__}: {error}") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UnreadableError(f"too many pixels: {width} x {height}, and at most {MAX_PIXELS} are read")
+    return image
+
+
+def load(image: Image.Image) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
     except Exception as error:
         raise UnreadableError(f"{type(error).__name__}: {error}") from error
 
 
-def checked(encoded: bytes, ext: str, max_side: int | None = None) -> Picture:
-    """The picture with its original bytes, or, if its longer side exceeds max_side, a smaller one.
+def read_size(encoded: bytes) -> tuple[int, int]:
+    """Width and height as displayed, from the header alone."""
+    image = opened(encoded)
+    return displayed_size(image, encoded)
 
-    A smaller one keeps its format where that is JPEG, PNG or WebP and becomes PNG otherwise; it keeps EXIF
-    and colour profile.
-    """
-    image = decode(encoded)
+
+def displayed_size(image: Image.Image, encoded: bytes) -> tuple[int, int]:
     width, height = image.size
-    if max_side is None or max(width, height) <= max_side:
-        return Picture(encoded, ext, width, height)
-    scale = max_side / max(width, height)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    kind = image.format if image.format in ("JPEG", "PNG", "WEBP") else "PNG"
-    options = {"PNG": {}, "JPEG": {"quality": JPEG_QUALITY, "subsampling": 0}, "WEBP": {"quality": JPEG_QUALITY}}[kind]
+    return (height, width) if orientation(image, encoded) in TURNED else (width, height)
+
+
+def orientation(image: Image.Image, encoded: bytes) -> int:
+    """EXIF's orientation, 1 to 8; damaged EXIF is no damage to the picture."""
+    if image.format == "PNG" and not any(name in encoded for name in (b"eXIf", b"exif", b"xmp", b"EXIF")):
+        return 1  # Pillow would decode the whole picture to look for it
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return turned if turned in range(1, 9) else 1
+
+
+def has_its_end(encoded: bytes, kind: str | None) -> bool:
+    """Whether a file goes on to the mark of its end, as far as its format has one; cheap, for it looks at few bytes."""
+    if kind in ("JPEG", "MPO"):  # what is behind the picture's own end (a preview, zeros) does no harm
+        scan = jpeg_scan(encoded)
+        return scan is not None and encoded.rfind(b"\xff\xd9", scan) > 0
+    if kind == "PNG":
+        return encoded.rfind(b"IEND\xae\x42\x60\x82") > 0
+    if kind == "WEBP":
+        return int.from_bytes(encoded[4:8], "little") + 8 <= len(encoded)
+    return False
+
+
+def jpeg_scan(encoded: bytes) -> int | None:
+    """Where the first scan of a JPEG begins; a preview in an earlier segment has an end of its own."""
+    place = 2
+    while place + 4 <= len(encoded) and encoded[place] == 0xFF:
+        marker = encoded[place + 1]
+        if marker == 0xDA:
+            return place
+        if marker == 0xFF:  # padding
+            place += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
+            place += 2
+        else:
+            place += 2 + int.from_bytes(encoded[place + 2 : place + 4], "big")
+    return None
+
+
+def checked(encoded: bytes, ext: str, treatment: Treatment) -> Picture:
+    """The picture with its original bytes, or, if its longer side exceeds max_side, a smaller one."""
+    image = opened(encoded)
+    width, height = displayed_size(image, encoded)
+    if treatment.max_side is not None and max(width, height) > treatment.max_side:
+        return smaller(image, encoded, treatment.max_side, treatment.quality)
+    if treatment.verify == "decode" or not has_its_end(encoded, image.format):
+        load(image)
+    return Picture(encoded, ext, width, height)
+
+
+def smaller(image: Image.Image, encoded: bytes, max_side: int, quality: int) -> Picture:
+    """The picture with max_side pixels on its longer side, turned upright.
+
+    It keeps its format where that is JPEG, PNG or WebP and becomes PNG otherwise, its EXIF but for the orientation, and
+    its colour profile; of an animation the first frame. A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves
+    REDUCING_GAP times the pixels asked for.
+    """
+    scale = max_side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    kind = {"MPO": "JPEG"}.get(image.format or "", image.format or "")
+    kind = kind if kind in EXT_OF else "PNG"
+    turned = orientation(image, encoded)
+    image.draft(None, (round(size[0] * REDUCING_GAP), round(size[1] * REDUCING_GAP)))
+    load(image)
     kept = {name: image.info[name] for name in ("exif", "icc_profile") if image.info.get(name)}
     try:
-        if image.mode in ("P", "PA"):
-            image = image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
-        elif image.mode == "1":
-            image = image.convert("L")
+        small = resizable(image).resize(size, Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
+        if image.mode.startswith("I;16"):
+            small = small.convert("I;16")
+        if turned != 1:
+            small.getexif()[ExifTags.Base.Orientation] = turned  # so that XMP's counts as well
+            small = ImageOps.exif_transpose(small)
+            kept["exif"] = without_orientation(image)
+        options: dict[str, Any] = {
+            "JPEG": {"quality": quality, "subsampling": 0},
+            "WEBP": {"quality": quality},
+            "PNG": {},
+        }[kind]
         file = io.BytesIO()
-        image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0).save(file, kind, **kept, **options)
+        small.save(file, kind, **{name: value for name, value in kept.items() if value}, **options)
     except (ValueError, OSError) as error:
         raise UnreadableError(f"cannot be made smaller: {error}") from error
-    ext_of = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[kind]
-    return Picture(file.getvalue(), ext_of, *size)
+    return Picture(file.getvalue(), EXT_OF[kind], *small.size)
 
 
-def checked_mask(encoded: bytes, original_size: tuple[int, int], size: tuple[int, int]) -> bytes:
+def resizable(image: Image.Image) -> Image.Image:
+    """The picture in a mode that can be filtered."""
+    if image.mode in ("P", "PA"):
+        return image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
+    if image.mode == "1":
+        return image.convert("L")
+    return image.convert("I") if image.mode.startswith("I;16") else image
+
+
+def without_orientation(image: Image.Image) -> bytes:
+    try:
+        exif = image.getexif()
+        exif.pop(ExifTags.Base.Orientation, None)
+        return exif.tobytes() if len(exif) else b""
+    except Exception:  # damaged: the picture is worth more than what is left of it
+        return b""
+
+
+def checked_mask(encoded: bytes, displayed: tuple[int, int], size: tuple[int, int]) -> bytes:
     """The mask's original bytes, or nearest-neighbour resized along with its picture, as PNG."""
-    mask = decode(encoded)
-    if mask.size != original_size:
+    mask = opened(encoded)
+    if mask.size != displayed:
         raise UnreadableError(
-            f"its mask is {mask.size[0]} x {mask.size[1]}, the picture {original_size[0]} x {original_size[1]}"
+            f"its mask is {mask.size[0]} x {mask.size[1]}, the picture as displayed {displayed[0]} x {displayed[1]}"
         )
-    if original_size == size and mask.format == "PNG":
+    if displayed == size and mask.format == "PNG":
+        if not has_its_end(encoded, "PNG"):
+            load(mask)
         return encoded
+    load(mask)
     file = io.BytesIO()
     mask.resize(size, Image.Resampling.NEAREST).save(file, "PNG")
     return file.getvalue()

@@ -11,32 +11,40 @@ EVERY_S = 10.0
 
 
 class Progress:
-    """Counts images out of `total` (0: not known); those of an earlier run (`done`) do not count into the speed."""
+    """Counts images out of `total` (0: not known) and their bytes; what an earlier run did counts as no speed."""
 
-    def __init__(self, total: int, done: int = 0) -> None:
-        self.total, self.done, self.at_start = total, done, done
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.new, self.new_bytes = total, 0, 0, 0
         self.begun = self.said = time.monotonic()
-        self.bar = (
-            tqdm(total=total or None, initial=done, unit=" images", dynamic_ncols=True) if sys.stderr.isatty() else None
-        )
+        self.bar = tqdm(total=total or None, unit=" images", dynamic_ncols=True) if sys.stderr.isatty() else None
 
-    def add(self, images: int) -> None:
+    def add(self, images: int, bytes_read: int = 0, is_new: bool = True) -> None:
         self.done += images
+        if is_new:
+            self.new += images
+            self.new_bytes += bytes_read
         if self.bar is not None:
+            if not is_new:
+                self.bar.initial += images
             self.bar.update(images)
+            self.bar.set_postfix_str(f"{self.new_bytes / 1e6 / self.seconds():.3g} MB/s")
         elif time.monotonic() - self.said >= EVERY_S:
             self.said = time.monotonic()
             self.say(self.line())
 
     def line(self) -> str:
-        speed = self.speed()
-        if not self.total:
-            return f"{self.done} images, {speed:.0f} images/s"
-        left = f", {(self.total - self.done) / speed:.0f} s left" if speed else ""
-        return f"{self.done} of {self.total} images, {speed:.0f} images/s{left}"
+        """So much is done, how fast, and how long the rest takes at that speed."""
+        of = f" of {self.total}" if self.total else ""
+        left = ""
+        if self.total and self.new:
+            left = f", {duration((self.total - self.done) * self.seconds() / self.new)} left"
+        return f"{self.done}{of} images, {self.speed()}{left}"
 
-    def speed(self) -> float:
-        return (self.done - self.at_start) / max(time.monotonic() - self.begun, 1e-9)
+    def speed(self) -> str:
+        return f"{self.new / self.seconds():.0f} images/s, {self.new_bytes / 1e6 / self.seconds():.3g} MB/s"
+
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.begun, 1e-9)
 
     def say(self, line: str) -> None:
         if self.bar is not None:
@@ -47,3 +55,10 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -26,7 +26,7 @@ MAX_OPEN_FILES = 64  # far below the usual limit
 MAX_REQUESTS = 16  # at once, of one process
 MAX_WAIT_S = 30.0
 SLOWEST_BYTES_PER_S = 250_000  # what is slower counts as silent
-PIECE_BYTES = 32 << 20  # of a file that is read whole
+MAX_PIECE_BYTES = 32 << 20  # of a file that is read whole
 MAY_PASS = (408, 425, 429)  # of HTTP's 4xx: too slow, too early, too many
 # what no second try changes; TimeoutError is an OSError as well, and is not among them
 PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError, TypeError)
@@ -51,6 +51,9 @@ class Patience:
     attempts: int = 6
     first_wait_s: float = 0.5
     answer_s: float = 30.0
+
+
+PATIENCE = Patience()
 
 
 class LocalFiles:
@@ -174,7 +177,7 @@ def fetch(files: Files, ranges: Sequence[Range], patience: Patience, *, whole: b
 
     Raises:
         FileNotFoundError, PermissionError, OSError: a file is missing, may not be read, is shorter than the ranges say,
-            or failed `patience.attempts` times. `filename` is its path.
+            or failed `patience.attempts` times.
     """
     answers: list[bytes] = [b""] * len(ranges)
     wanted = list(range(len(ranges)))
@@ -213,13 +216,14 @@ def fetch(files: Files, ranges: Sequence[Range], patience: Patience, *, whole: b
 
 
 def fetch_file(files: Files, path: str, patience: Patience) -> bytes:
-    """A whole file of any size, in pieces, so that a cut connection costs one piece."""
+    """A whole file, in growing pieces: a cut connection costs one of them, and a small file has a short time limit."""
     pieces: list[bytes] = []
-    while not pieces or len(pieces[-1]) == PIECE_BYTES:
-        start = len(pieces) * PIECE_BYTES
-        # a server that ignores ranges answers the first request with everything
-        pieces += fetch(files, [Range(path, start, start + PIECE_BYTES)], patience, whole=False)
-    return b"".join(pieces)
+    start, size = 0, 1 << 18
+    while len(pieces) == 0 or len(pieces[-1]) == size:
+        size = min(size * 2, MAX_PIECE_BYTES) if pieces else size
+        pieces += fetch(files, [Range(path, start, start + size)], patience, whole=False)
+        start += len(pieces[-1])
+    return b"".join(pieces)  # a server that ignores ranges has answered the first request with everything
 
 
 def _is_permanent(error: BaseException) -> bool:
@@ -233,14 +237,11 @@ def _is_permanent(error: BaseException) -> bool:
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status behind an error of aiohttp, botocore (below s3fs's own error) or gcsfs, if there is one."""
-    for e in (error, error.__cause__):
-        response = getattr(e, "response", None)
-        if isinstance(response, dict):
-            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        for attribute in ("status", "code"):
-            if isinstance(number := getattr(e, attribute, None), int):
-                return number
-    return None
+    response = getattr(error.__cause__, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    numbers = (getattr(error, name, None) for name in ("status", "code"))
+    return next((number for number in numbers if isinstance(number, int)), None)
 
 
 def _check_cut(files: Files, wanted: Range, came: int) -> None:
@@ -248,8 +249,8 @@ def _check_cut(files: Files, wanted: Range, came: int) -> None:
     name = files.name(wanted.path)
     if came > wanted.end - wanted.start:
         text = (
-            f"{name}: the server sent {came} bytes where {wanted.end - wanted.start} were asked for, so it serves no byte "
-            "ranges: use a server that does (nginx, S3), or copy the shards to a disk."
+            f"{name}: the server sent {came} bytes where {wanted.end - wanted.start} were asked for, so it serves no "
+            "byte ranges: use a server that does (nginx, S3), or copy the shards to a disk."
         )
     elif (size := files.size(wanted.path)) is not None and size < wanted.end:
         text = (
@@ -258,23 +259,18 @@ def _check_cut(files: Files, wanted: Range, came: int) -> None:
         )
     else:
         return
-    raise _at(wanted.path, OSError(text))
+    raise OSError(text)
 
 
 def _stop(files: Files, path: str, error: BaseException, attempts: int) -> OSError:
     name, status = files.name(path), _status(error)
     if isinstance(error, FileNotFoundError | NotADirectoryError) or status in (404, 410):
-        return _at(path, FileNotFoundError(f"{name} is missing ({_said(error)}): copy it there, or check the address."))
+        return FileNotFoundError(f"{name} is missing ({_said(error)}): copy it there, or check the address.")
     if isinstance(error, PermissionError) or status in (401, 403):
         text = f"{name} may not be read ({_said(error)}): check the rights of the file or your credentials."
-        return _at(path, PermissionError(text))
+        return PermissionError(text)
     tried = "once" if attempts == 1 else f"{attempts} times"
-    return _at(path, OSError(f"{name} cannot be read: tried {tried}, at last {_said(error)}."))
-
-
-def _at(path: str, error: OSError) -> OSError:
-    error.filename = path
-    return error
+    return OSError(f"{name} cannot be read: tried {tried}, at last {_said(error)}.")
 
 
 def _said(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Pictures by their places in the shards: few large reads where they are neighbours, none of what lies between others."""
+"""Pictures by their places in the shards: neighbours in one large read, and nothing of what lies between others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.data.fetch import LocalFiles, Patience, Range, fetch, files_of
+from bigtrain.data.fetch import PATIENCE, LocalFiles, Patience, Range, fetch, files_of
 from bigtrain.data.schema import filesystem
 
 MAX_GAP_BYTES = 64 << 10  # what another request costs in bytes of the same line; headers and labels are far less
@@ -26,7 +26,7 @@ class Reader:
     `bytes_read` counts what was read since it was made or unpickled, gaps included. Not for two threads at once.
     """
 
-    def __init__(self, url: str, files: Sequence[str], patience: Patience = Patience()) -> None:
+    def __init__(self, url: str, files: Sequence[str], patience: Patience = PATIENCE) -> None:
         fs, self._path = filesystem(url)
         self._names, self._patience = tuple(files), patience
         self._files = files_of(fs, patience)

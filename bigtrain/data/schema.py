@@ -24,7 +24,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bigtrain.data.fetch import Patience, fetch_file, files_of
+from bigtrain.data.fetch import PATIENCE, Patience, fetch_file, files_of
 
 FORMAT = "bigtrain-shards"
 VERSION = 1
@@ -158,8 +158,8 @@ class Manifest:
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a shard set's folder or URL prefix, and the path in it, without a slash at its end.
 
-    Endpoints and credentials are fsspec's and the client's own business: for S3, AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and
-    AWS_SECRET_ACCESS_KEY, or any option of s3fs as FSSPEC_S3_ENDPOINT_URL or in ~/.config/fsspec/*.json.
+    Endpoints and credentials are the business of fsspec and its clients: for S3, AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID
+    and AWS_SECRET_ACCESS_KEY, or any option of s3fs as FSSPEC_S3_ENDPOINT_URL or in ~/.config/fsspec/*.json.
     """
     if url.startswith("pipe:"):
         raise ValueError(f"{url} would run a shell command, which no address of a shard set may: give a folder or URL.")
@@ -177,7 +177,7 @@ def shards_url(url: str, manifest: Manifest) -> str:
     return scheme + separator + posixpath.normpath(posixpath.join(path, manifest.shards_at))
 
 
-def read_manifest(url: str, patience: Patience = Patience()) -> Manifest:
+def read_manifest(url: str, patience: Patience = PATIENCE) -> Manifest:
     """Read the manifest of the shard set at `url`; a set without one is an unfinished build or no set at all."""
     fs, path = filesystem(url)
     try:
@@ -191,9 +191,7 @@ def read_manifest(url: str, patience: Patience = Patience()) -> Manifest:
     return Manifest.from_json(text, where=f"{url}/{MANIFEST_FILE}")
 
 
-def read_index(
-    url: str, columns: Sequence[str] = tuple(INDEX_SCHEMA.names), patience: Patience = Patience()
-) -> pa.Table:
+def read_index(url: str, columns: Sequence[str] = tuple(INDEX_SCHEMA.names), patience: Patience = PATIENCE) -> pa.Table:
     """Read the index of the shard set at `url`: a table of INDEX_SCHEMA, or of some of its columns."""
     fs, path = filesystem(url)
     advice = f"make it with `bigtrain-shards index {url}`."

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from bigtrain.data.fetch import Patience
+from bigtrain.data.fetch import PATIENCE, Patience
 from bigtrain.data.reader import Reader
 from bigtrain.data.schema import read_index, read_manifest, shards_url
 
@@ -30,7 +29,7 @@ class ShardSet:
         OSError: the server does not answer.
     """
 
-    def __init__(self, url: str, patience: Patience = Patience()) -> None:
+    def __init__(self, url: str, patience: Patience = PATIENCE) -> None:
         self.url, self._patience = str(url), patience
         self.manifest = read_manifest(self.url, patience)
         table = read_index(self.url, COLUMNS, patience)
@@ -42,8 +41,8 @@ class ShardSet:
         shards = len(self.manifest.shards)
         if any(table[name].null_count for name in COLUMNS[:4]) or not _all_within(table["shard"], 0, shards - 1):
             raise ValueError(
-                f"{url}: the index has rows without a place or in none of the manifest's {shards} shards: make it again "
-                f"with `bigtrain-shards index {url}`."
+                f"{url}: the index has rows without a place or in none of the manifest's {shards} shards: make it "
+                f"again with `bigtrain-shards index {url}`."
             )
         self._key_N = table["key"]  # in chunks: a single array of strings holds 2 GiB at most
         self.shard_N: NDArray[np.int32] = table["shard"].to_numpy()
@@ -82,7 +81,7 @@ class ShardSet:
         is_counted_N = np.zeros(len(self), bool)
         is_counted_N[sample_N] = True
         is_counted = np.repeat(is_counted_N, np.diff(self._class_start_N))
-        return np.count_nonzero(np.bincount(self._class_of_object[is_counted]))
+        return int(np.count_nonzero(np.bincount(self._class_of_object[is_counted])))
 
     def check_single_objects(self) -> None:
         """Refuse a set in which an image shows no class or several: a classifier needs exactly one for each."""
@@ -114,15 +113,15 @@ class ShardSet:
         try:
             return self._reader.read(*self.places(np.asarray(samples, np.int64)))
         except OSError as error:
-            file = PurePosixPath(error.filename).name
-            keys = [self.key(s) for s in samples if self.manifest.shards[self.shard_N[s]].file == file]
+            keys = [self.key(s) for s in samples if f"/{self.manifest.shards[self.shard_N[s]].file}" in str(error)]
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise type(error)(f"{error} It was to give {', '.join(keys[:3])}{more}.") from error
 
     def _check_sizes(self) -> None:
         """Compare the shards' sizes with the manifest's, where the file system lists them (HTTP does not)."""
-        found = self._reader.sizes()
-        for shard in self.manifest.shards if found is not None else ():
+        if (found := self._reader.sizes()) is None:
+            return
+        for shard in self.manifest.shards:
             if (size := found.get(shard.file)) != shard.bytes:
                 what = "is missing" if size is None else f"has {size} bytes"
                 raise ValueError(
@@ -138,7 +137,7 @@ def _all_within(column: pa.ChunkedArray, low: int, high: int) -> bool:
 
 
 def _encoded(classes: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[np.int32], list[str]]:
-    """Lists of names as numbers: where each list starts (and the last ends), the number of each name in it, the names."""
+    """Lists of names as numbers: where each list starts (and the last ends), the numbers in them, the names."""
     count_N = pc.fill_null(pc.list_value_length(classes), 0).to_numpy()
     names = pc.list_flatten(classes).dictionary_encode().combine_chunks()
     return np.concatenate([[0], np.cumsum(count_N)]), names.indices.to_numpy(), names.dictionary.to_pylist()

@@ -11,7 +11,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigtrain.data.schema import Sample
-from shards.adapters import cifar10, coco, folder, imagenet, mnist, mosaic, voc
+from shards.adapters import (
+    caltech256,
+    cifar,
+    coco,
+    cub200,
+    folder,
+    fonts,
+    imagenet,
+    mnist,
+    mosaic,
+    mvtec,
+    places365,
+    stanford_dogs,
+    table,
+    visa,
+    voc,
+)
 from shards.adapters.about import About
 
 __all__ = ["ADAPTERS", "About", "Adapter"]
@@ -37,9 +53,20 @@ class Adapter:
 ADAPTERS: dict[str, Adapter] = {
     "folder": Adapter(folder.about, folder.samples, folder.LAYOUT),
     "mnist": Adapter(mnist.about, mnist.samples, mnist.LAYOUT, options=mnist.OPTIONS),
-    "cifar10": Adapter(cifar10.about, cifar10.samples, cifar10.LAYOUT),
+    "cifar10": Adapter(cifar.CIFAR10.about, cifar.CIFAR10.samples, cifar.CIFAR10.layout),
+    "cifar100": Adapter(cifar.CIFAR100.about, cifar.CIFAR100.samples, cifar.CIFAR100.layout, options=cifar.OPTIONS),
     "coco": Adapter(coco.about, coco.samples, coco.LAYOUT, split="train2017"),
     "voc": Adapter(voc.about, voc.samples, voc.LAYOUT, options=voc.OPTIONS),
     "imagenet": Adapter(imagenet.about, imagenet.samples, imagenet.LAYOUT),
+    "places365": Adapter(places365.about, places365.samples, places365.LAYOUT, options=places365.OPTIONS),
+    "caltech256": Adapter(
+        caltech256.about, caltech256.samples, caltech256.LAYOUT, split="all", options=caltech256.OPTIONS
+    ),
+    "cub200": Adapter(cub200.about, cub200.samples, cub200.LAYOUT, options=cub200.OPTIONS),
+    "stanford_dogs": Adapter(stanford_dogs.about, stanford_dogs.samples, stanford_dogs.LAYOUT),
+    "mvtec": Adapter(mvtec.about, mvtec.samples, mvtec.LAYOUT, options=mvtec.OPTIONS),
+    "visa": Adapter(visa.about, visa.samples, visa.LAYOUT, options=visa.OPTIONS),
+    "fonts": Adapter(fonts.about, fonts.samples, fonts.LAYOUT, split="all", options=fonts.OPTIONS),
+    "table": Adapter(table.about, table.samples, table.LAYOUT, split="all", options=table.OPTIONS),
     "mosaic": Adapter(mosaic.about, mosaic.samples, mosaic.LAYOUT, split=None, options=mosaic.OPTIONS),
 }

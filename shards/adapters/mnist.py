@@ -1,4 +1,8 @@
-"""MNIST, Fashion-MNIST and KMNIST: idx files, gzipped or not; each image becomes a PNG of the same pixels."""
+"""MNIST, Fashion-MNIST, KMNIST and EMNIST: idx files, gzipped or not; each image becomes a PNG of the same pixels.
+
+EMNIST's pictures lie on their side in its files and are set upright here. Its classes are the characters of its mapping
+file; those that it does not tell from their small letters have the capital's name.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,12 @@ from PIL import Image
 
 from bigtrain.data.schema import Object, Sample
 from shards.adapters.about import About
+from shards.adapters.lists import rows
 
-LAYOUT = "the folder of train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-... (with .gz or without)"
+LAYOUT = (
+    "the folder of train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-... (with .gz or without); for EMNIST of "
+    "emnist-letters-train-images-idx3-ubyte ... and emnist-letters-mapping.txt"
+)
 CLASSES = {
     "mnist": [str(digit) for digit in range(10)],
     "fashion_mnist": [
@@ -25,48 +33,72 @@ CLASSES = {
     ],
     "kmnist": ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"],
 }
+EMNIST = ["emnist-balanced", "emnist-byclass", "emnist-bymerge", "emnist-digits", "emnist-letters", "emnist-mnist"]
 LICENCES = {"mnist": "CC BY-SA 3.0", "fashion_mnist": "MIT", "kmnist": "CC BY-SA 4.0"}
+EMNIST_LICENCE = "see NIST's page of the EMNIST dataset"
 OPTIONS: dict[str, dict[str, Any]] = {
     "--dataset": {
-        "choices": list(CLASSES),
+        "choices": [*CLASSES, *EMNIST],
         "default": "mnist",
-        "help": "whose class names to give, which idx files do not hold (default: mnist, the digits)",
+        "help": "which it is, for its class names, which idx files do not hold (default: mnist, the digits)",
     }
 }
 PREFIXES = {"train": "train", "test": "t10k"}
 
 
 def about(root: Path, split: str, dataset: str = "mnist") -> About:
-    images, _ = read_split(root, split)
-    return About(dataset, CLASSES[dataset], LICENCES[dataset], len(images))
+    images, _, classes = read_split(root, split, dataset)
+    return About(dataset, list(classes.values()), LICENCES.get(dataset, EMNIST_LICENCE), len(images))
 
 
 def samples(root: Path, split: str, dataset: str = "mnist") -> Iterator[Sample]:
     """Yield the images in the order of the file; a key is the image's place in it."""
-    images, labels = read_split(root, split)
-    for place, (image, label) in enumerate(zip(images, labels, strict=True)):
+    images, labels, classes = read_split(root, split, dataset)
+    stem = stem_of(split, dataset)
+    for place, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
         yield Sample(
             key=f"{split}-{place:05d}",
-            image=png(image),
+            image=png(image.T if dataset in EMNIST else image),
             image_ext="png",
-            objects=[Object(CLASSES[dataset][label])],
-            source=f"{PREFIXES[split]}-images-idx3-ubyte:{place}",
+            objects=[Object(classes[label])],
+            source=f"{stem}-images-idx3-ubyte:{place}",
         )
 
 
 @functools.lru_cache(maxsize=1)
-def read_split(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images, N x height x width, and their labels, N."""
+def read_split(root: Path, split: str, dataset: str) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Images, N x height x width, their labels, N, and the names of the labels."""
+    stem = stem_of(split, dataset)
+    images = read_idx(find(root, f"{stem}-images", "idx3-ubyte"), dimensions=3)
+    labels = read_idx(find(root, f"{stem}-labels", "idx1-ubyte"), dimensions=1)
+    classes = characters(root / f"{dataset}-mapping.txt") if dataset in EMNIST else dict(enumerate(CLASSES[dataset]))
+    unknown = sorted(set(np.unique(labels).tolist()) - set(classes))
+    if len(images) != len(labels) or unknown:
+        raise ValueError(
+            f"{root} has {len(images)} images and {len(labels)} labels for {split}"
+            f"{f', {unknown[0]} among them' * bool(unknown)}, where there should be as many labels as images, from "
+            f"{min(classes)} to {max(classes)}: get the files again."
+        )
+    return images, labels, classes
+
+
+def stem_of(split: str, dataset: str) -> str:
+    """What the file names of a split begin with."""
     if split not in PREFIXES:
         raise ValueError(f"--split {split} is not in this dataset: it has train and test.")
-    images = read_idx(find(root, f"{PREFIXES[split]}-images", "idx3-ubyte"), dimensions=3)
-    labels = read_idx(find(root, f"{PREFIXES[split]}-labels", "idx1-ubyte"), dimensions=1)
-    if len(images) != len(labels) or (len(labels) and labels.max() > 9):
-        raise ValueError(
-            f"{root} has {len(images)} images and {len(labels)} labels up to {labels.max(initial=0)} for {split}, "
-            "where there should be as many labels as images, from 0 to 9: get the files again."
-        )
-    return images, labels
+    return f"{dataset}-{split}" if dataset in EMNIST else PREFIXES[split]
+
+
+def characters(path: Path) -> dict[int, str]:
+    """A mapping file of EMNIST: a label and the code of its character; of letters, also that of the small one."""
+    form = "label code code" if path.name == "emnist-letters-mapping.txt" else "label code"
+    try:
+        classes = {int(label): chr(int(codes[0])) for label, *codes in rows(path, form, LAYOUT)}
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{path} does not give a number and the code of a character ({error}).") from error
+    if not classes:
+        raise ValueError(f"{path} is empty: get it from its owners.")
+    return classes
 
 
 def find(root: Path, stem: str, kind: str) -> Path:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-from bigtrain.data.schema import Box, Object, Sample, filesystem, read_index, read_manifest
+from bigtrain.data.schema import Box, Object, Sample, filesystem, read_index, read_manifest, shards_url
 from shards.adapters.about import About
 from shards.pictures import decode
 
@@ -50,8 +50,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Pool:
-    """The set's pictures by class, each a row of its index."""
+    """The set's pictures by class, each a row of its index and the tar that it lies in."""
 
+    at: str  # where the tars lie: of a view that is not the set's own place
     rows: list[dict[str, Any]]
     by_class: dict[str, list[int]]
     novel_by_class: dict[str, list[int]]  # pictures that do not show the known class
@@ -94,7 +95,7 @@ def samples(root: str | Path, split: str, **options: Any) -> Iterator[Sample]:
         rng = random.Random(f"{options['seed']} {options['mode']} {number}")
         is_known = options["mode"] == "train" or number % 2 == 0
         tiles = [pool.rows[row] for row in drawn(rng, pool, known if is_known else None, known_tiles, grid * grid)]
-        yield mosaic(f"{options['mode']}-{number:06d}", str(root), tiles, grid, size)
+        yield mosaic(f"{options['mode']}-{number:06d}", pool.at, tiles, grid, size)
 
 
 def drawn(rng: random.Random, pool: Pool, known: str | None, known_tiles: int, tiles: int) -> list[int]:
@@ -110,13 +111,13 @@ def drawn(rng: random.Random, pool: Pool, known: str | None, known_tiles: int, t
     return rows
 
 
-def mosaic(key: str, root: str, tiles: list[dict[str, Any]], grid: int, size: tuple[int, int]) -> Sample:
+def mosaic(key: str, shards_at: str, tiles: list[dict[str, Any]], grid: int, size: tuple[int, int]) -> Sample:
     width, height = size
     canvas = Image.new("RGB", (grid * width, grid * height))
     objects = []
     for place, row in enumerate(tiles):
         top, left = place // grid * height, place % grid * width
-        canvas.paste(tile(root, row, size), (left, top))
+        canvas.paste(tile(shards_at, row, size), (left, top))
         box = Box(top=top, left=left, bottom=top + height, right=left + width)
         objects += [Object(name, box) for name in row["classes"]]
     file = io.BytesIO()
@@ -124,12 +125,17 @@ def mosaic(key: str, root: str, tiles: list[dict[str, Any]], grid: int, size: tu
     return Sample(key, file.getvalue(), "png", objects, source=" ".join(row["key"] for row in tiles))
 
 
-def tile(root: str, row: dict[str, Any], size: tuple[int, int]) -> Image.Image:
+def tile(shards_at: str, row: dict[str, Any], size: tuple[int, int]) -> Image.Image:
     """One picture, read by its offset in the tar; the largest middle part of the tile's shape, resized if need be."""
-    fs, path = filesystem(root)
-    start = row["image_offset"]
-    encoded = fs.cat_file(f"{path}/{row['file']}", start=start, end=start + row["image_size"])
-    image = decode(encoded).convert("RGB")
+    fs, path = filesystem(shards_at)
+    start, end = row["image_offset"], row["image_offset"] + row["image_size"]
+    try:
+        encoded = fs.cat_file(f"{path}/{row['file']}", start=start, end=end)
+        image = ImageOps.exif_transpose(decode(encoded)).convert("RGB")
+    except Exception as error:  # each file system has errors of its own
+        raise OSError(
+            f"{row['key']} cannot be read from {shards_at}/{row['file']} ({error}): check the set."
+        ) from error
     if image.size == size:
         return image
     scale = min(image.width / size[0], image.height / size[1])
@@ -140,7 +146,8 @@ def tile(root: str, row: dict[str, Any], size: tuple[int, int]) -> Image.Image:
 
 @functools.lru_cache(maxsize=1)
 def pool_of(root: str, known: str) -> Pool:
-    files = [shard.file for shard in read_manifest(root).shards]
+    manifest = read_manifest(root)
+    files = [shard.file for shard in manifest.shards]
     rows = [{**row, "file": files[row["shard"]]} for row in read_index(root).to_pylist()]
     by_class: dict[str, list[int]] = {}
     novel: dict[str, list[int]] = {}
@@ -149,7 +156,7 @@ def pool_of(root: str, known: str) -> Pool:
             by_class.setdefault(name, []).append(place)
             if known not in row["classes"]:
                 novel.setdefault(name, []).append(place)
-    return Pool(rows, by_class, novel)
+    return Pool(shards_url(root, manifest), rows, by_class, novel)
 
 
 def tile_size(pool: Pool, tile: int | None) -> tuple[int, int]:

@@ -62,7 +62,7 @@ STAND_INS: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # in Python: the one in C takes gigabytes for a memo that a few bytes ask for
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in STAND_INS:
             raise RefusedError(f"it wants to run {module}.{name}, which may do anything")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,13 @@ from xml.parsers import expat
 
 from bigtrain.data.schema import Box, Object, Sample
 from shards.adapters.about import About
+from shards.adapters.listed import compare
+from shards.adapters.lists import warn
 from shards.names import inside
 
-LAYOUT = "the folder VOC2007 or VOC2012, with ImageSets/, JPEGImages/ and Annotations/ in it"
+LAYOUT = (
+    "the folder VOC2007 or VOC2012, with ImageSets/, JPEGImages/ and Annotations/ in it, or VOCdevkit with one of them"
+)
 LICENCE = "pictures under the Flickr terms of their owners"
 CLASSES = [
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -28,50 +34,88 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def about(root: Path, split: str, image_set: str = "Main") -> About:
-    ids = listed_ids(root, split, image_set)
-    extra = {thing.class_name for image_id in ids for thing in objects_of(root, split, image_id)} - set(CLASSES)
+    root = year_folder(root)
+    found = read(root, split, image_set)
+    compare([sample.source.partition("/")[2] for sample in found], root / "JPEGImages", f"{split}.txt", is_whole=False)
+    without = [s.key for s in found if not s.objects and not annotation_of(root, s.key).is_file()]
+    if without:
+        warn(f"{len(without)} of {len(found)} images, {without[0]} for one, have no annotation: they show no class.")
+    extra = {name for sample in found for name in sample.classes} - set(CLASSES)
     year = root.resolve().name.lower()
     name = year if year in ("voc2007", "voc2012") else "voc"
-    return About(name, CLASSES + sorted(extra), LICENCE, len(ids))
+    return About(name, CLASSES + sorted(extra), LICENCE, len(found))
 
 
 def samples(root: Path, split: str, image_set: str = "Main") -> Iterator[Sample]:
     """Yield the images of ImageSets/<image_set>/<split>.txt in order of id."""
-    for image_id in listed_ids(root, split, image_set):
-        yield Sample(
+    yield from read(year_folder(root), split, image_set)
+
+
+@functools.lru_cache(maxsize=1)
+def read(root: Path, split: str, image_set: str) -> list[Sample]:
+    return [
+        Sample(
             key=image_id,
             image=inside(root / "JPEGImages", f"{image_id}.jpg"),
             image_ext="jpg",
             objects=objects_of(root, split, image_id),
             source=f"JPEGImages/{image_id}.jpg",
-            mask=inside(root / "SegmentationClass", f"{image_id}.png") if image_set == "Segmentation" else None,
+            mask=mask_of(root, split, image_id) if image_set == "Segmentation" else None,
         )
+        for image_id in listed_ids(root, split, image_set)
+    ]
+
+
+def year_folder(root: Path) -> Path:
+    """The folder VOC2007 or VOC2012, where the root is that or VOCdevkit, or holds VOCdevkit."""
+    if (root / "ImageSets").is_dir():
+        return root
+    years = sorted(
+        path.parent for pattern in ("VOC20*", "VOCdevkit/VOC20*") for path in root.glob(f"{pattern}/ImageSets")
+    )
+    if len(years) == 1:
+        return years[0]
+    what = f"it may be {' or '.join(map(str, years))}" if years else f"it must be {LAYOUT}"
+    raise FileNotFoundError(f"--root {root} holds no ImageSets/: {what}.")
 
 
 def listed_ids(root: Path, split: str, image_set: str) -> list[str]:
     listing = root / "ImageSets" / image_set / f"{split}.txt"
-    if listing.is_file():
-        lines = (line.split() for line in listing.read_text().splitlines())
-        return sorted({fields[0] for fields in lines if fields})
-    inner = next(root.glob("**/VOC20*/ImageSets"), None)
-    if inner is not None:
-        what = f"it seems to be {inner.parent}"
-    elif listing.parent.is_dir():
-        there = sorted(path.stem for path in listing.parent.glob("*.txt") if "_" not in path.stem)
-        what = f"--split may be {', '.join(there)}"
-    else:
-        what = f"it must be {LAYOUT}"
-    raise FileNotFoundError(f"{listing} is missing from --root: {what}.")
+    there = sorted(path.stem for path in listing.parent.glob("*.txt") if "_" not in path.stem)
+    if not listing.is_file():
+        what = f"--split may be {', '.join(there)}" if there else f"--root must be {LAYOUT}"
+        raise FileNotFoundError(f"{listing} is missing: {what}.")
+    lines = [line.split() for line in listing.read_text(errors="replace").splitlines()]
+    if any(len(fields) > 1 for fields in lines):
+        raise ValueError(
+            f"{listing} says of each image whether it shows one class, which its annotation says too: "
+            f"give a list of images, so --split may be {', '.join(there)}."
+        )
+    return sorted({fields[0] for fields in lines if fields})
+
+
+def annotation_of(root: Path, image_id: str) -> Path:
+    return inside(root / "Annotations", f"{image_id}.xml")
 
 
 def objects_of(root: Path, split: str, image_id: str) -> list[Object]:
     """The objects of an image; the owners keep those of some test images to themselves."""
-    path = inside(root / "Annotations", f"{image_id}.xml")
-    if not path.is_file():
-        if split == "test":
-            return []
-        raise FileNotFoundError(f"{path} is missing: --root must be {LAYOUT}.")
-    return objects_in(path)
+    path = annotation_of(root, image_id)
+    if path.is_file():
+        return objects_in(path)
+    if split == "test":
+        return []
+    raise FileNotFoundError(f"{path} is missing, and {split}.txt names {image_id}: --root must be {LAYOUT}.")
+
+
+def mask_of(root: Path, split: str, image_id: str) -> Path | None:
+    """The classes of an image's pixels; those of test are kept like its objects."""
+    path = inside(root / "SegmentationClass", f"{image_id}.png")
+    if path.is_file():
+        return path
+    if split == "test":
+        return None
+    raise FileNotFoundError(f"{path} is missing, and Segmentation/{split}.txt names {image_id}: get it too.")
 
 
 def objects_in(path: Path) -> list[Object]:
@@ -79,18 +123,20 @@ def objects_in(path: Path) -> list[Object]:
     found = []
     for thing in parsed(path).findall("object"):
         name = thing.findtext("name", "").strip()
-        try:
-            corners = [float(thing.findtext(f"bndbox/{side}", "")) for side in ("ymin", "xmin", "ymax", "xmax")]
-        except ValueError as error:
-            raise ValueError(f"{path} has an object {name!r} without the four numbers of a box: correct it.") from error
         if not name:
             raise ValueError(f"{path} has an object without a name: correct it.")
-        found.append(Object(name, half_open(*corners)))
+        try:
+            box = half_open(*(float(thing.findtext(f"bndbox/{side}", "")) for side in ("ymin", "xmin", "ymax", "xmax")))
+        except ValueError as error:
+            raise ValueError(f"{path} has an object {name!r} without the four numbers of a box: correct it.") from error
+        found.append(Object(name, box))
     return found
 
 
 def half_open(ymin: float, xmin: float, ymax: float, xmax: float) -> Box:
     """VOC counts pixels from 1 and its last row and column belong to the box."""
+    if not (math.isfinite(ymin + xmin + ymax + xmax) and ymin <= ymax and xmin <= xmax):
+        raise ValueError("no box")
     return Box(top=ymin - 1, left=xmin - 1, bottom=ymax, right=xmax)
 
 
@@ -98,7 +144,7 @@ def parsed(path: Path) -> Element:
     """Parse an annotation; a document type, and with it every entity, is refused."""
 
     def refuse(*_: object) -> None:
-        raise ValueError(f"{path} declares a document type, which no annotation of VOC does: it is not read.")
+        raise ValueError("it declares a document type, which no annotation of VOC does")
 
     builder = TreeBuilder()
     parser = expat.ParserCreate()
@@ -108,6 +154,6 @@ def parsed(path: Path) -> Element:
     parser.CharacterDataHandler = builder.data
     try:
         parser.Parse(path.read_bytes(), True)
-    except expat.ExpatError as error:
-        raise ValueError(f"{path} is no whole XML ({error}): get it from its owners.") from error
+    except (expat.ExpatError, ValueError, LookupError) as error:
+        raise ValueError(f"{path} cannot be read as XML ({error}): get it from its owners.") from error
     return builder.close()

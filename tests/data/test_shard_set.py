@@ -1,6 +1,7 @@
 """Manifest, index and bytes: what was written is what is read, and what is broken is refused in a sentence."""
 
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,13 +9,16 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bigtrain.data import shard_set as module
-from bigtrain.data.schema import Box, Manifest, Object, Sample, Shard, read_index, read_manifest
+from bigtrain.data import fetch
+from bigtrain.data.reader import MAX_LOCAL_GAP_BYTES, Reader
+from bigtrain.data.schema import INDEX_SCHEMA, Box, Manifest, Object, Sample, Shard, read_index, read_manifest
 from bigtrain.data.shard_set import ShardSet
 
 TOP = Path(__file__).parents[2]
@@ -105,16 +109,64 @@ def test_a_truncated_and_a_missing_shard_are_refused_at_once(three):
         ShardSet(three.url)
 
 
-def test_a_shard_truncated_during_a_run_is_retried_and_then_stops_it(three, monkeypatch):
-    waits = []
-    monkeypatch.setattr(module.time, "sleep", waits.append)
+def test_a_shard_that_is_cut_or_lost_during_a_run_stops_it_at_once(three):
+    three.read([0])  # the other shard is open
     shard = Path(three.url) / "000001.tar"
     shard.write_bytes(shard.read_bytes()[:600])
-    assert len(three.read([0, 1])) == 2  # the other shard still serves
-    with pytest.raises(OSError, match=r"000001.tar cannot be read .*truncated"):
+    assert len(three.read([0, 1])) == 2  # and still serves
+    with pytest.raises(OSError, match=r"000001.tar has 600 bytes, and bytes 512 to \d+ were to be read.* give k2\."):
         three.read([0, 2])
-    assert len(waits) == 3
-    assert waits == sorted(waits)
+    fresh = three.reader()
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r"000001.tar is missing"):
+        fresh.read(*three.places(np.array([2])))
+
+
+def test_an_index_that_names_a_shard_which_is_not_there_is_refused(three):
+    path = Path(three.url) / "index.parquet"
+    rows = read_index(three.url).to_pylist()
+    for wrong in (2, -1, None):
+        pq.write_table(pa.Table.from_pylist([*rows[:2], {**rows[2], "shard": wrong}], schema=INDEX_SCHEMA), path)
+        with pytest.raises(ValueError, match=r"in none of the manifest's 2 shards: make it again"):
+            ShardSet(three.url)
+
+
+@given(data=st.data())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_samples_in_any_order_are_read_whole_and_gaps_are_not(tmp_path, data):
+    """Files of patterned bytes, and pictures anywhere in them, touching, far apart or asked for twice."""
+    sizes = data.draw(st.lists(st.integers(0, 300_000), min_size=1, max_size=3))
+    contents = [np.random.default_rng(i).bytes(size) for i, size in enumerate(sizes)]
+    for i, content in enumerate(contents):
+        (tmp_path / f"{i}.tar").write_bytes(content)
+    places = []
+    for _ in range(data.draw(st.integers(0, 30))):
+        shard = data.draw(st.integers(0, len(sizes) - 1))
+        start = data.draw(st.integers(0, sizes[shard]))
+        places.append((shard, start, data.draw(st.integers(0, sizes[shard] - start))))
+    reader = Reader(str(tmp_path), [f"{i}.tar" for i in range(len(sizes))])
+    place_N3 = np.array(places, np.int64).reshape(-1, 3)
+    assert reader.read(*place_N3.T) == [contents[shard][start : start + size] for shard, start, size in places]
+    assert reader.bytes_read <= sum(size for _, _, size in places) + MAX_LOCAL_GAP_BYTES * max(0, len(places) - 1)
+
+
+def test_one_class_in_a_hundred_costs_a_hundredth_of_the_bytes(write_set):
+    rng = np.random.default_rng(0)
+    shard_set = write_set([([f"c{i % 100}"], rng.bytes(2000)) for i in range(1000)], per_shard=250)
+    reader = shard_set.reader()
+    reader.read(*shard_set.places(np.flatnonzero(shard_set.shows_any(("c7",)))))
+    assert reader.bytes_read == 10 * 2000
+
+
+def test_a_reader_travels_small_and_closed(three):
+    reader = three.reader()
+    places = three.places(np.arange(3))
+    before = reader.read(*places)
+    sent = pickle.dumps(reader)
+    assert len(sent) < 1000
+    received = pickle.loads(sent)
+    assert received.bytes_read == 0
+    assert received.read(*places) == reader.read(*places) == before
 
 
 def test_the_classes_of_an_image_are_what_was_annotated(three):
@@ -179,11 +231,18 @@ def test_a_remote_set_gives_the_same_bytes(remote):
     assert far.read(order) == local.read(order) == [bytes([i]) * (50 + i) for i in order]
 
 
-@pytest.mark.parametrize("harm", ["missing", "truncated", "refused"])
-def test_a_remote_shard_that_cannot_be_read_is_retried_and_then_stops_the_run(remote, monkeypatch, harm):
+@pytest.mark.parametrize(
+    ("harm", "kind", "cause", "waits"),
+    [
+        ("missing", FileNotFoundError, "000001.tar is missing", 0),
+        ("truncated", OSError, r"000001.tar has 600 bytes, and bytes \d+ to \d+ were to be read", 0),
+        ("refused", OSError, "000001.tar cannot be read: tried 6 times, at last RuntimeError: 503", 5),
+    ],
+)
+def test_what_may_pass_is_tried_again_and_what_will_not_stops_at_once(remote, monkeypatch, harm, kind, cause, waits):
     _, far, fs = remote
-    waits = []
-    monkeypatch.setattr(module.time, "sleep", waits.append)
+    waited = []
+    monkeypatch.setattr(fetch.time, "sleep", waited.append)
     if harm == "missing":
         fs.rm("/bucket/set/000001.tar")
     elif harm == "truncated":
@@ -194,15 +253,7 @@ def test_a_remote_shard_that_cannot_be_read_is_retried_and_then_stops_the_run(re
             raise RuntimeError("503")
 
         monkeypatch.setattr(type(fs), "cat_file", refuse)
-    cause = {"missing": "/bucket/set/000001.tar", "truncated": "0 of 54 bytes of k4", "refused": "503"}[harm]
-    with pytest.raises(OSError, match=rf"000001.tar cannot be read \({cause}"):
+    with pytest.raises(kind, match=rf"memory://bucket/set/{cause}|memory:///bucket/set/{cause}"):
         far.read([4])
-    assert len(waits) == 3
-
-
-def test_a_remote_shard_that_comes_back_is_read(remote, monkeypatch):
-    local, far, fs = remote
-    whole = fs.cat_file("/bucket/set/000001.tar")
-    fs.rm("/bucket/set/000001.tar")
-    monkeypatch.setattr(module.time, "sleep", lambda _: fs.pipe_file("/bucket/set/000001.tar", whole))
-    assert far.read([4]) == local.read([4])
+    assert len(waited) == waits
+    assert waited == sorted(waited)

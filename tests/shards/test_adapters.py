@@ -1,12 +1,10 @@
-"""Adapters on tiny copies of what the owners publish; CIFAR-10 and mosaics have files of their own."""
+"""Adapters on tiny copies of what the owners publish; most have files of their own."""
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import os
-import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,67 +14,11 @@ import pytest
 from PIL import Image
 
 from bigtrain.data.schema import Box, Object, Sample
-from shards.adapters import ADAPTERS, coco, folder, imagenet, mnist, voc
+from shards.adapters import ADAPTERS, coco, voc
 
 
 def pixels(sample: Sample) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image))
-
-
-# --- folder ---
-
-
-def test_the_class_of_a_picture_is_its_first_folder(animals):
-    found = list(folder.samples(animals, "train"))
-    assert folder.about(animals, "train").classes == ["cat", "dog", "emu"]
-    assert folder.about(animals, "train").total == len(found) == 21
-    deep = next(sample for sample in found if sample.key == "dog/more/last")
-    assert (deep.classes, deep.image_ext, deep.source) == (["dog"], "png", "dog/more/last.PNG")
-
-
-def test_other_files_and_hidden_folders_are_no_pictures(animals):
-    (animals / ".cache").mkdir()
-    (animals / "cat" / "cat1.jpg").rename(animals / ".cache" / "x.jpg")
-    (animals / "cat" / "notes.txt").write_text("")
-    (animals / "nothing").mkdir()
-    about = folder.about(animals, "train")
-    assert (about.total, about.classes) == (20, ["cat", "dog", "emu"])
-
-
-# --- mnist ---
-
-
-@pytest.fixture
-def idx(tmp_path: Path) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
-    def write(count: int = 12, suffix: str = ".gz") -> tuple[np.ndarray, np.ndarray]:
-        images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), np.uint8)
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        opened = gzip.open if suffix else open
-        with opened(tmp_path / f"t10k-images-idx3-ubyte{suffix}", "wb") as file:
-            file.write(struct.pack(">IIII", 0x803, count, 28, 28) + images.tobytes())
-        with opened(tmp_path / f"t10k-labels-idx1-ubyte{suffix}", "wb") as file:
-            file.write(struct.pack(">II", 0x801, count) + labels.tobytes())
-        return images, labels
-
-    return write
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_idx_images_become_pngs_of_the_same_pixels(idx, tmp_path, suffix):
-    images, labels = idx(suffix=suffix)
-    found = list(mnist.samples(tmp_path, "test", dataset="fashion_mnist"))
-    assert np.array_equal([pixels(sample) for sample in found], images)
-    assert [s.classes[0] for s in found] == [mnist.CLASSES["fashion_mnist"][label] for label in labels]
-    assert found[9].classes == ["ankle_boot"]
-    assert next(mnist.samples(tmp_path, "test")).classes == ["0"]  # not guessed: digits
-
-
-def test_a_cut_idx_file_is_refused(idx, tmp_path):
-    idx(suffix="")
-    path = tmp_path / "t10k-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="no whole idx file"):
-        mnist.about(tmp_path, "test")
 
 
 # --- coco ---
@@ -201,48 +143,10 @@ def test_an_annotation_with_entities_is_refused(voc_root, encoding):
         voc.about(voc_root, "train")
 
 
-# --- imagenet ---
-
-
-def test_tiny_imagenet_is_read_in_its_original_form_and_in_the_plain_one(tmp_path, paint):
-    for wnid in ("n01443537", "n01629819"):
-        for place in range(2):
-            paint(place, path=tmp_path / "plain" / "train" / wnid / f"{wnid}_{place}.JPEG")
-            paint(place, path=tmp_path / "original" / "train" / wnid / "images" / f"{wnid}_{place}.JPEG")
-        (tmp_path / "original" / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t63\t63\n")
-    plain, original = (list(imagenet.samples(tmp_path / form, "train")) for form in ("plain", "original"))
-    assert [(s.key, s.classes) for s in plain] == [(s.key, s.classes) for s in original]
-    assert [s.key for s in plain[:2]] == ["train/n01443537/n01443537_0", "train/n01629819/n01629819_0"]
-    assert plain[0].image_ext == "jpeg"
-
-
-def test_the_validation_pictures_of_tiny_imagenet_have_the_class_of_the_list(tmp_path, paint):
-    for place in range(3):
-        paint(place, path=tmp_path / "val" / "images" / f"val_{place}.JPEG")
-    lines = [f"val_{place}.JPEG\tn0{3 - place}444034\t0\t32\t44\t62\n" for place in range(3)]
-    (tmp_path / "val" / "val_annotations.txt").write_text("".join(lines))
-    found = [(s.key, s.classes) for s in imagenet.samples(tmp_path, "val")]
-    assert found == [("val/val_0", ["n03444034"]), ("val/val_1", ["n02444034"]), ("val/val_2", ["n01444034"])]
-    assert imagenet.about(tmp_path, "val").dataset == "tiny-imagenet"
-
-
-def test_the_validation_pictures_of_ilsvrc_follow_the_solution_or_class_folders(tmp_path, paint):
-    base = tmp_path / "listed" / "ILSVRC" / "Data" / "CLS-LOC" / "val"
-    paint(0, path=base / "ILSVRC2012_val_00000001.JPEG")
-    (tmp_path / "listed" / "LOC_val_solution.csv").write_text(
-        "ImageId,PredictionString\nILSVRC2012_val_00000001,n03995372 85 1 499 272 n03995372 1 2 3 4 \n"
-    )
-    paint(0, path=tmp_path / "folders" / "val" / "n03995372" / "ILSVRC2012_val_00000001.JPEG")
-    for form in ("listed", "folders"):
-        (sample,) = imagenet.samples(tmp_path / form, "val")
-        assert (sample.key, sample.classes) == ("val/ILSVRC2012_val_00000001", ["n03995372"])
-        assert pixels(sample).shape == (12, 20, 3)
-
-
 # --- all ---
 
 
-@pytest.mark.parametrize("name", sorted(set(ADAPTERS) - {"mosaic"}))
+@pytest.mark.parametrize("name", sorted(set(ADAPTERS) - {"mosaic", "table"}))
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_wrong_root_says_which_layout_is_expected(tmp_path, name, exists):
     root = tmp_path if exists else tmp_path / "nowhere"

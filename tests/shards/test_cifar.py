@@ -1,10 +1,11 @@
-"""CIFAR-10 as its owners publish it, and pickles that want to do harm."""
+"""CIFAR-10 and CIFAR-100 as their owners publish them, and pickles that want to do harm."""
 
 from __future__ import annotations
 
 import io
 import os
 import pickle
+import resource
 import struct
 import tarfile
 from collections.abc import Callable
@@ -15,7 +16,8 @@ import pytest
 from PIL import Image
 
 from bigtrain.data.schema import Sample
-from shards.adapters import cifar10
+from shards.adapters import cifar, plain_pickle
+from shards.adapters.cifar import CIFAR10, CIFAR100
 
 
 def pixels(sample: Sample) -> np.ndarray:
@@ -87,20 +89,20 @@ def test_the_python_archive_of_cifar_gives_its_pixels_and_classes(tmp_path, dump
         with tarfile.open(tmp_path / "cifar-10-python.tar.gz") as tar:
             tar.extractall(tmp_path, filter="data")
         (tmp_path / "cifar-10-python.tar.gz").unlink()
-    found = list(cifar10.samples(tmp_path, "train"))
-    assert cifar10.about(tmp_path, "train").total == len(found) == 20
+    found = list(CIFAR10.samples(tmp_path, "train"))
+    assert CIFAR10.about(tmp_path, "train").total == len(found) == 20
     data, labels = batch_rows(2)
     assert np.array_equal(pixels(found[5]), data[1].reshape(3, 32, 32).transpose(1, 2, 0))
-    assert [s.classes for s in found[4:8]] == [[cifar10.CLASSES[label]] for label in labels]
-    assert len(list(cifar10.samples(tmp_path, "test"))) == 4
+    assert [s.classes for s in found[4:8]] == [[CIFAR10.classes["fine"][label]] for label in labels]
+    assert len(list(CIFAR10.samples(tmp_path, "test"))) == 4
 
 
 def test_the_binary_archive_of_cifar_gives_the_same_samples_as_the_python_one(tmp_path):
     archive(tmp_path / "cifar-10-python.tar.gz", "cifar-10-batches-py", python_files(official_pickle))
     (tmp_path / "b").mkdir()
     archive(tmp_path / "b" / "cifar-10-binary.tar.gz", "cifar-10-batches-bin", binary_files())
-    from_python = list(cifar10.samples(tmp_path / "cifar-10-python.tar.gz", "train"))
-    assert from_python == list(cifar10.samples(tmp_path / "b" / "cifar-10-binary.tar.gz", "train"))
+    from_python = list(CIFAR10.samples(tmp_path / "cifar-10-python.tar.gz", "train"))
+    assert from_python == list(CIFAR10.samples(tmp_path / "b" / "cifar-10-binary.tar.gz", "train"))
 
 
 class Malice:
@@ -128,18 +130,69 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path):
         root.mkdir()
         (root / "test_batch").write_bytes(attack)
         with pytest.raises(ValueError, match=r"is refused|does not hold"):
-            cifar10.about(root, "test")
+            CIFAR10.about(root, "test")
     assert not target.exists()
 
 
 def test_class_folders_of_cifar_are_read_and_others_refused(tmp_path, paint):
     paint(0, (32, 32), path=tmp_path / "test" / "frog" / "1.jpg")
     paint(1, (32, 32), path=tmp_path / "test" / "ship" / "1.jpg")
-    assert [(s.key, s.classes) for s in cifar10.samples(tmp_path, "test")] == [
+    assert [(s.key, s.classes) for s in CIFAR10.samples(tmp_path, "test")] == [
         ("test/frog/1", ["frog"]),
         ("test/ship/1", ["ship"]),
     ]
-    assert cifar10.about(tmp_path, "test").classes == cifar10.CLASSES
+    assert CIFAR10.about(tmp_path, "test").classes == CIFAR10.classes["fine"]
     paint(2, path=tmp_path / "test" / "boat" / "1.jpg")
     with pytest.raises(ValueError, match="boat, which are no classes of CIFAR-10"):
-        cifar10.about(tmp_path, "test")
+        CIFAR10.about(tmp_path, "test")
+
+
+def test_a_pickle_that_asks_for_a_huge_memo_takes_no_memory():
+    for_memo = b"\x80\x02}r" + struct.pack("<I", 1 << 27) + b"."  # Python's reader in C would take 2 GB
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert plain_pickle.load(for_memo) == {}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before_kib + (1 << 19)
+
+
+@pytest.fixture
+def cifar100_files() -> dict[str, dict[str, bytes]]:
+    """By form, the files of CIFAR-100, train with five pictures and test with three."""
+    rng = np.random.default_rng(0)
+    files: dict[str, dict[str, bytes]] = {"python": {}, "binary": {}}
+    for split, count in (("train", 5), ("test", 3)):
+        data = rng.integers(0, 256, (count, 3072), np.uint8)
+        fine, coarse = rng.integers(0, 100, count).tolist(), rng.integers(0, 20, count).tolist()
+        record = {b"filenames": [b"a.png"] * count, b"batch_label": b"b", b"fine_labels": fine}
+        files["python"][split] = pickle.dumps(record | {b"coarse_labels": coarse, b"data": data}, protocol=2)
+        rows = zip(coarse, fine, data, strict=True)
+        files["binary"][f"{split}.bin"] = b"".join(bytes([c, f]) + row.tobytes() for c, f, row in rows)
+    return files
+
+
+def test_both_forms_of_cifar_100_give_the_same_fine_and_coarse_classes(tmp_path, cifar100_files):
+    for form, files in cifar100_files.items():
+        archive(tmp_path / f"cifar-100-{form}.tar.gz", f"cifar-100-{form}", files)
+    record = pickle.loads(cifar100_files["python"]["train"])
+    for labels, names in (("fine", cifar.FINE_NAMES), ("coarse", cifar.COARSE_NAMES)):
+        python, binary = (
+            list(CIFAR100.samples(tmp_path / f"cifar-100-{form}.tar.gz", "train", labels=labels))
+            for form in ("python", "binary")
+        )
+        assert python == binary
+        assert [s.classes for s in python] == [[names[n]] for n in record[f"{labels}_labels".encode()]]
+        assert np.array_equal(pixels(python[4]), record[b"data"][4].reshape(3, 32, 32).transpose(1, 2, 0))
+        about = CIFAR100.about(tmp_path, "test", labels=labels)
+        assert (about.dataset, about.classes, about.total) == ("cifar100", names, 3)
+
+
+def test_the_classes_of_cifar_100_are_sorted_as_its_owners_number_them():
+    assert (len(cifar.FINE_NAMES), len(cifar.COARSE_NAMES)) == (100, 20)
+    assert sorted(cifar.FINE_NAMES) == cifar.FINE_NAMES
+    assert sorted(cifar.COARSE_NAMES) == cifar.COARSE_NAMES
+
+
+def test_a_label_of_cifar_100_outside_its_classes_is_refused(tmp_path):
+    (tmp_path / "test.bin").write_bytes(bytes([19, 100]) + bytes(3072))
+    assert CIFAR100.about(tmp_path, "test", labels="coarse").total == 1
+    with pytest.raises(ValueError, match=r"labels outside 0 .. 99"):
+        CIFAR100.about(tmp_path, "test")

@@ -6,14 +6,17 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from bigtrain.data.schema import Sample, read_index
+from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Sample, read_index, read_manifest
 from shards.adapters import mosaic
 from shards.build import Settings, build
 
@@ -135,6 +138,31 @@ def test_an_impossible_mosaic_is_refused(tiles, options, sentence):
     }
     with pytest.raises(ValueError, match=sentence):
         mosaic.about(tiles, "test", **chosen)
+
+
+def test_a_view_gives_its_own_pictures_from_the_tars_of_the_set(tiles, tmp_path):
+    view = tmp_path / "views" / "first"
+    view.mkdir(parents=True)
+    index, manifest = read_index(tiles), read_manifest(tiles)
+    few = index.take([row for row, key in enumerate(index["key"].to_pylist()) if int(key.split("/")[1]) < 16])
+    rows = Counter(few["shard"].to_pylist())
+    shards = tuple(replace(shard, samples=rows[number]) for number, shard in enumerate(manifest.shards))
+    (view / MANIFEST_FILE).write_text(replace(manifest, shards=shards, shards_at="../../set").to_json())
+    pq.write_table(few, view / INDEX_FILE)
+    shown = {grey for sample in mosaics(str(view)) for grey in greys(sample)}
+    assert shown == set(range(16))
+
+
+def test_a_set_behind_a_url_gives_the_same_mosaics(tiles):
+    memory = fsspec.filesystem("memory")
+    memory.put(tiles, "/mosaic-tiles", recursive=True)
+    try:
+        assert mosaics("memory://mosaic-tiles", count=10) == mosaics(tiles, count=10)
+        memory.rm("/mosaic-tiles/000000.tar")
+        with pytest.raises(OSError, match=r"cannot be read from memory://mosaic-tiles/000000.tar .*check the set"):
+            mosaics("memory://mosaic-tiles")
+    finally:
+        memory.rm("/mosaic-tiles", recursive=True)
 
 
 def test_pictures_of_different_sizes_need_the_side_of_a_tile(animals, paint, build_folder, tmp_path):

@@ -34,7 +34,11 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("build folder --root R --out O --samples-per-shard 0", "no whole number of at least 1"),
         ("build folder --root R --out O --max-skipped 2", "no fraction from 0 to 1"),
         ("build folder --root R --out O", "must be a folder of class folders"),
-        ("build folder --root R --out s3://bucket/O", "is a URL"),
+        ("build folder --root R --out http://127.0.0.1/O", "cannot be written"),
+        ("build folder --root R --out pipe:cat", "would run a shell command"),
+        ("build folder --root R --out O --quality 80", "--max-side too"),
+        ("build folder --root R --out O --max-side 9 --quality 101", "1 to 100"),
+        ("build folder --root R --out O --verify all", "invalid choice"),
         ("build folder --root s3://bucket/R --out O", "is a URL"),
         ("build mnist --root R --out O --split val", "it has train and test"),
         ("build mnist --root R --out O --dataset fashion", "Did you mean fashion_mnist?"),
@@ -44,8 +48,9 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("check R", "holds no manifest.json"),
         ("show R", "holds no manifest.json"),
         ("index R", "is no folder"),
-        ("index s3://bucket/R", "is no local folder"),
-        ("index pipe:cat", "is no local folder"),
+        ("index http://127.0.0.1/R", "cannot be written"),
+        ("index http://127.0.0.1/R --out O", "name them with --shards"),
+        ("index pipe:cat", "would run a shell command"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch, capsys, line, sentence):
@@ -59,7 +64,7 @@ def test_the_split_that_coco_has_is_named(tmp_path, capsys):
     (tmp_path / "annotations" / "instances_val2017.json").write_text("{}")
     assert "--split may be val2017" in mistake(capsys, "build", "coco", "--root", str(tmp_path), "--out", "O")
     line = ["build", "coco", "--root", str(tmp_path), "--out", "O", "--split", "val2017"]
-    assert "is no instances file of COCO" in mistake(capsys, *line)
+    assert "is no list of COCO" in mistake(capsys, *line)
 
 
 def test_build_show_and_check_from_the_command_line(animals, tmp_path, capsys):

@@ -1,0 +1,87 @@
+"""The lists that owners give beside their pictures, and whether lists and pictures agree."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy.io import loadmat
+
+FEW = 3
+
+
+def few(names: Sequence[str]) -> str:
+    """The first few names, for a sentence."""
+    return ", ".join(map(repr, names[:FEW])) + (", ..." if len(names) > FEW else "")
+
+
+def warn(sentence: str) -> None:
+    print(f"bigtrain-shards: {sentence}", file=sys.stderr)
+
+
+def rows(path: Path, form: str, layout: str) -> list[list[str]]:
+    """The lines of a list, each of as many words as its form names: "id class", say. Empty lines are none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: --root must be {layout}.")
+    found = []
+    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            words = line.split()
+            if words and len(words) != len(form.split()):
+                raise ValueError(f"line {number} of {path} is {line[:80].strip()!r}, where {form!r} should be.")
+            if words:
+                found.append(words)
+    return found
+
+
+def table(path: Path, form: str, layout: str) -> dict[str, list[str]]:
+    """The lines of a list by their first word, which none has in common with another."""
+    listed = rows(path, form, layout)
+    found = {words[0]: words[1:] for words in listed}
+    if len(found) < len(listed):
+        twice, _ = Counter(words[0] for words in listed).most_common(1)[0]
+        raise ValueError(f"{path} has several lines for {twice!r}: get it from its owners.")
+    return found
+
+
+def read_mat(path: Path, names: Sequence[str], layout: str) -> list[np.ndarray]:
+    """Variables of a MATLAB file, without their dimensions of length 1."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: --root must be {layout}.")
+    try:
+        found = loadmat(path, squeeze_me=True, variable_names=names)
+        return [np.atleast_1d(found[name]) for name in names]
+    except Exception as error:  # scipy raises nearly anything on a damaged file
+        raise ValueError(
+            f"{path} is no MATLAB file with {' and '.join(names)} ({type(error).__name__}: {error}): "
+            "get it from its owners."
+        ) from error
+
+
+def agree(
+    listed: Iterable[str], there: Iterable[str], listing: Path | str, folder: Path, what: str = "pictures"
+) -> None:
+    """Refuse a listed picture that is not in the folder, and one in the folder that is not listed."""
+    named, found = set(listed), set(there)
+    if missing := sorted(named - found):
+        raise FileNotFoundError(
+            f"{listing} names {len(missing)} {what} that are not in {folder} ({few(missing)}): get them from their "
+            "owners, or take their lines away."
+        )
+    if unlisted := sorted(found - named):
+        raise ValueError(
+            f"{folder} has {len(unlisted)} {what} that {listing} does not name ({few(unlisted)}): get the list from "
+            "its owners, or take these files away."
+        )
+
+
+def class_of(number: str, classes: dict[str, str], listing: Path | str, of: str) -> str:
+    """The class that a list gives to a picture by its number."""
+    if number not in classes:
+        raise ValueError(
+            f"{listing} gives {of} the class {number}, which is none of the {len(classes)} that there are."
+        )
+    return classes[number]

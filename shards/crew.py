@@ -1,0 +1,68 @@
+"""Work on many shards: in this process, or a few at a time in others, and the answers always in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Work = TypeVar("Work")
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Done(Generic[Answer]):
+    """What needs no work any more, for an earlier run did it."""
+
+    answer: Answer
+
+
+def in_order(
+    do: Callable[[Work], Answer], work: Iterable[Work | Done[Answer]], workers: int
+) -> Iterator[tuple[Answer, bool]]:
+    """The answers in the order of the work, and whether each is new; at most 2 * workers of them wait."""
+    if workers <= 1:
+        for piece in work:
+            yield (piece.answer, False) if isinstance(piece, Done) else (do(piece), True)
+        return
+    waiting: deque[Done[Answer] | Future[Answer]] = deque()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker_start, (os.getpid(),))
+    try:
+        for piece in work:
+            waiting.append(piece if isinstance(piece, Done) else pool.submit(do, piece))
+            if len(waiting) > 2 * workers:
+                yield first_of(waiting)
+        while waiting:
+            yield first_of(waiting)
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process of the work was killed (out of memory?): run the same command again with fewer --workers; "
+            "a build continues where it stopped."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def first_of(waiting: deque[Done[Answer] | Future[Answer]]) -> tuple[Answer, bool]:
+    first = waiting.popleft()
+    return (first.answer, False) if isinstance(first, Done) else (first.result(), True)
+
+
+def worker_start(parent: int) -> None:
+    """A worker leaves Ctrl-C to its parent, and ends when that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,53 @@
+"""The classes of a sample in shards that others made: from its .json, .cls or .txt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+LABEL_EXTENSIONS = ("json", "cls", "txt")  # the first that a sample has
+MAX_NAME = 200  # characters; a longer .txt is a caption
+
+
+def classes_of(ext: str, data: bytes, class_names: Sequence[str] | None) -> list[str]:
+    """Class names in a .json ("classes", "label" or "class"), .cls or .txt; numbers count in class_names from 0."""
+    if ext == "json":
+        try:
+            record = json.loads(data)
+        except RecursionError as error:
+            raise ValueError("is nested too deeply") from error
+        field_of = next(
+            (name for name in ("classes", "label", "class") if isinstance(record, dict) and name in record), None
+        )
+        value = record[field_of] if field_of else []
+        values = value if isinstance(value, list) else [value]
+    else:
+        text = data.decode("utf-8").strip()
+        if "\n" in text or len(text) > MAX_NAME:
+            raise ValueError("holds a longer text than the name of a class")
+        values = [int(text)] if text.isdecimal() else [text] if text else []
+    names = set()
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError(f"has the class {value!r}, which is neither a name nor a whole number")
+        if isinstance(value, int) and class_names is not None:
+            if not 0 <= value < len(class_names):
+                raise ValueError(f"has class {value}, and --class-names names 0 .. {len(class_names) - 1}")
+            value = class_names[value]
+        elif isinstance(value, str) and class_names is not None and value not in class_names:
+            raise ValueError(f"has class {value!r}, which --class-names does not name")
+        names.add(str(value))
+    return sorted(names)
+
+
+def numbers_first(name: str) -> tuple[int, str]:
+    """Sort 2 before 10, and numbers before names."""
+    return (int(name), "") if name.isdecimal() else (1 << 62, name)
+
+
+def read_class_names(path: Path) -> list[str]:
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"--class-names {path} must give each class a line of its own, no name twice.")
+    return names

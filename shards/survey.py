@@ -1,0 +1,125 @@
+"""One tar that others made -> its rows of the index, and what is wrong with it, in one read from start to end."""
+
+from __future__ import annotations
+
+import itertools
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bigtrain.data.schema import Shard
+from shards.labels import LABEL_EXTENSIONS, classes_of
+from shards.members import Digested, Member, RefusedError, members
+from shards.pictures import UnreadableError, read_size
+from shards.place import Place
+
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstandard", b"\x04\x22": "lz4"}
+MAX_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Task:
+    shards: Place
+    file: str
+    class_names: Sequence[str] | None
+
+
+@dataclass
+class Survey:
+    """What one tar holds."""
+
+    shard: Shard
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    unlabelled: list[str] = field(default_factory=list)
+    pickled: Counter[str] = field(default_factory=Counter)  # extension -> members that are not opened
+    classes: set[str] = field(default_factory=set)
+
+
+def survey(task: Task) -> Survey:
+    found = Survey(Shard(task.file, 0, 0, ""))
+    keys: set[str] = set()
+    try:
+        with task.shards.opened(task.file) as raw:
+            file = Digested(raw)
+            if kind := COMPRESSED.get(file.read(2)):
+                raise ValueError(
+                    f"{task.shards}/{task.file} is compressed with {kind}, so no picture can be read by its offset: "
+                    "unpack it."
+                )
+            file.seek(0)
+            for key, group in itertools.groupby(contents(file, found), key=lambda entry: entry[0].key):
+                entries = list(group)
+                if key in keys:
+                    found.wrong.append(f"{task.file}: the key {key!r} comes again (its members lie apart)")
+                    continue
+                keys.add(key)
+                row = read_sample(task, key, entries, found)
+                if row is not None:
+                    found.rows.append(row)
+            file.finish()
+    except RefusedError as error:
+        raise ValueError(f"{task.shards}/{task.file} is refused: {error}. Nothing was written.") from error
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{task.shards}/{task.file} is no whole tar ({error}): get it again. Nothing was written."
+        ) from error
+    found.shard = Shard(task.file, len(found.rows), file.bytes, file.sha256.hexdigest())
+    return found
+
+
+def contents(file: Digested, found: Survey) -> Iterator[tuple[Member, bytes]]:
+    """The members, and the bytes of pictures and labels as they pass by; what is pickled is never opened."""
+    for member in members(file):
+        if member.is_pickle:
+            found.pickled[member.ext.lower().rsplit(".", 1)[-1]] += 1
+            continue
+        data = b""
+        if member.is_image or member.ext.lower() in LABEL_EXTENSIONS:
+            file.seek(member.offset)
+            data = file.read(member.size)
+        yield member, data
+
+
+def read_sample(task: Task, key: str, entries: list[tuple[Member, bytes]], found: Survey) -> dict[str, Any] | None:
+    """The sample's row of the index; what is wrong with it goes into `found`."""
+    group = [member for member, _ in entries]
+    pictures = [(member, data) for member, data in entries if member.is_image]
+    if len(pictures) != 1 or len({member.ext for member in group}) != len(group):
+        names = ", ".join(member.ext for member in group)
+        found.wrong.append(
+            f"{task.file}: {key} has {len(pictures)} pictures among its members ({names}), and needs one"
+        )
+        return None
+    picture, encoded = pictures[0]
+    labels = {member.ext.lower(): data for member, data in entries if member.ext.lower() in LABEL_EXTENSIONS}
+    classes: list[str] = []
+    try:
+        for ext in LABEL_EXTENSIONS:
+            if ext == "txt" and "json" in labels:  # beside a .json, a .txt is a caption
+                break
+            if ext in labels and (classes := classes_of(ext, labels[ext], task.class_names)):
+                break
+    except ValueError as error:
+        found.wrong.append(f"{task.file}: {key}.{ext}: {error}")
+        return None
+    try:
+        width, height = read_size(encoded)
+    except UnreadableError as reason:
+        found.skipped.append({"key": key, "source": f"{task.file}:{picture.name}", "reason": str(reason)})
+        return None
+    if not classes:
+        found.unlabelled.append(f"{task.file}: {key}")
+    found.classes.update(classes)
+    return {
+        "key": key,
+        "image_offset": picture.offset,
+        "image_size": picture.size,
+        "image_ext": picture.ext.lower(),
+        "width": width,
+        "height": height,
+        "classes": classes,
+    }

@@ -1,0 +1,59 @@
+"""Class folders, and what lies about in them."""
+
+from __future__ import annotations
+
+import pytest
+
+from shards.adapters import folder
+
+
+def test_the_class_of_a_picture_is_its_first_folder(animals):
+    found = list(folder.samples(animals, "train"))
+    assert folder.about(animals, "train").classes == ["cat", "dog", "emu"]
+    assert folder.about(animals, "train").total == len(found) == 21
+    deep = next(sample for sample in found if sample.key == "dog/more/last")
+    assert (deep.classes, deep.image_ext, deep.source) == (["dog"], "png", "dog/more/last.PNG")
+    assert deep.image == animals / "dog" / "more" / "last.PNG"
+
+
+def test_each_class_has_its_turn_and_the_order_is_that_of_names(animals):
+    (animals / "emu" / "emu0.jpg").unlink()
+    keys = [sample.key for sample in folder.samples(animals, "train")]
+    assert keys[:4] == ["cat/cat0", "dog/dog0", "emu/emu1", "cat/cat1"]
+    assert keys[-3:] == ["emu/more/last", "cat/more/last", "dog/more/last"]
+
+
+def test_other_files_are_told_of_and_hidden_ones_are_nothing(animals, capsys):
+    (animals / ".cache").mkdir()
+    (animals / "cat" / "cat1.jpg").rename(animals / ".cache" / "x.jpg")
+    (animals / "cat" / ".thumbs").mkdir()
+    (animals / "cat" / "cat2.jpg").rename(animals / "cat" / ".thumbs" / "cat2.jpg")
+    (animals / "cat" / "notes.txt").write_text("")
+    (animals / "nothing").mkdir()
+    about = folder.about(animals, "train")
+    assert (about.total, about.classes) == (19, ["cat", "dog", "emu"])
+    assert "1 files in" in (said := capsys.readouterr().err)
+    assert "'cat/notes.txt'" in said
+
+
+def test_a_picture_in_no_class_folder_is_refused(animals):
+    (animals / "cat" / "cat1.jpg").rename(animals / "cat1.jpg")
+    with pytest.raises(ValueError, match=r"1 pictures in no class folder \('cat1.jpg'\)"):
+        folder.about(animals, "train")
+
+
+@pytest.mark.parametrize("twin", ["cat/cat1.png", "cat/cat1.JPG", "dog/more/last.jpg"])
+def test_two_pictures_of_one_name_are_refused_before_anything_is_written(animals, twin, build_folder, tmp_path):
+    (animals / "emu" / "emu1.jpg").rename(animals / twin)
+    with pytest.raises(ValueError, match=r"have the same key '(cat/cat1|dog/more/last)'"):
+        build_folder(animals, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_to_class_folders_are_followed_and_deeper_ones_refused(animals, tmp_path):
+    (animals / "dog").rename(tmp_path / "elsewhere")
+    (animals / "dog").symlink_to(tmp_path / "elsewhere")
+    assert folder.about(animals, "train").total == 21
+    (animals / "cat" / "all").symlink_to(animals)
+    with pytest.raises(ValueError, match="links may go in a circle"):
+        folder.about(animals, "train")

@@ -1,0 +1,190 @@
+"""Sets of characters, from fonts made here so that what each lacks is known."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bigtrain.data.schema import read_index
+from shards.adapters import fonts
+from shards.build import Settings, build
+
+builder = pytest.importorskip("fontTools.fontBuilder")
+pens = pytest.importorskip("fontTools.pens.ttGlyphPen")
+
+OPTIONS = {"characters": None, "count": None, "size": 32, "lacking": "refuse"}
+
+
+def block(width: int, height: int, low: int = 0):
+    """A glyph that is a filled rectangle, in units of a thousandth of an em."""
+    pen = pens.TTGlyphPen(None)
+    if width:
+        pen.moveTo((0, low))
+        for corner in ((0, low + height), (width, low + height), (width, low)):
+            pen.lineTo(corner)
+        pen.closePath()
+    return pen.glyph()
+
+
+@pytest.fixture
+def font(tmp_path):
+    """A font file whose glyphs are rectangles: character -> (width, height, distance from the base line)."""
+
+    def made(file: str, family: str, glyphs: dict[str, tuple[int, ...]], style: str = "Regular"):
+        names = {character: f"u{ord(character):04X}" for character in glyphs}
+        made = builder.FontBuilder(1000, isTTF=True)
+        made.setupGlyphOrder([".notdef", *names.values()])
+        made.setupCharacterMap({ord(character): name for character, name in names.items()})
+        made.setupGlyf({".notdef": block(500, 500), **{names[c]: block(*shape) for c, shape in glyphs.items()}})
+        made.setupHorizontalMetrics(dict.fromkeys([".notdef", *names.values()], (1000, 0)))
+        made.setupHorizontalHeader(ascent=800, descent=-200)
+        made.setupNameTable({"familyName": family, "styleName": style})
+        made.setupOS2()
+        made.setupPost()
+        path = tmp_path / "fonts" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made.save(path)
+        fonts.choose.cache_clear()
+        return tmp_path / "fonts"
+
+    return made
+
+
+@pytest.fixture
+def text(tmp_path):
+    def written(characters: str | bytes) -> str:
+        path = tmp_path / "characters.txt"
+        path.write_bytes(characters if isinstance(characters, bytes) else characters.encode())
+        fonts.choose.cache_clear()
+        return str(path)
+
+    return written
+
+
+def ink(sample) -> tuple[int, int, int, int]:
+    """Top, left, bottom, right of what is not white."""
+    grey = np.asarray(Image.open(io.BytesIO(sample.image)))
+    rows, columns = np.nonzero(grey < 128)
+    return rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+
+
+def test_each_font_is_a_class_and_each_character_a_picture_of_it(font, text):
+    font("b.ttf", "Serif", {"一": (500, 250), "丁": (250, 500)})
+    root = font("deep/a.TTF", "Hei", {"一": (500, 250), "丁": (250, 500)}, style="Bold")
+    options = OPTIONS | {"characters": text("丁 一\n丁\n")}
+    found = list(fonts.samples(root, "all", **options))
+    assert [(sample.classes[0], sample.source) for sample in found] == [
+        ("Hei Bold", "deep/a.TTF U+4E01"),
+        ("Serif Regular", "b.ttf U+4E01"),
+        ("Hei Bold", "deep/a.TTF U+4E00"),
+        ("Serif Regular", "b.ttf U+4E00"),
+    ]
+    about = fonts.about(root, "all", **options)
+    assert (about.classes, about.total) == (["Hei Bold", "Serif Regular"], 4)
+    assert found == list(fonts.samples(root, "all", **options))
+
+
+def test_a_character_is_black_on_white_in_the_middle_at_the_fonts_own_scale(font, text):
+    root = font("a.ttf", "Hei", {"一": (500, 250), "丁": (250, 500, 300)})
+    flat, tall = fonts.samples(root, "all", **OPTIONS | {"characters": text("一丁"), "size": 64})
+    grey = np.asarray(Image.open(io.BytesIO(flat.image)))
+    assert (grey.dtype, grey.shape, grey[0, 0], grey[32, 32]) == (np.uint8, (64, 64), 255, 0)
+    assert ink(flat) == (26, 20, 38, 44)  # 12 x 24 of 64: an em is 48 pixels
+    assert ink(tall) == (20, 26, 44, 38)  # wherever it stood above the base line
+
+
+def test_a_character_that_would_not_fit_is_set_smaller(font, text):
+    root = font("a.ttf", "Hei", {"一": (4000, 1000)})
+    (sample,) = fonts.samples(root, "all", **OPTIONS | {"characters": text("一")})
+    top, left, bottom, right = ink(sample)
+    assert 28 <= right - left <= 32
+    assert (right - left) / (bottom - top) == pytest.approx(4, rel=0.15)
+
+
+@pytest.mark.parametrize("missing", [{}, {"丁": (0, 0)}], ids=["not mapped", "without ink"])
+def test_a_font_that_lacks_a_character_is_named_or_left_out_or_the_character_is(font, text, capsys, missing):
+    font("a.ttf", "Full", {"一": (500, 250), "丁": (250, 500)})
+    root = font("b.ttf", "Part", {"一": (500, 250), **missing})
+    options = OPTIONS | {"characters": text("一丁")}
+    with pytest.raises(ValueError, match=r"1 of 2 fonts lack characters: Part Regular lacks 丁 \(U\+4E01\)"):
+        fonts.about(root, "all", **options)
+    fewer = fonts.about(root, "all", **options | {"lacking": "drop-font"})
+    assert (fewer.classes, fewer.total) == (["Full Regular"], 2)
+    assert "Part Regular lacks 丁 (U+4E01): it is left out" in capsys.readouterr().err
+    shorter = fonts.about(root, "all", **options | {"lacking": "drop-character"})
+    assert (shorter.classes, shorter.total) == (["Full Regular", "Part Regular"], 2)
+    assert "left out: 丁 (U+4E01)" in capsys.readouterr().err
+
+
+def test_without_a_text_the_characters_are_those_of_gb2312_in_its_order(font):
+    order = fonts.gb2312()
+    assert (len(order), len(set(order)), order[0], order[3754], order[3755], order[-1]) == (6763, 6763, *"啊座亍齄")
+    root = font("a.ttf", "Hei", {"啊": (500, 500), "阿": (500, 500)})
+    found = fonts.samples(root, "all", **OPTIONS | {"count": 2})
+    assert [sample.source for sample in found] == ["a.ttf U+554A", "a.ttf U+963F"]
+
+
+def test_a_collection_gives_its_first_font_and_links_one_and_names_are_not_twice(font, tmp_path, capsys):
+    collection = pytest.importorskip("fontTools.ttLib").TTCollection()
+    for name in ("One", "Two"):
+        font(f"{name}.ttf", name, {"啊": (500, 500)})
+    ttlib = pytest.importorskip("fontTools.ttLib")
+    collection.fonts = [ttlib.TTFont(tmp_path / "fonts" / f"{name}.ttf") for name in ("One", "Two")]
+    root = tmp_path / "collected"
+    root.mkdir()
+    collection.save(root / "both.ttc")
+    (root / "link.ttc").symlink_to("both.ttc")
+    assert fonts.about(root, "all", **OPTIONS | {"count": 1}).classes == ["One Regular"]
+    assert "1 fonts behind the first of a collection" in capsys.readouterr().err
+    (root / "copy.ttf").write_bytes((tmp_path / "fonts" / "One.ttf").read_bytes())
+    fonts.choose.cache_clear()
+    with pytest.raises(ValueError, match="are both the font 'One Regular'"):
+        fonts.about(root, "all", **OPTIONS | {"count": 1})
+
+
+@pytest.mark.parametrize("cut", [0, 10, 300, -200])
+def test_a_damaged_font_is_named(font, cut):
+    root = font("a.ttf", "Hei", {"啊": (500, 500)})
+    (root / "a.ttf").write_bytes((root / "a.ttf").read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"a.ttf cannot be read as a font|fonts lack characters"):
+        fonts.about(root, "all", **OPTIONS | {"count": 1})
+
+
+def test_impossible_options_are_refused(font, text, tmp_path):
+    root = font("a.ttf", "Hei", {"啊": (500, 500)})
+    for options, sentence in (
+        ({"count": 6764}, "it must be 1 to 6763"),
+        ({"count": 0}, "it must be 1 to 6763"),
+        ({"characters": text(b"\xff")}, "no text in UTF-8"),
+        ({"size": 4}, "--size 4 is too small"),
+        ({"lacking": "drop-font"}, "no font has every character"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            fonts.about(root, "all", **OPTIONS | options)
+    with pytest.raises(ValueError, match="no character is in every font"):
+        fonts.about(root, "all", **OPTIONS | {"characters": text(" \n"), "lacking": "drop-character"})
+    with pytest.raises(FileNotFoundError, match="give a text file in UTF-8"):
+        fonts.about(root, "all", **OPTIONS | {"characters": str(tmp_path / "none.txt")})
+
+
+def test_a_set_of_fonts_is_built_like_any_other(font, tmp_path, contents):
+    root = font("a.ttf", "汉 Hei", {"啊": (500, 500), "阿": (500, 400)})
+    settings = Settings("fonts", str(root), "all", samples_per_shard=1, options=OPTIONS | {"count": 2})
+    manifest = build(settings, tmp_path / "one")
+    build(settings, tmp_path / "two", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert (manifest.classes, manifest.samples) == (("汉 Hei Regular",), 2)
+    assert all(key.endswith(("/U554A", "/U963F")) for key in read_index(str(tmp_path / "one"))["key"].to_pylist())
+    assert json.loads((tmp_path / "one" / "build.json").read_text())["options"]["size"] == 32
+
+
+def test_without_fonttools_the_command_to_install_it_is_given(font, monkeypatch):
+    root = font("a.ttf", "Hei", {"啊": (500, 500)})
+    monkeypatch.setitem(sys.modules, "fontTools.ttLib", None)
+    with pytest.raises(ImportError, match=r"pip install bigtrain\[fonts\]"):
+        fonts.about(root, "all", **OPTIONS | {"count": 1})

@@ -1,0 +1,148 @@
+"""Tables of paths and labels, in CSV and Parquet."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from bigtrain.data.schema import read_index
+from shards.adapters import table
+from shards.build import Settings, build
+
+OPTIONS = {
+    "path_column": "path",
+    "label_column": "label",
+    "separator": "|",
+    "mask_column": None,
+    "split_column": None,
+}
+COLUMNS = {
+    "path": ["b/2.jpg", "a/1.jpg", "a/3.png"],
+    "label": ["dog", "cat|dog", ""],
+    "split": ["train", "train", "test"],
+    "mask": ["", "a/1_mask.png", ""],
+}
+
+
+@pytest.fixture
+def write(tmp_path, paint):
+    """Three pictures and a mask, and a table of them."""
+    for path in ("b/2.jpg", "a/1.jpg"):
+        paint(0, path=tmp_path / "pictures" / path)
+    for path in ("a/3.png", "a/1_mask.png"):
+        paint(0, kind="PNG", path=tmp_path / "pictures" / path)
+
+    def written(kind: str = "csv", **columns):
+        path = tmp_path / f"table.{kind}"
+        made = pa.table({**COLUMNS, **columns})
+        if kind == "parquet":
+            pq.write_table(made, path, row_group_size=2)
+        else:
+            delimiter = "\t" if kind == "tsv" else ","
+            pyarrow.csv.write_csv(made, path, pyarrow.csv.WriteOptions(delimiter=delimiter))
+        return tmp_path / "pictures", {**OPTIONS, "table": str(path)}
+
+    return written
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+def test_every_row_is_a_picture_in_order_with_its_labels(write, capsys, kind):
+    root, options = write(kind)
+    found = list(table.samples(root, "all", **options))
+    assert [(sample.key, sample.classes) for sample in found] == [
+        ("b/2", ["dog"]),
+        ("a/1", ["cat", "dog"]),
+        ("a/3", []),
+    ]
+    assert [sample.image for sample in found] == [root / path for path in COLUMNS["path"]]
+    about = table.about(root, "all", **options)
+    assert (about.dataset, about.classes, about.total) == ("table", ["cat", "dog"], 3)
+    assert "1 of the 3 rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_other_columns_masks_and_a_split_are_chosen(write, kind):
+    root, options = write(kind, label=[7, 10, 7])
+    options |= {"split_column": "split", "mask_column": "mask"}
+    found = list(table.samples(root, "train", **options))
+    assert [(sample.key, sample.classes) for sample in found] == [("b/2", ["7"]), ("a/1", ["10"])]
+    assert [sample.mask for sample in found] == [None, root / "a" / "1_mask.png"]
+    assert table.about(root, "train", **options).classes == ["10", "7"]
+    with pytest.raises(ValueError, match="no row of split val: --split may be test, train"):
+        table.about(root, "val", **options)
+
+
+def test_an_empty_separator_leaves_a_cell_whole(write):
+    root, options = write(label=["dog", "cat|dog", "a, b"])
+    assert table.about(root, "all", **options | {"separator": ""}).classes == ["a, b", "cat|dog", "dog"]
+    assert table.about(root, "all", **options | {"separator": ","}).classes == ["a", "b", "cat|dog", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        ({"path": ["b/2.jpg", "a/1.jpg", "a/1.jpg"]}, "names the picture a/1 more than once"),
+        ({"path": ["b/2.jpg", "a/1.jpg", "a/1.png"]}, "names the picture a/1 more than once"),
+        ({"path": ["b/2.jpg", "a/1.jpg", "../1.jpg"]}, "lies outside of"),
+        ({"path": ["b/2.jpg", "a/1.jpg", "/etc/1.jpg"]}, "lies outside of"),
+        ({"path": ["b/2.jpg", "a/1.jpg", ""]}, "lies outside of"),
+        ({"path": ["b/2.jpg", "a/1.jpg", "notes.txt"]}, "names 'notes.txt'; pictures may be jpg"),
+        ({"path": ["x/2.jpg", "x/1.jpg", "x/3.jpg"]}, r"x/2.jpg is missing, .* --root must be"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_wrong_row_is_found_before_anything_is_written(write, kind, columns, sentence):
+    root, options = write(kind, **columns)
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        table.about(root, "all", **options)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_missing_column_is_named_with_those_that_are_there(write, kind):
+    root, options = write(kind)
+    with pytest.raises(ValueError, match=r"no columns 'class'; it has path, label, split, mask: name .*--label-column"):
+        table.about(root, "all", **options | {"label_column": "class"})
+
+
+def test_a_table_that_cannot_be_read_is_refused(write, tmp_path):
+    root, options = write()
+    for name, text in (
+        ("ragged.csv", b"path,label\na.jpg,cat\nb.jpg\n"),
+        ("latin.csv", b"path,label\na.jpg,caf\xe9\n"),
+        ("empty.csv", b""),
+        ("cut.parquet", b"PAR1abc"),
+    ):
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(ValueError, match=f"{name} cannot be read as a table"):
+            table.about(root, "all", **options | {"table": str(tmp_path / name)})
+    (tmp_path / "header.csv").write_bytes(b"path,label\n")
+    with pytest.raises(ValueError, match="give a table with rows"):
+        table.about(root, "all", **options | {"table": str(tmp_path / "header.csv")})
+    for name in ("none.csv", "table.xlsx"):
+        with pytest.raises(FileNotFoundError, match=r"give a .csv, .tsv, .parquet file"):
+            table.about(root, "all", **options | {"table": str(tmp_path / name)})
+    with pytest.raises(FileNotFoundError, match="--root must be the folder that the paths"):
+        table.about(tmp_path / "nowhere", "all", **options)
+
+
+def test_a_large_table_is_one_quick_pass(write, tmp_path):
+    root, options = write()
+    count = 200_000
+    paths = pa.array(["b/2.jpg", *(f"b/{n:07d}.jpg" for n in range(1, count))])
+    large = pa.table({"path": paths, "label": [f"class {n % 1000}" for n in range(count)]})
+    pq.write_table(large, tmp_path / "large.parquet")
+    options["table"] = str(tmp_path / "large.parquet")
+    about = table.about(root, "all", **options)
+    assert (about.total, len(about.classes)) == (count, 1000)
+    assert sum(1 for _ in table.samples(root, "all", **options)) == count
+
+
+def test_a_table_is_built_like_any_other_set(write, tmp_path, contents):
+    root, options = write()
+    settings = Settings("table", str(root), "all", samples_per_shard=2, options=options | {"mask_column": "mask"})
+    build(settings, tmp_path / "one")
+    build(settings, tmp_path / "two", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert read_index(str(tmp_path / "one"))["classes"].to_pylist() == [["dog"], ["cat", "dog"], []]

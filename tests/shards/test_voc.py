@@ -1,0 +1,99 @@
+"""Pascal VOC's devkit, its lists and annotations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shards.adapters import voc
+
+ANNOTATION = """<annotation><object><name>{name}</name><difficult>1</difficult>
+<bndbox><xmin>{xmin}</xmin><ymin>2</ymin><xmax>60</xmax><ymax>40</ymax></bndbox></object></annotation>"""
+
+
+@pytest.fixture
+def devkit(tmp_path, paint):
+    """VOC2007 with two images of trainval and one of test, which has no annotation."""
+    voc.read.cache_clear()
+    root = tmp_path / "VOCdevkit" / "VOC2007"
+    for image_id in ("000005", "000007", "000001"):
+        paint(0, (60, 40), path=root / "JPEGImages" / f"{image_id}.jpg")
+    (root / "Annotations").mkdir()
+    for image_id in ("000005", "000007"):
+        (root / "Annotations" / f"{image_id}.xml").write_text(ANNOTATION.format(name="dog", xmin=1))
+        paint(1, (60, 40), "PNG", path=root / "SegmentationClass" / f"{image_id}.png")
+    for folder in ("Main", "Segmentation"):
+        (root / "ImageSets" / folder).mkdir(parents=True)
+        (root / "ImageSets" / folder / "trainval.txt").write_text("000007\n000005\n")
+        (root / "ImageSets" / folder / "test.txt").write_text("000001\n")
+    (root / "ImageSets" / "Main" / "dog_trainval.txt").write_text("000007  1\n000005 -1\n")
+    return tmp_path / "VOCdevkit"
+
+
+@pytest.mark.parametrize("inner", ["", "VOC2007", ".."])
+def test_the_devkit_its_year_and_the_folder_around_are_all_a_root(devkit, inner):
+    found = list(voc.samples(devkit / inner, "trainval"))
+    assert [(sample.key, sample.classes) for sample in found] == [("000005", ["dog"]), ("000007", ["dog"])]
+    assert voc.about(devkit / inner, "trainval").dataset == "voc2007"
+
+
+def test_a_devkit_of_two_years_asks_for_one(devkit):
+    (devkit / "VOC2012" / "ImageSets").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"it may be .*VOC2007 or .*VOC2012"):
+        voc.about(devkit, "trainval")
+
+
+def test_images_of_test_without_annotation_show_no_class_and_are_counted(devkit, capsys):
+    for image_set in ("Main", "Segmentation"):
+        (sample,) = voc.samples(devkit, "test", image_set=image_set)
+        assert (sample.objects, sample.mask) == ([], None)
+    voc.about(devkit, "test")
+    assert "1 of 1 images, 000001 for one, have no annotation" in capsys.readouterr().err
+
+
+def test_an_image_without_annotation_mask_or_picture_is_named(devkit, capsys):
+    root = devkit / "VOC2007"
+    (root / "JPEGImages" / "000007.jpg").unlink()
+    voc.about(devkit, "trainval")
+    assert "1 of the 2 pictures that trainval.txt names are missing" in capsys.readouterr().err
+    voc.read.cache_clear()
+    (root / "SegmentationClass" / "000005.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"000005.png is missing, and Segmentation/trainval.txt names 000005"):
+        voc.about(devkit, "trainval", image_set="Segmentation")
+    (root / "Annotations" / "000007.xml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"000007.xml is missing, and trainval.txt names 000007"):
+        voc.about(devkit, "trainval")
+
+
+def test_the_list_of_one_class_is_no_list_of_images(devkit):
+    with pytest.raises(ValueError, match="--split may be test, trainval"):
+        voc.about(devkit, "dog_trainval")
+    with pytest.raises(FileNotFoundError, match="--split may be test, trainval"):
+        voc.about(devkit, "train2007")
+
+
+def test_a_list_that_leads_out_of_the_dataset_is_refused(devkit):
+    (devkit / "VOC2007" / "ImageSets" / "Main" / "trainval.txt").write_text("../../secret\n")
+    with pytest.raises(ValueError, match="outside of"):
+        voc.about(devkit, "trainval")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (ANNOTATION.format(name="dog", xmin="nan"), "without the four numbers"),
+        (ANNOTATION.format(name="dog", xmin="61"), "without the four numbers"),
+        (ANNOTATION.format(name="dog", xmin="inf"), "without the four numbers"),
+        (ANNOTATION.format(name=" ", xmin="1"), "without a name"),
+        ("<annotation>", "cannot be read as XML"),
+        ("", "cannot be read as XML"),
+        ('<?xml version="1.0" encoding="utf-7"?><a/>', "cannot be read as XML"),
+        ('<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>', "document type"),
+    ],
+)
+def test_a_damaged_annotation_is_named(devkit, text, sentence):
+    path = Path(devkit, "VOC2007", "Annotations", "000005.xml")
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"000005.xml .*{sentence}"):
+        voc.about(devkit, "trainval")
