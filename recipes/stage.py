@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 
+from bigtrain.data.pictures import jpeg_decoder
 from bigtrain.data.plan import Plan, Position
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Batch, Stream
@@ -40,7 +41,7 @@ class Setup:
         accelerator = start(precision)
         show_warnings()
         if accelerator.is_main_process:
-            run.create(precision=precision)
+            run.create(precision=precision, jpeg_decoder=jpeg_decoder())
         accelerator.wait_for_everyone()
         return cls(run, accelerator, Stop(accelerator, run.path), settings)
 
