@@ -74,9 +74,9 @@ def read_split(root: Path, split: str, dataset: str) -> tuple[np.ndarray, np.nda
     classes = characters(root / f"{dataset}-mapping.txt") if dataset in EMNIST else dict(enumerate(CLASSES[dataset]))
     unknown = sorted(set(np.unique(labels).tolist()) - set(classes))
     if len(images) != len(labels) or unknown:
+        among = f", {unknown[0]} among them" if unknown else ""
         raise ValueError(
-            f"{root} has {len(images)} images and {len(labels)} labels for {split}"
-            f"{f', {unknown[0]} among them' * bool(unknown)}, where there should be as many labels as images, from "
+            f"{root} has {len(images)} images and {len(labels)} labels for {split}{among}, where there should be as many labels as images, from "
             f"{min(classes)} to {max(classes)}: get the files again."
         )
     return images, labels, classes

@@ -97,3 +97,10 @@ def test_the_mapping_of_emnist_has_to_be_there_and_whole(letters, tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"emnist-letters-mapping.txt is missing: --root must be"):
         mnist.about(tmp_path, "train", dataset="emnist-letters")
+
+
+def test_another_number_of_labels_than_images_is_refused(tmp_path, capsys):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03\0\0\0\x02\0\0\0\x01\0\0\0\x01ab")
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\x01\x03")
+    with pytest.raises(ValueError, match="has 2 images and 1 labels for train, where"):
+        mnist.about(tmp_path, "train", "mnist")
