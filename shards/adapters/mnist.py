@@ -76,8 +76,8 @@ def read_split(root: Path, split: str, dataset: str) -> tuple[np.ndarray, np.nda
     if len(images) != len(labels) or unknown:
         among = f", {unknown[0]} among them" if unknown else ""
         raise ValueError(
-            f"{root} has {len(images)} images and {len(labels)} labels for {split}{among}, where there should be as many labels as images, from "
-            f"{min(classes)} to {max(classes)}: get the files again."
+            f"{root} has {len(images)} images and {len(labels)} labels for {split}{among}, where there should be as "
+            f"many labels as images, from {min(classes)} to {max(classes)}: get the files again."
         )
     return images, labels, classes
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import bigtrain
-from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.pictures import Picture
+from bigtrain.data.shard_set import ShardSet
 from bigtrain.models.vit import Architecture
 from bigtrain.models.weights import read_tensors, save_tensors
 from recipes.defend import main
