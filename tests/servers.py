@@ -1,5 +1,6 @@
 """Real servers on this machine's loopback: nginx, an S3 server, and a proxy before either that does harm by plan."""
 
+import logging
 import re
 import shutil
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,48 +37,56 @@ http {{
 @pytest.fixture(scope="session")
 def nginx(tmp_path_factory):
     """An nginx that serves `nginx.folder` at `nginx.url`, with byte ranges."""
-    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-    if program is None:
+    if nginx_program() is None:
         pytest.skip("nginx is not installed (Debian: nginx-light)")
     top = tmp_path_factory.mktemp("nginx")
     (top / "www").mkdir()
-    top.chmod(0o755)
-    with start_nginx(program, top) as url:
+    with start_nginx(top) as url:
         yield Nginx(url, top / "www")
 
 
-class start_nginx:  # noqa: N801 (used as a function)
-    """`with start_nginx(program, folder) as url`: serve folder/www until the end of the block."""
+def nginx_program():
+    return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 
-    def __init__(self, program, top):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        (top / "nginx.conf").write_text(NGINX_CONFIG.format(top=top, port=self.port))
-        # one process, so that it runs as who runs the tests, and ends with a signal
-        command = [program, "-p", top, "-c", top / "nginx.conf", "-e", "stderr", "-g", "master_process off;"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
-    def __enter__(self):
+@contextmanager
+def start_nginx(top):
+    """Serve top/www until the end of the block."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (top / "nginx.conf").write_text(NGINX_CONFIG.format(top=top, port=port))
+    # one process, so that it runs as who runs the tests, and ends with a signal
+    command = [nginx_program(), "-p", top, "-c", top / "nginx.conf", "-e", "stderr", "-g", "master_process off;"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
         for _ in range(200):
-            if self.process.poll() is not None:
-                raise RuntimeError(f"nginx does not start: {self.process.stderr.read()}")
+            if process.poll() is not None:
+                raise RuntimeError(f"nginx does not start: {process.stderr.read()}")
             try:
-                socket.create_connection(("127.0.0.1", self.port)).close()
-                return f"http://127.0.0.1:{self.port}"
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
             except ConnectionRefusedError:
                 time.sleep(0.02)
-        raise RuntimeError("nginx does not answer")
-
-    def __exit__(self, *_):
-        self.process.terminate()
-        self.process.communicate()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.communicate()
 
 
 @pytest.fixture(scope="session")
 def s3_server():
     """The endpoint of an S3 server in a thread."""
-    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    server = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    with start_s3() as endpoint:
+        yield endpoint
+
+
+@contextmanager
+def start_s3():
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would print every request
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     yield "http://{}:{}".format(*server.get_host_and_port())
     server.stop()

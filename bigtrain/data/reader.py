@@ -11,8 +11,9 @@ from bigtrain.data.fetch import PATIENCE, LocalFiles, Patience, Range, fetch, fi
 from bigtrain.data.schema import filesystem
 
 MAX_GAP_BYTES = 64 << 10  # what another request costs in bytes of the same line; headers and labels are far less
-MAX_LOCAL_GAP_BYTES = 4 << 10
 MAX_RANGE_BYTES = 8 << 20  # longer runs are several requests, which go at once
+MAX_LOCAL_GAP_BYTES = 4 << 10
+MAX_LOCAL_RANGE_BYTES = 128 << 10  # a disk reads ahead by itself, and cutting a long range up costs more than a read
 
 
 class Reader:
@@ -30,7 +31,9 @@ class Reader:
         fs, self._path = filesystem(url)
         self._names, self._patience = tuple(files), patience
         self._files = files_of(fs, patience)
-        self._max_gap = MAX_LOCAL_GAP_BYTES if isinstance(self._files, LocalFiles) else MAX_GAP_BYTES
+        is_local = isinstance(self._files, LocalFiles)
+        self._max_gap = MAX_LOCAL_GAP_BYTES if is_local else MAX_GAP_BYTES
+        self._max_range = MAX_LOCAL_RANGE_BYTES if is_local else MAX_RANGE_BYTES
         self.bytes_read = 0
 
     def read(self, shard_N: NDArray[np.int32], offset_N: NDArray[np.int64], size_N: NDArray[np.int64]) -> list[bytes]:
@@ -60,7 +63,7 @@ class Reader:
         shard = first = end = -1
         for i in order_N:
             start, stop = start_N[i], start_N[i] + size_N[i]
-            if shard_N[i] == shard and start - end <= self._max_gap and stop - first <= MAX_RANGE_BYTES:
+            if shard_N[i] == shard and start - end <= self._max_gap and stop - first <= self._max_range:
                 end = max(end, stop)
                 ranges[-1] = ranges[-1]._replace(end=end)
                 members[-1].append(i)

@@ -143,7 +143,12 @@ def prepare(pictures: Path, data: Path, copies: int, peers: str | None) -> int:
     build = [sys.executable, "-m", "shards", "build", "folder", "--root", str(data / "files")]
     subprocess.run([*build, "--out", str(data / "shards"), "--samples-per-shard", "500"], check=True, cwd=ROOT)
     if peers:
-        subprocess.run([peers, __file__, "--convert", "--data", str(data)], check=True, stdout=subprocess.DEVNULL)
+        # litdata empties its caches when it begins, and one of them is /tmp/data unless it is told otherwise
+        caches = {
+            name: str(data / name) for name in ("DATA_OPTIMIZER_CACHE_FOLDER", "DATA_OPTIMIZER_DATA_CACHE_FOLDER")
+        }
+        command = [peers, __file__, "--convert", "--data", str(data)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **caches})
     return copies * len(originals)
 
 
