@@ -2,12 +2,17 @@
 
     adapters/  what are the samples?       one file a dataset
     names      keys that are safe anywhere
-    pictures   can it be decoded? how large is it? smaller, if asked for
+    order      each key once; shuffled, if asked for
+    pictures   is it whole? how large is it as displayed? smaller, if asked for
     pack       samples -> one tar, the same bytes each time
     build      all shards, continued where a killed build stopped; then index.parquet, then manifest.json
-    describe   the same index and manifest for shards that others made
+    describe   the same index and manifest for shards that others made (survey: of one tar; labels: its classes)
     check      is a set whole?             show  what is in it? (page: a contact sheet)
     split      views: some of the samples, none of the bytes
+
+    place      a folder or a URL prefix, where files are whole or absent (durable: how, in a folder)
+    crew       work on many shards by several processes, answers in order
+    index_file, duplicates   what is known of all samples together, in little memory
 
 The contract that all of it writes is bigtrain.data.schema. Nothing here imports torch.
 """

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Sample, Shard, read_manifest
 from shards.adapters import ADAPTERS, About
 from shards.crew import Done, in_order
+from shards.duplicates import duplicates
 from shards.durable import TEMPORARY, space_for
-from shards.index_file import IndexWriter, keys_of_groups, repeated
+from shards.index_file import IndexWriter
 from shards.order import keyed, shuffled
 from shards.pack import Part, Task, fingerprint, shard_name, write_shard
 from shards.pictures import JPEG_QUALITY, VERIFY, Treatment
@@ -171,7 +172,7 @@ def pack_all(
             if not shards:
                 raise ValueError(f"{settings.root} holds no picture that can be read: nothing to build.")
             index.close()
-            twice = keys_of_groups(file, repeated(np.concatenate(contents)))
+            twice = duplicates(out, file, np.concatenate(contents), shards)
             write_lines(out, DUPLICATES_FILE, [{"keys": keys} for keys in twice])
     finally:
         progress.close()

@@ -5,8 +5,9 @@ A run that is killed has written nothing, and begins anew.
 
 from __future__ import annotations
 
-import itertools
+import math
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -182,10 +183,13 @@ def named_tars(shards: str) -> list[str]:
     else:
         import braceexpand  # of webdataset, whose notation it is
 
+        runs = [abs(int(last) - int(first)) + 1 for first, last in re.findall(r"\{(\d+)\.\.(\d+)", shards)]
+        if math.prod(runs) > MAX_SHARDS:  # braceexpand would make them all at once
+            raise ValueError(f"--shards {shards} gives {math.prod(runs)} names, and {MAX_SHARDS} are allowed.")
         try:
-            names = list(itertools.islice(braceexpand.braceexpand(shards), MAX_SHARDS + 1))
+            names = list(braceexpand.braceexpand(shards))
         except ValueError as error:  # UnbalancedBracesError
-            raise ValueError(f"--shards {shards}: {error}.") from error
+            raise ValueError(f"--shards {shards} has unbalanced braces.") from error
     odd = [name for name in names if not name.endswith(".tar") or "/" in name or "\\" in name]
     if odd or not names or len(names) > MAX_SHARDS or len(set(names)) != len(names):
         what = f"names {odd[0]!r}" if odd else f"gives {len(names)} names, {len(set(names))} of them different"

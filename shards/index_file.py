@@ -72,17 +72,9 @@ def repeated(hashes_N: NDArray[np.uint64]) -> list[NDArray[np.int64]]:
     is_new_N = np.diff(hashes_N[order_N], prepend=hashes_N[order_N[:1]] ^ np.uint64(1)) != 0
     starts = np.flatnonzero(is_new_N)
     lengths = np.diff(np.append(starts, len(order_N)))
-    groups = [order_N[start : start + length] for start, length in zip(starts, lengths, strict=True) if length > 1]
+    is_more = lengths > 1
+    groups = [order_N[start : start + n] for start, n in zip(starts[is_more], lengths[is_more], strict=True)]
     return sorted(groups, key=lambda group: int(group[0]))
-
-
-def keys_of_groups(file: IO[bytes], groups: list[NDArray[np.int64]]) -> list[list[str]]:
-    """The keys of each group."""
-    if not groups:
-        return []
-    rows = np.sort(np.concatenate(groups))
-    key_of = {int(r): found["key"] for r, found in zip(rows, columns_at(file, rows, ["key"]), strict=True)}
-    return [[key_of[int(row)] for row in group] for group in groups]
 
 
 def hash64(text: str, seed: str = "") -> int:

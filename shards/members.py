@@ -55,7 +55,7 @@ def members(file: Any) -> Iterator[Member]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
-                tar.members.clear()  # it keeps every member it has seen
+                tar.members.clear()  # type: ignore[attr-defined]  # it keeps every member it has seen
                 check_plain(info)
                 found = KEY_AND_EXT.match(info.name)
                 if found and info.isreg() and not META.match(info.name):

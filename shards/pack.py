@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from bigtrain.data.schema import IMAGE_EXTENSIONS, MASK_SUFFIX, Sample, Shard
+from shards.duplicates import content_digest
 from shards.pictures import Picture, Treatment, UnreadableError, checked, checked_mask, read_size, scaled
 from shards.place import Place
 
@@ -36,7 +36,7 @@ class Part:
     fingerprint: str  # of their keys and sources: a dataset that has changed is noticed
     shard: Shard | None  # None: not one of them could be read
     rows: list[dict[str, Any]]  # INDEX_SCHEMA without "shard"
-    contents: list[int]  # of each row: its picture as the dataset has it, in 64 bits
+    contents: list[int]  # of each row: what pictures of equal bytes have in common, see content_digest
     skipped: list[dict[str, Any]]  # position, key, source, reason
 
 
@@ -93,7 +93,7 @@ def write_shard(task: Task) -> Part:
             tar = TarWriter(file)
             for position, sample in enumerate(task.samples):
                 try:
-                    original, picture, members = prepare(sample, task.treatment)
+                    picture, members = prepare(sample, task.treatment)
                 except UnreadableError as reason:
                     skipped.append(
                         {"position": position, "key": sample.key, "source": sample.source, "reason": str(reason)}
@@ -113,7 +113,7 @@ def write_shard(task: Task) -> Part:
                         "classes": sample.classes,
                     }
                 )
-                contents.append(content_digest(original))
+                contents.append(content_digest(picture.encoded))
             tar.close()
             if not rows:
                 raise NothingToWrite
@@ -123,18 +123,12 @@ def write_shard(task: Task) -> Part:
     return Part(task.number, len(task.samples), fingerprint(task.samples), shard, rows, contents, skipped)
 
 
-def content_digest(encoded: bytes) -> int:
-    """64 bits that tell pictures apart: a checksum of all bytes, and a hash of length, beginning and end."""
-    ends = hashlib.sha256(encoded[:4096] + encoded[-4096:] + len(encoded).to_bytes(8, "big")).digest()
-    return zlib.crc32(encoded) << 32 | int.from_bytes(ends[:4], "big")
-
-
 class NothingToWrite(Exception):  # noqa: N818
     """Not one picture of the block can be read, so there is no shard."""
 
 
-def prepare(sample: Sample, treatment: Treatment) -> tuple[bytes, Picture, list[tuple[str, bytes]]]:
-    """The picture as it was, as it is packed, and the other members of a sample, or UnreadableError."""
+def prepare(sample: Sample, treatment: Treatment) -> tuple[Picture, list[tuple[str, bytes]]]:
+    """The picture and the other members of a sample, or UnreadableError."""
     if sample.image_ext not in IMAGE_EXTENSIONS:
         raise ValueError(f"{sample.key} is a .{sample.image_ext}; pictures may be {', '.join(IMAGE_EXTENSIONS)}.")
     original = content(sample.image)
@@ -148,13 +142,14 @@ def prepare(sample: Sample, treatment: Treatment) -> tuple[bytes, Picture, list[
     if sample.mask is not None:
         mask = checked_mask(content(sample.mask), original_size, (picture.width, picture.height))
         members.append((MASK_SUFFIX, mask))
-    return original, picture, members
+    return picture, members
 
 
 def content(image: Path | bytes) -> bytes:
     if isinstance(image, bytes):
         return image
     try:
-        return image.read_bytes()
+        with image.open("rb", buffering=0) as file:
+            return file.read()
     except OSError as error:
         raise UnreadableError(f"{type(error).__name__}: {error.strerror}") from error

@@ -84,7 +84,7 @@ class Place:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Refuse a second build in a folder. Behind a URL nothing can be locked; two builds there write the same bytes."""
+        """Refuse a second build in a folder. Behind a URL nothing can be locked: two there write the same bytes."""
         with alone_in(self.folder) if self.folder is not None else contextlib.nullcontext():
             yield
 
@@ -114,6 +114,13 @@ class Place:
         if self.folder is not None:
             return (self.folder / name).read_bytes()
         return self._patiently("read", f"{self.path}/{name}", lambda: self.fs.cat_file(f"{self.path}/{name}"))
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        if self.folder is not None:
+            with (self.folder / name).open("rb", buffering=0) as file:
+                return os.pread(file.fileno(), size, start)
+        path = f"{self.path}/{name}"
+        return self._patiently("read", path, lambda: self.fs.cat_file(path, start=start, end=start + size))
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[IO[bytes] | Pieces]:

@@ -102,9 +102,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), given.shards)
-        print(
-            f"{given.shards * PER_SHARD} samples in {given.shards} shards, global batch {GLOBAL_BATCH} on {RANKS} ranks\n"
-        )
+        print(f"{given.shards * PER_SHARD} samples in {given.shards} shards, ", end="")
+        print(f"global batch {GLOBAL_BATCH} on {RANKS} ranks\n")
         print("| what | seconds | MB more at its peak |\n|---|---|---|")
         for what in MEASURES:
             command = [sys.executable, __file__, "--measure", what, folder]

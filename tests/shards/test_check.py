@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,8 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, read_index
+from bigtrain.data.schema import INDEX_FILE, INDEX_SCHEMA, MANIFEST_FILE, read_index, read_manifest
 from shards.check import check
+from shards.describe import describe
 
 
 @pytest.fixture
@@ -90,3 +94,57 @@ def test_a_folder_without_manifest_is_no_shard_set(out):
     shutil.copytree(out, out.parent / "unfinished", ignore=shutil.ignore_patterns(MANIFEST_FILE))
     with pytest.raises(ValueError, match=r"holds no manifest\.json"):
         check(str(out.parent / "unfinished"))
+
+
+def rewrite(out: Path, change: Callable[[str, bytes], bytes | None]) -> None:
+    """The set again with other members in its tars, and manifest and index of the new tars, but for the classes."""
+    classes = {row["key"]: row["classes"] for row in read_index(str(out)).to_pylist()}
+    for tar in out.glob("*.tar"):
+        with tarfile.open(tar) as old:
+            held = [(member.name, old.extractfile(member).read()) for member in old]
+        with tarfile.open(tar, "w") as new:
+            for name, data in held:
+                if (data := change(name, data)) is not None:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    new.addfile(member, io.BytesIO(data))
+    for name in (MANIFEST_FILE, INDEX_FILE):
+        (out / name).unlink()
+    names = tuple(sorted({name for shown in classes.values() for name in shown}))
+    describe(out, class_names=names)
+    index = read_index(str(out))
+    column = pa.array([classes[key] for key in index["key"].to_pylist()], INDEX_SCHEMA.field("classes").type)
+    pq.write_table(index.set_column(index.schema.get_field_index("classes"), "classes", column), out / INDEX_FILE)
+
+
+def test_a_json_of_other_classes_than_the_index_is_found(out):
+    rewrite(out, lambda name, data: data.replace(b'"cat"', b'"dog"') if name == "cat/cat0.json" else data)
+    assert check(str(out)) == ["000000.tar: cat/cat0.json has the classes ['dog'], and the index says ['cat']"]
+
+
+def test_a_view_may_take_less_than_the_tars_hold(out, tmp_path):
+    (tmp_path / "view").mkdir()
+    index, manifest = read_index(str(out)), read_manifest(str(out))
+    rows = index.filter(pc.equal(index["shard"], 0)).slice(1)
+    pq.write_table(rows, tmp_path / "view" / INDEX_FILE)
+    shards = tuple(replace(shard, samples=4 if n == 0 else 0) for n, shard in enumerate(manifest.shards))
+    view = replace(manifest, shards=shards, shards_at="../out")
+    (tmp_path / "view" / MANIFEST_FILE).write_text(view.to_json())
+    assert check(str(tmp_path / "view")) == []
+    (out / "000000.tar").write_bytes(b"cut")
+    assert "000000.tar: 3 bytes" in check(str(tmp_path / "view"), quick=True)[0]
+
+
+def test_masks_and_labels_without_a_picture_and_pictures_without_labels_are_found(out):
+    manifest = read_manifest(str(out))
+    tar = out / manifest.shards[0].file
+    data = tar.read_bytes()
+    renamed = data.replace(b"cat/cat0.json", b"cat/none.json")
+    header = renamed.index(b"cat/none.json")
+    block = bytearray(renamed[header : header + 512])
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    tar.write_bytes(renamed[:header] + bytes(block) + renamed[header + 512 :])
+    wrong = check(str(out))
+    assert "000000.tar: cat/cat0 has no json, and others in the tar have one" in wrong
+    assert "000000.tar: cat/none has a json or mask and no picture" in wrong

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import pickle
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bigtrain.data.schema import read_index, read_manifest
 from shards.check import check
 from shards.describe import describe
+from shards.members import Digested, members
 
 
 def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> None:
@@ -93,7 +99,7 @@ def test_a_text_beside_a_json_is_a_caption_and_no_class(theirs, paint):
 
 
 @pytest.mark.parametrize(
-    ("members", "sentence"),
+    ("names", "sentence"),
     [
         (["1.jpg", "2.jpg", "1.cls", "2.cls"], "'1' comes again .its members lie apart"),
         (["1.jpg", "1.cls", "2.cls"], "2 has 0 pictures"),
@@ -102,8 +108,8 @@ def test_a_text_beside_a_json_is_a_caption_and_no_class(theirs, paint):
         (["1.jpg", "1.cls", "1.cls"], "1 has 1 pictures among its members .jpg, cls, cls"),
     ],
 )
-def test_interleaved_missing_and_surplus_members_are_named(theirs, paint, members, sentence):
-    write_tar(theirs / "a.tar", [(name, paint() if name[2:] in ("jpg", "png") else b"1") for name in members])
+def test_interleaved_missing_and_surplus_members_are_named(theirs, paint, names, sentence):
+    write_tar(theirs / "a.tar", [(name, paint() if name[2:] in ("jpg", "png") else b"1") for name in names])
     with pytest.raises(ValueError, match=sentence):
         describe(theirs)
     assert [path.name for path in theirs.iterdir()] == ["a.tar"]
@@ -127,8 +133,7 @@ def test_a_label_that_means_nothing_is_named(theirs, paint, label, sentence):
 
 
 def test_a_picture_that_is_none_is_skipped_named_and_known_to_check(theirs, paint):
-    members = {f"{n}.jpg": paint(n) if n != 5 else b"nothing" for n in range(9)}
-    write_tar(theirs / "a.tar", members)
+    write_tar(theirs / "a.tar", {f"{n}.jpg": paint(n) if n != 5 else b"nothing" for n in range(9)})
     assert describe(theirs).samples == 8
     assert json.loads((theirs / "skipped.jsonl").read_text())["source"] == "a.tar:5.jpg"
     assert check(str(theirs)) == []
@@ -157,3 +162,104 @@ def test_a_described_set_is_not_described_over(theirs, paint: Callable[..., byte
     describe(theirs)
     with pytest.raises(ValueError, match=r"has a manifest\.json already"):
         describe(theirs)
+
+
+def test_a_view_elsewhere_leaves_the_folder_of_the_tars_alone(theirs, paint, contents, tmp_path):
+    for name in ("a.tar", "b.tar"):
+        write_tar(theirs / name, {f"{name[0]}{n}.jpg": paint(n) for n in range(3)})
+    before = contents(theirs)
+    manifest = describe(theirs, out=tmp_path / "views" / "one", workers=2)
+    assert contents(theirs) == before
+    assert (manifest.shards_at, manifest.dataset) == ("../../theirs", "theirs")
+    assert check(str(tmp_path / "views" / "one")) == []
+    describe(theirs)
+    assert read_index(str(theirs)).equals(read_index(str(tmp_path / "views" / "one")))
+
+
+@pytest.mark.parametrize(
+    ("shards", "sentence"),
+    [
+        ("a-{0..2}.zip", "names 'a-0.zip'"),
+        ("../a.tar", "names '../a.tar'"),
+        ("{a,a}.tar", "gives 2 names, 1 of them different"),
+        ("a-{000000000..999999999}.tar", "gives 1000000000 names"),
+        ("a-{0..2.tar", "nbalanced braces"),
+        ("none-{0..1}.tar", "none-0.tar"),
+    ],
+)
+def test_a_list_of_shards_that_means_nothing_is_refused(theirs, paint, shards, sentence):
+    write_tar(theirs / "a.tar", {"1.jpg": paint()})
+    with pytest.raises((ValueError, OSError), match=sentence):
+        describe(theirs, shards=shards)
+    assert [path.name for path in theirs.iterdir()] == ["a.tar"]
+
+
+def special(name: str, kind: bytes) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/passwd"
+    return member
+
+
+@pytest.mark.parametrize(
+    ("member", "sentence"),
+    [
+        (tarfile.TarInfo("../../up.jpg"), "'../../up.jpg' leads out of the folder"),
+        (tarfile.TarInfo("/etc/up.jpg"), "'/etc/up.jpg' leads out of the folder"),
+        (tarfile.TarInfo("a/..\\b.jpg"), "leads out of the folder"),
+        (special("a.jpg", tarfile.SYMTYPE), "'a.jpg' is a link"),
+        (special("a.jpg", tarfile.LNKTYPE), "'a.jpg' is a link"),
+        (special("a.jpg", tarfile.CHRTYPE), "'a.jpg' is a device"),
+        (special("a.jpg", tarfile.FIFOTYPE), "'a.jpg' is a device"),
+        (special("a.jpg", tarfile.GNUTYPE_SPARSE), "'a.jpg' is a sparse file"),
+        (tarfile.TarInfo("a\n.jpg"), "cannot be printed"),
+    ],
+)
+def test_a_tar_that_could_lead_elsewhere_is_refused(theirs, paint, member, sentence):
+    write_tar(theirs / "a.tar", {"1.jpg": paint()})
+    with tarfile.open(theirs / "a.tar", "a", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(member)
+    with pytest.raises(ValueError, match=rf"a\.tar is refused: its member .*{re.escape(sentence)}"):
+        describe(theirs)
+    assert [path.name for path in theirs.iterdir()] == ["a.tar"]
+
+
+def test_pickled_members_are_counted_and_never_opened(theirs, paint, tmp_path, capsys):
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sprung",)
+
+    trap = pickle.dumps(Trap())
+    write_tar(
+        theirs / "a.tar", {"1.jpg": paint(), "1.pyd": trap, "1.pth": trap, "2.jpg": paint(1), "2.feature.pth": trap}
+    )
+    assert describe(theirs).samples == 2
+    assert "1 .pyd" in (said := capsys.readouterr().out)
+    assert "2 .pth" in said
+    assert said.count("never opened") == 1
+    assert check(str(theirs)) == []
+    assert not (tmp_path / "sprung").exists()
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_no_mutated_tar_does_worse_than_a_sentence(data):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("a/1.jpg", "a/1.json", "x" * 120 + ".jpg", "b\u00e4.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 700
+            tar.addfile(member, io.BytesIO(b"7" * 700))
+    tar_bytes = bytearray(file.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(tar_bytes) - 1))
+        tar_bytes[place] = data.draw(st.integers(0, 255))
+    block = data.draw(st.integers(0, len(tar_bytes) // 512 - 1)) * 512
+    if data.draw(st.booleans()):  # a size of our own, negative or huge, with a checksum that fits
+        size = data.draw(st.integers(-(2**62), 2**62))
+        tar_bytes[block + 124 : block + 136] = size.to_bytes(12, "big", signed=True)
+        tar_bytes[block + 124] = 0x80 if size >= 0 else 0xFF
+        tar_bytes[block + 148 : block + 156] = b" " * 8
+        tar_bytes[block + 148 : block + 156] = b"%06o\0 " % sum(tar_bytes[block : block + 512])
+    for opened in (io.BytesIO(tar_bytes), Digested(io.BytesIO(tar_bytes))):
+        with contextlib.suppress(tarfile.TarError):
+            assert len(list(members(opened))) <= len(tar_bytes) // 512

@@ -1,0 +1,40 @@
+"""Pictures with the same bytes under several keys: candidates by a short digest, then told by all their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtrain.data.schema import Shard
+from shards.index_file import columns_at, repeated
+from shards.place import Place
+
+
+def content_digest(encoded: bytes) -> int:
+    """64 bits of a picture's length, beginning and end: where they are equal, all bytes are compared later."""
+    ends = encoded[:4096] + encoded[-4096:] + len(encoded).to_bytes(8, "big")
+    return int.from_bytes(hashlib.sha256(ends).digest()[:8], "big")
+
+
+def duplicates(out: Place, index: IO[bytes], digests_N: NDArray[np.uint64], shards: Sequence[Shard]) -> list[list[str]]:
+    """The keys of each group of equal pictures, in the order of the set; only candidates are read again.
+
+    Args:
+        index: the written index.
+        digests_N: content_digest of each of its rows.
+    """
+    groups = repeated(digests_N)
+    if not groups:
+        return []
+    group_of = {int(row): number for number, group in enumerate(groups) for row in group}
+    rows = np.sort(np.concatenate(groups))
+    names = ["key", "shard", "image_offset", "image_size"]
+    same: dict[tuple[int, bytes], list[str]] = {}
+    for number, row in zip(rows, columns_at(index, rows, names), strict=True):
+        encoded = out.read_range(shards[row["shard"]].file, row["image_offset"], row["image_size"])
+        same.setdefault((group_of[int(number)], hashlib.sha256(encoded).digest()), []).append(row["key"])
+    return [keys for keys in same.values() if len(keys) > 1]

@@ -1,0 +1,219 @@
+"""Building, indexing and checking behind URLs: object stores and web servers on loopback."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from bigtrain.data.schema import Manifest, read_index, read_manifest
+from shards.check import check
+from shards.describe import describe
+from tests.servers import Fault, use_s3
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Second tries come at once, and are ours alone."""
+    monkeypatch.setattr("shards.place.FIRST_WAIT_S", 0.01)
+    s3fs = pytest.importorskip("s3fs")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+
+
+@pytest.fixture
+def far(contents):
+    """Every file below a URL by its name."""
+
+    def read(url: str) -> dict[str, bytes]:
+        fs, path = fsspec.core.url_to_fs(url)
+        fs.invalidate_cache()
+        return {name.removeprefix(f"{path}/"): fs.cat_file(name) for name in fs.find(path)}
+
+    return read
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_build_on_s3_is_the_bytes_of_a_local_one(animals, build_folder, contents, far, s3, tmp_path, workers):
+    build_folder(animals, tmp_path / "local")
+    manifest = build_folder(animals, f"{s3.url}/set", workers=workers)
+    assert far(f"{s3.url}/set") == contents(tmp_path / "local")
+    assert read_manifest(f"{s3.url}/set") == manifest
+    assert check(f"{s3.url}/set") == []
+    assert build_folder(animals, f"{s3.url}/set") == manifest  # finished: nothing is written again
+
+
+def test_large_shards_go_up_in_parts(paint, build_folder, contents, far, s3, tmp_path, monkeypatch):
+    monkeypatch.setattr("shards.place.PIECE_BYTES", 1 << 16)
+    for number in range(6):
+        paint(number, size=(200, 100), path=tmp_path / "pictures" / "a" / f"{number}.jpg")
+    build_folder(tmp_path / "pictures", tmp_path / "local")
+    build_folder(tmp_path / "pictures", f"{s3.url}/set")
+    assert far(f"{s3.url}/set") == contents(tmp_path / "local")
+    assert check(f"{s3.url}/set") == []
+
+
+def test_a_build_in_memory_and_one_at_a_file_address_are_the_same_bytes(animals, build_folder, contents, far, tmp_path):
+    build_folder(animals, tmp_path / "local")
+    build_folder(animals, f"file://{tmp_path}/address")
+    assert contents(tmp_path / "address") == contents(tmp_path / "local")
+    build_folder(animals, "memory://built/set", workers=2)
+    try:
+        assert far("memory://built/set") == contents(tmp_path / "local")
+        assert check("memory://built/set") == []
+    finally:
+        fsspec.filesystem("memory").rm("/built", recursive=True)
+
+
+def test_a_build_on_s3_that_is_killed_continues_to_the_same_bytes(paint, build_folder, contents, far, s3, tmp_path):
+    root, out = tmp_path / "pictures", f"{s3.url}/set"
+    for number in range(80):
+        paint(number, size=(60, 60), path=root / f"class{number % 4}" / f"{number}.jpg")
+    build_folder(root, tmp_path / "whole", samples_per_shard=4)
+    options = ["--root", str(root), "--out", out, "--samples-per-shard", "4", "--workers", "2"]
+    command = [sys.executable, "-m", "shards", "build", "folder", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    fs = fsspec.filesystem("s3")
+    while not fs.exists(f"{out}/.parts/000003.json"):
+        assert process.poll() is None, "the build ended before it could be killed"
+        time.sleep(0.01)
+        fs.invalidate_cache()
+    process.kill()
+    process.wait()
+    time.sleep(1)  # its workers end too
+    fs.invalidate_cache()
+    assert not fs.exists(f"{out}/manifest.json")
+    build_folder(root, out, samples_per_shard=4)
+    assert far(out) == contents(tmp_path / "whole")
+
+
+@pytest.fixture
+def refusing(s3, faulty, monkeypatch):
+    """refusing(n): the next n answers to a PUT are 503, over the wire."""
+    proxy = faulty(s3.endpoint)
+    handler = proxy._server.RequestHandlerClass
+    left = [0]
+    passed_on = handler.do_PUT
+
+    def put(self):
+        if left[0]:
+            left[0] -= 1
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        else:
+            passed_on(self)
+
+    monkeypatch.setattr(handler, "do_PUT", put)
+    options = {**s3.options, "endpoint_url": proxy.url, "config_kwargs": {"retries": {"max_attempts": 0}}}
+    use_s3(options, monkeypatch)
+    return left
+
+
+def test_an_upload_that_fails_is_tried_again(
+    animals, build_folder, contents, far, s3, refusing, quick, tmp_path, capsys
+):
+    build_folder(animals, tmp_path / "local")
+    refusing[0] = 3
+    build_folder(animals, f"{s3.url}/set")
+    assert refusing[0] == 0
+    assert "attempt 4 of 5" in capsys.readouterr().err
+    assert far(f"{s3.url}/set") == contents(tmp_path / "local")
+
+
+def test_uploads_that_keep_failing_are_a_clear_stop_that_continues(
+    animals, build_folder, contents, far, s3, refusing, quick, tmp_path
+):
+    build_folder(animals, tmp_path / "local")
+    refusing[0] = 1000
+    with pytest.raises(OSError, match=r"cannot be written: tried 5 times, at last .*Run the same command again"):
+        build_folder(animals, f"{s3.url}/set")
+    refusing[0] = 0
+    assert "manifest.json" not in far(f"{s3.url}/set")
+    build_folder(animals, f"{s3.url}/set")
+    assert far(f"{s3.url}/set") == contents(tmp_path / "local")
+
+
+def test_a_missing_bucket_stops_at_once(animals, build_folder, s3, quick):
+    with pytest.raises(OSError, match=r"nowhere.* cannot be written .*check the address"):
+        build_folder(animals, "s3://nowhere-at-all/set")
+
+
+@pytest.fixture
+def others(animals, build_folder, tmp_path) -> tuple[Path, Manifest]:
+    """Tars without manifest and index, and the manifest that they had."""
+    manifest = build_folder(animals, tmp_path / "others")
+    for path in (tmp_path / "others").iterdir():
+        if path.suffix != ".tar":
+            path.unlink()
+    return tmp_path / "others", manifest
+
+
+def test_tars_on_a_web_server_get_an_index_as_a_view(others, nginx, tmp_path):
+    folder, manifest = others
+    (nginx.folder / tmp_path.name).symlink_to(folder)
+    url = f"{nginx.url}/{tmp_path.name}"
+    found = describe(url, out=tmp_path / "view", shards="{000000..000004}.tar", workers=2)
+    assert (found.shards, found.shards_at) == (manifest.shards, url)
+    assert sorted(path.name for path in (tmp_path / "view").iterdir()) == ["index.parquet", "manifest.json"]
+    assert check(str(tmp_path / "view")) == []
+    assert check(str(tmp_path / "view"), quick=True) == []
+    (tmp_path / "names.txt").write_text("000002.tar\n000000.tar\n")
+    found = describe(url, out=tmp_path / "two", shards=str(tmp_path / "names.txt"))
+    assert [shard.file for shard in found.shards] == ["000002.tar", "000000.tar"]
+    with pytest.raises(OSError, match=r"000005\.tar is missing"):
+        describe(url, out=tmp_path / "three", shards="{000000..000005}.tar")
+    assert not (tmp_path / "three").exists()
+
+
+def test_tars_on_s3_get_their_index_beside_them_or_here(others, s3, tmp_path):
+    folder, manifest = others
+    fsspec.filesystem("s3").put(f"{folder}/", f"{s3.url}/set/", recursive=True)
+    assert describe(f"{s3.url}/set", out=tmp_path / "view").shards_at == f"{s3.url}/set"
+    assert check(str(tmp_path / "view")) == []
+    assert describe(f"{s3.url}/set").shards == manifest.shards
+    assert check(f"{s3.url}/set") == []
+    assert read_index(f"{s3.url}/set").equals(read_index(str(tmp_path / "view")))
+
+
+def test_a_web_server_that_falters_is_asked_again(others, nginx, faulty, quick, tmp_path, capsys):
+    folder, manifest = others
+    (nginx.folder / tmp_path.name).symlink_to(folder)
+    proxy = faulty(nginx.url)
+    proxy.faults = [Fault(), Fault(status=503), Fault(cut_after=300), Fault(truncate_to=2000), Fault(status=500)]
+    url = f"{proxy.url}/{tmp_path.name}"
+    found = describe(url, out=tmp_path / "view", shards="{000000..000004}.tar")
+    assert found.shards == manifest.shards
+    assert not proxy.faults
+    assert "attempt 2 of 5" in capsys.readouterr().err
+
+
+def test_a_web_server_that_stays_away_is_a_clear_stop(others, nginx, faulty, quick, tmp_path):
+    folder, _ = others
+    (nginx.folder / tmp_path.name).symlink_to(folder)
+    proxy = faulty(nginx.url)
+    proxy.faults = [Fault(status=503)] * 100
+    with pytest.raises(OSError, match=r"cannot be read: tried 5 times"):
+        describe(f"{proxy.url}/{tmp_path.name}", out=tmp_path / "view", shards="{000000..000004}.tar")
+    assert not (tmp_path / "view").exists()
+
+
+def test_check_finds_a_changed_shard_behind_a_view(others, nginx, tmp_path):
+    folder, _ = others
+    (nginx.folder / tmp_path.name).symlink_to(folder)
+    url = f"{nginx.url}/{tmp_path.name}"
+    describe(url, out=tmp_path / "view", shards="{000000..000004}.tar")
+    data = bytearray((folder / "000001.tar").read_bytes())
+    data[700] ^= 1
+    (folder / "000001.tar").write_bytes(data)
+    shutil.copy(folder / "000003.tar", folder / "000009.tar")  # not in the view, and no fault
+    (folder / "000004.tar").unlink()
+    wrong = check(str(tmp_path / "view"))
+    assert [line.split(" ")[:2] for line in wrong] == [["000001.tar:", "sha256"], ["000004.tar:", "missing"]]
