@@ -1,6 +1,7 @@
 """Building shards from a folder of JPEGs beside `tarfile` writing the same bytes, and, made smaller, beside its peers.
 
-    python tests/benchmarks/building.py --pictures FOLDER [--peers-python PYTHON] [--copies 24] [--rounds 5]
+    python tests/benchmarks/building.py --pictures FOLDER [--copies 24] [--rounds 5]
+    python tests/benchmarks/building.py --pictures FOLDER --peers-python PYTHON    made smaller
     python tests/benchmarks/building.py --scale 1000000
 
 Each contender is a process of its own; its time is that of the work: without imports, with starting workers.
@@ -14,6 +15,7 @@ import argparse
 import io
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -25,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 MAX_SIDE = 256
-PER_SHARD = 1000
+PER_SHARD = 256  # few, so that two workers have alike much to do
 CHUNK_BYTES = 64 << 20  # of the peers' files
 
 
@@ -135,6 +137,10 @@ def is_peer(name: str) -> bool:
     return name.startswith(("litdata", "MDSWriter"))
 
 
+def is_smaller(name: str) -> bool:
+    return is_peer(name) or "--max-side" in name
+
+
 def run_one(name: str, pictures: Path, out: Path) -> None:
     """In the contender's process: its imports, then its work, timed."""
 
@@ -145,12 +151,19 @@ def run_one(name: str, pictures: Path, out: Path) -> None:
     elif name.startswith("MDS"):
         import streaming  # noqa: F401
     out.mkdir(parents=True)
-    begun = time.perf_counter()
+    begun, begun_cpu = time.perf_counter(), cpu_seconds()
     CONTENDERS[name](pictures, out)
-    print(f"\nseconds {time.perf_counter() - begun}")
+    print(f"\nseconds {time.perf_counter() - begun} {cpu_seconds() - begun_cpu}")
 
 
-def seconds_of(name: str, pictures: Path, disk: Path, peers_python: str) -> float:
+def cpu_seconds() -> float:
+    """Of this process and those that it has ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def seconds_of(name: str, pictures: Path, disk: Path, peers_python: str) -> tuple[float, float]:
+    """By the clock, and of CPUs."""
     out = disk / "out"
     shutil.rmtree(out, ignore_errors=True)
     python = peers_python if is_peer(name) else sys.executable
@@ -160,34 +173,39 @@ def seconds_of(name: str, pictures: Path, disk: Path, peers_python: str) -> floa
     shutil.rmtree(out, ignore_errors=True)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return float(done.stdout.split("\nseconds ")[1].split()[0])
+    clock, cpu = done.stdout.split("\nseconds ")[1].split()[:2]
+    return float(clock), float(cpu)
 
 
 def compare(pictures: Path, disk: Path, rounds: int, peers_python: str | None) -> None:
     paths = list(pictures.rglob("*.jpg"))
     megabytes = sum(path.stat().st_size for path in paths) / 1e6
     print(f"{len(paths)} JPEGs, {megabytes:.0f} MB, written to {disk}; {rounds} rounds, {os.cpu_count()} CPUs\n")
-    names = [name for name in CONTENDERS if peers_python or not is_peer(name)]
+    names = [name for name in CONTENDERS if is_smaller(name) == (peers_python is not None)]
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names if number % 2 == 0 else names[::-1]:
-            seconds[name].append(seconds_of(name, pictures, disk, peers_python or ""))
-    print("| contender | s, median (least .. most) | images/s | MB/s read |\n|---|---|---|---|")
+            by_clock, by_cpu = seconds_of(name, pictures, disk, peers_python or "")
+            seconds[name].append(by_clock)
+            cpu[name].append(by_cpu)
+    print("| contender | s, median (least .. most) | CPU s | images/s | MB/s read |\n|---|---|---|---|---|")
     for name, found in seconds.items():
         median = statistics.median(found)
         span = f"{median:.2f} ({min(found):.2f} .. {max(found):.2f})"
-        print(f"| {name} | {span} | {len(paths) / median:.0f} | {megabytes / median:.0f} |")
-    print("\n| speed of / speed of | ratio, median (least .. most) |\n|---|---|")
+        used = f"{statistics.median(cpu[name]):.2f}"
+        print(f"| {name} | {span} | {used} | {len(paths) / median:.0f} | {megabytes / median:.0f} |")
+    print("\n| speed of / speed of | ratio, median (least .. most) | by CPU s |\n|---|---|---|")
     for fast, slow in RATIOS:
-        if slow in seconds:
+        if fast in seconds:
             found = [b / a for a, b in zip(seconds[fast], seconds[slow], strict=True)]
-            print(f"| {fast} / {slow} | {statistics.median(found):.2f} ({min(found):.2f} .. {max(found):.2f}) |")
+            span = f"{statistics.median(found):.2f} ({min(found):.2f} .. {max(found):.2f})"
+            by_cpu = statistics.median(b / a for a, b in zip(cpu[fast], cpu[slow], strict=True))
+            print(f"| {fast} / {slow} | {span} | {by_cpu:.2f} |")
 
 
 def scale(count: int, disk: Path) -> None:
     """A build of `count` samples that an adapter makes up, then the same command again."""
-    import resource
-
     from PIL import Image
 
     import shards.build
@@ -220,7 +238,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--disk", type=Path, help="where everything is written; default: a temporary folder")
-    parser.add_argument("--peers-python", help="an interpreter with litdata and mosaicml-streaming")
+    parser.add_argument("--peers-python", help="with litdata and mosaicml-streaming: compare --max-side")
     parser.add_argument("--scale", type=int)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
