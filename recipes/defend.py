@@ -142,7 +142,6 @@ def defend(config: Config, run: RunFolder) -> None:
         f"AUROC {auroc['value']:.3f} (95 % interval {auroc['low']:.3f} to {auroc['high']:.3f}); {plain}; "
         f"{clock(time.monotonic() - began)}; report: {run / 'report.html'}"
     )
-    accelerator.end_training()
 
 
 def dense_tuning(

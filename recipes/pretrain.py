@@ -166,7 +166,6 @@ def pretrain(config: Config, run: RunFolder) -> None:
         f"top-1 {top1:.3f}, top-5 {top5:.3f} on {count} held-out images; {clock(time.monotonic() - began)}; "
         f"the teacher is {run / 'teacher.safetensors'}"
     )
-    accelerator.end_training()
 
 
 @torch.no_grad()

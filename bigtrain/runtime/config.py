@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import gc
 import json
 import math
 import os
@@ -150,6 +151,10 @@ def user_errors(program: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{program}: interrupted; the same command continues.", file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED) from None
+    except SystemExit as stop:  # asked to, on all ranks
+        traceback.clear_frames(stop.__traceback__)
+        leave_group()
+        raise
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         if os.environ.get("BIGTRAIN_TRACEBACK"):
             traceback.print_exc()
@@ -157,3 +162,16 @@ def user_errors(program: str) -> Iterator[None]:
         if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
             print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(USER_ERROR) from None
+    leave_group()
+
+
+def leave_group() -> None:
+    """End the process group, where there is one, once no network is left that was trained in it.
+
+    A DistributedDataParallel that outlives its group is the last to hold it, and destroys it with Python's lock in
+    hand: should a thread of gloo still be letting go of a tensor, which takes that lock, both wait for ever (seen under
+    load). Destroyed here it does not hold the lock. Left to the exit, gloo's threads abort now and then.
+    """
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()

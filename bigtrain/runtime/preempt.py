@@ -46,5 +46,4 @@ class Stop:
         self.accelerator.wait_for_everyone()
         self.accelerator.print("stopped when asked, saved; the same command continues.")
         self.file.unlink(missing_ok=True)
-        self.accelerator.end_training()  # gloo's threads abort now and then where they live on to the exit
         raise SystemExit(STOPPED)

@@ -96,16 +96,16 @@ from bigtrain.runtime.preempt import Stop
 from bigtrain.runtime.start import start
 with user_errors("recipe.py"):
     accelerator = start("fp32")
-rank = accelerator.process_index
-stop = Stop(accelerator, Path("."))
-agreed = []
-for step in range(4):
-    accelerator.wait_for_everyone()
-    if step == 2 and rank == 1:
-        os.kill(os.getpid(), signal.SIGUSR1)  # one rank alone is asked
-    agreed.append(stop.agreed())
-Path(f"agreed{rank}").write_text(repr(agreed))
-stop.leave()
+    rank = accelerator.process_index
+    stop = Stop(accelerator, Path("."))
+    agreed = []
+    for step in range(4):
+        accelerator.wait_for_everyone()
+        if step == 2 and rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)  # one rank alone is asked
+        agreed.append(stop.agreed())
+    Path(f"agreed{rank}").write_text(repr(agreed))
+    stop.leave()
 """
 
 
