@@ -98,3 +98,12 @@ def test_index_from_the_command_line(animals, build_folder, tmp_path, capsys):
 def test_the_command_imports_neither_torch_nor_webdataset():
     code = "import sys, shards.cli; sys.exit(bool({'torch', 'webdataset'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly(animals, build_folder, tmp_path):
+    build_folder(animals, tmp_path / "set")
+    show = [sys.executable, "-m", "shards", "show", str(tmp_path / "set")]
+    with subprocess.Popen(show, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        done.stdout.close()
+        assert done.stderr.read() == ""
+    assert done.returncode == 0
