@@ -17,9 +17,8 @@ from typing import Any
 
 from bigtrain.data.schema import Box, Object, Sample
 from shards.adapters.about import About
-from shards.adapters.folder import extension, stem
-from shards.adapters.listed import compare
-from shards.adapters.lists import warn
+from shards.adapters.folder import extension, files_in, stem
+from shards.adapters.lists import compare, warn
 from shards.names import inside
 
 LAYOUT = "the folder of annotations/instances_<split>.json and of the pictures in <split>/ or images/<split>/"
@@ -49,7 +48,7 @@ def about(root: Path, split: str) -> About:
     pictures = folder_of_pictures(root, split)
     for name in names:
         inside(pictures, name)
-    compare(names, pictures, listing.name, is_whole=split not in PICTURES_OF)
+    compare(names, files_in(pictures), listing.name, pictures, is_whole=split not in PICTURES_OF)
     if found.unlabelled:
         warn(f"{listing.name} has no annotations: the pictures of {split} show no class.")
     if found.without_area:

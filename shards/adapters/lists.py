@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +75,32 @@ def agree(
         raise ValueError(
             f"{folder} has {len(unlisted)} {what} that {listing} does not name ({few(unlisted)}): get the list from "
             "its owners, or take these files away."
+        )
+
+
+def compare(listed: Collection[str], there: Iterable[str], listing: str, folder: Path, *, is_whole: bool) -> None:
+    """`agree` for data sets that are often used in part: say once what is listed and not there and, where the list
+    should be whole, what is there and not listed.
+
+    Listed pictures that are missing are left to the build, which names each of them and skips a few.
+    """
+    named, found = set(listed), set(there)
+    missing = sorted(named - found)
+    unlisted = sorted(found - named) if is_whole else []
+    if missing and len(missing) == len(named):
+        raise FileNotFoundError(
+            f"{listing} names {len(missing)} pictures ({few(missing)}), and {folder} holds none of them: "
+            "--root must be the folder of this list's own pictures."
+        )
+    if missing:
+        warn(
+            f"{len(missing)} of the {len(named)} pictures that {listing} names are missing from {folder} "
+            f"({few(missing)}): they are skipped if --max-skipped allows so many."
+        )
+    if unlisted:
+        warn(
+            f"{len(unlisted)} pictures in {folder} are not named in {listing} ({few(unlisted)}): "
+            "they have no labels and are left out."
         )
 
 

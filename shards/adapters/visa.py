@@ -16,8 +16,8 @@ from typing import Any
 from bigtrain.data.schema import Object, Sample
 from shards.adapters import mvtec
 from shards.adapters.about import About
-from shards.adapters.folder import extension, in_turn
-from shards.adapters.listed import compare
+from shards.adapters.folder import extension, files_in, in_turn
+from shards.adapters.lists import compare
 from shards.names import inside
 
 LAYOUT = "the folder of split_csv/1cls.csv and of candle/Data/Images/ ..., or one arranged as MVTec AD is"
@@ -43,7 +43,7 @@ def about(root: Path, split: str, category: str = "all", setup: str = "1cls") ->
     if listing is None:
         return mvtec.about(root, split, category, dataset="visa", licence=LICENCE)
     rows = rows_of(listing, split, category)
-    compare([row["image"] for row in rows], root, f"{listing.name} ({split})", is_whole=False)
+    compare([row["image"] for row in rows], files_in(root), f"{listing.name} ({split})", root, is_whole=False)
     masks = [(row["image"], inside(root, row["mask"])) for row in rows if row["mask"]]
     bare = [image for image, mask in masks if not mask.is_file()] + [
         row["image"] for row in rows if row["label"] == "anomaly" and not row["mask"]

@@ -12,8 +12,8 @@ from xml.parsers import expat
 
 from bigtrain.data.schema import Box, Object, Sample
 from shards.adapters.about import About
-from shards.adapters.listed import compare
-from shards.adapters.lists import warn
+from shards.adapters.folder import files_in
+from shards.adapters.lists import compare, warn
 from shards.names import inside
 
 LAYOUT = (
@@ -36,7 +36,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def about(root: Path, split: str, image_set: str = "Main") -> About:
     root = year_folder(root)
     found = read(root, split, image_set)
-    compare([sample.source.partition("/")[2] for sample in found], root / "JPEGImages", f"{split}.txt", is_whole=False)
+    pictures = root / "JPEGImages"
+    compare([s.source.partition("/")[2] for s in found], files_in(pictures), f"{split}.txt", pictures, is_whole=False)
     without = [s.key for s in found if not s.objects and not annotation_of(root, s.key).is_file()]
     if without:
         warn(f"{len(without)} of {len(found)} images, {without[0]} for one, have no annotation: they show no class.")
