@@ -9,6 +9,7 @@ Never pass a stream to `accelerator.prepare`: it would be read by one rank for a
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
@@ -99,7 +100,7 @@ class Stream:
             sampler=self._pieces(start, epochs),
             batch_size=None,
             num_workers=self.workers,
-            multiprocessing_context="forkserver" if self.workers else None,
+            multiprocessing_context=worker_context() if self.workers else None,
         )
         began = time.perf_counter()
         try:
@@ -212,6 +213,13 @@ class _Work(torch.utils.data.Dataset[_Done]):
             shard_N, offset_N, size_N = (place_N[lacking] for place_N in piece.places)
             payloads = self.reader.read(shard_N, offset_N, size_N)
             self._ahead |= zip(piece.read_N[lacking].tolist(), payloads, strict=True)
+
+
+def worker_context() -> multiprocessing.context.BaseContext:
+    """Workers are forked from a server that has imported what they need once, and holds neither threads nor a GPU."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    return context
 
 
 def joined(parts: list[Tensor]) -> Tensor:
