@@ -134,7 +134,7 @@ def prepare(sample: Sample, treatment: Treatment) -> tuple[Picture, list[tuple[s
     original = content(sample.image)
     picture = checked(original, sample.image_ext, treatment)
     original_size = (picture.width, picture.height)
-    if picture.encoded is not original:
+    if picture.encoded is not original and (sample.mask is not None or any(thing.box for thing in sample.objects)):
         original_size = read_size(original)
         across, down = picture.width / original_size[0], picture.height / original_size[1]
         sample = replace(sample, objects=[scaled(thing, across, down) for thing in sample.objects])
