@@ -23,6 +23,7 @@ from bigtrain.data.masks import visible_patches
 from bigtrain.data.plan import Plan
 from bigtrain.data.protocol import Protocol, seeded_choice, split
 from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.stream import prepare_workers
 from bigtrain.data.views import MultiCrop, Resized, to_float
 from bigtrain.detectors.distillation import DistillationDetector, Scoring
 from bigtrain.detectors.neighbours import pixel_features, token_features
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 def defend(config: Config, run: RunFolder) -> None:
     """The whole of the paper: tune, distil, judge. What an earlier start has finished is not done again."""
     began = time.monotonic()
+    prepare_workers(config.run.workers)
     train, test = ShardSet(config.train), ShardSet(config.test)
     classes = tuple(dict.fromkeys((*train.classes, *test.classes)))
     protocol = Protocol.of(classes, known=config.known, novel=config.novel)

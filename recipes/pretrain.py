@@ -23,7 +23,7 @@ from torch import Tensor
 from bigtrain.data.plan import PADDING, Plan, check_divides
 from bigtrain.data.protocol import in_validation
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.stream import Batch, Stream
+from bigtrain.data.stream import Batch, Stream, prepare_workers
 from bigtrain.data.views import RandomResizedCrop, Resized, to_float
 from bigtrain.models.heads import Classifier
 from bigtrain.models.vit import Architecture, ViT
@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def pretrain(config: Config, run: RunFolder) -> None:
+    prepare_workers(config.run.workers)
     train = ShardSet(config.train)
     fitted_N = np.arange(len(train))
     held_out, held_out_N = train, fitted_N

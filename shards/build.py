@@ -231,7 +231,8 @@ def part_name(number: int) -> str:
 
 
 def save_part(out: Place, part: Part) -> None:
-    with out.written(f"{PARTS_FOLDER}/{part_name(part.number)}") as file:
+    # one that a power cut empties costs its shard's work again
+    with out.written(f"{PARTS_FOLDER}/{part_name(part.number)}", synced=False) as file:
         shard = vars(part.shard) if part.shard else None
         file.write(json.dumps({**vars(part), "shard": shard}).encode())
 

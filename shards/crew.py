@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -34,7 +33,10 @@ def in_order(
             yield (piece.answer, False) if isinstance(piece, Done) else (do(piece), True)
         return
     waiting: deque[Done[Answer] | Future[Answer]] = deque()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker_start, (os.getpid(),))
+    # forked from a server that imports once what they need, and that has no threads
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", do.__module__])
+    pool = ProcessPoolExecutor(workers, context, worker_start, (dict(os.environ),))
     try:
         for piece in work:
             waiting.append(piece if isinstance(piece, Done) else pool.submit(do, piece))
@@ -56,13 +58,15 @@ def first_of(waiting: deque[Done[Answer] | Future[Answer]]) -> tuple[Answer, boo
     return (first.answer, False) if isinstance(first, Done) else (first.result(), True)
 
 
-def worker_start(parent: int) -> None:
+def worker_start(environment: dict[str, str]) -> None:
     """A worker leaves Ctrl-C to its parent, and ends when that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(environment)  # credentials, say, that are newer than the server
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -15,19 +15,31 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Open <path>.<pid>.tmp to write and to read back; it is synced and renamed to `path`, or on an error removed."""
+def written_whole(path: Path, synced: bool = True) -> Iterator[IO[bytes]]:
+    """Open <path>.<pid>.tmp to write and to read back; it is synced and renamed to `path`, or on an error removed.
+
+    What is not synced is whole whenever a process is killed, but may be empty after a power cut.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with temporary.open("w+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if synced:
+        sync_folder(path.parent)
+
+
+def start_writing(file: IO[bytes]) -> None:
+    """Have the system begin to write what it holds of a file, so that the sync at the end finds little to do."""
+    if hasattr(os, "posix_fadvise"):
+        file.flush()
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folder(folder: Path) -> None:

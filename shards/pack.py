@@ -11,10 +11,12 @@ from typing import IO, Any
 
 from bigtrain.data.schema import IMAGE_EXTENSIONS, MASK_SUFFIX, Sample, Shard
 from shards.duplicates import content_digest
+from shards.durable import start_writing
 from shards.pictures import Picture, Treatment, UnreadableError, checked, checked_mask, read_size, scaled
 from shards.place import Place
 
 RECORD = 10240  # a tar ends on a multiple of this
+AHEAD_BYTES = 16 << 20  # written by the program before the disk is asked to begin
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class TarWriter:
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.bytes = 0
+        self._given_bytes = 0  # to the disk
         self.sha256 = hashlib.sha256()
 
     def _write(self, data: bytes) -> None:
@@ -64,6 +67,9 @@ class TarWriter:
         offset = self.bytes
         self._write(data)
         self._write(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
+        if self.bytes - self._given_bytes >= AHEAD_BYTES:
+            start_writing(self.file)
+            self._given_bytes = self.bytes
         return offset
 
     def close(self) -> None:

@@ -132,10 +132,10 @@ class Place:
             yield Pieces(self, name)
 
     @contextlib.contextmanager
-    def written(self, name: str) -> Iterator[IO[bytes]]:
+    def written(self, name: str, synced: bool = True) -> Iterator[IO[bytes]]:
         """A file to write; it appears when the block is left without an error."""
         if self.folder is not None:
-            with written_whole(self.folder / name) as file:
+            with written_whole(self.folder / name, synced) as file:
                 yield file
             return
         with tempfile.TemporaryFile(prefix="bigtrain-") as file:

