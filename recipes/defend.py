@@ -97,7 +97,7 @@ def defend(config: Config, run: RunFolder) -> None:
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {precision}, attention "
         f"{resolve_backend(config.attention, accelerator.device, torch_dtype(precision))}"
     )
-    fitted = Plan(parts.fitted_N, train.shard_N[parts.fitted_N], config.distil_batch, config.seed)
+    fitted = train.plan(parts.fitted_N, config.distil_batch, config.seed)
     teacher = given
     if config.tune:
         prototypes = config.prototypes or 2 * train.count_classes(parts.fitted_N)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from bigtrain.data.plan import PADDING, Plan, check_divides
+from bigtrain.data.plan import PADDING, check_divides
 from bigtrain.data.protocol import in_validation
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Batch, Stream, prepare_workers
@@ -131,7 +131,7 @@ def pretrain(config: Config, run: RunFolder) -> None:
         f"{accelerator.device.type}, precision {precision}"
     )
     began = time.monotonic()
-    plan = Plan(fitted_N, train.shard_N[fitted_N], config.batch, config.seed)
+    plan = train.plan(fitted_N, config.batch, config.seed)
     stage = Stage(
         "pretrain",
         setup,

@@ -39,7 +39,7 @@ class Setup:
     def begin(cls, run: RunFolder, precision: Literal["fp32", "bf16", "fp16"], settings: RunSettings) -> Setup:
         """Form the process group and create the run folder."""
         accelerator = start(precision)
-        show_warnings()
+        show_warnings(accelerator.process_index)
         if accelerator.is_main_process:
             run.create(precision=precision, jpeg_decoder=jpeg_decoder())
         accelerator.wait_for_everyone()
@@ -52,7 +52,7 @@ class Setup:
 
     def in_order(self, shard_set: ShardSet, sample_N: NDArray[np.int64], transform: Transform, batch: int) -> Stream:
         """This process's share of some samples in the order of the index, `batch` of them at once."""
-        plan = Plan(sample_N, shard_set.shard_N[sample_N], batch * self.accelerator.num_processes, shuffle=False)
+        plan = shard_set.plan(sample_N, batch * self.accelerator.num_processes, shuffle=False)
         return self.stream(shard_set, plan, transform)
 
 
@@ -125,7 +125,9 @@ class Stage:
         skipped = self.stream.budget.by_kind
         self.log.step(wait_s=batch.wait_s, read_bytes=batch.read_bytes, skipped=skipped, **figures)
         following = asdict(self.stream.plan.after(batch.position))
-        if self.setup.stop.agreed():
+        asked, bad = self.setup.stop.agreed_and_sum(len(batch.bad))
+        self.stream.budget.agree(batch.position.epoch, bad)
+        if asked:
             self.checkpoints.save(self.step, following)
             self.log.close()
             self.setup.stop.leave()

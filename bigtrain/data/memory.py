@@ -9,8 +9,8 @@ LARGEST_BLOCK_BYTES = 32 << 20  # the most that glibc accepts
 KEPT_BYTES = 256 << 20
 
 
-def keep_freed_memory(_worker: int = 0) -> None:
-    """Keep up to KEPT_BYTES of freed memory for the next pictures; a DataLoader may call this in each worker.
+def keep_freed_memory() -> None:
+    """Keep up to KEPT_BYTES of freed memory for the next pictures.
 
     By default glibc gives a large block back to the system when it is freed, and the next picture pays for each of its
     pages again: without that, reading pictures of 166 kB is three times as fast. Other C libraries are left alone.

@@ -7,14 +7,15 @@ batch.
 A set of a few shards is shuffled whole. In a larger one that would make each picture a read of its own, far from the
 last. There the unit is the run, some consecutive samples of one shard: runs are shuffled over the whole set and dealt
 to G lanes, and batch b is sample b of every lane. So a batch holds G runs' samples, mixed as widely as the set is, and
-whoever serves a lane reads each run at once. Lanes belong to places in the global batch, not to ranks.
+whoever serves a lane reads each run at once. Lanes belong to places in the global batch, not to ranks. Successive
+batches share runs, which does no harm where neighbours in a shard are unlike; `ShardSet.plan` looks at that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count, pairwise
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 PADDING = -1
 SHUFFLED_WHOLE = 16  # shards at most
+MAX_RUN = 32  # samples
 
 
 @dataclass(frozen=True, order=True)
@@ -50,7 +52,8 @@ class Plan:
     global_batch: int
     seed: int = 0
     shuffle: bool = True
-    run_length: int = 32
+    run_length: int = MAX_RUN
+    _orders: dict[int, NDArray[np.int32]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.sample_N) == 0:
@@ -69,7 +72,7 @@ class Plan:
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Every sample exactly once, in the order of this epoch: shape (N,)."""
-        return self.sample_N[_places(self, epoch)] if self.shuffle else self.sample_N
+        return self.sample_N[self._places(epoch)] if self.shuffle else self.sample_N
 
     def batch(self, position: Position) -> NDArray[np.int64]:
         """The G samples of one step over all ranks; the short last batch of an epoch is filled with PADDING."""
@@ -78,18 +81,22 @@ class Plan:
         batch_G[: len(part)] = self.sample_N[part]
         return batch_G
 
-    def rest_of_runs(self, position: Position, lanes: slice, *, begun: bool) -> NDArray[np.int64]:
+    def rest_of_runs(self, position: Position, lanes: slice, since: int) -> NDArray[np.int64]:
         """The samples that will follow in these lanes, as far as one read serves them: those of the runs that start at
-        this position, or, unless reading has begun before it, of all.
+        this position, and of the runs under way in some of the lanes when reading began.
+
+        Args:
+            since: batches read of this epoch since reading began; all runs under way at once would delay the first
+                batch, so each lane has its turn.
         """
         if not self.in_runs:
             return np.empty(0, np.int64)
         batches = range(position.batch, min(position.batch + self.run_length, self.batches_per_epoch))
         columns = [self._of_lanes(Position(position.epoch, b))[lanes] for b in batches]
-        going = np.ones(len(columns[0]), bool)
-        if begun and position.batch:
+        going = np.arange(len(columns[0])) % self.run_length == since
+        if since:
             before = self._of_lanes(Position(position.epoch, position.batch - 1))[lanes][: len(going)]
-            going = ~self._follows(before, columns[0])
+            going |= ~self._follows(before, columns[0])
         rest = [np.empty(0, np.int32)]
         for now, then in pairwise(columns):
             going = going[: len(then)] & self._follows(now[: len(then)], then)
@@ -104,7 +111,14 @@ class Plan:
         start = position.batch * self.global_batch
         if not self.shuffle:
             return np.arange(start, min(start + self.global_batch, len(self.sample_N)), dtype=np.int32)
-        return _places(self, position.epoch)[start : start + self.global_batch]
+        return self._places(position.epoch)[start : start + self.global_batch]
+
+    def _places(self, epoch: int) -> NDArray[np.int32]:
+        if epoch not in self._orders:
+            while len(self._orders) > 1:  # where one epoch ends, the next is read ahead
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = shuffled_places(self, epoch)
+        return self._orders[epoch]
 
     def slice(self, position: Position, rank: int, world_size: int) -> NDArray[np.int64]:
         """Rank r's share of a step: samples [r G/W, (r+1) G/W) of the global batch."""
@@ -133,8 +147,7 @@ class Plan:
         return position.epoch * self.batches_per_epoch + position.batch
 
 
-@lru_cache(maxsize=4)  # a few streams read at once; batches of one epoch come in a row
-def _places(plan: Plan, epoch: int) -> NDArray[np.int32]:
+def shuffled_places(plan: Plan, epoch: int) -> NDArray[np.int32]:
     """The order of an epoch as places in sample_N."""
     rng = np.random.Generator(np.random.Philox(key=[plan.seed, epoch]))
     place_N = np.arange(len(plan.sample_N), dtype=np.int32)

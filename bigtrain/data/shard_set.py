@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +12,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from bigtrain.data.fetch import PATIENCE, Patience
+from bigtrain.data.plan import MAX_RUN, Plan
 from bigtrain.data.reader import Reader
 from bigtrain.data.schema import read_index, read_manifest, shards_url
 
+log = logging.getLogger(__name__)
+RUN_BYTES = 1 << 20  # of pictures, read at once: enough for a disk or a server to be worth the request
 COLUMNS = ("key", "shard", "image_offset", "image_size", "classes")
 Places = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]  # shard, offset and size of each sample
 
@@ -99,6 +104,34 @@ class ShardSet:
             )
         return names[0]
 
+    def plan(self, sample_N: NDArray[np.int64], global_batch: int, seed: int = 0, shuffle: bool = True) -> Plan:
+        """The plan of an epoch over some of the samples, ascending, with runs as long as this set bears.
+
+        A run is about RUN_BYTES. Where neighbours show the same class more often than by chance, so would successive
+        batches, and each run is one sample.
+        """
+        shard_N, size_N = self.shard_N[sample_N], self._size_N[sample_N]
+        run_length = int(np.clip(RUN_BYTES // max(size_N.mean(), 1), 1, MAX_RUN)) if len(sample_N) else MAX_RUN
+        plan = Plan(sample_N, shard_N, global_batch, seed, shuffle, run_length)
+        if run_length == 1 or not plan.in_runs or not self._is_sorted(sample_N):
+            return plan
+        log.warning(
+            "%s: its shards are sorted by class, so pictures are read one by one; a set built with --shuffle-seed is "
+            "read in larger pieces.",
+            self.url,
+            extra={"of_all_ranks": True},
+        )
+        return replace(plan, run_length=1)
+
+    def _is_sorted(self, sample_N: NDArray[np.int64]) -> bool:
+        """Whether neighbours in a shard show the same (first) class far more often than any two samples."""
+        class_N = np.append(self._class_of_object, -1)[self._class_start_N[sample_N]]
+        class_N[np.diff(self._class_start_N)[sample_N] == 0] = -1
+        together = np.diff(self.shard_N[sample_N]) == 0
+        share_C = np.bincount(class_N + 1) / len(class_N)
+        by_chance = float(np.square(share_C).sum())
+        return bool(np.mean(np.diff(class_N)[together] == 0) > by_chance + 0.2 * (1 - by_chance))
+
     def places(self, sample_N: NDArray[np.int64]) -> Places:
         """Where the pictures of some samples lie: their shards, and offsets and sizes in bytes."""
         return self.shard_N[sample_N], self._offset_N[sample_N], self._size_N[sample_N]
@@ -113,9 +146,13 @@ class ShardSet:
         try:
             return self._reader.read(*self.places(np.asarray(samples, np.int64)))
         except OSError as error:
-            keys = [self.key(s) for s in samples if f"/{self.manifest.shards[self.shard_N[s]].file}" in str(error)]
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise type(error)(f"{error} It was to give {', '.join(keys[:3])}{more}.") from error
+            raise self.naming_keys(error, samples) from error
+
+    def naming_keys(self, error: OSError, samples: Sequence[int] | NDArray[np.int64]) -> OSError:
+        """The same error about a shard, with the keys that it was to give."""
+        keys = [self.key(s) for s in samples if f"/{self.manifest.shards[self.shard_N[s]].file}" in str(error)]
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        return type(error)(f"{error} It was to give {', '.join(keys[:3])}{more}." if keys else str(error))
 
     def _check_sizes(self) -> None:
         """Compare the shards' sizes with the manifest's, where the file system lists them (HTTP does not)."""

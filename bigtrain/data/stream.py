@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 import numpy as np
 import torch
@@ -32,6 +35,7 @@ from bigtrain.data.views import Transform, Views
 
 log = logging.getLogger(__name__)
 START = Position()
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Stream:
         self.workers = min(workers, share)
         edges = rank * share + np.linspace(0, share, max(self.workers, 1) + 1).astype(int)
         self._lanes = [slice(int(low), int(high)) for low, high in pairwise(edges)]
-        self.budget = ErrorBudget(shard_set, len(plan.sample_N) // world_size)
+        self.budget, self._is_alone = ErrorBudget(shard_set, len(plan.sample_N)), world_size == 1
 
     def batches(self, start: Position = START, epochs: int | None = 1) -> Generator[Batch]:
         """This rank's batches from `start` to the end of epoch `epochs - 1`, or without end; the same from any start.
@@ -104,21 +108,16 @@ class Stream:
             batch_size=None,
             num_workers=self.workers,
             multiprocessing_context=worker_context() if self.workers else None,
-            worker_init_fn=keep_freed_memory,
+            worker_init_fn=start_worker,
         )
         began = time.perf_counter()
-        try:
-            for batch in wds.DataPipeline(loader, self._joined):
-                batch = replace(batch, wait_s=time.perf_counter() - began)
-                self.budget.count(batch)
-                yield batch
-                began = time.perf_counter()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error) or "exited unexpectedly" not in str(error):
-                raise
-            raise OSError(
-                f"a process that reads {self.shard_set.url} was killed (out of memory?): use fewer --workers."
-            ) from error
+        for batch in wds.DataPipeline(loader, self._received, self._joined):
+            batch = replace(batch, wait_s=time.perf_counter() - began)
+            self.budget.count(batch)
+            if self._is_alone:
+                self.budget.agree(batch.position.epoch, len(batch.bad))
+            yield batch
+            began = time.perf_counter()
 
     def _pieces(self, start: Position, epochs: int | None) -> Iterator[_Piece]:
         """What each worker is to do, one piece after the other; a loader gives them to its workers in turn."""
@@ -126,16 +125,36 @@ class Stream:
             sample_G = self.plan.batch(position)
             for lanes in self._lanes:
                 sample_B = sample_G[lanes]
-                rest = self.plan.rest_of_runs(position, lanes, begun=position != start)
+                since = position.batch - (start.batch if position.epoch == start.epoch else 0)
+                rest = self.plan.rest_of_runs(position, lanes, since)
                 read_N = np.concatenate([sample_B[sample_B != PADDING], rest])
                 seed_B = sample_seeds(self.plan.seed, position.epoch, sample_B)
                 yield _Piece(position, sample_B, seed_B, read_N, self.shard_set.places(read_N))
+
+    def _received(self, loader: Iterable[_Done]) -> Iterator[_Done]:
+        """What the workers did; one that was killed stops the run with a sentence."""
+        received = 0
+        try:
+            for part in loader:
+                received += 1
+                yield part
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            lost = isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)
+            if self.workers == 0 or lost or "Original Traceback" in str(error):
+                raise
+            if "shared memory" in str(error):
+                why = "there is too little shared memory: make /dev/shm larger (docker run --shm-size)"
+            else:
+                why = "was it killed, or out of memory? Use fewer --workers"
+                if received == 0:
+                    why += '. Or did it never start? A script streams inside of `if __name__ == "__main__":`'
+            raise OSError(f"a process that reads {self.shard_set.url} has ended; {why}.") from error
 
     def _joined(self, done: Iterable[_Done]) -> Iterator[Batch]:
         for parts in zip(*[iter(done)] * len(self._lanes), strict=True):
             for part in parts:
                 if part.failure is not None:
-                    raise OSError(part.failure)
+                    raise self.shard_set.naming_keys(part.failure, part.sample_B[part.sample_B != PADDING])
             position = parts[0].position
             yield Batch(
                 position=position,
@@ -169,7 +188,7 @@ class _Done:
     views: dict[str, Tensor]
     bad: dict[int, str]
     read_bytes: int
-    failure: str | None = None  # a shard that cannot be read: said here, without the worker's traceback
+    failure: OSError | None = None  # a shard that cannot be read: said here, without the worker's traceback
 
 
 class _Work(torch.utils.data.Dataset[_Done]):
@@ -189,7 +208,7 @@ class _Work(torch.utils.data.Dataset[_Done]):
         try:
             self._read(piece)
         except OSError as error:
-            failure = str(error)
+            failure = type(error)(str(error))
         for place, (sample, seed) in enumerate(zip(piece.sample_B.tolist(), piece.seed_B.tolist(), strict=True)):
             views = blank
             if sample != PADDING and failure is None:
@@ -220,9 +239,20 @@ class _Work(torch.utils.data.Dataset[_Done]):
 
 
 def worker_context() -> multiprocessing.context.BaseContext:
-    """Workers are forked from a server that has imported what they need once, and holds neither threads nor a GPU."""
+    """Workers are forked from a server that has imported this module once, and holds neither threads nor a GPU.
+
+    A signal that asks the run to stop may reach every process of a terminal or a job. The run needs its workers until
+    it has saved, so they, their server and what cleans up behind them are started with these signals blocked.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
+    context.set_forkserver_preload([__name__])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # it unblocks some of them when it starts, so it comes first
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -230,7 +260,26 @@ def prepare_workers(workers: int) -> None:
     """Start their server before anything slow is done here, so that it imports torch meanwhile."""
     if workers:
         worker_context()
-        forkserver.ensure_running()
+
+
+def start_worker(worker: int) -> None:
+    """Called in each worker: it ends when the process that it reads for says so, or has ended."""
+    keep_freed_memory()
+    trainer = multiprocessing.parent_process()
+    if trainer is None:
+        return
+
+    def end_when_told() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (trainer.pid, 0):
+            pass
+        os._exit(0)
+
+    def end_after_it() -> None:
+        trainer.join()
+        os._exit(1)
+
+    for watch in (end_when_told, end_after_it):
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -246,29 +295,40 @@ def joined(parts: list[Tensor]) -> Tensor:
 class ErrorBudget:
     """Names each picture that cannot be decoded, once, and stops the run when there are too many.
 
-    Too many: `in_a_row` one after the other, or more than `share` of the samples that this rank reads in an epoch
-    (one is always allowed).
+    Too many: `in_a_row` one after the other on a rank, or in an epoch over all ranks more than `share` of the samples
+    (one is always allowed). Where there are several ranks, the caller adds them up (`agree`), the same on each of them.
     """
 
     def __init__(self, shard_set: ShardSet, samples: int, *, in_a_row: int = 100, share: float = 0.01) -> None:
-        self.shard_set, self.in_a_row, self.limit = shard_set, in_a_row, max(1, int(share * samples))
-        self.skipped: dict[str, str] = {}  # key -> reason
+        self.shard_set, self.in_a_row, self.samples = shard_set, in_a_row, samples
+        self.limit = max(1, int(share * samples))
+        self.skipped: dict[str, str] = {}  # key -> reason; those of this rank
         self.by_kind: Counter[str] = Counter()  # of pictures.KINDS
         self._row = 0
+        self._epoch, self._in_epoch = 0, 0
 
     def count(self, batch: Batch) -> None:
-        for sample in batch.sample_B.tolist():
-            if sample == PADDING:
-                continue
+        """Name this rank's bad pictures, and stop when too many come in a row."""
+        for sample in batch.sample_B[batch.sample_B != PADDING].tolist():
             self._row = self._row + 1 if sample in batch.bad else 0
             if sample in batch.bad and (key := self.shard_set.key(sample)) not in self.skipped:
                 self.skipped[key] = batch.bad[sample]
                 self.by_kind[batch.bad[sample].partition(":")[0]] += 1
                 log.warning("skipped %s of %s: %s", key, self.shard_set.url, batch.bad[sample])
-            if self._row >= self.in_a_row or len(self.skipped) > self.limit:
-                listing = "".join(f"\n  {key}: {reason}" for key, reason in self.skipped.items())
-                raise ValueError(
-                    f"{self.shard_set.url}: {len(self.skipped)} pictures cannot be decoded, {self._row} of them in a "
-                    f"row; at most {self.limit}, and {self.in_a_row - 1} in a row, are skipped. Repair or remove them:"
-                    f"{listing}"
-                )
+            if self._row >= self.in_a_row:
+                raise self._stop(f"{self._row} pictures in a row")
+
+    def agree(self, epoch: int, bad: int) -> None:
+        """Count the bad pictures that all ranks found in a step, and stop when the epoch has too many."""
+        if epoch != self._epoch:
+            self._epoch, self._in_epoch = epoch, 0
+        self._in_epoch += bad
+        if self._in_epoch > self.limit:
+            raise self._stop(f"{self._in_epoch} of {self.samples} pictures")
+
+    def _stop(self, what: str) -> ValueError:
+        listing = "".join(f"\n  {key}: {reason}" for key, reason in self.skipped.items())
+        return ValueError(
+            f"{self.shard_set.url}: {what} cannot be decoded; at most {self.limit} in an epoch, and "
+            f"{self.in_a_row - 1} in a row, are skipped. Repair or remove them; this process met:{listing or ' none'}"
+        )

@@ -149,6 +149,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-def show_warnings() -> None:
-    """Let the library's warnings (a skipped picture, a fallback) reach the terminal as plain lines."""
+def show_warnings(rank: int) -> None:
+    """Let the library's warnings (a skipped picture, a fallback) reach the terminal as plain lines.
+
+    What all ranks would say alike (`extra={"of_all_ranks": True}`) is said by the first.
+    """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda record: rank == 0 or not getattr(record, "of_all_ranks", False))

@@ -30,11 +30,16 @@ class Stop:
         self.asked = True
 
     def agreed(self) -> bool:
+        return self.agreed_and_sum(0)[0]
+
+    def agreed_and_sum(self, count: int) -> tuple[bool, int]:
+        """Whether any rank was asked to stop and, as the ranks talk for it anyway, the sum of their counts."""
         asked = self.asked or self.file.exists()
         if self.accelerator.num_processes == 1:
-            return asked
-        flag = torch.tensor([int(asked)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+            return asked, count
+        both = torch.tensor([int(asked), count], device=self.accelerator.device)
+        asked_sum, count_sum = self.accelerator.reduce(both, reduction="sum").tolist()
+        return asked_sum > 0, count_sum
 
     def release(self) -> None:
         """Let signals end the process at once again: behind the training stages there is nothing to save."""

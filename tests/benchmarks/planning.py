@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bigtrain.data.schema import INDEX_FILE, INDEX_SCHEMA, MANIFEST_FILE, Manifest, Shard  # noqa: E402
+from shards.index_file import ROWS_PER_GROUP  # noqa: E402
 
 PER_SHARD, CLASSES, GLOBAL_BATCH, RANKS = 1000, 1000, 4096, 64
 MEASURES = ("open", "plan", "resume, no workers", "resume, 2 workers")
@@ -46,6 +47,7 @@ def make(folder: Path, shards: int) -> None:
             tar.addfile(info, io.BytesIO(file.getvalue()))
     with tarfile.open(first) as tar:
         places = [(member.offset_data, member.size) for member in tar]
+    waiting: list[pa.Table] = []
     with pq.ParquetWriter(folder / INDEX_FILE, INDEX_SCHEMA) as writer:
         for shard in range(shards):
             if shard:
@@ -60,7 +62,10 @@ def make(folder: Path, shards: int) -> None:
                 "height": [64] * PER_SHARD,
                 "classes": [[f"n{n % CLASSES:08d}"] for n in range(PER_SHARD)],
             }
-            writer.write_table(pa.table(columns, schema=INDEX_SCHEMA))
+            waiting.append(pa.table(columns, schema=INDEX_SCHEMA))
+            if len(waiting) * PER_SHARD >= ROWS_PER_GROUP or shard == shards - 1:
+                writer.write_table(pa.concat_tables(waiting), row_group_size=len(waiting) * PER_SHARD)
+                waiting = []
     size = first.stat().st_size
     lines = tuple(Shard(f"{n:06d}.tar", PER_SHARD, size, "0" * 64) for n in range(shards))
     names = tuple(f"n{n:08d}" for n in range(CLASSES))

@@ -130,7 +130,7 @@ def test_what_is_read_ahead_is_what_follows_in_the_same_lanes(given_plan, epoch,
     for b in range(first, plan.batches_per_epoch):
         position = Position(epoch, b)
         needed = set(plan.batch(position)[lanes]) - {PADDING}
-        ahead = plan.rest_of_runs(position, lanes, begun=b > first)
+        ahead = plan.rest_of_runs(position, lanes, since=b - first)
         later = {s for c in range(b + 1, plan.batches_per_epoch) for s in plan.batch(Position(epoch, c))[lanes]}
         assert len(set(ahead)) == len(ahead) and set(ahead) <= later
         again = set(ahead) & read  # chance neighbours of runs: the reader knows what it has
@@ -144,7 +144,7 @@ def test_reading_ahead_serves_nearly_all_samples():
     requests, have = 0, set()
     for b in range(plan.batches_per_epoch):
         position = Position(0, b)
-        ahead = plan.rest_of_runs(position, slice(0, 8), begun=b > 0)
+        ahead = plan.rest_of_runs(position, slice(0, 8), since=b)
         requests += sum(s not in have for s in plan.batch(position).tolist())
         have |= set(plan.batch(position).tolist()) | set(ahead.tolist())
     assert requests < 1.25 * 20_000 / 10
@@ -217,3 +217,18 @@ def test_a_sample_has_the_same_seed_in_any_batch_and_another_for_another_sample_
     assert np.array_equal(sample_seeds(3, 1, sample_N[::-7]), seeds[::-7])
     others = np.concatenate([seeds, sample_seeds(3, 2, sample_N), sample_seeds(4, 1, sample_N)])
     assert len(np.unique(others)) == len(others)
+
+
+def test_runs_under_way_are_taken_up_a_few_at_a_time():
+    sample_N = np.arange(64_000)
+    plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 640, run_length=32)
+    start = Position(0, 50)
+    have = set(plan.rest_of_runs(start, slice(0, 640), since=0).tolist())
+    assert 0 < len(have) < 640  # with all 640 lanes it would be some 9 000
+    singles = []
+    for since in range(50):
+        position = Position(0, start.batch + since)
+        needed = set(plan.batch(position).tolist())
+        singles.append(len(needed - have))
+        have |= needed | set(plan.rest_of_runs(position, slice(0, 640), since=since).tolist())
+    assert singles[0] > 500 and all(count < 60 for count in singles[40:])  # about 640 / 32 runs begin at each

@@ -1,0 +1,135 @@
+"""The processes that read for a run: they bear with its signals, end with it, and are missed when they are killed."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bigtrain.data.stream import Stream
+from bigtrain.data.views import Resized
+
+
+@pytest.fixture
+def pictures(write_set, noise):
+    return write_set([(["a"], noise(i)) for i in range(20)])
+
+
+def stream(pictures, transform, workers):
+    return Stream(pictures, pictures.plan(np.arange(len(pictures)), 6), transform, workers=workers)
+
+
+class Deadly(Resized):
+    """Ends the worker that uses it, as the kernel does when memory runs out."""
+
+    def __call__(self, picture, rng):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_stops_the_run_with_a_sentence(pictures):
+    with pytest.raises(OSError, match=r"a process that reads .* was it killed.* Or did it never start"):
+        list(stream(pictures, Deadly(8), workers=1).batches())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
+def test_so_does_one_that_is_killed_with_batches_waiting(pictures, number):
+    batches = stream(pictures, Resized(8), workers=2).batches(epochs=None)
+    next(batches)
+    (first, *_) = multiprocessing.active_children()
+    time.sleep(0.5)  # the queue fills
+    os.kill(first.pid, number)
+    with pytest.raises(OSError, match="was it killed, or out of memory"):
+        for _ in range(1000):
+            next(batches)
+
+
+def test_signals_that_ask_the_run_to_stop_do_not_end_its_workers(pictures, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        """
+import os, signal, sys, time
+import numpy as np
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.stream import Stream
+from bigtrain.data.views import Resized
+
+if __name__ == "__main__":
+    asked = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    pictures = ShardSet(sys.argv[1])
+    batches = Stream(pictures, pictures.plan(np.arange(len(pictures)), 6), Resized(8), workers=2).batches(epochs=None)
+    print(len(next(batches).sample_B), flush=True)
+    while len(asked) < 4:
+        next(batches)
+    for _ in range(200):
+        next(batches)
+    batches.close()
+"""
+    )
+    command = [sys.executable, script, pictures.url]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout.readline() == b"6\n"
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            os.killpg(run.pid, number)
+        _, said = run.communicate(timeout=120)
+    assert run.returncode == 0, said.decode()
+
+
+class Stuck(Resized):
+    """Waits for ever, as a read of a dead network disk does."""
+
+    def __call__(self, picture, rng):
+        time.sleep(1000)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stuck_worker_ends_with_its_run(pictures, tmp_path, number):
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import numpy as np
+from test_workers import Stuck
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.stream import Stream
+
+if __name__ == "__main__":
+    pictures = ShardSet(sys.argv[1])
+    stream = Stream(pictures, pictures.plan(np.arange(len(pictures)), 6), Stuck(8), workers=2)
+    print("begins", flush=True)
+    next(stream.batches())
+"""
+    )
+    run = subprocess.Popen(
+        [sys.executable, script, pictures.url], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert run.stdout.readline() == b"begins\n"
+    deadline = time.monotonic() + 60
+    while len(session(run.pid)) < 5 and time.monotonic() < deadline:  # run, tracker, server, two workers
+        time.sleep(0.1)
+    time.sleep(2)
+    run.send_signal(number)
+    while left := session(run.pid):
+        run.poll()
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def session(leader):
+    """Processes of a session that are no zombies: /proc/<pid>/stat is pid (name) state parent group session ..."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its_session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == leader and state not in "ZX":
+                found.append(path.parent.name)
+    return found
