@@ -26,7 +26,7 @@ MAX_OPEN_FILES = 64  # far below the usual limit
 MAX_REQUESTS = 16  # at once, of one process
 MAX_WAIT_S = 30.0
 SLOWEST_BYTES_PER_S = 250_000  # what is slower counts as silent
-MAX_PIECE_BYTES = 32 << 20  # of a file that is read whole
+FIRST_PIECE_BYTES, MAX_PIECE_BYTES = 256 << 10, 32 << 20  # of a file that is read whole
 MAY_PASS = (408, 425, 429)  # of HTTP's 4xx: too slow, too early, too many
 # what no second try changes; TimeoutError is an OSError as well, and is not among them
 PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError, TypeError)
@@ -73,7 +73,11 @@ class LocalFiles:
         return answers
 
     def size(self, path: str) -> int | None:
-        return Path(path).stat().st_size
+        """None where it cannot be had: reading will say why."""
+        try:
+            return Path(path).stat().st_size
+        except OSError:
+            return None
 
     def sizes(self, folder: str) -> dict[str, int] | None:
         if not Path(folder).is_dir():
@@ -111,8 +115,9 @@ class RemoteFiles:
         self._limit = {"timeout": answer_s} if isinstance(fs, AsyncFileSystem) else {}  # fsspec's, of any call
 
     def get(self, ranges: Sequence[Range]) -> list[bytes | BaseException]:
-        # they share one line, so that each may take as long as all of them
-        limit_s = self._answer_s + sum(end - start for _, start, end in ranges) / SLOWEST_BYTES_PER_S
+        # those at work together share one line, so that each may take as long as all of them
+        largest = sorted((end - start for _, start, end in ranges), reverse=True)[:MAX_REQUESTS]
+        limit_s = self._answer_s + sum(largest) / SLOWEST_BYTES_PER_S
         if isinstance(self._fs, AsyncFileSystem):
             return sync(self._fs.loop, self._get_together, ranges, limit_s)
         return [self._get_one(r) for r in ranges]
@@ -137,10 +142,11 @@ class RemoteFiles:
             return error
 
     def size(self, path: str) -> int | None:
-        """None where the server does not say."""
+        """None where the server does not say, or not now: reading will say why."""
         try:
+            self._fs.invalidate_cache(posixpath.dirname(path))
             return self._fs.info(path, **self._limit)["size"]
-        except Exception:  # the question only serves to explain an error
+        except Exception:  # each file system has errors of its own
             return None
 
     def sizes(self, folder: str) -> dict[str, int] | None:
@@ -217,13 +223,16 @@ def fetch(files: Files, ranges: Sequence[Range], patience: Patience, *, whole: b
 
 def fetch_file(files: Files, path: str, patience: Patience) -> bytes:
     """A whole file, in growing pieces: a cut connection costs one of them, and a small file has a short time limit."""
+    size = files.size(path)  # without it, an answer that was cut short would look like the file's end
     pieces: list[bytes] = []
-    start, size = 0, 1 << 18
-    while len(pieces) == 0 or len(pieces[-1]) == size:
-        size = min(size * 2, MAX_PIECE_BYTES) if pieces else size
-        pieces += fetch(files, [Range(path, start, start + size)], patience, whole=False)
-        start += len(pieces[-1])
-    return b"".join(pieces)  # a server that ignores ranges has answered the first request with everything
+    start, step = 0, FIRST_PIECE_BYTES
+    while size is None or start < size:
+        end = start + step if size is None else min(start + step, size)
+        pieces += fetch(files, [Range(path, start, end)], patience, whole=size is not None)
+        if len(pieces[-1]) != end - start:
+            break  # the end; or a server that ignores ranges, which has answered the first request with everything
+        start, step = end, min(step * 2, MAX_PIECE_BYTES)
+    return b"".join(pieces)
 
 
 def _is_permanent(error: BaseException) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 Box = tuple[int, int, int, int]  # top, left, bottom, right in pixels of the upright picture, half-open
 Pixels = NDArray[np.uint8]
 
-SPARE = 2  # times a view's side: no picture is decoded smaller than that (at 1/2, 1/4, 1/8 of its size)
+SPARE = 3  # times a view's side: no picture is decoded smaller than that (at 1/2, 1/4, 1/8 of its size)
 ORIENTATION = 0x0112  # the EXIF tag
 KINDS = ("not a picture", "damaged", "too many pixels", "unsupported")
 
@@ -72,12 +71,20 @@ class Picture:
         return picture
 
     def cut(self, views: Sequence[tuple[Box, int]]) -> list[Pixels]:
-        """For each (box, size) that part of the picture as uint8 (3, size, size), bicubic with anti-aliasing."""
+        """For each (box, size) that part of the picture as uint8 (3, size, size), bicubic with anti-aliasing.
+
+        Beside Pillow's crop and resize of the same pixels, a photograph's view is off by 0.3 levels in the mean and 16
+        at single hard edges (Pillow filters across before it filters down). Where all views are so small that a JPEG is
+        decoded smaller: 1 in the mean over photographs, 6 over one of fine texture, 64 at single edges.
+        """
         spare = min(min(box[2] - box[0], box[3] - box[1]) / size for box, size in views) / SPARE
         reduce = next(factor for factor in (8, 4, 2, 1) if factor <= max(spare, 1))
         pixels_HW3 = self._decoded(reduce)
         down, across = pixels_HW3.shape[0] / self.height, pixels_HW3.shape[1] / self.width
-        return [_resized(pixels_HW3, scaled(box, down, across), size) for box, size in views]
+        return [
+            _resized(pixels_HW3, (top * down, left * across, bottom * down, right * across), size)
+            for (top, left, bottom, right), size in views
+        ]
 
     def rgb(self) -> Image.Image:
         """The whole picture, to be shown."""
@@ -88,6 +95,8 @@ class Picture:
             return pillow_rgb(self._image)
         try:
             pixels_HW3 = JPEG_DECODERS[self._decoder](self._payload, reduce)
+        except MemoryError:
+            raise
         except Exception as refused:  # each library has errors of its own; Pillow, which reads most, has the last word
             log.debug("%s refuses a JPEG (%s): Pillow reads it", self._decoder, refused)
             return pillow_rgb(open_upright(self._payload))
@@ -162,15 +171,22 @@ def jpeg_size(payload: bytes) -> tuple[int, int] | None:
 
 def jpeg_orientation(payload: bytes) -> int:
     """EXIF's orientation, 1 to 8; Pillow is asked only where there is a segment that can tell it."""
-    if any(marker == 0xE1 for marker, _, _ in jpeg_segments(payload)):
+    if all(marker != 0xE1 for marker, _, _ in jpeg_segments(payload)):
+        return 1
+    try:
+        return orientation(Image.open(io.BytesIO(payload)))
+    except Exception:  # the decoder will say what is wrong
+        return 1
+
+
+def orientation(image: Image.Image) -> int:
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            try:
-                turned = Image.open(io.BytesIO(payload)).getexif().get(ORIENTATION, 1)
-            except Exception:  # damaged EXIF is no damage to the picture
-                return 1
-        return turned if turned in range(1, 9) else 1
-    return 1
+            turned = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged EXIF is no damage to the picture
+        return 1
+    return turned if turned in range(1, 9) else 1
 
 
 def upright(pixels_HW3: Pixels, turned: int) -> Pixels:
@@ -184,14 +200,23 @@ def upright(pixels_HW3: Pixels, turned: int) -> Pixels:
 
 
 def open_upright(payload: bytes) -> Image.Image:
-    """Pillow's image, turned upright; one that lies so, or is refused for its size, is not decoded yet."""
+    """Pillow's image; it is not decoded yet, unless it has to be turned upright."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow thinks of a file is not our log's business
             image = Image.open(io.BytesIO(payload))
-            return image if image.width * image.height > MAX_PIXELS else ImageOps.exif_transpose(image)
+            if image.width * image.height > MAX_PIXELS or (image.format == "PNG" and not may_be_turned(payload)):
+                return image
+            return ImageOps.exif_transpose(image) if orientation(image) != 1 else image
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
         raise unreadable(error) from error
+
+
+def may_be_turned(png: bytes) -> bool:
+    """Whether it says anything of an orientation; Pillow would decode a whole PNG to see."""
+    return any(name in png for name in (b"eXIf", b"exif", b"xmp", b"EXIF"))
 
 
 def pillow_rgb(image: Image.Image) -> Pixels:
@@ -203,9 +228,13 @@ def pillow_rgb(image: Image.Image) -> Pixels:
             warnings.simplefilter("ignore")
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode == "I" and image.format == "TIFF":
+                raise UnreadableError("unsupported", "a picture of 32-bit integers, which have no given range")
             elif image.mode == "I":
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             return np.array(image.convert("RGB"))
+    except (MemoryError, UnreadableError):
+        raise
     except Exception as error:
         raise unreadable(error) from error
 
@@ -218,16 +247,14 @@ def unreadable(error: Exception) -> UnreadableError:
     return UnreadableError("damaged", f"{type(error).__name__}: {error}")
 
 
-def scaled(box: Box, down: float, across: float) -> Box:
-    """The box in a picture that was decoded smaller."""
-    if down == across == 1:
-        return box
-    top, left, bottom, right = box
-    return math.floor(top * down), math.floor(left * across), math.ceil(bottom * down), math.ceil(right * across)
-
-
-def _resized(pixels_HW3: Pixels, box: Box, size: int) -> Pixels:
-    top, left, bottom, right = box
+def _resized(pixels_HW3: Pixels, box: tuple[float, ...], size: int) -> Pixels:
+    """Part of a picture as (3, size, size); in one that was decoded smaller, its edges may lie between pixels."""
+    if any(edge != round(edge) for edge in box):
+        top, left, bottom, right = box
+        image = Image.fromarray(pixels_HW3)
+        small = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+        return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
+    top, left, bottom, right = map(round, box)
     part_HW3 = torch.from_numpy(pixels_HW3)[top:bottom, left:right]
     if part_HW3.shape[:2] == (size, size):
         return np.ascontiguousarray(part_HW3.permute(2, 0, 1).numpy())

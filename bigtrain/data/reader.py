@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,6 +35,7 @@ class Reader:
         is_local = isinstance(self._files, LocalFiles)
         self._max_gap = MAX_LOCAL_GAP_BYTES if is_local else MAX_GAP_BYTES
         self._max_range = MAX_LOCAL_RANGE_BYTES if is_local else MAX_RANGE_BYTES
+        self._checked: set[str] = set()  # shards
         self.bytes_read = 0
 
     def read(self, shard_N: NDArray[np.int32], offset_N: NDArray[np.int64], size_N: NDArray[np.int64]) -> list[bytes]:
@@ -41,14 +43,32 @@ class Reader:
         start_N, size = offset_N.tolist(), size_N.tolist()
         ranges, members = self._merged(shard_N.tolist(), start_N, size, np.lexsort((offset_N, shard_N)).tolist())
         pictures: list[bytes] = [b""] * len(start_N)
-        for (_, first, end), places, data in zip(
+        for (path, first, end), places, data in zip(
             ranges, members, fetch(self._files, ranges, self._patience), strict=True
         ):
             self.bytes_read += end - first
+            if first < start_N[places[0]]:
+                self._check_header(path, data, size[places[0]])
             for i in places:
                 start = start_N[i] - first
                 pictures[i] = data[start : start + size[i]]  # the whole of `data` is not copied
         return pictures
+
+    def _check_header(self, path: str, data: bytes, size: int) -> None:
+        """Compare a member's header in the tar with the index, once for each shard.
+
+        A shard that was built again may have other pictures at the places of the old.
+        """
+        try:
+            found = tarfile.TarInfo.frombuf(data[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape").size
+        except tarfile.HeaderError:
+            found = -1
+        if found != size:
+            raise OSError(
+                f"{self._files.name(path)} has other pictures than its index says: it was changed after its index was "
+                "made. Copy both again, or make the index again with `bigtrain-shards index`."
+            )
+        self._checked.add(path)
 
     def sizes(self) -> dict[str, int] | None:
         """Bytes of the files beside the shards, by name; None where the file system does not list them."""
@@ -69,9 +89,12 @@ class Reader:
                 members[-1].append(i)
             else:
                 shard, first, end = shard_N[i], start, stop
-                ranges.append(Range(f"{self._path}/{self._names[shard]}", first, end))
+                path = f"{self._path}/{self._names[shard]}"
+                if path not in self._checked and path not in (path for path, _, _ in ranges[-1:]):
+                    first -= tarfile.BLOCKSIZE  # the header of its member, see _check_header
+                ranges.append(Range(path, first, end))
                 members.append([i])
         return ranges, members
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "bytes_read": 0}
+        return {**self.__dict__, "_checked": set(), "bytes_read": 0}

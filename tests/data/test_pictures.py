@@ -2,15 +2,20 @@
 
 import io
 import logging
+import os
 import struct
+import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 
 from bigtrain.data import pictures
 from bigtrain.data.pictures import JPEG_DECODERS, KINDS, Picture, UnreadableError, jpeg_decoder
+from bigtrain.data.views import on_pixels, random_box
 
 
 def painted(height=90, width=120, seed=0):
@@ -161,12 +166,46 @@ def test_a_much_larger_picture_is_decoded_smaller_and_looks_the_same(decoder, mo
     small = whole(Picture(payload, decoder), 32)
     crop, _ = Picture(payload, decoder).cut([((100, 200, 500, 700), 48), ((0, 0, 800, 1200), 48)])
     both = Picture(payload, decoder).cut([((0, 0, 800, 1200), 32), ((0, 0, 65, 65), 32)])
-    assert asked == [8, 4, 1]  # half of 8 views' sides, of 4, and a small box wants every pixel
+    assert asked == [8, 2, 1]  # a third of 8 views' sides, of 2, and a small box wants every pixel
     full = Picture(encoded(Image.open(io.BytesIO(payload)), "PNG"))
     assert np.abs(small.astype(int) - whole(full, 32)).max() <= 3
     (expected,) = full.cut([((100, 200, 500, 700), 48)])
     assert np.abs(crop.astype(int) - expected).max() <= 6
     assert np.abs(both[0].astype(int) - whole(full, 32)).max() <= 2
+
+
+@pytest.mark.skipif("BIGTRAIN_TEST_DATA" not in os.environ, reason="BIGTRAIN_TEST_DATA names no folder of real data")
+@pytest.mark.parametrize("size", [32, 64, 224])
+def test_views_of_photographs_are_those_of_pillow_within_the_stated_tolerance(size, monkeypatch):
+    rng, reduced, means = np.random.default_rng(0), [], []
+    decode = JPEG_DECODERS["simplejpeg"]
+    monkeypatch.setitem(JPEG_DECODERS, "simplejpeg", lambda p, reduce: reduced.append(reduce) or decode(p, reduce))
+    with tarfile.open(Path(os.environ["BIGTRAIN_TEST_DATA"]) / "coco-sample.tar.gz") as tar:
+        photographs = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")][:40]
+    for payload in photographs:
+        picture = Picture(payload, "simplejpeg")
+        box = on_pixels(np.array(random_box(picture.height, picture.width, rng, (0.25, 1.0))), picture)
+        (view_3HW,) = picture.cut([(box, size)])
+        part = Image.open(io.BytesIO(payload)).convert("RGB").crop((box[1], box[0], box[3], box[2]))
+        expected_HW3 = np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
+        apart = np.abs(view_3HW.astype(int) - expected_HW3.transpose(2, 0, 1))
+        assert apart.max() <= (64 if reduced[-1] > 1 else 16)
+        means.append(apart.mean())
+        assert means[-1] <= (6 if reduced[-1] > 1 else 0.3)
+    assert np.mean(means) < 1
+    assert (max(reduced) > 1) == (size < 224)
+
+
+def test_integers_without_a_range_are_refused_and_not_black():
+    payload = encoded(Image.fromarray(np.arange(256, dtype=np.int32).reshape(16, 16)), "TIFF")
+    with pytest.raises(UnreadableError, match="unsupported: a picture of 32-bit integers"):
+        whole(Picture(payload), 8)
+
+
+def test_a_picture_that_lies_upright_is_not_decoded_for_its_size(monkeypatch):
+    payload = encoded(painted(), "PNG")
+    monkeypatch.setattr(PngImageFile, "load", lambda image: pytest.fail("decoded"))
+    assert (Picture(payload).height, Picture(payload).width) == (90, 120)
 
 
 def test_an_open_picture_and_its_array_are_the_same_and_upright():

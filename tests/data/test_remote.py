@@ -218,7 +218,8 @@ def test_a_bucket_whose_shards_changed_since_the_manifest_is_refused_at_opening(
 def test_opening_a_set_bears_with_a_server_too(local, behind, kind):
     url, proxy = behind(kind, local.url)
     proxy.matching = r"manifest\.json|index\.parquet"
-    proxy.faults = [Fault(status=503), Fault(cut_after=10), Fault(), Fault(is_silent=True), Fault(cut_after=99)]
+    proxy.faults = [Fault(status=503), Fault(cut_after=10), Fault(truncate_to=40), Fault()]
+    proxy.faults += [Fault(is_silent=True), Fault(cut_after=99), Fault(truncate_to=2000)]
     assert ShardSet(url, QUICK).keys() == local.keys()
     assert not proxy.faults
 
@@ -301,3 +302,16 @@ def change(url, path, data):
         fsspec.filesystem("s3").rm(f"{url}/{path.name}")
     elif url.startswith("s3://"):
         fsspec.filesystem("s3").pipe_file(f"{url}/{path.name}", data)
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_shard_built_again_with_pictures_of_other_sizes_is_not_read_under_the_old_labels(local, upload, kind):
+    url = upload(kind, local.url)
+    far = ShardSet(url)
+    folder = Path(local.url)
+    one, other = (folder / f"{n:06d}.tar" for n in (1, 2))
+    longest = max(one.stat().st_size, other.stat().st_size)
+    change(url, one, other.read_bytes().ljust(longest, b"\0"))
+    with pytest.raises(OSError, match=rf"{url}/000001.tar has other pictures than its index says.*k14") as stop:
+        far.read([3, 14, 15])
+    assert "k3" not in str(stop.value)
