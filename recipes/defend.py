@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from bigtrain.data.masks import visible_patches
+from bigtrain.data.pictures import jpeg_decoder
 from bigtrain.data.plan import Plan
 from bigtrain.data.protocol import Protocol, seeded_choice, split
 from bigtrain.data.shard_set import ShardSet
@@ -95,7 +96,7 @@ def defend(config: Config, run: RunFolder) -> None:
         f"defend: {train.manifest.dataset}, {len(parts.fitted_N)} known images ({', '.join(protocol.known)}) to train "
         f"on and {len(parts.test_N)} to judge; teacher {given.architecture.model}, {given.report}; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {precision}, attention "
-        f"{resolve_backend(config.attention, accelerator.device, torch_dtype(precision))}"
+        f"{resolve_backend(config.attention, accelerator.device, torch_dtype(precision))}, JPEGs by {jpeg_decoder()}"
     )
     fitted = train.plan(parts.fitted_N, config.distil_batch, config.seed)
     teacher = given
@@ -142,7 +143,7 @@ def defend(config: Config, run: RunFolder) -> None:
     auroc = results["auroc"]
     accelerator.print(
         f"AUROC {auroc['value']:.3f} (95 % interval {auroc['low']:.3f} to {auroc['high']:.3f}); {plain}; "
-        f"{clock(time.monotonic() - began)}; report: {run / 'report.html'}"
+        f"this start took {clock(time.monotonic() - began)}; report: {run / 'report.html'}"
     )
 
 

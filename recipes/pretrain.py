@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
+from bigtrain.data.pictures import jpeg_decoder
 from bigtrain.data.plan import PADDING, check_divides
 from bigtrain.data.protocol import in_validation
 from bigtrain.data.shard_set import ShardSet
@@ -128,7 +129,7 @@ def pretrain(config: Config, run: RunFolder) -> None:
     accelerator.print(
         f"pretrain: {len(fitted_N)} images of {len(train.classes)} classes of {train.manifest.dataset}; {config.model} "
         f"with {parameters / 1e6:.1f} M parameters at {size} pixels; {accelerator.num_processes} process(es) on "
-        f"{accelerator.device.type}, precision {precision}"
+        f"{accelerator.device.type}, precision {precision}, JPEGs by {jpeg_decoder()}"
     )
     began = time.monotonic()
     plan = train.plan(fitted_N, config.batch, config.seed)
@@ -164,7 +165,8 @@ def pretrain(config: Config, run: RunFolder) -> None:
         results = {"top1": top1, "top5": top5, "held_out_images": count, "classes": len(label_of), "seed": config.seed}
         run.finish(results)
     accelerator.print(
-        f"top-1 {top1:.3f}, top-5 {top5:.3f} on {count} held-out images; {clock(time.monotonic() - began)}; "
+        f"top-1 {top1:.3f}, top-5 {top5:.3f} on {count} held-out images; this start took "
+        f"{clock(time.monotonic() - began)}; "
         f"the teacher is {run / 'teacher.safetensors'}"
     )
 

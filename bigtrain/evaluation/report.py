@@ -93,6 +93,7 @@ def render(
         figures=FIGURES,
         prevalence={name: results["metrics"][name].get("prevalence") for name in FIGURES},
         bootstrap=results["metrics"].get("bootstrap"),
+        by_chance=summaries[detector]["auroc"]["low"] <= 0.5 <= summaries[detector]["auroc"]["high"],
         better=[
             name for name in comparisons if summaries[name]["auroc"]["value"] >= summaries[detector]["auroc"]["value"]
         ],

@@ -175,10 +175,9 @@ def _from_hub(name: str, architecture: Architecture | None, attention: Backend) 
     try:
         loaded = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
     except Exception as error:  # the hub's client, the network and timm each have errors of their own
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"the weights of {name!r} cannot be had ({reason}): check the name and the network, or give a local file "
-            f"({', '.join(LOCAL)}) with --teacher and its network with --arch."
+            f"the weights of {name!r} cannot be had ({type(error).__name__}): check the name and the network, or give "
+            f"a local file ({', '.join(LOCAL)}) as --teacher; recipes/pretrain.py trains one."
         ) from error
     report = load_matching(vit.backbone, loaded.state_dict(), name)
     return Pretrained(vit, architecture, tuple(config["mean"]), tuple(config["std"]), report)

@@ -41,7 +41,7 @@ class StageLog:
         images_per_step: int,
         every: int,
     ) -> None:
-        self.stage, self.steps, self.done, self.first = stage, steps, done, done
+        self.stage, self.steps, self.done, self.first, self.row_at = stage, steps, done, done, done
         self.images_per_step, self.every = images_per_step, every
         self.accelerator = accelerator
         self.writes = accelerator.is_main_process
@@ -77,7 +77,7 @@ class StageLog:
         row_due = self.done % self.every == 0 or self.done == self.steps
         if row_due:
             self.reading = self.over_ranks(now - self.last_row, skipped or {})
-            self.last_row, self.waited_s, self.read_bytes = now, 0.0, 0
+            self.row_at, self.last_row, self.waited_s, self.read_bytes = self.done, now, 0.0, 0
         if not self.writes:
             return
         self.bar.update()
@@ -85,30 +85,27 @@ class StageLog:
         if not (row_due or line_due):
             return
         numbers = {name: float(value) for name, value in values.items()}
-        elapsed_s = max(now - self.began, 1e-9)
-        rate = (self.done - self.first) * self.images_per_step / elapsed_s
-        numbers |= {"images_per_s": rate, **self.reading}
+        numbers |= self.reading
         if torch.cuda.is_available():
             numbers["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if row_due:
             self.file.write(json.dumps({"stage": self.stage, "step": self.done, "time": time.time(), **numbers}) + "\n")
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, self.done)
-            self.bar.set_postfix({"images/s": f"{rate:.0f}", "loss": f"{numbers.get('loss', 0):.4f}"})
+            self.bar.set_postfix_str(shown(numbers))
         if line_due:
-            left_s = elapsed_s / (self.done - self.first) * (self.steps - self.done)
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name != "images_per_s")
-            print(
-                f"{self.stage}  step {self.done}/{self.steps}  {shown}  {rate:.0f} images/s  left {clock(left_s)}",
-                flush=True,
-            )
+            left_s = (now - self.began) / (self.done - self.first) * (self.steps - self.done)
+            print(f"{self.stage}  step {self.done}/{self.steps}  {shown(numbers)}  left {clock(left_s)}", flush=True)
             self.last_line = now
 
     def over_ranks(self, elapsed_s: float, skipped: Mapping[str, int]) -> dict[str, float]:
-        """What reading cost since the last row: the longest wait of a rank, all ranks' bytes, all samples left out."""
+        """Speed since the last row, and what reading cost: the longest wait of a rank, all ranks' bytes; and all samples
+        that this start has left out.
+        """
         here = {"wait_s": self.waited_s, "bytes": self.read_bytes, "skipped": dict(skipped)}
         ranks = gather_object([here])
         figures = {
+            "images_per_s": (self.done - self.row_at) * self.images_per_step / max(elapsed_s, 1e-9),
             "data_wait_percent": 100 * max(rank["wait_s"] for rank in ranks) / max(elapsed_s, 1e-9),
             "read_mb_per_s": sum(rank["bytes"] for rank in ranks) / max(elapsed_s, 1e-9) / 1e6,
         }
@@ -121,6 +118,19 @@ class StageLog:
             self.bar.close()
             self.board.close()
             self.file.close()
+
+
+SHOWN = {  # the rest as "loss 0.1234"
+    "images_per_s": "{:.0f} images/s",
+    "data_wait_percent": "waits for data {:.0f} %",
+    "read_mb_per_s": "reads {:.1f} MB/s",
+    "memory_gib": "{:.1f} GiB",
+}
+
+
+def shown(numbers: Mapping[str, float]) -> str:
+    """Figures as a person reads them: "loss 0.1234  72 images/s  waits for data 3 %"."""
+    return "  ".join(SHOWN.get(name, name.replace("_", " ") + " {:.4g}").format(n) for name, n in numbers.items())
 
 
 def continued(path: Path, stage: str, done: int) -> Path:

@@ -119,6 +119,15 @@ def test_a_detector_that_a_comparison_beats_says_so(tmp_path):
     assert "does no better than" not in written(tmp_path, novel_N=novel_N, **winning)[1].text
 
 
+def test_a_detector_that_cannot_be_told_from_chance_says_so(tmp_path):
+    novel_N = np.repeat([False, True], 20)
+    chance_N, good_N = np.random.default_rng(0).normal(size=40), novel_N + np.linspace(0, 0.1, 40)
+    for score_N, says in ((chance_N, True), (good_N, False)):
+        results = {"metrics": summary(novel_N, score_N, resamples=50)}
+        page = written(tmp_path, novel_N=novel_N, results=results, score_N=score_N, comparisons={})[1]
+        assert ("cannot be told from chance" in page.text) == says
+
+
 @pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}"])
 def test_names_from_outside_come_out_as_text(tmp_path, hostile):
     novel_N = np.repeat([False, True], 10)
