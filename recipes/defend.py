@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 def defend(config: Config, run: RunFolder) -> None:
     """The whole of the paper: tune, distil, judge. What an earlier start has finished is not done again."""
     began = time.monotonic()
-    prepare_workers(config.run.workers)
+    prepare_workers(config.run.workers, "recipes.defend")
     train, test = ShardSet(config.train), ShardSet(config.test)
     classes = tuple(dict.fromkeys((*train.classes, *test.classes)))
     protocol = Protocol.of(classes, known=config.known, novel=config.novel)

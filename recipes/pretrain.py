@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def pretrain(config: Config, run: RunFolder) -> None:
-    prepare_workers(config.run.workers)
+    prepare_workers(config.run.workers, "recipes.pretrain")
     train = ShardSet(config.train)
     fitted_N = np.arange(len(train))
     held_out, held_out_N = train, fitted_N

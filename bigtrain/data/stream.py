@@ -238,14 +238,14 @@ class _Work(torch.utils.data.Dataset[_Done]):
             self._ahead |= zip(piece.read_N[lacking].tolist(), payloads, strict=True)
 
 
-def worker_context() -> multiprocessing.context.BaseContext:
+def worker_context(*preload: str) -> multiprocessing.context.BaseContext:
     """Workers are forked from a server that has imported this module once, and holds neither threads nor a GPU.
 
     A signal that asks the run to stop may reach every process of a terminal or a job. The run needs its workers until
     it has saved, so they, their server and what cleans up behind them are started with these signals blocked.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *preload])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         resource_tracker.ensure_running()  # it unblocks some of them when it starts, so it comes first
@@ -256,10 +256,14 @@ def worker_context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def prepare_workers(workers: int) -> None:
-    """Start their server before anything slow is done here, so that it imports torch meanwhile."""
+def prepare_workers(workers: int, script: str) -> None:
+    """Start their server before anything slow is done here, so that it imports torch meanwhile.
+
+    Args:
+        script: the module that was started, by its name: each worker imports it, and finds there what it needs.
+    """
     if workers:
-        worker_context()
+        worker_context(script)
 
 
 def start_worker(worker: int) -> None:

@@ -99,9 +99,7 @@ class StageLog:
             self.last_line = now
 
     def over_ranks(self, elapsed_s: float, skipped: Mapping[str, int]) -> dict[str, float]:
-        """Speed since the last row, and what reading cost: the longest wait of a rank, all ranks' bytes; and all samples
-        that this start has left out.
-        """
+        """Speed and reading since the last row: the longest wait of a rank, all ranks' bytes, all samples left out."""
         here = {"wait_s": self.waited_s, "bytes": self.read_bytes, "skipped": dict(skipped)}
         ranks = gather_object([here])
         figures = {
