@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +20,24 @@ from numpy.typing import NDArray
 
 from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Sample, Shard, read_manifest
 from shards.adapters import ADAPTERS, About
+from shards.adapters.lists import few
 from shards.crew import Done, in_order
-from shards.duplicates import duplicates
+from shards.duplicates import Equals, duplicates
 from shards.durable import TEMPORARY, space_for
+from shards.given import SETTINGS_FILE
 from shards.index_file import IndexWriter
 from shards.order import keyed, shuffled
 from shards.pack import Part, Task, fingerprint, shard_name, write_shard
-from shards.pictures import JPEG_QUALITY, VERIFY, Treatment
 from shards.place import Place
 from shards.progress import Progress
+from shards.settings import Settings, begun_with
+from shards.words import counted
 
 # this builder's own notes; no part of the shard contract
-SETTINGS_FILE = "build.json"
 SKIPPED_FILE = "skipped.jsonl"
 DUPLICATES_FILE = "duplicates.jsonl"
 PARTS_FOLDER = ".parts"
 MAX_IN_A_ROW = 100
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Whatever changes the bytes."""
-
-    adapter: str
-    root: str
-    split: str
-    samples_per_shard: int = 1000
-    max_side: int | None = None
-    name: str | None = None
-    licence: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)  # the adapter's own
-    quality: int | None = None  # of a re-encoded picture; None: JPEG_QUALITY
-    verify: str = VERIFY[0]
-    shuffle_seed: int | None = None  # None: the adapter's order
-
-    def __post_init__(self) -> None:
-        if self.quality is not None and self.max_side is None:
-            raise ValueError(
-                "--quality is of pictures that are made smaller, and without --max-side all keep their bytes: give "
-                "--max-side too, or leave --quality out."
-            )
-        if not 1 <= (self.quality or JPEG_QUALITY) <= 100 or self.verify not in VERIFY:
-            raise ValueError(f"--quality is {self.quality} (1 to 100), --verify {self.verify} ({' or '.join(VERIFY)}).")
-
-    @property
-    def treatment(self) -> Treatment:
-        return Treatment(self.max_side, self.quality or JPEG_QUALITY, self.verify)
 
 
 def build(settings: Settings, out: Path | str, workers: int = 1, max_skipped: float = 0.01) -> Manifest:
@@ -75,8 +47,14 @@ def build(settings: Settings, out: Path | str, workers: int = 1, max_skipped: fl
     if finished(settings, place):
         manifest = read_manifest(str(out))
         place.remove(PARTS_FOLDER)
-        print(f"{out} is finished: {manifest.samples} samples in {len(manifest.shards)} shards. Nothing to do.")
-        return manifest
+        there = place.sizes()
+        lost = [shard.file for shard in manifest.shards if there.get(shard.file) != shard.bytes]
+        if not lost:
+            held = contents_of(manifest.samples, len(manifest.shards), manifest.classes)
+            print(f"{out} is finished: {held}. Nothing to do.")
+            return manifest
+        print(f"{out} was finished, but {few(lost)} are missing or were changed: it is built again.", file=sys.stderr)
+        place.remove(MANIFEST_FILE)
     adapter = ADAPTERS[settings.adapter]
     if "://" in settings.root and adapter.split is not None:
         raise ValueError(
@@ -119,9 +97,7 @@ def finished(settings: Settings, out: Place) -> bool:
             f"--out {out} is not empty and was not begun by `bigtrain-shards build` (it holds {min(names)}): "
             "give a new or empty folder."
         )
-    begun = asdict(Settings("", "", ""))
-    begun |= json.loads(out.read(SETTINGS_FILE))  # one by an older version has fewer
-    asked = json.loads(json.dumps(asdict(settings)))
+    begun, asked = begun_with(out), settings.record
     differing = [name for name in asked if begun.get(name) != asked[name]]
     if differing:
         was = ", ".join(f"{name} {begun.get(name)!r}, not {asked[name]!r}" for name in differing)
@@ -145,7 +121,7 @@ def pack_all(
     tasks = blocks(settings, out, samples, there, set(out.sizes(PARTS_FOLDER)))
     progress = Progress(about.total)
     if tars := sum(name.endswith(".tar") for name in there):
-        progress.say(f"{out}: continuing, {tars} shards are there")
+        progress.say(f"{out}: continuing, {counted(tars, 'shard')} {'is' if tars == 1 else 'are'} there")
     try:
         with out.written(INDEX_FILE) as file, IndexWriter(file) as index:
             for part, is_new in in_order(
@@ -165,7 +141,7 @@ def pack_all(
                 if len(skipped) > allowed or in_a_row >= MAX_IN_A_ROW:
                     what = f"{in_a_row} in a row" if in_a_row >= MAX_IN_A_ROW else f"{len(skipped)} of {about.total}"
                     raise ValueError(
-                        f"{what} pictures cannot be read, and {allowed} are allowed (or {MAX_IN_A_ROW - 1} in a row); "
+                        f"{what} pictures cannot be read, at most {allowed} may be (or {MAX_IN_A_ROW - 1} in a row); "
                         f"the first is {skipped[0]['source'] or skipped[0]['key']} ({skipped[0]['reason']}). All are "
                         f"in {out}/{SKIPPED_FILE}: repair them, or allow more with --max-skipped, and run again."
                     )
@@ -173,7 +149,7 @@ def pack_all(
                 raise ValueError(f"{settings.root} holds no picture that can be read: nothing to build.")
             index.close()
             twice = duplicates(out, file, np.concatenate(contents), shards)
-            write_lines(out, DUPLICATES_FILE, [{"keys": keys} for keys in twice])
+            write_lines(out, DUPLICATES_FILE, [{"keys": group.keys} for group in twice])
     finally:
         progress.close()
         write_lines(out, SKIPPED_FILE, skipped_lines(skipped))
@@ -181,12 +157,29 @@ def pack_all(
         if name.endswith(".tar"):
             out.remove(name)
     if skipped:
-        print(f"{len(skipped)} pictures could not be read; they are named in {out}/{SKIPPED_FILE}.", file=sys.stderr)
+        unread = counted(len(skipped), "picture")
+        print(f"{unread} could not be read; {out}/{SKIPPED_FILE} says which and why.", file=sys.stderr)
     if twice:
-        more = sum(map(len, twice)) - len(twice)
-        print(f"{more} pictures are there already under another key; see {out}/{DUPLICATES_FILE}.", file=sys.stderr)
-    print(f"{out}: {sum(s.samples for s in shards)} samples in {len(shards)} shards, {progress.speed()}.")
+        print(said_of_equals(twice, f"{out}/{DUPLICATES_FILE}"), file=sys.stderr)
+    samples_written = sum(shard.samples for shard in shards)
+    print(f"{out}: {contents_of(samples_written, len(shards), about.classes)}{progress.speed()}.")
     return shards
+
+
+def contents_of(samples: int, shards: int, classes: Sequence[str]) -> str:
+    """How much of what a set holds, and its first classes by name."""
+    named = f" ({few(classes)})" if classes else ""
+    return f"{counted(samples, 'sample')} in {counted(shards, 'shard')}, {counted(len(classes), 'class')}{named}"
+
+
+def said_of_equals(groups: Sequence[Equals], listing: str) -> str:
+    more = sum(len(group.keys) - 1 for group in groups)
+    have = "has" if more == 1 else "have"
+    said = f"{counted(more, 'picture')} {have} the same bytes as another; all are kept, and {listing} names them."
+    if differing := sum(group.has_several_labels for group in groups):
+        group = counted(differing, "group")
+        said += f" In {group} of equal pictures the classes differ, so some of these labels are wrong."
+    return said
 
 
 def blocks(
@@ -244,8 +237,8 @@ def load_part(out: Place, number: int, samples: list[Sample], there: dict[str, i
         part = Part(**{**record, "shard": Shard(**record["shard"]) if record["shard"] else None})
     except (ValueError, TypeError, KeyError):
         return None  # by another version of this builder
-    if part.fingerprint != fingerprint(samples):
-        return None  # the dataset has changed since: the shard is written again
+    if part.skipped or part.fingerprint != fingerprint(samples):
+        return None  # a picture may have been repaired, or the dataset has changed since: the shard is written again
     if part.shard is not None and there.get(shard_name(number)) != part.shard.bytes:
         return None
     return part

@@ -13,11 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigtrain.data.schema import MANIFEST_FILE, MASK_SUFFIX, Manifest, Shard, read_index, read_manifest, shards_url
+from bigtrain.data.schema import MANIFEST_FILE, MASK_SUFFIX, Manifest, Shard, read_index, shards_url
 from shards.build import SKIPPED_FILE
+from shards.given import listed, manifest_of
 from shards.members import Digested, members
 from shards.place import Place
 from shards.progress import Progress
+from shards.words import counted
 
 MAX_NAMED = 20  # of one kind in one shard
 MAX_JSON = 64 << 20  # bytes of a json that is read
@@ -34,23 +36,41 @@ class Held:
     wrong: list[str] = field(default_factory=list)
 
 
-def check(url: str, quick: bool = False) -> list[str]:
+class Faults(list[str]):
+    """A line each; of many alike in one shard the first, and a line that says how many more there are."""
+
+    unnamed = 0
+
+    @property
+    def number(self) -> int:
+        return len(self) + self.unnamed
+
+    def add(self, lines: list[str], shard: Shard) -> None:
+        more = len(lines) - MAX_NAMED
+        self += lines[:MAX_NAMED]
+        if more > 0:
+            self.append(f"{shard.file}: and {more} more like these")
+            self.unnamed += more - 1
+
+
+def check(url: str, quick: bool = False) -> Faults:
     """What is wrong with the set, a line each; `quick` looks at names, sizes and counts only.
 
     A folder without manifest is no shard set: that is a ValueError.
     """
     place = Place(url)
     try:
-        manifest = read_manifest(url)
+        manifest = manifest_of(url)
     except ValueError as error:
         if place.size(MANIFEST_FILE) is not None:
-            return [str(error)]
+            return Faults([str(error)])
         raise
-    wrong: list[str] = []
+    wrong = Faults()
     try:
         index = read_index(url)
     except (ValueError, OSError, pa.ArrowException) as error:
-        index, wrong = None, [str(error)]
+        index = None
+        wrong.append(str(error))
     if index is not None:
         wrong += counts(manifest, index)
         index = index.sort_by("shard") if not is_sorted(index) else index
@@ -58,6 +78,9 @@ def check(url: str, quick: bool = False) -> list[str]:
     tars = Place(shards_url(url, manifest))
     there = listed(tars)
     named = {shard.file for shard in manifest.shards}
+    if manifest.shards_at and there is not None and not named & there.keys():
+        wrong.append(f"{tars}: no tar of this view lies there ({counted(len(named), 'tar')} should): have they moved?")
+        return wrong
     if not manifest.shards_at:
         wrong += [f"{name}: not in the manifest" for name in sorted((there or {}).keys() - named) if is_tar(name)]
     progress = Progress(manifest.samples)
@@ -65,14 +88,13 @@ def check(url: str, quick: bool = False) -> list[str]:
         for number, shard in enumerate(manifest.shards):
             size = there.get(shard.file) if there is not None else tars.size(shard.file)
             if size is None:
-                wrong.append(f"{shard.file}: missing")
-                continue
-            if size != shard.bytes:
-                wrong.append(f"{shard.file}: {size} bytes, and the manifest says {shard.bytes}")
-            if not quick:
+                wrong.append(f"{shard.file}: missing{f' from {tars}' if manifest.shards_at else ''}")
+            elif not quick:
                 rows = rows_of(index, number) if index is not None else None
-                wrong += content(tars, shard, rows, skipped, is_view=bool(manifest.shards_at))
+                content(tars, shard, rows, skipped, bool(manifest.shards_at), wrong)
                 progress.add(shard.samples, shard.bytes)
+            elif size != shard.bytes:
+                wrong.append(f"{shard.file}: {size} bytes, and the manifest says {shard.bytes}")
     finally:
         progress.close()
     return wrong
@@ -84,13 +106,6 @@ def is_tar(name: str) -> bool:
 
 def is_sorted(index: pa.Table) -> bool:
     return bool((np.diff(index["shard"].to_numpy()) >= 0).all())
-
-
-def listed(tars: Place) -> dict[str, int] | None:
-    """Names and bytes of what lies there; None where a web server gives no list."""
-    if tars.folder is None and tars.url.startswith(("http:", "https:")):
-        return None
-    return tars.sizes()
 
 
 def counts(manifest: Manifest, index: pa.Table) -> list[str]:
@@ -122,27 +137,33 @@ def rows_of(index: pa.Table, number: int) -> list[dict[str, Any]]:
 
 
 def content(
-    tars: Place, shard: Shard, rows: list[dict[str, Any]] | None, skipped: set[str], is_view: bool
-) -> list[str]:
-    """One shard: its sha256, and its pictures and labels against its rows."""
+    tars: Place, shard: Shard, rows: list[dict[str, Any]] | None, skipped: set[str], is_view: bool, wrong: Faults
+) -> None:
+    """One shard: its bytes, and its pictures and labels against its rows; of a tar that is not whole no more."""
     held = Held()
-    wrong: list[str] = []
+    broken = ""
     try:
         with tars.opened(shard.file) as raw:
             file = Digested(raw)
             try:
                 walk(file, shard, held)
             except tarfile.TarError as error:
-                wrong.append(f"{shard.file}: no whole tar ({error})")
+                broken = f"no whole tar ({error}), "
             file.finish()
     except OSError as error:
-        return [f"{shard.file}: cannot be read ({error})"]
-    found = file.sha256.hexdigest()
-    if found != shard.sha256:
-        wrong.insert(0, f"{shard.file}: sha256 {found[:12]}..., and the manifest says {shard.sha256[:12]}...")
-    wrong += shortened(held.wrong, shard)
+        wrong.append(f"{shard.file}: cannot be read ({error})")
+        return
+    if file.bytes != shard.bytes:
+        wrong.append(f"{shard.file}: {broken}{file.bytes} bytes, and the manifest says {shard.bytes}")
+    elif file.sha256.hexdigest() != shard.sha256:
+        wrong.append(f"{shard.file}: {broken}its bytes have changed since the manifest was written")
+    elif broken:
+        wrong.append(f"{shard.file}: {broken}as it was when the manifest was written")
+    if broken:
+        return
+    wrong.add(held.wrong, shard)
     if rows is None:
-        return wrong
+        return
     unlike = [line for row in rows for line in against(row, held, shard)]
     taken = {row["key"] for row in rows}
     if not is_view:
@@ -150,7 +171,7 @@ def content(
         unlike += [f"{shard.file}: {key} is in the tar, not in the index" for key in surplus]
     alone = sorted((held.masks | held.json) - held.pictures.keys())
     unlike += [f"{shard.file}: {key} has a json or mask and no picture" for key in alone]
-    return wrong + shortened(unlike, shard)
+    wrong.add(unlike, shard)
 
 
 def walk(file: Digested, shard: Shard, held: Held) -> None:
@@ -197,11 +218,6 @@ def against(row: dict[str, Any], held: Held, shard: Shard) -> Iterator[str]:
     classes = held.classes.get(row["key"])
     if classes is not None and classes != row["classes"]:
         yield f"{shard.file}: {row['key']}.json has the classes {classes}, and the index says {row['classes']}"
-
-
-def shortened(lines: list[str], shard: Shard) -> list[str]:
-    more = len(lines) - MAX_NAMED
-    return lines if more <= 0 else [*lines[:MAX_NAMED], f"{shard.file}: and {more} more like these"]
 
 
 def skipped_keys(place: Place) -> set[str]:

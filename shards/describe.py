@@ -17,17 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Shard
-from shards.build import SKIPPED_FILE, skipped_lines, write_lines
+from shards.adapters.lists import warn
+from shards.build import SKIPPED_FILE, contents_of, skipped_lines, write_lines
 from shards.crew import in_order
 from shards.durable import space_for
+from shards.given import listed
 from shards.index_file import IndexWriter, columns_at, hash64, repeated
-from shards.labels import numbers_first
+from shards.labels import CLASSES_FROM, numbers_first
 from shards.place import Place
 from shards.progress import Progress
 from shards.survey import MAX_NAMED, Survey, Task, survey
+from shards.words import counted
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_SHARDS = 1_000_000
+MANY_SAMPLES = 50  # where more have nearly a class each, the classes are none
 
 
 def describe(
@@ -40,6 +44,7 @@ def describe(
     out: Path | str | None = None,
     shards: str | None = None,
     workers: int = 1,
+    classes_from: str = CLASSES_FROM[0],
 ) -> Manifest:
     """Write index.parquet, then manifest.json; samples that cannot be understood are named, and nothing is written.
 
@@ -47,6 +52,7 @@ def describe(
         folder: the tars' folder or URL prefix.
         out: a local folder for manifest and index; None: beside the tars.
         shards: names with {000..123}, or a file of names, one a line; None: all that lie in `folder`.
+        classes_from: "members": a sample's .json, .cls or .txt; "folder": the folder in its key, above the file.
     """
     place = Place(str(folder))
     target = place if out is None else Place(str(out))
@@ -59,7 +65,7 @@ def describe(
     if MANIFEST_FILE in target.sizes():
         raise ValueError(f"{target} has a {MANIFEST_FILE} already: delete it first if it is to be made anew.")
     tars = tars_in(place, shards)
-    tasks = [Task(place, tar, class_names) for tar in tars]
+    tasks = [Task(place, tar, class_names, classes_from) for tar in tars]
     found = Total()
     progress = Progress(0)
     made = target.folder is not None and not target.folder.exists()
@@ -91,9 +97,10 @@ def describe(
         manifest = Manifest(called, split, classes, licence, tuple(found.shards), at)
         with target.written(MANIFEST_FILE) as file:
             file.write(manifest.to_json().encode())
-    print(f"{target}: {manifest.samples} samples in {len(manifest.shards)} shards, {len(classes)} classes.")
+    print(f"{target}: {contents_of(manifest.samples, len(manifest.shards), classes)}.")
+    warn_of_labels(target, found, manifest.samples)
     if found.skipped:
-        print(f"{len(found.skipped)} pictures cannot be read; they are named in {target}/{SKIPPED_FILE}.")
+        print(f"{counted(len(found.skipped), 'picture')} cannot be read; {target}/{SKIPPED_FILE} says which and why.")
     if found.pickled:
         counts = ", ".join(f"{count} .{ext}" for ext, count in sorted(found.pickled.items()))
         print(f"Pickled members are never opened, for they could run anything: {counts} ignored.")
@@ -111,6 +118,7 @@ class Total:
         self.unlabelled_count = 0
         self.pickled: Counter[str] = Counter()
         self.classes: set[str] = set()
+        self.of_texts = 0  # samples whose class comes from a .txt
         self.hashes: list[NDArray[np.uint64]] = []  # of the keys
 
     def add(self, one: Survey) -> None:
@@ -121,6 +129,7 @@ class Total:
         self.unlabelled_count += len(one.unlabelled)
         self.pickled += one.pickled
         self.classes |= one.classes
+        self.of_texts += one.of_texts
         self.hashes.append(np.array([hash64(row["key"]) for row in one.rows], np.uint64))
 
 
@@ -139,11 +148,34 @@ def twice(rows: list[dict[str, Any]], tars: list[str]) -> list[str]:
     return wrong
 
 
+def warn_of_labels(target: Place, found: Total, samples: int) -> None:
+    """Tell of samples without any class, and of what may be captions."""
+    again = f"delete {target}/{MANIFEST_FILE} and index again"
+    if not found.classes:
+        warn(
+            "no sample has a class, for classes come from a sample's .json (classes, label or class), .cls or .txt, in "
+            f"this order: if the folders in the keys are the classes, {again} with --classes-from folder."
+        )
+    if found.of_texts:
+        warn(
+            f"{counted(found.of_texts, 'sample')} took a class from .txt, and there are "
+            f"{counted(len(found.classes), 'class')}: if the texts are captions, these are no classes to train on."
+        )
+    elif samples > MANY_SAMPLES and len(found.classes) > samples / 2:
+        warn(
+            f"{len(found.classes)} classes of {samples} samples are nearly one for each: if they are captions, or "
+            "numbers of pictures, they are no classes to train on."
+        )
+
+
 def check(place: Place, found: Total, max_skipped: float) -> None:
     """Refuse what cannot be understood, and more unreadable pictures than allowed."""
     if found.classes and found.unlabelled_count:
         first = ", ".join(found.unlabelled[:3])
-        found.wrong.append(f"{found.unlabelled_count} samples have no class and others have one ({first} ...)")
+        have = "has" if found.unlabelled_count == 1 else "have"
+        found.wrong.append(
+            f"{counted(found.unlabelled_count, 'sample')} {have} no class and others have one ({first} ...)"
+        )
     if found.wrong:
         more = len(found.wrong) - MAX_NAMED
         listed = "; ".join(found.wrong[:MAX_NAMED]) + (f"; and {more} more" if more > 0 else "")
@@ -154,7 +186,7 @@ def check(place: Place, found: Total, max_skipped: float) -> None:
         first = "".join(f"; the first is {s['source']} ({s['reason']})" for s in found.skipped[:1])
         raise ValueError(
             f"{len(found.skipped)} of {samples + len(found.skipped)} pictures in {place} cannot be read, and "
-            f"{allowed} are allowed{first}. Nothing was written: make the shards anew, or raise --max-skipped."
+            f"at most {allowed} may be{first}. Nothing was written: make the shards anew, or raise --max-skipped."
         )
 
 
@@ -162,15 +194,15 @@ def tars_in(place: Place, shards: str | None) -> list[str]:
     """The names of the tars: those given, or all that lie there."""
     if shards is not None:
         return named_tars(shards)
-    if place.folder is None and place.url.startswith(("http:", "https:")):
+    there = listed(place)
+    if there is None:
         raise ValueError(
             f"{place} is a web server, which gives no list of its files: name them with --shards, "
             "say --shards 'train-{000000..001023}.tar', or a file of names."
         )
-    names = sorted(place.sizes())
-    if packed := [name for name in names if name.endswith(PACKED)]:
+    if packed := [name for name in sorted(there) if name.endswith(PACKED)]:
         raise ValueError(f"{place}/{packed[0]} is compressed, so no picture can be read by its offset: unpack to .tar.")
-    tars = [name for name in names if name.endswith(".tar")]
+    tars = [name for name in sorted(there) if name.endswith(".tar")]
     if not tars:
         raise FileNotFoundError(f"{place} has no .tar files: give the folder of WebDataset shards.")
     return tars

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import IO
 
 import numpy as np
@@ -20,8 +21,20 @@ def content_digest(encoded: bytes) -> int:
     return int.from_bytes(hashlib.sha256(ends).digest()[:8], "big")
 
 
-def duplicates(out: Place, index: IO[bytes], digests_N: NDArray[np.uint64], shards: Sequence[Shard]) -> list[list[str]]:
-    """The keys of each group of equal pictures, in the order of the set; only candidates are read again.
+@dataclass
+class Equals:
+    """Pictures of the same bytes, in the order of the set."""
+
+    keys: list[str] = field(default_factory=list)
+    labels: set[tuple[str, ...]] = field(default_factory=set)
+
+    @property
+    def has_several_labels(self) -> bool:
+        return len(self.labels) > 1
+
+
+def duplicates(out: Place, index: IO[bytes], digests_N: NDArray[np.uint64], shards: Sequence[Shard]) -> list[Equals]:
+    """The groups of equal pictures; only candidates are read again.
 
     Args:
         index: the written index.
@@ -32,9 +45,11 @@ def duplicates(out: Place, index: IO[bytes], digests_N: NDArray[np.uint64], shar
         return []
     group_of = {int(row): number for number, group in enumerate(groups) for row in group}
     rows = np.sort(np.concatenate(groups))
-    names = ["key", "shard", "image_offset", "image_size"]
-    same: dict[tuple[int, bytes], list[str]] = {}
+    names = ["key", "shard", "image_offset", "image_size", "classes"]
+    same: dict[tuple[int, bytes], Equals] = {}
     for number, row in zip(rows, columns_at(index, rows, names), strict=True):
         encoded = out.read_range(shards[row["shard"]].file, row["image_offset"], row["image_size"])
-        same.setdefault((group_of[int(number)], hashlib.sha256(encoded).digest()), []).append(row["key"])
-    return [keys for keys in same.values() if len(keys) > 1]
+        group = same.setdefault((group_of[int(number)], hashlib.sha256(encoded).digest()), Equals())
+        group.keys.append(row["key"])
+        group.labels.add(tuple(row["classes"]))
+    return [group for group in same.values() if len(group.keys) > 1]

@@ -76,7 +76,7 @@ def space_for(out: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
-        raise OSError(
+        raise OSError(  # without a number, so that what is told here is not told again further out
             f"no space is left for {out} ({error.strerror}): free some, or allow larger files, and run the same "
             "command again; a build continues with what is finished."
         ) from error

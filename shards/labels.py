@@ -1,11 +1,12 @@
-"""The classes of a sample in shards that others made: from its .json, .cls or .txt."""
+"""The classes of a sample in shards that others made: from its .json, .cls or .txt, or from the folder in its key."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+CLASSES_FROM = ("members", "folder")
 LABEL_EXTENSIONS = ("json", "cls", "txt")  # the first that a sample has
 MAX_NAME = 200  # characters; a longer .txt is a caption
 
@@ -27,6 +28,17 @@ def classes_of(ext: str, data: bytes, class_names: Sequence[str] | None) -> list
         if "\n" in text or len(text) > MAX_NAME:
             raise ValueError("holds a longer text than the name of a class")
         values = [int(text)] if text.isdecimal() else [text] if text else []
+    return checked_names(values, class_names)
+
+
+def class_of_folder(key: str, class_names: Sequence[str] | None) -> list[str]:
+    """The class of a/cat/0001 is cat; a key without a folder has none."""
+    folder = PurePosixPath(key).parent.name
+    return checked_names([folder], class_names) if folder else []
+
+
+def checked_names(values: Sequence[object], class_names: Sequence[str] | None) -> list[str]:
+    """The classes as names, each once, sorted."""
     names = set()
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | str):

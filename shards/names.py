@@ -28,7 +28,22 @@ def inside(folder: Path, name: str) -> Path:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or "\0" in name:
         raise ValueError(
-            f"the dataset names a file {name!r}, which lies outside of {folder}: nothing outside is read. "
-            "Correct the list, or get the dataset from its owners."
+            f"a file {name!r} is named, which lies outside of {folder}, and nothing outside is read: correct the list "
+            "that names it, or give the folder that holds all its files."
         )
     return folder / path
+
+
+def below(folder: Path, resolved: Path, name: str) -> str:
+    """The name in `folder` of an absolute path that lies under it, its links followed or not; any other as it is.
+
+    What comes out may still have ".." in it, which `inside` refuses.
+    """
+    path = Path(name)
+    if not path.is_absolute():
+        return name
+    for base in (folder, resolved):
+        if path.is_relative_to(base):
+            return path.relative_to(base).as_posix()
+    path = path.parent.resolve() / path.name
+    return path.relative_to(resolved).as_posix() if path.is_relative_to(resolved) else name

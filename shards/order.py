@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ Samples = Callable[[], Iterator[Sample]]  # begins anew at each call
 def keyed(samples: Samples) -> Iterator[Sample]:
     """Samples with safe keys, no key twice.
 
-    Of each key 8 bytes are kept; where two are equal, the samples are listed anew to tell the same key from chance.
+    Of each key a hash is kept, in about 85 bytes; where two are equal, the samples are listed anew to tell the same key
+    from chance.
     """
     seen: set[int] = set()
     for sample in with_safe_keys(samples()):
@@ -49,17 +51,14 @@ def check_alone(sample: Sample, samples: Samples) -> None:
 def shuffled(samples: Iterator[Sample], seed: int, folder: Path | None) -> Iterator[Sample]:
     """The samples by the hash of seed and key, so that their order follows from these alone.
 
-    They wait in a nameless temporary file (in `folder`, if given), not in memory.
+    They wait in a nameless temporary file (in `folder`, if given); in memory are 24 bytes of each.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
-        begins, hashes = [], []
+        begins, hashes = array("q"), array("Q")
         for sample in samples:
             begins.append(file.tell())
             hashes.append(hash64(sample.key, str(seed)))
             pickle.dump(sample, file, pickle.HIGHEST_PROTOCOL)
-        begins_N = np.array(begins, np.int64)
-        order_N = np.argsort(np.array(hashes, np.uint64), kind="stable")
-        del begins, hashes
-        for place in order_N:
-            file.seek(begins_N[place])
+        for place in np.argsort(np.frombuffer(hashes, np.uint64), kind="stable"):
+            file.seek(begins[place])
             yield pickle.load(file)  # written above, by this process

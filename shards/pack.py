@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import pickle
 import tarfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from bigtrain.data.schema import IMAGE_EXTENSIONS, MASK_SUFFIX, Sample, Shard
+from bigtrain.data.schema import IMAGE_EXTENSIONS, MASK_SUFFIX, Box, Object, Sample, Shard
 from shards.duplicates import content_digest
 from shards.durable import start_writing
-from shards.pictures import Picture, Treatment, UnreadableError, checked, checked_mask, read_size, scaled
+from shards.pictures import Picture, Treatment, UnreadableError, checked, checked_mask, read_size
 from shards.place import Place
 
 RECORD = 10240  # a tar ends on a multiple of this
+ATTEMPTS, FIRST_WAIT_S = 4, 0.5
+# a file that is missing or none of ours; any other error may be the disk's
+NOT_THERE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 AHEAD_BYTES = 16 << 20  # written by the program before the disk is asked to begin
 
 
@@ -35,7 +41,7 @@ class Part:
 
     number: int
     samples: int  # taken from the adapter
-    fingerprint: str  # of their keys and sources: a dataset that has changed is noticed
+    fingerprint: str  # a dataset that has changed is noticed
     shard: Shard | None  # None: not one of them could be read
     rows: list[dict[str, Any]]  # INDEX_SCHEMA without "shard"
     contents: list[int]  # of each row: what pictures of equal bytes have in common, see content_digest
@@ -78,10 +84,24 @@ class TarWriter:
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
+    """What a shard of them depends on: their labels and boxes, and their files' sizes and times, or their bytes."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(f"{sample.key}\0{sample.source}\0{','.join(sample.classes)}\n".encode("utf-8", "surrogateescape"))
+        for part in (sample.key.encode(), sample.to_json(), state(sample.image), state(sample.mask)):
+            digest.update(b"%d %b\n" % (len(part), part))
     return digest.hexdigest()
+
+
+def state(content: Path | bytes | Callable[[], bytes] | None) -> bytes:
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).digest()
+    if isinstance(content, Path):
+        try:
+            found = content.stat()
+            return b"%d %d" % (found.st_size, found.st_mtime_ns)
+        except OSError:
+            return b"-"
+    return pickle.dumps(content)  # what is made anew follows from the arguments
 
 
 def shard_name(number: int) -> str:
@@ -139,23 +159,54 @@ def prepare(sample: Sample, treatment: Treatment) -> tuple[Picture, list[tuple[s
         raise ValueError(f"{sample.key} is a .{sample.image_ext}; pictures may be {', '.join(IMAGE_EXTENSIONS)}.")
     original = content(sample.image)
     picture = checked(original, sample.image_ext, treatment)
-    original_size = (picture.width, picture.height)
-    if picture.encoded is not original and (sample.mask is not None or any(thing.box for thing in sample.objects)):
-        original_size = read_size(original)
-        across, down = picture.width / original_size[0], picture.height / original_size[1]
-        sample = replace(sample, objects=[scaled(thing, across, down) for thing in sample.objects])
+    size = original_size = (picture.width, picture.height)
+    if sample.mask is not None or any(thing.box for thing in sample.objects):
+        if picture.encoded is not original:
+            original_size = read_size(original)
+        sample = replace(sample, objects=[placed(thing, original_size, size) for thing in sample.objects])
     members = [("json", sample.to_json())]
     if sample.mask is not None:
-        mask = checked_mask(content(sample.mask), original_size, (picture.width, picture.height))
+        mask = checked_mask(content(sample.mask), original_size, size)
         members.append((MASK_SUFFIX, mask))
     return picture, members
 
 
-def content(image: Path | bytes) -> bytes:
+def content(image: Path | bytes | Callable[[], bytes]) -> bytes:
+    """The bytes of a picture; what is not there is left out, what a disk does not give now is asked for again."""
     if isinstance(image, bytes):
         return image
-    try:
-        with image.open("rb", buffering=0) as file:
-            return file.read()
-    except OSError as error:
-        raise UnreadableError(f"{type(error).__name__}: {error.strerror}") from error
+    if not isinstance(image, Path):
+        return image()
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with image.open("rb", buffering=0) as file:
+                return file.read()
+        except OSError as error:
+            if error.errno in NOT_THERE:
+                raise UnreadableError(f"{type(error).__name__}: {error.strerror}") from error
+            if attempt == ATTEMPTS:
+                raise OSError(
+                    error.errno,
+                    f"{image} cannot be read (tried {attempt} times, {error.strerror}): look after its disk, and run "
+                    "the same command again; the build continues.",
+                ) from error
+            time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
+    raise AssertionError("unreachable")
+
+
+def placed(thing: Object, original: tuple[int, int], size: tuple[int, int]) -> Object:
+    """An object with its box cut to the picture, in the pixels of its new size; without one if nothing is left of it.
+
+    Annotations of published data sets do reach beyond their pictures.
+    """
+    if thing.box is None:
+        return thing
+    width, height = original
+    top, bottom = (min(max(edge, 0), height) for edge in (thing.box.top, thing.box.bottom))
+    left, right = (min(max(edge, 0), width) for edge in (thing.box.left, thing.box.right))
+    if top >= bottom or left >= right:
+        return replace(thing, box=None)
+    if size == original:
+        return replace(thing, box=Box(top, left, bottom, right))
+    down, across = size[1] / height, size[0] / width
+    return replace(thing, box=Box(*(round(v, 3) for v in (top * down, left * across, bottom * down, right * across))))

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageFilter, ImageOps
 
-from bigtrain.data.schema import Manifest, filesystem, read_index, read_manifest, shards_url
+from bigtrain.data.schema import Manifest, filesystem, read_index, shards_url
 from shards.durable import written_whole
+from shards.given import check_classes, manifest_of
 from shards.neighbours import Drawing, Found, read_neighbours
 from shards.pictures import UnreadableError, decode
 from shards.show import readable, thousands
@@ -78,9 +79,8 @@ def write_page(url: str, path: Path, count: int = 120, seed: int = 0, classes: S
         raise ValueError(f"--page {path} does not end in .html: give the page such a name.")
     if not path.absolute().parent.is_dir() or path.is_dir():
         raise ValueError(f"--page {path} cannot be a file: give a name in a folder that exists.")
-    manifest, index = read_manifest(url), read_index(url)
-    if unknown := [name for name in classes if name not in manifest.classes]:
-        raise ValueError(f"{url} has no class {unknown[0]!r}: `bigtrain-shards show --all-classes` lists them.")
+    manifest, index = manifest_of(url), read_index(url)
+    check_classes(url, manifest, classes)
     groups = choose(index, list(classes) or [*manifest.classes, ""], count, seed)
     if not groups:
         raise ValueError(

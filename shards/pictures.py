@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from bigtrain.data.schema import MAX_PIXELS, Box, Object
 
@@ -61,14 +62,18 @@ def decode(encoded: bytes) -> Image.Image:
 
 def opened(encoded: bytes) -> Image.Image:
     """Read the header; no pixel is decoded yet."""
+    if not encoded:
+        raise UnreadableError("empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError as error:  # its message is the address of the bytes
+        raise UnreadableError("no picture format that can be read") from error
     except Image.DecompressionBombError as error:
         raise UnreadableError(f"too many pixels: {error}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
-        raise UnreadableError(f"{type(error).__name__}: {error}") from error
+        raise UnreadableError(reason_of(error)) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UnreadableError(f"too many pixels: {width} x {height}, and at most {MAX_PIXELS} are read")
@@ -81,7 +86,13 @@ def load(image: Image.Image) -> None:
             warnings.simplefilter("ignore")
             image.load()
     except Exception as error:
-        raise UnreadableError(f"{type(error).__name__}: {error}") from error
+        raise UnreadableError(reason_of(error)) from error
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, without addresses in memory; one that says but a word or nothing is named too."""
+    said = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))
+    return said if " " in said else f"{type(error).__name__}: {said}".rstrip(": ")
 
 
 def read_size(encoded: bytes) -> tuple[int, int]:

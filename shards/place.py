@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from bigtrain.data.schema import filesystem
-from shards.durable import TEMPORARY, alone_in, written_whole
+from shards.durable import TEMPORARY, alone_in, space_for, written_whole
 
 ATTEMPTS = 5
 FIRST_WAIT_S = 0.5  # then twice that, and so on
@@ -139,8 +139,9 @@ class Place:
                 yield file
             return
         with tempfile.TemporaryFile(prefix="bigtrain-") as file:
-            yield file
-            file.flush()
+            with space_for(f"{tempfile.gettempdir()} (TMPDIR names another folder)"):
+                yield file
+                file.flush()
             self._upload(file, f"{self.path}/{name}")
 
     def remove(self, name: str) -> None:

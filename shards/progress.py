@@ -38,10 +38,13 @@ class Progress:
         left = ""
         if self.total and self.new:
             left = f", {duration((self.total - self.done) * self.seconds() / self.new)} left"
-        return f"{self.done}{of} images, {self.speed()}{left}"
+        return f"{self.done}{of} images{self.speed()}{left}"
 
     def speed(self) -> str:
-        return f"{self.new / self.seconds():.0f} images/s, {self.new_bytes / 1e6 / self.seconds():.3g} MB/s"
+        """Behind a comma; nothing where an earlier run did it all."""
+        if not self.new:
+            return ""
+        return f", {self.new / self.seconds():.0f} images/s, {self.new_bytes / 1e6 / self.seconds():.3g} MB/s"
 
     def seconds(self) -> float:
         return max(time.monotonic() - self.begun, 1e-9)

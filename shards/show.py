@@ -5,7 +5,8 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigtrain.data.schema import read_index, read_manifest, shards_url
+from bigtrain.data.schema import read_index, shards_url
+from shards.given import manifest_of
 
 COLUMNS = ("image_size", "image_ext", "width", "height", "classes")
 MAX_CLASSES = 40  # listed, unless all are asked for
@@ -13,7 +14,7 @@ MAX_CLASSES = 40  # listed, unless all are asked for
 
 def show(url: str, all_classes: bool = False) -> str:
     """Return the table; of a set of many classes it lists the first MAX_CLASSES, and says what the others have."""
-    manifest, index = read_manifest(url), read_index(url, columns=COLUMNS)
+    manifest, index = manifest_of(url), read_index(url, columns=COLUMNS)
     per_shard = [shard.samples for shard in manifest.shards]
     lines = [
         ("dataset", manifest.dataset),
@@ -30,14 +31,15 @@ def show(url: str, all_classes: bool = False) -> str:
     if index.num_rows:
         extent = {name: pc.min_max(index[name]).as_py() for name in ("width", "height", "image_size")}
         size, labels = extent["image_size"], pc.min_max(shown).as_py()
-        formats = sorted(counted(index["image_ext"]).items())
+        formats = sorted(occurrences(index["image_ext"]).items())
         lines += [
             ("width", f"{span(extent['width']['min'], extent['width']['max'])} pixels"),
             ("height", f"{span(extent['height']['min'], extent['height']['max'])} pixels"),
             ("a picture", f"{readable(size['min'])} .. {readable(size['max'])}"),
             ("formats", ", ".join(f"{ext} {n}" for ext, n in formats)),
-            ("labels", f"{span(labels['min'], labels['max'])} a picture, {pc.mean(shown).as_py():.3g} on average"),
         ]
+        average = "" if labels["min"] == labels["max"] else f", {pc.mean(shown).as_py():.3g} on average"
+        lines.append(("labels", f"{span(labels['min'], labels['max'])} a picture{average}"))
     lines.append(("classes", f"{len(manifest.classes)}, by the number of images that show them:"))
     text = [f"{name:<10} {printable(value)}" for name, value in lines]
     return "\n".join(text + class_lines(manifest.classes, index, all_classes))
@@ -45,7 +47,7 @@ def show(url: str, all_classes: bool = False) -> str:
 
 def class_lines(classes: tuple[str, ...], index: pa.Table, all_classes: bool) -> list[str]:
     """A line a class, in the order of the set; last, classes that only the index names, and images of none."""
-    images = counted(pc.list_flatten(index["classes"]))  # distinct in a row, so this counts images
+    images = occurrences(pc.list_flatten(index["classes"]))  # distinct in a row, so this counts images
     listed = classes if all_classes else classes[:MAX_CLASSES]
     rows = [(name, images.get(name, 0)) for name in listed]
     rows += [(f"{name} (not in the manifest)", images[name]) for name in sorted(set(images) - set(classes))]
@@ -62,7 +64,7 @@ def class_lines(classes: tuple[str, ...], index: pa.Table, all_classes: bool) ->
     return text
 
 
-def counted(names: pa.ChunkedArray) -> dict[str, int]:
+def occurrences(names: pa.ChunkedArray) -> dict[str, int]:
     return {pair["values"]: pair["counts"] for pair in pc.value_counts(names).to_pylist()}
 
 

@@ -5,7 +5,6 @@ Which samples a view takes follows from the seed, the keys and the classes alone
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
@@ -29,13 +28,13 @@ from bigtrain.data.schema import (
     Manifest,
     filesystem,
     read_index,
-    read_manifest,
     shards_url,
 )
 from shards.durable import sync_folder, written_whole
+from shards.given import check_classes, manifest_of
 
 Rows = NDArray[np.int64]
-NO_CLASS = -1
+MAX_NAMED = 3  # classes in the split of a view
 
 
 def share(text: str) -> tuple[str, Fraction]:
@@ -57,7 +56,7 @@ def split_shares(url: str, out: Path, parts: Sequence[tuple[str, Fraction]], see
             f"the shares add up to {float(sum(shares.values())):g}, and every sample goes to one: "
             "let them add up to 1, with a share for what is left."
         )
-    manifest, index = read_manifest(url), read_index(url)
+    manifest, index = manifest_of(url), read_index(url)
     dealt = deal(index, shares, seed)
     if empty := [name for name, rows in dealt.items() if not len(rows)]:
         raise ValueError(
@@ -72,18 +71,19 @@ def split_shares(url: str, out: Path, parts: Sequence[tuple[str, Fraction]], see
 def split_classes(url: str, out: Path, classes: Sequence[str]) -> Manifest:
     """Write the view of the samples that show any of these classes; what else they show stays in their rows."""
     check_new(out)
-    manifest, index = read_manifest(url), read_index(url)
-    for name in classes:
-        if name not in manifest.classes:
-            near = difflib.get_close_matches(name, manifest.classes, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "`bigtrain-shards show --all-classes` lists them."
-            raise ValueError(f"{url} has no class {name!r} among its {len(manifest.classes)}: {hint}")
+    manifest, index = manifest_of(url), read_index(url)
+    check_classes(url, manifest, classes)
     row_of_object, class_of_object, names = objects(index)
     rows = np.unique(row_of_object[np.isin(class_of_object, [names[c] for c in classes if c in names])])
     if not len(rows):
         raise ValueError(f"no sample of {url} shows {' or '.join(classes)}: the view would be empty.")
     shown = set(pc.unique(pc.list_flatten(index["classes"].take(pa.array(rows)))).to_pylist()) | set(classes)
-    manifest = replace(manifest, classes=tuple(name for name in manifest.classes if name in shown))
+    taken = ", ".join(classes[:MAX_NAMED]) + (f" and {len(classes) - MAX_NAMED} more" * (len(classes) > MAX_NAMED))
+    manifest = replace(
+        manifest,
+        split=f"{manifest.split} ({taken})",
+        classes=tuple(name for name in manifest.classes if name in shown),
+    )
     return write_views(url, out, index, {"": (manifest, rows)})[""]
 
 
@@ -94,7 +94,7 @@ def split_per_class(url: str, out: Path, per_class: int, seed: int) -> tuple[Man
     seed.
     """
     check_new(out)
-    manifest, index = read_manifest(url), read_index(url)
+    manifest, index = manifest_of(url), read_index(url)
     row_of_object, class_of_object, names = objects(index)
     order = np.lexsort((drawn(index["key"], seed)[row_of_object], class_of_object))
     of_class = class_of_object[order]
@@ -159,7 +159,7 @@ def drawn(names: pa.ChunkedArray, seed: int) -> NDArray[np.uint64]:
 def write_views(url: str, out: Path, index: pa.Table, views: dict[str, tuple[Manifest, Rows]]) -> dict[str, Manifest]:
     """Write the views (manifest of the whole set, rows) to out/<name> in a folder that gets its name at the end."""
     out = out.absolute()
-    tars = shards_url(url, read_manifest(url))
+    tars = shards_url(url, manifest_of(url))
     unfinished = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     written = {}
     try:

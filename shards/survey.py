@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigtrain.data.schema import Shard
-from shards.labels import LABEL_EXTENSIONS, classes_of
+from shards.labels import CLASSES_FROM, LABEL_EXTENSIONS, class_of_folder, classes_of
 from shards.members import Digested, Member, RefusedError, members
 from shards.pictures import UnreadableError, read_size
 from shards.place import Place
@@ -24,6 +24,7 @@ class Task:
     shards: Place
     file: str
     class_names: Sequence[str] | None
+    classes_from: str = CLASSES_FROM[0]
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Survey:
     unlabelled: list[str] = field(default_factory=list)
     pickled: Counter[str] = field(default_factory=Counter)  # extension -> members that are not opened
     classes: set[str] = field(default_factory=set)
+    of_texts: int = 0  # samples whose class comes from a .txt
 
 
 def survey(task: Task) -> Survey:
@@ -96,15 +98,19 @@ def read_sample(task: Task, key: str, entries: list[tuple[Member, bytes]], found
         return None
     picture, encoded = pictures[0]
     labels = {member.ext.lower(): data for member, data in entries if member.ext.lower() in LABEL_EXTENSIONS}
-    classes: list[str] = []
+    if "json" in labels:  # beside a .json, a .txt is a caption
+        labels.pop("txt", None)
+    classes, label = list[str](), key
     try:
-        for ext in LABEL_EXTENSIONS:
-            if ext == "txt" and "json" in labels:  # beside a .json, a .txt is a caption
-                break
-            if ext in labels and (classes := classes_of(ext, labels[ext], task.class_names)):
-                break
+        if task.classes_from == "folder":
+            classes = class_of_folder(key, task.class_names)
+        else:
+            for ext in (ext for ext in LABEL_EXTENSIONS if ext in labels):
+                label = f"{key}.{ext}"
+                if classes := classes_of(ext, labels[ext], task.class_names):
+                    break
     except ValueError as error:
-        found.wrong.append(f"{task.file}: {key}.{ext}: {error}")
+        found.wrong.append(f"{task.file}: {label}: {error}")
         return None
     try:
         width, height = read_size(encoded)
@@ -113,6 +119,8 @@ def read_sample(task: Task, key: str, entries: list[tuple[Member, bytes]], found
         return None
     if not classes:
         found.unlabelled.append(f"{task.file}: {key}")
+    elif label == f"{key}.txt":
+        found.of_texts += 1
     found.classes.update(classes)
     return {
         "key": key,

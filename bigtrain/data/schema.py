@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -72,15 +72,15 @@ class Sample:
 
     Args:
         key: unique in the set; letters, digits, "_", "-" and "/" (no dot: WebDataset splits key and extension there).
-        image: the picture's file, or its encoded bytes.
+        image: the picture's file, its encoded bytes, or what makes them, in whatever process that is (picklable).
         image_ext: one of IMAGE_EXTENSIONS, lower case.
-        objects: what it shows; empty where nothing is annotated.
+        objects: what it shows; empty where nothing is annotated. A box is cut to the picture when it is packed.
         source: where it came from, relative to the dataset's root.
         mask: a PNG of the defect or segmentation, if there is one.
     """
 
     key: str
-    image: Path | bytes
+    image: Path | bytes | Callable[[], bytes]
     image_ext: str
     objects: Sequence[Object] = ()
     source: str = ""
@@ -125,7 +125,12 @@ class Manifest:
         return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
     def checked(self, where: str) -> Manifest:
-        """Refuse file names that would lead out of the set's own folder."""
+        """Refuse values of other kinds, and file names that would lead out of the set's own folder."""
+        texts = (self.dataset, self.split, self.licence, self.shards_at, *self.classes)
+        texts += tuple(text for shard in self.shards for text in (shard.file, shard.sha256))
+        counts = [count for shard in self.shards for count in (shard.samples, shard.bytes)]
+        if not all(isinstance(text, str) for text in texts) or not all(type(n) is int and n >= 0 for n in counts):
+            raise TypeError("a text where a number should be, or the other way round")
         for shard in self.shards:
             if shard.file != PurePosixPath(shard.file).name or "\\" in shard.file or shard.file in ("", "..", "."):
                 raise ValueError(f"{where} names the shard {shard.file!r}: shards lie beside their manifest.")
@@ -148,7 +153,7 @@ class Manifest:
                 shards=tuple(Shard(**shard) for shard in record["shards"]),
                 shards_at=record.get("shards_at", ""),
             ).checked(where)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{where} is no manifest of a shard set ({type(error).__name__}: {error}): "
                 "build the shards again, or make a manifest with `bigtrain-shards index`."
@@ -181,7 +186,7 @@ def read_manifest(url: str, patience: Patience = PATIENCE) -> Manifest:
     """Read the manifest of the shard set at `url`; a set without one is an unfinished build or no set at all."""
     fs, path = filesystem(url)
     try:
-        text = fetch_file(files_of(fs, patience), f"{path}/{MANIFEST_FILE}", patience).decode()
+        text = fetch_file(files_of(fs, patience), f"{path}/{MANIFEST_FILE}", patience).decode(errors="replace")
     except FileNotFoundError as error:
         raise ValueError(
             f"{url} holds no {MANIFEST_FILE}, so it is no finished shard set: build one from a folder of class folders "

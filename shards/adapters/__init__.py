@@ -41,6 +41,7 @@ class Adapter:
         root: what --root must be, in a line.
         split: the default of --split; None: there is no such option, and the option "mode" names the split.
         options: the adapter's own options of the command line, as argparse takes them.
+        doc: what the dataset is, first in a line; empty: its module says so.
     """
 
     about: Callable[..., About]
@@ -48,13 +49,20 @@ class Adapter:
     root: str
     split: str | None = "train"
     options: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    doc: str = ""
 
 
 ADAPTERS: dict[str, Adapter] = {
     "folder": Adapter(folder.about, folder.samples, folder.LAYOUT),
     "mnist": Adapter(mnist.about, mnist.samples, mnist.LAYOUT, options=mnist.OPTIONS),
-    "cifar10": Adapter(cifar.CIFAR10.about, cifar.CIFAR10.samples, cifar.CIFAR10.layout),
-    "cifar100": Adapter(cifar.CIFAR100.about, cifar.CIFAR100.samples, cifar.CIFAR100.layout, options=cifar.OPTIONS),
+    "cifar10": Adapter(cifar.CIFAR10.about, cifar.CIFAR10.samples, cifar.CIFAR10.layout, doc=cifar.CIFAR10.doc),
+    "cifar100": Adapter(
+        cifar.CIFAR100.about,
+        cifar.CIFAR100.samples,
+        cifar.CIFAR100.layout,
+        options=cifar.OPTIONS,
+        doc=cifar.CIFAR100.doc,
+    ),
     "coco": Adapter(coco.about, coco.samples, coco.LAYOUT, split="train2017"),
     "voc": Adapter(voc.about, voc.samples, voc.LAYOUT, options=voc.OPTIONS),
     "imagenet": Adapter(imagenet.about, imagenet.samples, imagenet.LAYOUT),

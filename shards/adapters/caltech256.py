@@ -14,6 +14,7 @@ from bigtrain.data.schema import Sample
 from shards.adapters import folder
 from shards.adapters.about import About
 from shards.adapters.lists import few, warn
+from shards.words import counted
 
 INNER = "256_ObjectCategories"
 LAYOUT = f"the folder {INNER}, with 001.ak47/001_0001.jpg ... in it, or one that holds it; --split only names it"
@@ -29,7 +30,7 @@ def about(root: Path, split: str, without_clutter: bool = False) -> About:
     by_class = pictures_by_class(root, without_clutter)
     folder.refuse_twins(root, by_class)
     if others := [name for inner in folder.class_folders(root) for name in folder.files_in(root, f"{inner}/", False)]:
-        warn(f"{len(others)} files in {root} are no pictures by their names ({few(others)}): they are left out.")
+        warn(f"{counted(len(others), 'file')} in {root} left out, for by name they are no pictures: {few(others)}.")
     return About("caltech256", list(by_class), LICENCE, sum(map(len, by_class.values())))
 
 

@@ -71,6 +71,12 @@ class Cifar:
     keys: Mapping[str, bytes]
 
     @property
+    def doc(self) -> str:
+        archives = "the owners' archives (python or binary form), unpacked or not, or {train,test}/<class>/."
+        others = "\n\nThe labels are its 100 fine classes or its 20 coarse ones." if len(self.classes) > 1 else ""
+        return f"{self.title}: {archives}{others}"
+
+    @property
     def layout(self) -> str:
         archives = " or ".join(f"{self.title.lower()}-{form}.tar.gz" for form in self.inner)
         return (

@@ -14,8 +14,10 @@ from typing import TypeVar
 from bigtrain.data.schema import IMAGE_EXTENSIONS, Object, Sample
 from shards.adapters.about import About
 from shards.adapters.lists import few, warn
+from shards.words import counted
 
 LAYOUT = "a folder of class folders: ROOT/<class>/**/*.jpg (or .png, .webp ...); --split only names it"
+SPLITS = ("train", "val", "valid", "validation", "test")
 T = TypeVar("T")
 
 
@@ -24,14 +26,20 @@ def about(root: Path, split: str) -> About:
     by_class = names_by_class(root)
     if loose := loose_pictures(root):
         raise ValueError(
-            f"{root} has {len(loose)} pictures in no class folder ({few(loose)}): the folder of a picture is its "
-            f"class, so move each to its own, or all to one, {root / 'pictures'} say."
+            f"{root} has {counted(len(loose), 'picture')} in no class folder ({few(loose)}): the folder of a picture "
+            f"is its class, so move each to its own, or all to one, {root / 'pictures'} say."
         )
     if not by_class:
         raise FileNotFoundError(f"{root} holds no class folders with pictures: --root must be {LAYOUT}.")
     refuse_twins(root, by_class)
+    if set(by_class) <= set(SPLITS):
+        first = next(name for name in SPLITS if name in by_class)
+        warn(
+            f"the classes of {root} are {few(list(by_class))}, which are names of splits: if these folders hold the "
+            f"class folders, build each by itself, with --root {root / first} say."
+        )
     if others := [name for folder in class_folders(root) for name in files_in(root, f"{folder}/", pictures=False)]:
-        warn(f"{len(others)} files in {root} are no pictures by their names ({few(others)}): they are left out.")
+        warn(f"{counted(len(others), 'file')} in {root} left out, for by name they are no pictures: {few(others)}.")
     return About(root.resolve().name, list(by_class), "unknown", sum(map(len, by_class.values())))
 
 

@@ -84,7 +84,7 @@ def samples(
             code = f"{ord(character):04X}"
             yield Sample(
                 key=f"{safe_key(name.replace('/', '_'))}/U{code}",
-                image=rendered(path, character, size),
+                image=functools.partial(rendered, path, character, size),
                 image_ext="png",
                 objects=[Object(name)],
                 source=f"{path.relative_to(root).as_posix()} U+{code}",

@@ -67,7 +67,7 @@ def samples(root: Path, split: str) -> Iterator[Sample]:
 def boxes_in(path: Path) -> list[Box]:
     """The boxes of an annotation, all of the picture's own class; a picture without annotation has none.
 
-    ImageNet counts pixels from 0, and its numbers are taken for the edges, so that no box leaves its picture.
+    ImageNet counts pixels from 0, and its numbers are taken for the edges.
     """
     found = [thing.box for thing in voc.objects_in(path)] if path.is_file() else []
     return [Box(box.top + 1, box.left + 1, box.bottom, box.right) for box in found if box]  # VOC counts from 1

@@ -8,7 +8,6 @@ from pictures without the known class.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import io
 import random
@@ -17,10 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from bigtrain.data.schema import Box, Object, Sample, filesystem, read_index, read_manifest, shards_url
+from bigtrain.data.schema import Box, Object, Sample, filesystem, read_index, shards_url
 from shards.adapters.about import About
+from shards.given import check_classes, manifest_of
 from shards.pictures import decode
 
 LAYOUT = "a finished shard set, whose pictures become the tiles"
@@ -50,22 +54,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Pool:
-    """The set's pictures by class, each a row of its index and the tar that it lies in."""
+    """The set's pictures by class, as numbers of rows of its index."""
 
     at: str  # where the tars lie: of a view that is not the set's own place
-    rows: list[dict[str, Any]]
-    by_class: dict[str, list[int]]
-    novel_by_class: dict[str, list[int]]  # pictures that do not show the known class
+    files: list[str]
+    index: pa.Table
+    by_class: dict[str, NDArray[np.int64]]
+    novel_by_class: dict[str, NDArray[np.int64]]  # pictures that do not show the known class
+
+    def rows(self, numbers: list[int]) -> list[dict[str, Any]]:
+        return [{**row, "file": self.files[row["shard"]]} for row in self.index.take(numbers).to_pylist()]
 
 
 def about(root: str | Path, split: str, **options: Any) -> About:
     known, mode, count, grid = (options[name] for name in ("known", "mode", "count", "grid"))
-    manifest = read_manifest(str(root))
-    if known not in manifest.classes:
-        near = difflib.get_close_matches(known, manifest.classes, n=3) or manifest.classes[:10]
-        raise ValueError(
-            f"--known {known} is no class of {root}; it has {', '.join(near)} ...: give one of its classes."
-        )
+    manifest = manifest_of(str(root))
+    check_classes(str(root), manifest, [known])
     if count < 1 or grid < 2 or (options["tile"] is not None and options["tile"] < 1):
         raise ValueError(f"--count {count} must be at least 1, --grid {grid} at least 2, --tile at least 1.")
     if not 1 <= options["known_tiles"] <= grid * grid:
@@ -73,12 +77,10 @@ def about(root: str | Path, split: str, **options: Any) -> About:
     if mode == "test" and count % 2:
         raise ValueError(f"--count {count} does not halve into known and novel: give {count - 1} or {count + 1}.")
     pool = pool_of(str(root), known)
-    novel = {row for rows in pool.novel_by_class.values() for row in rows}
-    shown = {row for rows in pool.by_class.values() for row in rows}
     for name, there, needed in (
         (f"pictures of {known}", len(pool.by_class.get(known, [])), options["known_tiles"]),
-        ("labelled pictures", len(shown), grid * grid),
-        (f"pictures without {known}", len(novel), grid * grid if mode == "test" else 0),
+        ("labelled pictures", distinct(pool.by_class), grid * grid),
+        (f"pictures without {known}", distinct(pool.novel_by_class), grid * grid if mode == "test" else 0),
     ):
         if there < needed:
             raise ValueError(f"{root} has {there} {name}, and a mosaic needs {needed}: use a larger set.")
@@ -94,7 +96,7 @@ def samples(root: str | Path, split: str, **options: Any) -> Iterator[Sample]:
     for number in range(options["count"]):
         rng = random.Random(f"{options['seed']} {options['mode']} {number}")
         is_known = options["mode"] == "train" or number % 2 == 0
-        tiles = [pool.rows[row] for row in drawn(rng, pool, known if is_known else None, known_tiles, grid * grid)]
+        tiles = pool.rows(drawn(rng, pool, known if is_known else None, known_tiles, grid * grid))
         yield mosaic(f"{options['mode']}-{number:06d}", pool.at, tiles, grid, size)
 
 
@@ -102,9 +104,12 @@ def drawn(rng: random.Random, pool: Pool, known: str | None, known_tiles: int, t
     """The rows of one mosaic, in reading order; known is None for a novel one."""
     by_class = pool.novel_by_class if known is None else pool.by_class
     names = sorted(by_class)
-    rows: list[int] = [] if known is None else rng.sample(by_class[known], rng.randint(1, known_tiles))
+    rows: list[int] = []
+    if known is not None:
+        count = rng.randint(1, known_tiles)
+        rows = [int(by_class[known][place]) for place in rng.sample(range(len(by_class[known])), count)]
     while len(rows) < tiles:
-        row = rng.choice(by_class[rng.choice(names)])
+        row = int(rng.choice(by_class[rng.choice(names)]))
         if row not in rows:
             rows.append(row)
     rng.shuffle(rows)
@@ -113,16 +118,24 @@ def drawn(rng: random.Random, pool: Pool, known: str | None, known_tiles: int, t
 
 def mosaic(key: str, shards_at: str, tiles: list[dict[str, Any]], grid: int, size: tuple[int, int]) -> Sample:
     width, height = size
-    canvas = Image.new("RGB", (grid * width, grid * height))
     objects = []
     for place, row in enumerate(tiles):
         top, left = place // grid * height, place % grid * width
-        canvas.paste(tile(shards_at, row, size), (left, top))
         box = Box(top=top, left=left, bottom=top + height, right=left + width)
         objects += [Object(name, box) for name in row["classes"]]
+    painting = functools.partial(painted, shards_at, tiles, grid, size)  # done by the worker that packs it
+    return Sample(key, painting, "png", objects, source=" ".join(row["key"] for row in tiles))
+
+
+def painted(shards_at: str, tiles: list[dict[str, Any]], grid: int, size: tuple[int, int]) -> bytes:
+    """The mosaic as a PNG."""
+    width, height = size
+    canvas = Image.new("RGB", (grid * width, grid * height))
+    for place, row in enumerate(tiles):
+        canvas.paste(tile(shards_at, row, size), (place % grid * width, place // grid * height))
     file = io.BytesIO()
     canvas.save(file, "PNG")
-    return Sample(key, file.getvalue(), "png", objects, source=" ".join(row["key"] for row in tiles))
+    return file.getvalue()
 
 
 def tile(shards_at: str, row: dict[str, Any], size: tuple[int, int]) -> Image.Image:
@@ -146,24 +159,31 @@ def tile(shards_at: str, row: dict[str, Any], size: tuple[int, int]) -> Image.Im
 
 @functools.lru_cache(maxsize=1)
 def pool_of(root: str, known: str) -> Pool:
-    manifest = read_manifest(root)
-    files = [shard.file for shard in manifest.shards]
-    rows = [{**row, "file": files[row["shard"]]} for row in read_index(root).to_pylist()]
-    by_class: dict[str, list[int]] = {}
-    novel: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        for name in row["classes"]:
-            by_class.setdefault(name, []).append(place)
-            if known not in row["classes"]:
-                novel.setdefault(name, []).append(place)
-    return Pool(shards_url(root, manifest), rows, by_class, novel)
+    manifest = manifest_of(root)
+    index = read_index(root).combine_chunks()
+    classes = index["classes"].combine_chunks()
+    row_of_label = pc.list_parent_indices(classes).to_numpy()
+    label = pc.list_flatten(classes).dictionary_encode()
+    names, number_of_label = label.dictionary.to_pylist(), label.indices.to_numpy()
+    shows_known = np.zeros(len(index), bool)
+    shows_known[row_of_label[number_of_label == (names.index(known) if known in names else -1)]] = True
+    order = np.argsort(number_of_label, kind="stable")
+    edges = np.searchsorted(number_of_label[order], np.arange(1, len(names)))
+    by_class = dict(zip(names, np.split(row_of_label[order].astype(np.int64), edges), strict=True)) if names else {}
+    novel = {name: rows[~shows_known[rows]] for name, rows in by_class.items()}
+    novel = {name: rows for name, rows in novel.items() if len(rows)}
+    return Pool(shards_url(root, manifest), [shard.file for shard in manifest.shards], index, by_class, novel)
+
+
+def distinct(by_class: dict[str, NDArray[np.int64]]) -> int:
+    return len(np.unique(np.concatenate(list(by_class.values())))) if by_class else 0
 
 
 def tile_size(pool: Pool, tile: int | None) -> tuple[int, int]:
     """Width and height of a tile: --tile squared, or the one size that all pictures have."""
     if tile is not None:
         return tile, tile
-    sizes = {(row["width"], row["height"]) for row in pool.rows}
+    sizes = pool.index.select(["width", "height"]).group_by(["width", "height"]).aggregate([]).to_pylist()
     if len(sizes) > 1:
         raise ValueError(f"the pictures have {len(sizes)} sizes: give the side of a tile with --tile, 224 say.")
-    return sizes.pop()
+    return sizes[0]["width"], sizes[0]["height"]

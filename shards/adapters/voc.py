@@ -135,10 +135,13 @@ def objects_in(path: Path) -> list[Object]:
 
 
 def half_open(ymin: float, xmin: float, ymax: float, xmax: float) -> Box:
-    """VOC counts pixels from 1 and its last row and column belong to the box."""
-    if not (math.isfinite(ymin + xmin + ymax + xmax) and ymin <= ymax and xmin <= xmax):
+    """VOC counts pixels from 1 and its last row and column belong to the box; a few boxes of ImageNet name the last
+    first.
+    """
+    if not math.isfinite(ymin + xmin + ymax + xmax):
         raise ValueError("no box")
-    return Box(top=ymin - 1, left=xmin - 1, bottom=ymax, right=xmax)
+    (top, bottom), (left, right) = sorted((ymin, ymax)), sorted((xmin, xmax))
+    return Box(top=top - 1, left=left - 1, bottom=bottom, right=right)
 
 
 def parsed(path: Path) -> Element:

@@ -257,3 +257,33 @@ def test_what_may_pass_is_tried_again_and_what_will_not_stops_at_once(remote, mo
         far.read([4])
     assert len(waited) == waits
     assert all(0.25 * 2**n <= wait_s <= 0.75 * 2**n for n, wait_s in enumerate(waited))
+
+
+def forty_shards(write_set, classes, size=100):
+    return write_set([([name], bytes(size)) for name in classes], per_shard=10, name=f"{hash(tuple(classes))}-{size}")
+
+
+def test_a_run_is_about_a_megabyte_and_one_picture_where_neighbours_show_one_class(write_set, caplog):
+    in_order = ["a"] * 200 + ["b"] * 200
+    mixed = np.random.default_rng(0).permutation(in_order).tolist()
+    everything = np.arange(400)
+    for classes, size, run_length in ((mixed, 100, 32), (mixed, 300_000, 3), (mixed, 2_000_000, 1), (in_order, 100, 1)):
+        caplog.clear()
+        shard_set = forty_shards(write_set, classes, size) if size < 10**6 else far_larger(write_set, classes, size)
+        assert shard_set.plan(everything, 8).run_length == run_length
+        assert ("sorted by class" in caplog.text) == (classes is in_order)
+    one_class = np.arange(200)  # of a set in order, but then there is nothing else
+    assert shard_set.plan(one_class, 8).run_length == 32
+
+
+def far_larger(write_set, classes, size):
+    """A set whose index tells of pictures of such a size."""
+    shard_set = forty_shards(write_set, classes)
+    shard_set._size_N = np.full(len(classes), size)
+    return shard_set
+
+
+def test_in_order_a_plan_asks_nothing_of_the_classes(write_set, caplog):
+    shard_set = forty_shards(write_set, ["a"] * 200 + ["b"] * 200)
+    assert np.array_equal(shard_set.plan(np.arange(400), 8, shuffle=False).order(0), np.arange(400))
+    assert not caplog.records

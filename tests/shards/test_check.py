@@ -17,6 +17,7 @@ import pytest
 from bigtrain.data.schema import INDEX_FILE, INDEX_SCHEMA, MANIFEST_FILE, read_index, read_manifest
 from shards.check import check
 from shards.describe import describe
+from shards.split import split_per_class
 
 
 @pytest.fixture
@@ -34,7 +35,29 @@ def test_a_truncated_tar_is_found(out):
     tar = out / "000001.tar"
     tar.write_bytes(tar.read_bytes()[:3000])
     assert any("000001.tar: 3000 bytes" in line for line in check(str(out), quick=True))
-    assert any("000001.tar: no whole tar" in line for line in check(str(out)))
+    (line,) = check(str(out))  # and not one for each picture behind the cut
+    assert line.startswith("000001.tar: no whole tar")
+    assert "3000 bytes, and the manifest says" in line
+
+
+def test_faults_that_are_not_named_are_counted_too(out, monkeypatch):
+    monkeypatch.setattr("shards.check.MAX_NAMED", 2)
+    index = read_index(str(out))
+    column = index.schema.get_field_index("image_offset")
+    moved = index.set_column(column, "image_offset", pc.add(index["image_offset"], 512))
+    pq.write_table(moved, out / INDEX_FILE)
+    wrong = check(str(out))
+    assert wrong.number == index.num_rows == 21
+    assert wrong[2] == "000000.tar: and 3 more like these"
+
+
+def test_a_view_whose_tars_have_moved_says_where_it_looked(out, tmp_path):
+    split_per_class(str(out), tmp_path / "view", 2, seed=0)
+    (out / "000001.tar").unlink()
+    assert check(str(tmp_path / "view"), quick=True) == [f"000001.tar: missing from {out}"]
+    out.rename(tmp_path / "moved")
+    (line,) = check(str(tmp_path / "view"))
+    assert line.startswith(f"{out}: no tar of this view lies there")
 
 
 def test_a_flipped_byte_is_found_but_not_by_a_quick_look(out):
@@ -43,7 +66,7 @@ def test_a_flipped_byte_is_found_but_not_by_a_quick_look(out):
     data[700] ^= 1
     tar.write_bytes(data)
     assert check(str(out), quick=True) == []
-    assert [line.split(" ")[:2] for line in check(str(out))] == [["000002.tar:", "sha256"]]
+    assert check(str(out)) == ["000002.tar: its bytes have changed since the manifest was written"]
 
 
 def test_a_missing_and_a_surplus_shard_are_found(out):
@@ -90,10 +113,18 @@ def test_a_damaged_index_and_a_damaged_manifest_are_found(out):
     assert any("is no manifest" in line for line in check(str(out)))
 
 
-def test_a_folder_without_manifest_is_no_shard_set(out):
-    shutil.copytree(out, out.parent / "unfinished", ignore=shutil.ignore_patterns(MANIFEST_FILE))
-    with pytest.raises(ValueError, match=r"holds no manifest\.json"):
-        check(str(out.parent / "unfinished"))
+def test_what_lies_where_no_set_is_is_said(out, tmp_path):
+    shutil.copytree(out, tmp_path / "unfinished", ignore=shutil.ignore_patterns(MANIFEST_FILE))
+    shutil.copytree(out, tmp_path / "theirs", ignore=shutil.ignore_patterns("*.json"))
+    for place, sentence in (
+        ("unfinished", "a build that was interrupted"),
+        ("theirs", r"holds no manifest\.json"),
+        ("nowhere", "nowhere does not exist"),
+        (".", "holds the sets out: give one"),
+        ("out/manifest.json", "is a file"),
+    ):
+        with pytest.raises((ValueError, NotADirectoryError), match=sentence):
+            check(str(tmp_path / place))
 
 
 def rewrite(out: Path, change: Callable[[str, bytes], bytes | None]) -> None:

@@ -98,13 +98,41 @@ def test_a_text_beside_a_json_is_a_caption_and_no_class(theirs, paint):
     assert read_index(str(theirs))["classes"].to_pylist() == [[]]
 
 
+def test_class_folders_in_a_tar_are_classes_where_asked_for_and_else_that_is_said(theirs, paint, tmp_path, capsys):
+    write_tar(theirs / "a.tar", {"all/cat/1.jpg": paint(), "all/dog/1.jpg": paint(1), "all/dog/1.txt": b"text"})
+    assert describe(theirs, classes_from="folder").classes == ("cat", "dog")
+    assert read_index(str(theirs))["classes"].to_pylist() == [["cat"], ["dog"]]
+    assert capsys.readouterr().err == ""
+    write_tar(theirs / "a.tar", {"cat/1.jpg": paint(), "dog/1.jpg": paint(1)})
+    assert describe(theirs, out=tmp_path / "view").classes == ()
+    assert "with --classes-from folder" in capsys.readouterr().err
+
+
+def test_a_picture_in_no_folder_has_no_class_to_take_from_there(theirs, paint):
+    write_tar(theirs / "a.tar", {"cat/1.jpg": paint(), "2.jpg": paint(1)})
+    with pytest.raises(ValueError, match=r"1 sample has no class and others have one .a\.tar: 2"):
+        describe(theirs, classes_from="folder")
+
+
+@pytest.mark.parametrize(("ext", "samples", "warned"), [("txt", 3, True), ("cls", 51, True), ("cls", 50, False)])
+def test_what_may_be_captions_is_told_of(theirs, paint, capsys, ext, samples, warned):
+    members = [
+        (f"{n}.{e}", paint() if e == "jpg" else f"no {n}".encode()) for n in range(samples) for e in ("jpg", ext)
+    ]
+    write_tar(theirs / "a.tar", members)
+    describe(theirs)
+    said = capsys.readouterr().err
+    assert ("no classes to train on" in said) == warned
+    assert ("3 samples took a class from .txt, and there are 3 classes" in said) == (ext == "txt")
+
+
 @pytest.mark.parametrize(
     ("names", "sentence"),
     [
         (["1.jpg", "2.jpg", "1.cls", "2.cls"], "'1' comes again .its members lie apart"),
         (["1.jpg", "1.cls", "2.cls"], "2 has 0 pictures"),
         (["1.jpg", "1.png", "1.cls"], "1 has 2 pictures"),
-        (["1.jpg", "1.cls", "2.jpg"], "1 samples have no class and others have one .a.tar: 2"),
+        (["1.jpg", "1.cls", "2.jpg"], "1 sample has no class and others have one .a.tar: 2"),
         (["1.jpg", "1.cls", "1.cls"], "1 has 1 pictures among its members .jpg, cls, cls"),
     ],
 )

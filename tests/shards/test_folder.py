@@ -32,13 +32,13 @@ def test_other_files_are_told_of_and_hidden_ones_are_nothing(animals, capsys):
     (animals / "nothing").mkdir()
     about = folder.about(animals, "train")
     assert (about.total, about.classes) == (19, ["cat", "dog", "emu"])
-    assert "1 files in" in (said := capsys.readouterr().err)
+    assert "1 file in" in (said := capsys.readouterr().err)
     assert "'cat/notes.txt'" in said
 
 
 def test_a_picture_in_no_class_folder_is_refused(animals):
     (animals / "cat" / "cat1.jpg").rename(animals / "cat1.jpg")
-    with pytest.raises(ValueError, match=r"1 pictures in no class folder \('cat1.jpg'\)"):
+    with pytest.raises(ValueError, match=r"1 picture in no class folder \('cat1.jpg'\)"):
         folder.about(animals, "train")
 
 
@@ -57,3 +57,11 @@ def test_links_to_class_folders_are_followed_and_deeper_ones_refused(animals, tm
     (animals / "cat" / "all").symlink_to(animals)
     with pytest.raises(ValueError, match="links may go in a circle"):
         folder.about(animals, "train")
+
+
+@pytest.mark.parametrize(("names", "warned"), [(["train", "test"], True), (["train", "dog"], False)])
+def test_folders_of_splits_taken_for_classes_are_told_of(paint, tmp_path, capsys, names, warned):
+    for name in names:
+        paint(path=tmp_path / "photos" / name / "cat" / "1.jpg")
+    assert folder.about(tmp_path / "photos", "train").classes == sorted(names)
+    assert (f"--root {tmp_path / 'photos' / 'train'} say" in capsys.readouterr().err) == warned

@@ -216,4 +216,4 @@ def test_check_finds_a_changed_shard_behind_a_view(others, nginx, tmp_path):
     shutil.copy(folder / "000003.tar", folder / "000009.tar")  # not in the view, and no fault
     (folder / "000004.tar").unlink()
     wrong = check(str(tmp_path / "view"))
-    assert [line.split(" ")[:2] for line in wrong] == [["000001.tar:", "sha256"], ["000004.tar:", "missing"]]
+    assert [line.split(" ")[:2] for line in wrong] == [["000001.tar:", "its"], ["000004.tar:", "missing"]]

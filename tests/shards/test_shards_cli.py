@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.data.schema import read_manifest
+from shards.adapters import ADAPTERS
 from shards.cli import main
+from shards.words import counted
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -31,6 +34,9 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("bild folder", "Did you mean build?"),
         ("build folder --root R", "required: --out"),
         ("build folder --root R --out O --max-sid 3", "Did you mean --max-side?"),
+        ("build folder --rot R --out O", "unrecognized arguments: --rot. Did you mean --root?"),
+        ("build folder --root a b c d e f --out O", "unrecognized arguments: b c d and 2 more. See"),
+        ("build folder --root a b --out O --workrs 1", "unrecognized arguments: --workrs b 1. Did you mean --workers?"),
         ("build folder --root R --out O --samples-per-shard 0", "no whole number of at least 1"),
         ("build folder --root R --out O --max-skipped 2", "no fraction from 0 to 1"),
         ("build folder --root R --out O", "must be a folder of class folders"),
@@ -43,10 +49,10 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("build mnist --root R --out O --split val", "it has train and test"),
         ("build mnist --root R --out O --dataset fashion", "Did you mean fashion_mnist?"),
         ("build coco --root R --out O", "annotations/instances_<split>.json"),
-        ("build mosaic --root R --known a --mode train --count 3 --out O", "holds no manifest.json"),
+        ("build mosaic --root R --known a --mode train --count 3 --out O", "R does not exist"),
         ("build mosaic --root R --known a --mode train --count 3 --split x --out O", "unrecognized arguments: --split"),
-        ("check R", "holds no manifest.json"),
-        ("show R", "holds no manifest.json"),
+        ("check R", "R does not exist"),
+        ("show R", "R does not exist"),
         ("index R", "is no folder"),
         ("index http://127.0.0.1/R", "cannot be written"),
         ("index http://127.0.0.1/R --out O", "name them with --shards"),
@@ -80,7 +86,7 @@ def test_build_show_and_check_from_the_command_line(animals, tmp_path, capsys):
     assert capsys.readouterr().out == f"{out}: right.\n"
     (tmp_path / "out" / "000001.tar").unlink()
     assert main(["check", "--quick", out]) == 1
-    assert capsys.readouterr().out == f"000001.tar: missing\n{out}: 1 faults.\n"
+    assert capsys.readouterr().out == f"000001.tar: missing\n{out}: 1 fault.\n"
 
 
 def test_index_from_the_command_line(animals, build_folder, tmp_path, capsys):
@@ -107,3 +113,69 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(animals, build_folder
         done.stdout.close()
         assert done.stderr.read() == ""
     assert done.returncode == 0
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(animals, build_folder, tmp_path, capsys):
+    build_folder(animals, tmp_path / "set")
+    (tmp_path / "file").write_text("")
+    capsys.readouterr()
+    out = str(tmp_path / "file" / "out")
+    sentence = f"--out {out} cannot be made or written (Not a directory): give a folder in which you may write."
+    assert sentence in mistake(capsys, "build", "folder", "--root", str(animals), "--out", out)
+    assert sentence in mistake(capsys, "split", str(tmp_path / "set"), "--per-class", "1", "--out", out)
+    assert sentence in mistake(capsys, "index", str(tmp_path / "set"), "--out", out)
+
+
+@pytest.mark.parametrize(
+    ("given", "split", "dataset"),
+    [
+        ([], "test", "photos"),
+        (["--name", "zoo"], "test", "zoo"),
+        (["--split", "train"], "train", "test"),
+        (["--split", "test"], "test", "test"),
+    ],
+)
+def test_a_root_that_is_called_as_a_split_is_that_split(animals, tmp_path, given, split, dataset):
+    (tmp_path / "photos").mkdir()
+    animals.rename(tmp_path / "photos" / "test")
+    line = ["build", "folder", "--root", str(tmp_path / "photos" / "test"), "--out", str(tmp_path / "out"), *given]
+    assert main(line) == 0
+    manifest = read_manifest(str(tmp_path / "out"))
+    assert (manifest.split, manifest.dataset) == (split, dataset)
+    assert main(line) == 0  # finished, of the same settings
+
+
+def test_a_build_begun_before_roots_named_splits_continues_as_it_was(animals, build_folder, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    root = animals.rename(tmp_path / "photos" / "test")
+    build_folder(root, tmp_path / "out", samples_per_shard=1000)
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert main(["build", "folder", "--root", str(root), "--out", str(tmp_path / "out")]) == 0
+    manifest = read_manifest(str(tmp_path / "out"))
+    assert (manifest.split, manifest.dataset) == ("train", "test")
+
+
+def test_a_build_says_its_classes_and_no_rate_where_nothing_was_read(
+    animals, build_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("shards.build.Manifest", None)  # ends the build just before its manifest
+    with pytest.raises(TypeError):
+        build_folder(animals, tmp_path / "out")
+    assert "21 samples in 5 shards, 3 classes ('cat', 'dog', 'emu'), " in capsys.readouterr().out
+    monkeypatch.undo()
+    build_folder(animals, tmp_path / "out")
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}: 21 samples in 5 shards, 3 classes ('cat', 'dog', 'emu').\n"
+
+
+def test_no_two_adapters_have_the_same_help():
+    said = [adapter.doc or sys.modules[adapter.samples.__module__].__doc__ for adapter in ADAPTERS.values()]
+    assert len(set(said)) == len(said)
+
+
+def test_a_count_and_its_noun_agree():
+    assert [counted(n, noun) for n, noun in ((1, "shard"), (2, "shard"), (1, "class"), (0, "class"))] == [
+        "1 shard",
+        "2 shards",
+        "1 class",
+        "0 classes",
+    ]

@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from bigtrain.data.schema import Box, Object, Sample
 from shards.pack import prepare
-from shards.pictures import Treatment, UnreadableError, checked, read_size
+from shards.pictures import Treatment, UnreadableError, checked, read_size, reason_of
 
 ORIENTATION, MAKE = ExifTags.Base.Orientation, ExifTags.Base.Make
 SMALL = Treatment(max_side=50)
@@ -143,3 +143,17 @@ def test_quality_sets_the_size_of_what_is_re_encoded():
     sizes = [len(checked(noise, "jpg", Treatment(max_side=50, quality=quality)).encoded) for quality in (20, 60, 95)]
     assert sizes == sorted(sizes)
     assert sizes[2] > 2 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"), [(b"", "empty file"), (b"hello", "no picture format that can be read")], ids=["empty", "text"]
+)
+def test_the_reason_of_a_file_that_is_no_picture_is_the_same_in_every_process(data, reason):
+    with pytest.raises(UnreadableError, match=f"^{reason}$"):
+        checked(data, "jpg", Treatment())
+
+
+def test_a_reason_has_no_address_and_is_never_a_bare_word():
+    assert reason_of(OSError("cannot read <BytesIO object at 0x7f12ab>")) == "cannot read <BytesIO object>"
+    assert reason_of(KeyError("exif")) == "KeyError: 'exif'"
+    assert reason_of(MemoryError()) == "MemoryError"

@@ -61,6 +61,10 @@ def test_counts_sizes_and_formats_by_hand(index_of):
     assert said[-4:] == ["dog 2", "cat 2", "emu 0", "(no class) 1"]
 
 
+def test_an_average_is_given_only_of_numbers_that_differ(index_of):
+    assert "labels 1 a picture" in lines(show(index_of([["cat"], ["dog"]], ["cat", "dog"])))
+
+
 def test_of_many_classes_the_first_are_listed_and_the_others_summed_up(index_of):
     names = [f"class{n}" for n in range(50)]
     url = index_of([*([name] for name in names), ["class45"], []], names)
@@ -96,3 +100,10 @@ def test_names_cannot_reach_the_terminal(index_of):
 def test_what_chooses_pictures_needs_a_page(index_of, capsys):
     assert main(["show", index_of([["cat"]], ["cat"]), "--seed", "3"]) == 2
     assert "give --page too" in capsys.readouterr().err
+
+
+def test_a_misspelled_class_of_a_page_is_answered_with_the_nearest_or_a_command_that_runs(index_of, tmp_path, capsys):
+    url = index_of([["cat"]], ["cat"])
+    for name, hint in (("cta", "did you mean 'cat'?"), ("xyz", f"`bigtrain-shards show {url} --all-classes` lists")):
+        assert main(["show", url, "--page", str(tmp_path / "page.html"), "--classes", name]) == 2
+        assert hint in capsys.readouterr().err

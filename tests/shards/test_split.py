@@ -162,7 +162,12 @@ def test_a_view_of_a_view_points_to_the_tars_themselves(letters, tmp_path):
     split_per_class(str(tmp_path / "b"), tmp_path / "few", 2, seed=0)
     few = ShardSet(str(tmp_path / "few"))
     assert few.manifest.shards_at == "../letters"
+    assert few.manifest.split == "2 a class of train (b), seed 0"
     assert all(shard.file >= "000005.tar" for shard in few.manifest.shards)
+
+
+def test_a_view_of_many_classes_names_the_first(letters, tmp_path):
+    assert split_classes(letters, tmp_path / "view", ["a", "b", "c", "d"]).split == "train (a, b, c and 1 more)"
 
 
 def test_few_of_each_class_are_among_more_of_the_same_seed(letters, tmp_path):
@@ -211,6 +216,7 @@ def test_a_split_that_fails_leaves_nothing(letters, tmp_path):
         ("--shares ../x=0.5 y=0.5", "is no NAME=SHARE"),
         ("--shares a=0.5 a=0.5", "a name of its own"),
         ("--shares train=0.999 val=0.001", "val=0.001 of 100 samples is not one"),
+        ("--share train=0.9 val=0.1", "unrecognized arguments: --share. Did you mean --shares?"),
         ("--classes e", "no class 'e' among its 4"),
         ("--classes d", "no sample"),
         ("--classes a --seed 1", "has no effect"),

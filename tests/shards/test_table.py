@@ -85,9 +85,9 @@ def test_an_empty_separator_leaves_a_cell_whole(write):
     [
         ({"path": ["b/2.jpg", "a/1.jpg", "a/1.jpg"]}, "names the picture a/1 more than once"),
         ({"path": ["b/2.jpg", "a/1.jpg", "a/1.png"]}, "names the picture a/1 more than once"),
-        ({"path": ["b/2.jpg", "a/1.jpg", "../1.jpg"]}, "lies outside of"),
-        ({"path": ["b/2.jpg", "a/1.jpg", "/etc/1.jpg"]}, "lies outside of"),
-        ({"path": ["b/2.jpg", "a/1.jpg", ""]}, "lies outside of"),
+        ({"path": ["b/2.jpg", "a/1.jpg", "../1.jpg"]}, "names '../1.jpg', which lies outside of"),
+        ({"path": ["b/2.jpg", "a/1.jpg", "/etc/1.jpg"]}, "names '/etc/1.jpg', which lies outside of"),
+        ({"path": ["b/2.jpg", "", "a/1.jpg"]}, r"row (3 of .*csv|2 of .*parquet) has an empty path"),
         ({"path": ["b/2.jpg", "a/1.jpg", "notes.txt"]}, "names 'notes.txt'; pictures may be jpg"),
         ({"path": ["x/2.jpg", "x/1.jpg", "x/3.jpg"]}, r"x/2.jpg is missing, .* --root must be"),
     ],
@@ -146,3 +146,50 @@ def test_a_table_is_built_like_any_other_set(write, tmp_path, contents):
     build(settings, tmp_path / "two", workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert read_index(str(tmp_path / "one"))["classes"].to_pylist() == [["dog"], ["cat", "dog"], []]
+
+
+@pytest.mark.parametrize("way", ["pictures", "link"])
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_absolute_paths_in_the_root_are_paths_from_it(write, tmp_path, way, kind):
+    (tmp_path / "link").symlink_to(tmp_path / "pictures")
+    there = [str(tmp_path / way / path) for path in COLUMNS["path"]]
+    root, options = write(kind, path=there, mask=["", str(tmp_path / way / "a" / "1_mask.png"), ""])
+    for given in (root, tmp_path / "link"):
+        found = list(table.samples(given, "all", **options | {"mask_column": "mask"}))
+        assert [sample.key for sample in found] == ["b/2", "a/1", "a/3"]
+        assert [sample.source for sample in found] == COLUMNS["path"]
+        assert found[1].mask == given / "a" / "1_mask.png"
+        assert table.about(given, "all", **options).total == 3
+
+
+def test_an_absolute_path_that_leads_out_of_the_root_again_is_refused(write, tmp_path):
+    root, options = write(path=[str(tmp_path / "pictures" / ".." / "2.jpg"), "a/1.jpg", "a/3.png"])
+    with pytest.raises(ValueError, match=r"row 2 of .* lies outside of"):
+        table.about(root, "all", **options)
+
+
+def test_a_mask_outside_of_the_root_is_found_before_anything_is_written(write):
+    root, options = write(mask=["", "../1_mask.png", ""])
+    with pytest.raises(ValueError, match=r"row 3 of .* names '\.\./1_mask\.png'"):
+        table.about(root, "all", **options | {"mask_column": "mask"})
+
+
+def test_the_row_of_a_wrong_path_is_counted_in_the_whole_table(write):
+    root, options = write(path=["", "a/1.jpg", ""])
+    with pytest.raises(ValueError, match=r"row 4 of "):
+        table.about(root, "test", **options | {"split_column": "split"})
+
+
+def test_a_column_split_that_is_not_used_is_told_of(write, capsys):
+    root, options = write()
+    table.about(root, "train", **options)
+    assert "--split-column split" in capsys.readouterr().err
+    table.about(root, "train", **options | {"split_column": "split"})
+    assert "--split-column" not in capsys.readouterr().err
+
+
+def test_columns_separated_by_something_else_are_recognized(write, tmp_path):
+    root, options = write()
+    (tmp_path / "semicolon.csv").write_text("path;label\na/1.jpg;cat\n")
+    with pytest.raises(ValueError, match="seem to be separated by ';'"):
+        table.about(root, "all", **options | {"table": str(tmp_path / "semicolon.csv")})

@@ -1,0 +1,159 @@
+"""A build that is run again: pictures were repaired, the dataset has changed, a disk failed, a shard is gone."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from bigtrain.data.schema import Box, Object, Sample
+from shards import durable, pack
+from shards.build import PARTS_FOLDER
+from shards.pack import fingerprint, write_shard
+from shards.pictures import Treatment, UnreadableError
+
+
+def spoil(*paths):
+    whole = {path: path.read_bytes() for path in paths}
+    for path in paths:
+        path.write_bytes(b"no picture")
+    return whole
+
+
+@pytest.mark.parametrize("max_skipped", [0.0, 0.5])
+def test_pictures_that_were_repaired_are_read_by_the_next_run(animals, build_folder, contents, tmp_path, max_skipped):
+    build_folder(animals, tmp_path / "whole")
+    broken = spoil(animals / "dog" / "dog2.jpg", animals / "dog" / "dog3.jpg")
+    if max_skipped:
+        killed_behind(2, build_folder, animals, tmp_path / "out", max_skipped=max_skipped)
+    else:
+        with pytest.raises(ValueError, match=r"cannot be read.* repair them"):
+            build_folder(animals, tmp_path / "out", max_skipped=max_skipped)
+    for path, data in broken.items():
+        path.write_bytes(data)
+    build_folder(animals, tmp_path / "out", max_skipped=max_skipped)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def killed_behind(shards, build_folder, root, out, **options):
+    """Build until so many shards are there."""
+    made = []
+
+    def counting(task):
+        if len(made) == shards:
+            raise KeyboardInterrupt
+        made.append(task)
+        return write_shard(task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shards.build.write_shard", counting)
+        with pytest.raises(KeyboardInterrupt):
+            build_folder(root, out, **options)
+    assert len(list((out / PARTS_FOLDER).glob("*.json"))) == shards
+
+
+def test_a_picture_that_was_replaced_under_its_name_is_packed_anew(animals, build_folder, contents, paint, tmp_path):
+    killed_behind(2, build_folder, animals, tmp_path / "out")
+    paint(99, path=animals / "cat" / "cat1.jpg")
+    build_folder(animals, tmp_path / "out")
+    build_folder(animals, tmp_path / "anew")
+    assert contents(tmp_path / "out") == contents(tmp_path / "anew")
+
+
+def test_a_fingerprint_is_of_labels_boxes_masks_and_bytes(tmp_path):
+    picture = tmp_path / "a.jpg"
+    picture.write_bytes(b"one")
+    one = Sample("a", picture, "jpg", [Object("cat")])
+    others = [
+        Sample("b", picture, "jpg", [Object("cat")]),
+        Sample("a", picture, "jpg", [Object("dog")]),
+        Sample("a", picture, "jpg", [Object("cat", box=None)], source="elsewhere"),
+        Sample("a", picture, "jpg", [Object("cat")], mask=b"mask"),
+        Sample("a", b"one", "jpg", [Object("cat")]),
+        Sample("a", b"two", "jpg", [Object("cat")]),
+    ]
+    before = [fingerprint([sample]) for sample in (one, *others)]
+    assert len(set(before)) == len(before)
+    assert [fingerprint([sample]) for sample in (one, *others)] == before
+    picture.write_bytes(b"three")
+    assert fingerprint([one]) != before[0]
+
+
+def failing(monkeypatch, number, times):
+    """Let opening a file of pictures fail so many times."""
+    opened, left = Path.open, [number] * times
+
+    def sometimes(path, *args, **kwargs):
+        if path.name == "dog2.jpg" and left:
+            raise OSError(left.pop(), os.strerror(number))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", sometimes)
+    monkeypatch.setattr(pack, "FIRST_WAIT_S", 0.001)
+
+
+def test_a_disk_that_fails_for_a_moment_costs_no_sample(animals, build_folder, contents, tmp_path, monkeypatch):
+    build_folder(animals, tmp_path / "whole")
+    failing(monkeypatch, errno.EIO, times=2)
+    build_folder(animals, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_disk_that_keeps_failing_stops_the_build_which_continues(
+    animals, build_folder, contents, tmp_path, monkeypatch
+):
+    build_folder(animals, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        failing(patch, errno.EIO, times=99)
+        with pytest.raises(OSError, match=r"dog2.jpg cannot be read \(tried 4 times.*the build continues"):
+            build_folder(animals, tmp_path / "out")
+    build_folder(animals, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_picture_that_is_missing_is_skipped_and_no_disk_failure(tmp_path):
+    with pytest.raises(UnreadableError, match="No such file"):
+        pack.content(tmp_path / "missing.jpg")
+
+
+def test_a_finished_set_without_one_of_its_shards_is_built_again(animals, build_folder, contents, tmp_path, capsys):
+    build_folder(animals, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "000001.tar").unlink()
+    build_folder(animals, tmp_path / "out")
+    assert "'000001.tar' are missing or were changed" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_shard_is_synced_before_it_is_renamed_and_its_folder_after(animals, build_folder, tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor):
+        done.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name.split(".")[0]))
+        fsync(descriptor)
+
+    def noted_replace(path, target):
+        done.append(("rename", Path(target).name))
+        return replace(path, target)
+
+    monkeypatch.setattr(durable.os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    build_folder(animals, tmp_path / "out")
+    for name in ("000000.tar", "manifest.json"):
+        place = done.index(("rename", name))
+        assert done[place - 1] == ("sync", name.split(".")[0])
+        assert done[place + 1] == ("sync", "out")
+    assert done[-2][1] == "manifest.json"
+
+
+def test_boxes_are_cut_to_their_pictures(paint, tmp_path):
+    boxes = [Box(-3, 2, 5, 90), Box(1, 1, 4, 4), Box(20, 30, 40, 50), Box(4, 4, 4, 9)]
+    sample = Sample("a", paint(), "jpg", [Object("cat", box) for box in boxes])
+    _, ((_, record),) = pack.prepare(sample, Treatment())
+    assert json.loads(record) == {
+        "classes": ["cat"],
+        "boxes": [[0, 2, 5, 20, "cat"], [1, 1, 4, 4, "cat"]],
+        "source": "",
+    }
