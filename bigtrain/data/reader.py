@@ -47,7 +47,7 @@ class Reader:
             ranges, members, fetch(self._files, ranges, self._patience), strict=True
         ):
             self.bytes_read += end - first
-            if first < start_N[places[0]]:
+            if path not in self._checked:
                 self._check_header(path, data, size[places[0]])
             for i in places:
                 start = start_N[i] - first
@@ -90,8 +90,8 @@ class Reader:
             else:
                 shard, first, end = shard_N[i], start, stop
                 path = f"{self._path}/{self._names[shard]}"
-                if path not in self._checked and path not in (path for path, _, _ in ranges[-1:]):
-                    first -= tarfile.BLOCKSIZE  # the header of its member, see _check_header
+                if path not in self._checked and (not ranges or path != ranges[-1].path):
+                    first = max(first - tarfile.BLOCKSIZE, 0)  # the header of its member, see _check_header
                 ranges.append(Range(path, first, end))
                 members.append([i])
         return ranges, members
