@@ -26,6 +26,7 @@ from shards.duplicates import Equals, duplicates
 from shards.durable import TEMPORARY, space_for
 from shards.given import SETTINGS_FILE
 from shards.index_file import IndexWriter
+from shards.labels import as_text
 from shards.order import keyed, shuffled
 from shards.pack import Part, Task, fingerprint, shard_name, write_shard
 from shards.place import Place
@@ -62,6 +63,11 @@ def build(settings: Settings, out: Path | str, workers: int = 1, max_skipped: fl
         )
     root: str | Path = settings.root if "://" in settings.root else Path(settings.root)
     about = adapter.about(root, settings.split, **settings.options)
+    for name in about.classes:
+        try:
+            as_text(name)
+        except ValueError as error:
+            raise ValueError(f"{settings.root} {error}.") from error
     about = replace(about, dataset=settings.name or about.dataset, licence=settings.licence or about.licence)
 
     with space_for(str(out)):

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from bigtrain.data.schema import MANIFEST_FILE, MASK_SUFFIX, Manifest, Shard, read_index, shards_url
 from shards.build import SKIPPED_FILE
+from shards.crew import Done, in_order
 from shards.given import listed, manifest_of
 from shards.members import Digested, members
 from shards.place import Place
@@ -45,6 +46,10 @@ class Faults(list[str]):
     def number(self) -> int:
         return len(self) + self.unnamed
 
+    def join(self, other: Faults) -> None:
+        self += other
+        self.unnamed += other.unnamed
+
     def add(self, lines: list[str], shard: Shard) -> None:
         more = len(lines) - MAX_NAMED
         self += lines[:MAX_NAMED]
@@ -53,7 +58,18 @@ class Faults(list[str]):
             self.unnamed += more - 1
 
 
-def check(url: str, quick: bool = False) -> Faults:
+@dataclass(frozen=True)
+class Task:
+    """A shard to be read whole, and its rows of the index."""
+
+    tars: Place
+    shard: Shard
+    rows: pa.Table | None
+    skipped: set[str]
+    is_view: bool
+
+
+def check(url: str, quick: bool = False, workers: int = 1) -> Faults:
     """What is wrong with the set, a line each; `quick` looks at names, sizes and counts only.
 
     A folder without manifest is no shard set: that is a ValueError.
@@ -83,18 +99,28 @@ def check(url: str, quick: bool = False) -> Faults:
         return wrong
     if not manifest.shards_at:
         wrong += [f"{name}: not in the manifest" for name in sorted((there or {}).keys() - named) if is_tar(name)]
+    sizes = there if there is not None else {shard.file: tars.size(shard.file) for shard in manifest.shards}
+    edges = [0] if index is None else np.searchsorted(index["shard"].to_numpy(), np.arange(len(manifest.shards) + 1))
+
+    def tasks() -> Iterator[Task | Done[Faults]]:
+        for number, shard in enumerate(manifest.shards):
+            size, faults = sizes.get(shard.file), Faults()
+            if size is None:
+                faults.append(f"{shard.file}: missing{f' from {tars}' if manifest.shards_at else ''}")
+            elif quick and size != shard.bytes:
+                faults.append(f"{shard.file}: {size} bytes, and the manifest says {shard.bytes}")
+            elif not quick:
+                rows = None if index is None else index.slice(edges[number], edges[number + 1] - edges[number])
+                yield Task(tars, shard, rows, skipped.get(shard.file, set()), bool(manifest.shards_at))
+                continue
+            yield Done(faults)
+
     progress = Progress(manifest.samples)
     try:
-        for number, shard in enumerate(manifest.shards):
-            size = there.get(shard.file) if there is not None else tars.size(shard.file)
-            if size is None:
-                wrong.append(f"{shard.file}: missing{f' from {tars}' if manifest.shards_at else ''}")
-            elif not quick:
-                rows = rows_of(index, number) if index is not None else None
-                content(tars, shard, rows, skipped, bool(manifest.shards_at), wrong)
-                progress.add(shard.samples, shard.bytes)
-            elif size != shard.bytes:
-                wrong.append(f"{shard.file}: {size} bytes, and the manifest says {shard.bytes}")
+        crew = 1 if quick or tars.of_one_process else min(workers, len(manifest.shards))
+        for shard, (faults, _) in zip(manifest.shards, in_order(content, tasks(), crew), strict=True):
+            wrong.join(faults)
+            progress.add(shard.samples, shard.bytes, is_new=not quick)
     finally:
         progress.close()
     return wrong
@@ -129,18 +155,9 @@ def counts(manifest: Manifest, index: pa.Table) -> list[str]:
     return wrong
 
 
-def rows_of(index: pa.Table, number: int) -> list[dict[str, Any]]:
-    """The rows of one shard, of an index in shard order."""
-    begin, end = np.searchsorted(index["shard"].to_numpy(), [number, number + 1])
-    rows: list[dict[str, Any]] = index.slice(begin, end - begin).to_pylist()
-    return rows
-
-
-def content(
-    tars: Place, shard: Shard, rows: list[dict[str, Any]] | None, skipped: set[str], is_view: bool, wrong: Faults
-) -> None:
+def content(task: Task) -> Faults:
     """One shard: its bytes, and its pictures and labels against its rows; of a tar that is not whole no more."""
-    held = Held()
+    tars, shard, wrong, held = task.tars, task.shard, Faults(), Held()
     broken = ""
     try:
         with tars.opened(shard.file) as raw:
@@ -152,7 +169,7 @@ def content(
             file.finish()
     except OSError as error:
         wrong.append(f"{shard.file}: cannot be read ({error})")
-        return
+        return wrong
     if file.bytes != shard.bytes:
         wrong.append(f"{shard.file}: {broken}{file.bytes} bytes, and the manifest says {shard.bytes}")
     elif file.sha256.hexdigest() != shard.sha256:
@@ -160,26 +177,32 @@ def content(
     elif broken:
         wrong.append(f"{shard.file}: {broken}as it was when the manifest was written")
     if broken:
-        return
+        return wrong
     wrong.add(held.wrong, shard)
-    if rows is None:
-        return
+    if task.rows is None:
+        return wrong
+    rows = task.rows.to_pylist()
     unlike = [line for row in rows for line in against(row, held, shard)]
     taken = {row["key"] for row in rows}
-    if not is_view:
-        surplus = [key for key in held.pictures if key not in taken and key not in skipped]
+    if not task.is_view:
+        surplus = [key for key in held.pictures if key not in taken and key not in task.skipped]
         unlike += [f"{shard.file}: {key} is in the tar, not in the index" for key in surplus]
     alone = sorted((held.masks | held.json) - held.pictures.keys())
     unlike += [f"{shard.file}: {key} has a json or mask and no picture" for key in alone]
     wrong.add(unlike, shard)
+    return wrong
 
 
 def walk(file: Digested, shard: Shard, held: Held) -> None:
+    compound: dict[str, tuple[int, int, str]] = {}
     for member in members(file):
+        place = (member.offset, member.size, member.ext.lower().rsplit(".", 1)[-1])
         if member.is_image:
             if member.key in held.pictures:
                 held.wrong.append(f"{shard.file}: the key {member.key!r} has two pictures")
-            held.pictures[member.key] = (member.offset, member.size, member.ext.lower())
+            held.pictures[member.key] = place
+        elif member.may_be_image:
+            compound[member.key] = place
         elif member.ext == MASK_SUFFIX:
             held.masks.add(member.key)
         elif member.ext == "json":
@@ -188,6 +211,7 @@ def walk(file: Digested, shard: Shard, held: Held) -> None:
                 file.seek(member.offset)
                 if (classes := own_classes(file.read(member.size))) is not None:
                     held.classes[member.key] = classes
+    held.pictures = compound | held.pictures  # a.rgb.jpg is the picture where there is no a.jpg
 
 
 def own_classes(text: bytes) -> list[str] | None:
@@ -220,9 +244,13 @@ def against(row: dict[str, Any], held: Held, shard: Shard) -> Iterator[str]:
         yield f"{shard.file}: {row['key']}.json has the classes {classes}, and the index says {row['classes']}"
 
 
-def skipped_keys(place: Place) -> set[str]:
-    """Pictures that `index` found unreadable: in the tar, not in the index."""
+def skipped_keys(place: Place) -> dict[str, set[str]]:
+    """Pictures that `index` found unreadable, by their tar: in it, and not in the index."""
+    skipped: dict[str, set[str]] = {}
     try:
-        return {json.loads(line)["key"] for line in place.read(SKIPPED_FILE).decode().splitlines()}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return set()
+        for line in place.read(SKIPPED_FILE).decode().splitlines():
+            record = json.loads(line)
+            skipped.setdefault(record["source"].partition(":")[0], set()).add(record["key"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return skipped

@@ -51,7 +51,7 @@ def run_build(args: argparse.Namespace) -> int:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    wrong = check(args.set, quick=args.quick)
+    wrong = check(args.set, quick=args.quick, workers=args.workers)
     if wrong:
         print("\n".join(wrong))
         print(f"{args.set}: {counted(wrong.number, 'fault')}.")
@@ -112,6 +112,7 @@ def run_index(args: argparse.Namespace) -> int:
         shards=args.shards,
         workers=args.workers,
         classes_from=args.classes_from,
+        allow_unlabelled=args.allow_unlabelled,
     )
     return 0
 

@@ -5,6 +5,7 @@ A run that is killed has written nothing, and begins anew.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -45,6 +46,7 @@ def describe(
     shards: str | None = None,
     workers: int = 1,
     classes_from: str = CLASSES_FROM[0],
+    allow_unlabelled: bool = False,
 ) -> Manifest:
     """Write index.parquet, then manifest.json; samples that cannot be understood are named, and nothing is written.
 
@@ -52,6 +54,7 @@ def describe(
         folder: the tars' folder or URL prefix.
         out: a local folder for manifest and index; None: beside the tars.
         shards: names with {000..123}, or a file of names, one a line; None: all that lie in `folder`.
+        allow_unlabelled: samples without a class, among others with one, show none.
         classes_from: "members": a sample's .json, .cls or .txt; "folder": the folder in its key, above the file.
     """
     place = Place(str(folder))
@@ -69,9 +72,10 @@ def describe(
     found = Total()
     progress = Progress(0)
     made = target.folder is not None and not target.folder.exists()
-    with space_for(str(target)):
+    with space_for(str(target)), contextlib.ExitStack() as lock:
         target.prepare()
         try:
+            lock.enter_context(target.alone())
             with target.written(INDEX_FILE) as file, IndexWriter(file) as index:
                 crew = min(workers, len(tasks)) if not place.of_one_process else 1
                 for one, _ in in_order(survey, tasks, crew):
@@ -83,7 +87,7 @@ def describe(
                     hashes_N = np.concatenate(found.hashes)
                     rows = np.sort(np.concatenate([*repeated(hashes_N), np.empty(0, np.int64)])).astype(np.int64)
                     found.wrong += twice(list(columns_at(file, rows, ["key", "shard"])), tars)
-                check(place, found, max_skipped)
+                check(place, found, max_skipped, allow_unlabelled)
         except BaseException:
             if made and target.folder is not None:
                 target.folder.rmdir()
@@ -168,13 +172,14 @@ def warn_of_labels(target: Place, found: Total, samples: int) -> None:
         )
 
 
-def check(place: Place, found: Total, max_skipped: float) -> None:
+def check(place: Place, found: Total, max_skipped: float, allow_unlabelled: bool) -> None:
     """Refuse what cannot be understood, and more unreadable pictures than allowed."""
-    if found.classes and found.unlabelled_count:
+    if found.classes and found.unlabelled_count and not allow_unlabelled:
         first = ", ".join(found.unlabelled[:3])
         have = "has" if found.unlabelled_count == 1 else "have"
         found.wrong.append(
-            f"{counted(found.unlabelled_count, 'sample')} {have} no class and others have one ({first} ...)"
+            f"{counted(found.unlabelled_count, 'sample')} {have} no class and others have one ({first} ...), which "
+            "--allow-unlabelled allows"
         )
     if found.wrong:
         more = len(found.wrong) - MAX_NAMED
@@ -182,6 +187,8 @@ def check(place: Place, found: Total, max_skipped: float) -> None:
         raise ValueError(f"{place} cannot be indexed as it is: {listed}. Nothing was written.")
     samples = sum(shard.samples for shard in found.shards)
     allowed = max(1, int(max_skipped * (samples + len(found.skipped)))) if max_skipped > 0 else 0
+    if not samples and not found.skipped:
+        raise ValueError(f"{place} holds no sample: give the folder of WebDataset shards. Nothing was written.")
     if len(found.skipped) > allowed or not samples:
         first = "".join(f"; the first is {s['source']} ({s['reason']})" for s in found.skipped[:1])
         raise ValueError(

@@ -22,7 +22,7 @@ def classes_of(ext: str, data: bytes, class_names: Sequence[str] | None) -> list
             (name for name in ("classes", "label", "class") if isinstance(record, dict) and name in record), None
         )
         value = record[field_of] if field_of else []
-        values = value if isinstance(value, list) else [value]
+        values = value if isinstance(value, list) else [] if value is None else [value]
     else:
         text = data.decode("utf-8").strip()
         if "\n" in text or len(text) > MAX_NAME:
@@ -41,16 +41,29 @@ def checked_names(values: Sequence[object], class_names: Sequence[str] | None) -
     """The classes as names, each once, sorted."""
     names = set()
     for value in values:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise ValueError(f"has the class {value!r}, which is neither a name nor a whole number")
-        if isinstance(value, int) and class_names is not None:
-            if not 0 <= value < len(class_names):
+        if isinstance(value, int):
+            if class_names is None and value < 0:
+                raise ValueError(f"has class {value}, and classes count from 0")
+            if class_names is not None and not 0 <= value < len(class_names):
                 raise ValueError(f"has class {value}, and --class-names names 0 .. {len(class_names) - 1}")
-            value = class_names[value]
-        elif isinstance(value, str) and class_names is not None and value not in class_names:
+            value = class_names[value] if class_names is not None else value
+        elif class_names is not None and value not in class_names:
             raise ValueError(f"has class {value!r}, which --class-names does not name")
-        names.add(str(value))
+        names.add(as_text(str(value)))
     return sorted(names)
+
+
+def as_text(name: str) -> str:
+    """The name of a class; one that is no UTF-8, which a name of a file need not be, is refused."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has the class {name!a}, which is no text in UTF-8: rename it") from error
+    return name
 
 
 def numbers_first(name: str) -> tuple[int, str]:

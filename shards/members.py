@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from bigtrain.data.schema import IMAGE_EXTENSIONS
+from bigtrain.data.schema import IMAGE_EXTENSIONS, MASK_SUFFIX
+from shards.names import META
 
 KEY_AND_EXT = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")  # WebDataset: the first dot of the file name divides them
-META = re.compile(r"__[^/]*__(/|\.|$)")  # what WebDataset passes over: __meta__.json and the like
 PICKLED = ("pyd", "pkl", "pickle", "pth", "pt")  # what WebDataset would unpickle, and so run; nothing here reads them
 BEHIND = 2 * tarfile.BLOCKSIZE  # bytes that tarfile goes back at most
 STEP = 1 << 20
@@ -39,6 +39,12 @@ class Member:
     @property
     def is_image(self) -> bool:
         return self.ext.lower() in IMAGE_EXTENSIONS
+
+    @property
+    def may_be_image(self) -> bool:
+        """A picture like a.rgb.jpg, if its sample has no plain one."""
+        ext = self.ext.lower()
+        return "." in ext and ext != MASK_SUFFIX and ext.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS
 
     @property
     def is_pickle(self) -> bool:

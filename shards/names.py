@@ -6,6 +6,7 @@ import hashlib
 import re
 from pathlib import Path, PurePosixPath
 
+META = re.compile(r"__[^/]*__(/|\.|$)")  # what WebDataset passes over: __meta__.json and the like
 MAX_PART = 80  # characters of one part of a key, so that <key>.mask.png fits in a plain tar header
 
 
@@ -17,6 +18,7 @@ def safe_key(name: str) -> str:
     """
     parts = [re.sub(r"[^A-Za-z0-9_-]", "_", part)[:MAX_PART] for part in name.split("/") if part]
     key = "/".join(parts)
+    key = f"k{key}" if META.match(key) else key
     if key == name and key:
         return key
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]

@@ -134,6 +134,7 @@ def parser() -> Parser:
     checking = commands.add_parser("check", help="is a shard set whole? exit code 1 if not", allow_abbrev=False)
     checking.add_argument("set", metavar="OUT", help="folder or URL of a shard set")
     checking.add_argument("--quick", action="store_true", help="names, sizes and counts only")
+    checking.add_argument("--workers", type=whole_number, default=cpus(), metavar="N", help="processes, as in build")
     showing = commands.add_parser("show", help="what is in a shard set", allow_abbrev=False)
     showing.add_argument("set", metavar="OUT", help="folder or URL of a shard set")
     showing.add_argument("--all-classes", action="store_true", help="list every class, not only the first 40")
@@ -196,6 +197,9 @@ def parser() -> Parser:
         choices=CLASSES_FROM,
         default=CLASSES_FROM[0],
         help="members: .json, .cls or .txt, as above; folder: the class of a/cat/0001.jpg is cat (default: members)",
+    )
+    indexing.add_argument(
+        "--allow-unlabelled", action="store_true", help="some samples may have no class; they show none"
     )
     indexing.add_argument("--name", help="the dataset's name (default: the folder's)")
     indexing.add_argument("--split", default="train", help="default: train")

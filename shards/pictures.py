@@ -7,12 +7,12 @@ import re
 import struct
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from bigtrain.data.schema import MAX_PIXELS, Box, Object
+from bigtrain.data.schema import MAX_PIXELS
 
 JPEG_QUALITY = 95  # of a re-encoded picture, without subsampling of colour
 VERIFY = ("structure", "decode")
@@ -68,6 +68,8 @@ def opened(encoded: bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(encoded))
+    except MemoryError:
+        raise
     except UnidentifiedImageError as error:  # its message is the address of the bytes
         raise UnreadableError("no picture format that can be read") from error
     except Image.DecompressionBombError as error:
@@ -85,6 +87,8 @@ def load(image: Image.Image) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()
+    except MemoryError:
+        raise
     except Exception as error:
         raise UnreadableError(reason_of(error)) from error
 
@@ -253,14 +257,3 @@ def checked_mask(encoded: bytes, displayed: tuple[int, int], size: tuple[int, in
     file = io.BytesIO()
     mask.resize(size, Image.Resampling.NEAREST).save(file, "PNG")
     return file.getvalue()
-
-
-def scaled(thing: Object, across: float, down: float) -> Object:
-    """An object's box in the pixels of the smaller picture."""
-    if thing.box is None:
-        return thing
-    box = thing.box
-    return replace(
-        thing,
-        box=Box(*(round(v, 3) for v in (box.top * down, box.left * across, box.bottom * down, box.right * across))),
-    )

@@ -5,6 +5,7 @@ Which samples a view takes follows from the seed, the keys and the classes alone
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -30,7 +31,7 @@ from bigtrain.data.schema import (
     read_index,
     shards_url,
 )
-from shards.durable import sync_folder, written_whole
+from shards.durable import space_for, sync_folder, written_whole
 from shards.given import check_classes, manifest_of
 
 Rows = NDArray[np.int64]
@@ -162,12 +163,15 @@ def write_views(url: str, out: Path, index: pa.Table, views: dict[str, tuple[Man
     tars = shards_url(url, manifest_of(url))
     unfinished = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     written = {}
+    for left in out.parent.glob(f"{glob.escape(out.name)}.*.tmp"):  # by one that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
-        for name, (manifest, rows) in views.items():
-            folder = unfinished / name
-            folder.mkdir(parents=True)
-            written[name] = write_view(folder, manifest, index.take(pa.array(rows)), shards_at(tars, out / name))
-        unfinished.replace(out)
+        with space_for(str(out)):
+            for name, (manifest, rows) in views.items():
+                folder = unfinished / name
+                folder.mkdir(parents=True)
+                written[name] = write_view(folder, manifest, index.take(pa.array(rows)), shards_at(tars, out / name))
+            unfinished.replace(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     sync_folder(out.parent)

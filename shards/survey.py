@@ -12,7 +12,7 @@ from typing import Any
 from bigtrain.data.schema import Shard
 from shards.labels import CLASSES_FROM, LABEL_EXTENSIONS, class_of_folder, classes_of
 from shards.members import Digested, Member, RefusedError, members
-from shards.pictures import UnreadableError, read_size
+from shards.pictures import Treatment, UnreadableError, checked
 from shards.place import Place
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstandard", b"\x04\x22": "lz4"}
@@ -80,7 +80,7 @@ def contents(file: Digested, found: Survey) -> Iterator[tuple[Member, bytes]]:
             found.pickled[member.ext.lower().rsplit(".", 1)[-1]] += 1
             continue
         data = b""
-        if member.is_image or member.ext.lower() in LABEL_EXTENSIONS:
+        if member.is_image or member.may_be_image or member.ext.lower() in LABEL_EXTENSIONS:
             file.seek(member.offset)
             data = file.read(member.size)
         yield member, data
@@ -90,6 +90,7 @@ def read_sample(task: Task, key: str, entries: list[tuple[Member, bytes]], found
     """The sample's row of the index; what is wrong with it goes into `found`."""
     group = [member for member, _ in entries]
     pictures = [(member, data) for member, data in entries if member.is_image]
+    pictures = pictures or [(member, data) for member, data in entries if member.may_be_image]
     if len(pictures) != 1 or len({member.ext for member in group}) != len(group):
         names = ", ".join(member.ext for member in group)
         found.wrong.append(
@@ -113,7 +114,7 @@ def read_sample(task: Task, key: str, entries: list[tuple[Member, bytes]], found
         found.wrong.append(f"{task.file}: {label}: {error}")
         return None
     try:
-        width, height = read_size(encoded)
+        whole = checked(encoded, picture.ext, Treatment())
     except UnreadableError as reason:
         found.skipped.append({"key": key, "source": f"{task.file}:{picture.name}", "reason": str(reason)})
         return None
@@ -126,8 +127,8 @@ def read_sample(task: Task, key: str, entries: list[tuple[Member, bytes]], found
         "key": key,
         "image_offset": picture.offset,
         "image_size": picture.size,
-        "image_ext": picture.ext.lower(),
-        "width": width,
-        "height": height,
+        "image_ext": picture.ext.lower().rsplit(".", 1)[-1],
+        "width": whole.width,
+        "height": whole.height,
         "classes": classes,
     }

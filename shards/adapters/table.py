@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 import pyarrow as pa
@@ -131,7 +131,7 @@ def rows(
     columns = {name: column for name, column in asked.items() if column is not None}
     try:
         for batch in batches_of(Path(table), list(dict.fromkeys(columns.values()))):
-            text = {name: pc.fill_null(batch[column].cast(pa.string()), "") for name, column in columns.items()}
+            text = {name: as_text(batch[column], separator) for name, column in columns.items()}
             text |= {name: from_root(root, text[name]) for name in ("path", "mask") if name in text}
             part = pa.RecordBatch.from_pydict({"split": pa.nulls(batch.num_rows, pa.string()), **text})
             yield part if split is None or split_column is None else part.filter(pc.equal(part["split"], split))
@@ -139,11 +139,29 @@ def rows(
         raise ValueError(f"{table} cannot be read as a table ({error}): correct it, or save it again.") from error
 
 
+def as_text(cells: pa.Array, separator: str) -> pa.Array:
+    """Cells as text, nothing for null; those of a list, which a Parquet file may hold, one behind the other."""
+    if pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type):
+        if not separator:
+            raise ValueError("a column of lists needs a --separator: give one that no label holds.")
+        words = pa.array(cells.to_pylist(), pa.list_(pa.string()))
+        if pc.any(pc.match_substring(pc.list_flatten(words), separator)).as_py():
+            raise ValueError(f"a label holds the separator {separator!r}: give --separator another.")
+        cells = pc.binary_join(words, separator)
+    return pc.fill_null(cells.cast(pa.string()), "")
+
+
 def from_root(root: Path, paths: pa.Array) -> pa.Array:
-    if not pc.any(pc.starts_with(paths, "/")).as_py():
+    """Paths from the root, a/b for ./a//b: a picture has one name."""
+    odd = pc.match_substring_regex(paths, r"^/|//|(^|/)\./")
+    if not pc.any(odd).as_py():
         return paths
     resolved = root.resolve()
-    return pa.array([below(root, resolved, path) for path in paths.to_pylist()], pa.string())
+    plain = [
+        below(root, resolved, PurePosixPath(path).as_posix()) if is_odd else path
+        for path, is_odd in zip(paths.to_pylist(), odd.to_pylist(), strict=True)
+    ]
+    return pa.array(plain, pa.string())
 
 
 def columns_of(table: Path) -> list[str]:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 
 from bigtrain.data.schema import INDEX_FILE, INDEX_SCHEMA, MANIFEST_FILE, read_index, read_manifest
 from shards.check import check
@@ -179,3 +180,28 @@ def test_masks_and_labels_without_a_picture_and_pictures_without_labels_are_foun
     wrong = check(str(out))
     assert "000000.tar: cat/cat0 has no json, and others in the tar have one" in wrong
     assert "000000.tar: cat/none has a json or mask and no picture" in wrong
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_wrong_is_told_in_the_order_of_the_shards_with_any_number_of_workers(
+    animals, build_folder, tmp_path, workers
+):
+    out = tmp_path / "out"
+    build_folder(animals, out)
+    (out / "000000.tar").write_bytes((out / "000000.tar").read_bytes()[:-700])
+    (out / "000002.tar").unlink()
+    data = bytearray((out / "000003.tar").read_bytes())
+    data[600] ^= 1
+    (out / "000003.tar").write_bytes(data)
+    wrong = check(str(out), workers=workers)
+    assert [line.split(":")[0] for line in wrong] == ["000000.tar", "000002.tar", "000003.tar"]
+
+
+def test_a_folder_named_as_webdataset_names_what_it_passes_over_loses_no_picture(paint, build_folder, tmp_path):
+    for number in range(3):
+        paint(number, path=tmp_path / "in" / "__background__" / f"{number}.jpg")
+        paint(number + 9, path=tmp_path / "in" / "dog" / f"__{number}__.jpg")
+    build_folder(tmp_path / "in", tmp_path / "out")
+    assert check(str(tmp_path / "out")) == []
+    tars = sorted(map(str, (tmp_path / "out").glob("*.tar")))
+    assert len(list(webdataset.WebDataset(tars, shardshuffle=False))) == 6

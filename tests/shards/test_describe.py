@@ -291,3 +291,53 @@ def test_no_mutated_tar_does_worse_than_a_sentence(data):
     for opened in (io.BytesIO(tar_bytes), Digested(io.BytesIO(tar_bytes))):
         with contextlib.suppress(tarfile.TarError):
             assert len(list(members(opened))) <= len(tar_bytes) // 512
+
+
+def test_a_picture_may_have_a_longer_extension_where_there_is_no_plain_one(theirs, paint):
+    write_tar(
+        theirs / "a.tar", {"1.rgb.jpg": paint(1), "1.cls": b"0", "2.jpg": paint(2), "2.mask.png": b"", "2.cls": b"1"}
+    )
+    describe(theirs)
+    rows = read_index(str(theirs)).to_pylist()
+    assert [(row["key"], row["image_ext"], row["image_size"]) for row in rows] == [
+        ("1", "jpg", len(paint(1))),
+        ("2", "jpg", len(paint(2))),
+    ]
+    assert check(str(theirs)) == []
+
+
+@pytest.mark.parametrize("label", [b'{"label": null}', b'{"caption": "a dog"}', b"{}"])
+def test_samples_without_a_class_among_others_are_refused_unless_they_are_allowed(theirs, paint, label):
+    write_tar(theirs / "a.tar", {"1.jpg": paint(1), "1.json": label, "2.jpg": paint(2), "2.json": b'{"label": 1.0}'})
+    with pytest.raises(ValueError, match=r"1 sample has no class and others have one \(a.tar: 1 .*--allow-unlabelled"):
+        describe(theirs)
+    assert describe(theirs, allow_unlabelled=True).classes == ("1",)
+    assert [row["classes"] for row in read_index(str(theirs)).to_pylist()] == [[], ["1"]]
+
+
+@pytest.mark.parametrize(
+    ("label", "sentence"),
+    [
+        (b'{"label": -1}', "1.json: has class -1, and classes count from 0"),
+        (rb'{"label": "\ud800"}', r"1.json: .*'\\ud800'.* UTF-8"),
+    ],
+)
+def test_a_label_that_is_no_class_is_named_with_its_member(theirs, paint, label, sentence):
+    write_tar(theirs / "a.tar", {"1.jpg": paint(), "1.json": label})
+    with pytest.raises(ValueError, match=sentence):
+        describe(theirs)
+
+
+def test_half_a_picture_is_found(theirs, paint):
+    whole = paint(1, (300, 200))
+    write_tar(theirs / "a.tar", {"1.jpg": whole[: len(whole) // 2], "1.cls": b"0", "2.jpg": whole, "2.cls": b"0"})
+    describe(theirs)
+    assert [row["key"] for row in read_index(str(theirs)).to_pylist()] == ["2"]
+    assert json.loads((theirs / "skipped.jsonl").read_text())["key"] == "1"
+    assert check(str(theirs)) == []
+
+
+def test_tars_without_a_sample_are_said_to_be_so(theirs):
+    write_tar(theirs / "a.tar", {})
+    with pytest.raises(ValueError, match="holds no sample: give the folder"):
+        describe(theirs)

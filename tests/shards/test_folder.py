@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from shards.adapters import folder
@@ -65,3 +67,10 @@ def test_folders_of_splits_taken_for_classes_are_told_of(paint, tmp_path, capsys
         paint(path=tmp_path / "photos" / name / "cat" / "1.jpg")
     assert folder.about(tmp_path / "photos", "train").classes == sorted(names)
     assert (f"--root {tmp_path / 'photos' / 'train'} say" in capsys.readouterr().err) == warned
+
+
+def test_a_class_whose_name_is_no_text_is_named_before_anything_is_written(paint, build_folder, tmp_path):
+    paint(path=tmp_path / "in" / os.fsdecode(b"caf\xe9") / "1.jpg")
+    with pytest.raises(ValueError, match=r"in has the class 'caf\\udce9', which is no text in UTF-8: rename it"):
+        build_folder(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

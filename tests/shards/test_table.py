@@ -193,3 +193,21 @@ def test_columns_separated_by_something_else_are_recognized(write, tmp_path):
     (tmp_path / "semicolon.csv").write_text("path;label\na/1.jpg;cat\n")
     with pytest.raises(ValueError, match="seem to be separated by ';'"):
         table.about(root, "all", **options | {"table": str(tmp_path / "semicolon.csv")})
+
+
+def test_a_parquet_table_may_hold_lists_of_labels(paint, tmp_path):
+    for name in "ab":
+        paint(path=tmp_path / "pictures" / f"{name}.jpg")
+    columns = {"path": ["./a.jpg", "b.jpg"], "label": [["cat", "dog"], None]}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    options = OPTIONS | {"table": str(tmp_path / "t.parquet")}
+    found = list(table.samples(tmp_path / "pictures", "train", **options))
+    assert [(sample.key, sample.classes) for sample in found] == [("a", ["cat", "dog"]), ("b", [])]
+
+
+def test_one_picture_by_two_names_is_one_picture_twice(paint, tmp_path):
+    paint(path=tmp_path / "in" / "a.jpg")
+    for other in ("./a.jpg", ".//a.jpg", str(tmp_path / "in" / "a.jpg")):
+        (tmp_path / "t.csv").write_text(f"path,label\na.jpg,cat\n{other},cat\n")
+        with pytest.raises(ValueError, match="names the picture a more than once"):
+            table.about(tmp_path / "in", "train", **OPTIONS | {"table": str(tmp_path / "t.csv")})
