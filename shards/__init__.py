@@ -13,6 +13,7 @@
     place      a folder or a URL prefix, where files are whole or absent (durable: how, in a folder)
     crew       work on many shards by several processes, answers in order
     index_file, duplicates   what is known of all samples together
+    cli, options             the command; given: the set that it is given; settings: of a build; words: plurals
 
 The contract that all of it writes is bigtrain.data.schema. Nothing here imports torch.
 """
