@@ -161,6 +161,11 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
+def is_alone(name: str) -> bool:
+    """Whether one process does the work; the CPU seconds of forked servers' children cannot be had."""
+    return "2 " not in name
+
+
 def seconds_of(name: str, pictures: Path, disk: Path, peers_python: str) -> tuple[float, float]:
     """By the clock, and of CPUs."""
     out = disk / "out"
@@ -192,7 +197,7 @@ def compare(pictures: Path, disk: Path, rounds: int, peers_python: str | None) -
     for name, found in seconds.items():
         median = statistics.median(found)
         span = f"{median:.2f} ({min(found):.2f} .. {max(found):.2f})"
-        used = f"{statistics.median(cpu[name]):.2f}"
+        used = f"{statistics.median(cpu[name]):.2f}" if is_alone(name) else ""
         print(f"| {name} | {span} | {used} | {len(paths) / median:.0f} | {megabytes / median:.0f} |")
     print("\n| speed of / speed of | ratio, median (least .. most) | by CPU s |\n|---|---|---|")
     for fast, slow in RATIOS:
@@ -200,7 +205,7 @@ def compare(pictures: Path, disk: Path, rounds: int, peers_python: str | None) -
             found = [b / a for a, b in zip(seconds[fast], seconds[slow], strict=True)]
             span = f"{statistics.median(found):.2f} ({min(found):.2f} .. {max(found):.2f})"
             by_cpu = statistics.median(b / a for a, b in zip(cpu[fast], cpu[slow], strict=True))
-            print(f"| {fast} / {slow} | {span} | {by_cpu:.2f} |")
+            print(f"| {fast} / {slow} | {span} | {f'{by_cpu:.2f}' if is_alone(fast) else ''} |")
 
 
 def scale(count: int, disk: Path) -> None:
