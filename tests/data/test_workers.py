@@ -1,6 +1,5 @@
 """The processes that read for a run: they bear with its signals, end with it, and are missed when they are killed."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -14,6 +13,7 @@ import pytest
 
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import Resized
+from tests.processes import running_in_session
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_stuck_worker_ends_with_its_run(pictures, tmp_path, number):
     script.write_text(
         f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}
 import numpy as np
 from test_workers import Stuck
 from bigtrain.data.shard_set import ShardSet
@@ -115,22 +115,11 @@ if __name__ == "__main__":
     )
     assert run.stdout.readline() == b"begins\n"
     deadline = time.monotonic() + 60
-    while len(session(run.pid)) < 5 and time.monotonic() < deadline:  # run, tracker, server, two workers
+    while len(running_in_session(run.pid)) < 5 and time.monotonic() < deadline:  # run, tracker, server, two workers
         time.sleep(0.1)
     time.sleep(2)
     run.send_signal(number)
-    while left := session(run.pid):
+    while left := running_in_session(run.pid):
         run.poll()
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
-
-
-def session(leader):
-    """Processes of a session that are no zombies: /proc/<pid>/stat is pid (name) state parent group session ..."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, its_session = path.read_text().rpartition(")")[2].split()[:4]
-            if int(its_session) == leader and state not in "ZX":
-                found.append(path.parent.name)
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -26,6 +25,7 @@ from shards.order import keyed
 from shards.pack import Task, write_shard
 from shards.pictures import Treatment
 from shards.place import Place
+from tests.processes import running_in_session
 
 
 def test_every_picture_keeps_its_original_bytes_where_the_index_says(animals, build_folder, tmp_path):
@@ -253,17 +253,6 @@ def test_the_workers_of_a_killed_build_end_too(paint, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
             pytest.fail(f"{len(alive)} processes outlived the build by 20 s")
         time.sleep(0.1)
-
-
-def running_in_session(session: int) -> list[str]:
-    """Processes of a session that are no zombies: /proc/<pid>/stat is pid (name) state parent group session ..."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, its_session = path.read_text().rpartition(")")[2].split()[:4]
-            if int(its_session) == session and state not in "ZX":
-                found.append(path.parent.name)
-    return found
 
 
 def test_the_manifest_tells_dataset_classes_and_shards(animals, build_folder, tmp_path):
