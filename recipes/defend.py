@@ -24,8 +24,8 @@ from bigtrain.data.pictures import jpeg_decoder
 from bigtrain.data.plan import Plan
 from bigtrain.data.protocol import Protocol, seeded_choice, split
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.stream import prepare_workers
 from bigtrain.data.views import MultiCrop, Resized, to_float
+from bigtrain.data.workers import prepare_workers
 from bigtrain.detectors.distillation import DistillationDetector, Scoring
 from bigtrain.detectors.neighbours import pixel_features, token_features
 from bigtrain.evaluation.judge import judge

@@ -24,8 +24,9 @@ from bigtrain.data.pictures import jpeg_decoder
 from bigtrain.data.plan import PADDING, check_divides
 from bigtrain.data.protocol import in_validation
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.stream import Batch, Stream, prepare_workers
+from bigtrain.data.stream import Batch, Stream
 from bigtrain.data.views import RandomResizedCrop, Resized, to_float
+from bigtrain.data.workers import prepare_workers
 from bigtrain.models.heads import Classifier
 from bigtrain.models.vit import Architecture, ViT
 from bigtrain.models.weights import AUGREG_MEAN as MEAN

@@ -1,1 +1,1 @@
-"""From shards to batches: schema, protocol, plan, stream, views, masks."""
+"""From shards to batches: schema, protocol, plan, stream (workers), views, masks."""

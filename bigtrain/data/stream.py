@@ -9,16 +9,11 @@ Never pass a stream to `accelerator.prepare`: it would be read by one rank for a
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from multiprocessing import forkserver, resource_tracker
 
 import numpy as np
 import torch
@@ -32,10 +27,10 @@ from bigtrain.data.plan import PADDING, Plan, Position, check_divides, sample_se
 from bigtrain.data.reader import Reader
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.views import Transform, Views
+from bigtrain.data.workers import start_worker, worker_context
 
 log = logging.getLogger(__name__)
 START = Position()
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ class Stream:
             sampler=self._pieces(start, epochs),
             batch_size=None,
             num_workers=self.workers,
-            multiprocessing_context=worker_context() if self.workers else None,
+            multiprocessing_context=worker_context(__name__) if self.workers else None,
             worker_init_fn=start_worker,
         )
         began = time.perf_counter()
@@ -236,54 +231,6 @@ class _Work(torch.utils.data.Dataset[_Done]):
             shard_N, offset_N, size_N = (place_N[lacking] for place_N in piece.places)
             payloads = self.reader.read(shard_N, offset_N, size_N)
             self._ahead |= zip(piece.read_N[lacking].tolist(), payloads, strict=True)
-
-
-def worker_context(*preload: str) -> multiprocessing.context.BaseContext:
-    """Workers are forked from a server that has imported this module once, and holds neither threads nor a GPU.
-
-    A signal that asks the run to stop may reach every process of a terminal or a job. The run needs its workers until
-    it has saved, so they, their server and what cleans up behind them are started with these signals blocked.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *preload])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        resource_tracker.ensure_running()  # it unblocks some of them when it starts, so it comes first
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
-
-
-def prepare_workers(workers: int, script: str) -> None:
-    """Start their server before anything slow is done here, so that it imports torch meanwhile.
-
-    Args:
-        script: the module that was started, by its name: each worker imports it, and finds there what it needs.
-    """
-    if workers:
-        worker_context(script)
-
-
-def start_worker(worker: int) -> None:
-    """Called in each worker: it ends when the process that it reads for says so, or has ended."""
-    keep_freed_memory()
-    trainer = multiprocessing.parent_process()
-    if trainer is None:
-        return
-
-    def end_when_told() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (trainer.pid, 0):
-            pass
-        os._exit(0)
-
-    def end_after_it() -> None:
-        trainer.join()
-        os._exit(1)
-
-    for watch in (end_when_told, end_after_it):
-        threading.Thread(target=watch, daemon=True).start()
 
 
 def joined(parts: list[Tensor]) -> Tensor:

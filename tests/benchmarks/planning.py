@@ -75,8 +75,9 @@ def make(folder: Path, shards: int) -> None:
 def measure(what: str, folder: str) -> dict[str, float]:
     from bigtrain.data.plan import Plan
     from bigtrain.data.shard_set import ShardSet
-    from bigtrain.data.stream import Stream, prepare_workers
+    from bigtrain.data.stream import Stream
     from bigtrain.data.views import RandomResizedCrop
+    from bigtrain.data.workers import prepare_workers
 
     before = peak_mb()
     began = time.perf_counter()

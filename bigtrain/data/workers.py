@@ -1,0 +1,61 @@
+"""The processes that read and decode for a run: how they start, what they bear, when they end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing import forkserver, resource_tracker
+
+from bigtrain.data.memory import keep_freed_memory
+
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+
+
+def worker_context(*preload: str) -> multiprocessing.context.BaseContext:
+    """Workers are forked from a server that has imported `preload` once, and holds neither threads nor a GPU.
+
+    A signal that asks the run to stop may reach every process of a terminal or a job. The run needs its workers until
+    it has saved, so they, their server and what cleans up behind them are started with these signals blocked.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*preload])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # it unblocks some of them when it starts, so it comes first
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
+def prepare_workers(workers: int, script: str) -> None:
+    """Start their server before anything slow is done here, so that it imports torch meanwhile.
+
+    Args:
+        script: the module that was started, by its name: each worker imports it, and finds there what it needs.
+    """
+    if workers:
+        worker_context("bigtrain.data.stream", script)
+
+
+def start_worker(worker: int) -> None:
+    """Called in each worker: it ends when the process that it reads for says so, or has ended."""
+    keep_freed_memory()
+    trainer = multiprocessing.parent_process()
+    if trainer is None:
+        return
+
+    def end_when_told() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (trainer.pid, 0):
+            pass
+        os._exit(0)
+
+    def end_after_it() -> None:
+        trainer.join()
+        os._exit(1)
+
+    for watch in (end_when_told, end_after_it):
+        threading.Thread(target=watch, daemon=True).start()
