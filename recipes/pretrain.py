@@ -187,6 +187,8 @@ def accuracy(
         hit_B5 = hit_B5 & (batch.weight_B > 0)[:, None]
         hits += torch.stack([hit_B5[:, 0].sum(), hit_B5.sum(), batch.weight_B.sum()]).double()
     top1, top5, count = accelerator.reduce(hits, reduction="sum").tolist()
+    if accelerator.num_processes > 1:
+        stream.budget.agree(0, len(stream.plan.sample_N) - int(count))
     return top1 / count, top5 / count, int(count)
 
 

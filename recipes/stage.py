@@ -126,7 +126,8 @@ class Stage:
         self.log.step(wait_s=batch.wait_s, read_bytes=batch.read_bytes, skipped=skipped, **figures)
         following = asdict(self.stream.plan.after(batch.position))
         asked, bad = self.setup.stop.agreed_and_sum(len(batch.bad))
-        self.stream.budget.agree(batch.position.epoch, bad)
+        if self.setup.accelerator.num_processes > 1:  # a stream alone has counted them itself
+            self.stream.budget.agree(batch.position.epoch, bad)
         if asked:
             self.checkpoints.save(self.step, following)
             self.log.close()

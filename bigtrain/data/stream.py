@@ -134,8 +134,8 @@ class Stream:
                 received += 1
                 yield part
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-            lost = isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)
-            if self.workers == 0 or lost or "Original Traceback" in str(error):
+            is_other = isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)
+            if self.workers == 0 or is_other or "Original Traceback" in str(error):
                 raise
             if "shared memory" in str(error):
                 why = "there is too little shared memory: make /dev/shm larger (docker run --shm-size)"

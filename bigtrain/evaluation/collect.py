@@ -34,7 +34,8 @@ def collect(
         sample_B = torch.from_numpy(batch.sample_B).to(accelerator.device)
         gathered = accelerator.gather({"sample": sample_B, "weight": batch.weight_B, **here})
         real_B = (gathered["weight"] > 0).cpu().numpy()
-        stream.budget.agree(batch.position.epoch, batch.samples_in_step - int(real_B.sum()))
+        if accelerator.num_processes > 1:  # a stream alone has counted them itself
+            stream.budget.agree(batch.position.epoch, batch.samples_in_step - int(real_B.sum()))
         samples.append(gathered["sample"].cpu().numpy()[real_B])
         for name in functions:
             values[name].append(gathered[name].double().cpu().numpy()[real_B])

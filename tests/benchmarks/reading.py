@@ -98,6 +98,7 @@ def local_table(folder: Path, pictures: list[Path], repeats: int, peers_python: 
         "bigtrain, every sample in random order": lambda: read_set(
             shard_set, np.random.default_rng(0).permutation(count)
         ),
+        "bare os.pread of each picture": lambda: read_bare(shard_set, in_order),
         "webdataset, WebDataset(tars)": lambda: images(wds.WebDataset(tars, shardshuffle=False)),
         "webdataset, DataPipeline": lambda: images(wds.DataPipeline(wds.SimpleShardList(tars), tarfile_to_samples())),
         "plain tarfile": lambda: read_tars(tars),
@@ -138,6 +139,16 @@ def read_set(shard_set: ShardSet, order_N: np.ndarray) -> tuple[int, int]:
     reader, total = shard_set.reader(), 0
     for first in range(0, len(order_N), RUN):
         total += sum(map(len, reader.read(*shard_set.places(order_N[first : first + RUN]))))
+    return len(order_N), total
+
+
+def read_bare(shard_set: ShardSet, order_N: np.ndarray) -> tuple[int, int]:
+    """The limit: one call of the system for each picture, and nothing around it."""
+    files = [os.open(f"{shard_set.url}/{shard.file}", os.O_RDONLY) for shard in shard_set.manifest.shards]
+    places = zip(*(place_N.tolist() for place_N in shard_set.places(order_N)), strict=True)
+    total = sum(len(os.pread(files[shard], size, offset)) for shard, offset, size in places)
+    for file in files:
+        os.close(file)
     return len(order_N), total
 
 
