@@ -10,27 +10,28 @@ student that sees half of the patches; novelty (3.3) is their disagreement.
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import time
 from dataclasses import replace
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from bigtrain.data.masks import visible_patches
+from bigtrain.data.masks import visible_count, visible_patches
 from bigtrain.data.pictures import jpeg_decoder
 from bigtrain.data.plan import Plan
 from bigtrain.data.protocol import Protocol, seeded_choice, split
 from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.stream import Batch
 from bigtrain.data.views import MultiCrop, Resized, to_float
 from bigtrain.data.workers import prepare_workers
 from bigtrain.detectors.distillation import DistillationDetector, Scoring
 from bigtrain.detectors.neighbours import pixel_features, token_features
 from bigtrain.evaluation.judge import judge
 from bigtrain.models.attention import resolve_backend, torch_dtype
-from bigtrain.models.heads import DenseTuner, TokenQueue
+from bigtrain.models.flops import trained_flops, vit_forward_flops
+from bigtrain.models.heads import DenseTuner, TokenQueue, unit_rows
 from bigtrain.models.vit import Architecture, masked_student
 from bigtrain.models.weights import Pretrained, load_vit, save_vit
 from bigtrain.objectives.losses import align_to_crops, dense_loss, distillation_loss
@@ -43,12 +44,14 @@ from bigtrain.runtime.config import (
     user_errors,
 )
 from bigtrain.runtime.log import clock
-from bigtrain.runtime.optim import cosine, decay_groups, follow, set_schedule, update, warmup_cosine
+from bigtrain.runtime.optim import cosine, decay_groups, follow, scaled_lr, schedule, set_schedule
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.start import choose_precision
 from recipes.defend_settings import LIMITS, Config, check, student_architecture
 from recipes.presets.fashion.prepare import PRESET, build_embedded_shards, with_embedded_data
 from recipes.stage import Setup, Stage, already_finished
+
+LEAVES = {"tune": "teacher.safetensors", "distil": "student.safetensors"}  # stage -> file, in their order
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,7 +92,7 @@ def defend(config: Config, run: RunFolder) -> None:
     given = load_vit(config.teacher, Architecture(config.arch) if config.arch else None, attention=config.attention)
     precision = run.resolved("precision") or choose_precision(config.precision, given.vit.width)
     check(config, given, precision)
-    setup = Setup.begin(run, precision, config.run)
+    setup = Setup.begin(run, precision, LEAVES)
     accelerator = setup.accelerator
     given.vit.to(accelerator.device)
     accelerator.print(
@@ -119,7 +122,7 @@ def defend(config: Config, run: RunFolder) -> None:
 
     @torch.no_grad()
     def teacher_features(image_B3HW: Tensor) -> Tensor:
-        with accelerator.autocast():
+        with setup.autocast():
             return token_features(image_B3HW, given)
 
     views = Resized(config.image_size)
@@ -151,61 +154,59 @@ def dense_tuning(
     config: Config, setup: Setup, train: ShardSet, fitted: Plan, given: Pretrained, prototypes: int
 ) -> Pretrained:
     """3.1: patches of one object come to agree. Leaves teacher.safetensors in the run folder, which ends the stage."""
-    accelerator, tuned_file = setup.accelerator, setup.run / "teacher.safetensors"
+    accelerator, tuned_file = setup.accelerator, setup.run / LEAVES["tune"]
     if tuned_file.is_file():
         return load_vit(str(tuned_file), attention=config.attention, device=accelerator.device)
     torch.manual_seed(config.seed)
     tuner = DenseTuner(copy.deepcopy(given.vit), prototypes, config.tuned_blocks)
-    state = nn.ModuleDict({"tuner": tuner, "queue": TokenQueue(config.queue)})
+    tuner.vit.recompute = config.run.recompute
+    queue = TokenQueue(config.queue)
+    state = nn.ModuleDict({"tuner": tuner, "queue": queue})
     ema = copy.deepcopy(tuner).requires_grad_(False)
     if config.ema_teacher:
         state["ema"] = ema
-    groups = decay_groups(tuner.vit.named_parameters(), base_lr=config.tune_lr)
-    added = [*tuner.head.named_parameters(), *tuner.prototypes.named_parameters()]
-    groups += decay_groups(added, base_lr=config.head_lr)
-    optimizer = torch.optim.AdamW(groups, lr=config.head_lr)
+    lr, head_lr = (scaled_lr(lr, config.tune_batch, config.lr_batch) for lr in (config.tune_lr, config.head_lr))
+    groups = decay_groups(tuner.vit.named_parameters(), base_lr=lr, layer_decay=config.layer_decay)
+    groups += decay_groups([*tuner.head.named_parameters(), *tuner.prototypes.named_parameters()], base_lr=head_lr)
+    flops = vit_forward_flops(tuner.vit, config.image_size) + config.crops * trained_flops(tuner.vit, config.crop_size)
+    flops += config.global_crops * trained_flops(tuner.vit, config.image_size)
     views = MultiCrop(config.image_size, config.crop_size, config.crops, config.crop_scale, config.global_crops)
-    stream = setup.stream(train, replace(fitted, global_batch=config.tune_batch), views)
     stage = Stage(
         "tune", setup,
-        trained=tuner, optimizer=optimizer, stream=stream, epochs=config.tune_epochs, state=state,
+        trained=tuner, optimizer=torch.optim.AdamW(groups, lr=head_lr), state=state, clip=config.clip,
+        stream=setup.stream(train, replace(fitted, global_batch=config.tune_batch), views), epochs=config.tune_epochs,
+        flops_per_image=flops,
     )  # fmt: skip
+    source = ema if config.ema_teacher else stage.module
     kinds = [("crops", "boxes"), ("global_crops", "global_boxes")][: 2 if config.global_crops else 1]
     patch = given.vit.patch_size
 
     for batch in stage.batches():
-        set_schedule(
-            stage.optimizer,
-            lr_factor=cosine(stage.step, total=stage.steps, start=1.0, end=0.0),
-            weight_decay=cosine(stage.step, total=stage.steps, start=config.tune_decay[0], end=config.tune_decay[1]),
-        )
-        image_B3HW = to_float(batch.views["image"], given.mean, given.std)
-        crops = [to_float(batch.views[crop].flatten(0, 1), given.mean, given.std) for crop, _ in kinds]
-
-        with accelerator.autocast():
-            z_BND, cosines = stage.module(image_B3HW, *crops)  # z of the images; z' p of the crops
+        factor = cosine(stage.step, total=stage.steps, start=1.0, end=0.0)
+        decay = cosine(stage.step, total=stage.steps, start=config.tune_decay[0], end=config.tune_decay[1])
+        set_schedule(stage.optimizer, lr_factor=factor, weight_decay=decay)
+        q_BhwK = cluster_map(config, setup, source, queue, batch, given)
+        for part, q_bhwK in zip(stage.parts(batch), q_BhwK.chunk(config.run.accumulate), strict=True):
+            crops = [to_float(part.views[crop].flatten(0, 1), given.mean, given.std) for crop, _ in kinds]
+            with setup.autocast():
+                _, cosines = stage.module(*crops)  # z' p
+            loss_B = torch.zeros_like(part.weight_B)
+            for cosines_RMK, crop, (_, boxes) in zip(cosines, crops, kinds, strict=True):
+                box_BV4 = part.views[boxes]
+                grid = (crop.shape[-2] // patch, crop.shape[-1] // patch)
+                target_BVMK = align_to_crops(q_bhwK, box_BV4, patch_size=patch, grid=grid)  # alpha(Q)
+                cosines_BVMK = cosines_RMK.unflatten(0, box_BV4.shape[:2])
+                share = box_BV4.shape[1] / (config.crops + config.global_crops)
+                loss_B = loss_B + share * dense_loss(cosines_BVMK, target_BVMK, temperature=config.temperature)  # eq. 1
+            stage.backward(part.mean(loss_B, accelerator.num_processes))
+        if stage.update():
+            stage.constrain("prototypes.weight_KD", unit_rows)
             if config.ema_teacher:
-                with torch.no_grad():
-                    z_BND, _ = ema(image_B3HW)
-        q_BhwK = cluster_map(config, accelerator, state, z_BND, batch.weight_B > 0)
-        loss_B = torch.zeros_like(batch.weight_B)
-        for cosines_RMK, crop, (_, boxes) in zip(cosines, crops, kinds, strict=True):
-            box_BV4 = batch.views[boxes]
-            grid = (crop.shape[-2] // patch, crop.shape[-1] // patch)
-            target_BVMK = align_to_crops(q_BhwK, box_BV4, patch_size=patch, grid=grid)  # alpha(Q)
-            cosines_BVMK = cosines_RMK.unflatten(0, box_BV4.shape[:2])
-            share = box_BV4.shape[1] / (config.crops + config.global_crops)
-            loss_B = loss_B + share * dense_loss(cosines_BVMK, target_BVMK, temperature=config.temperature)  # eq. 1
-        loss = batch.mean(loss_B, accelerator.num_processes)
-        loss = update(accelerator, stage.module, stage.optimizer, loss)
-        tuner.prototypes.normalise()
-        if config.ema_teacher:
-            momentum = cosine(stage.step, total=stage.steps, start=config.ema_momentum, end=1.0)
-            follow(ema, tuner, momentum)
-            ema.prototypes.normalise()
-        stage.advance(batch, loss=loss)
+                follow(ema, tuner, cosine(stage.step, total=stage.steps, start=config.ema_momentum, end=1.0))
+                ema.prototypes.weight_KD.copy_(unit_rows(ema.prototypes.weight_KD))
+        stage.advance(batch, lr=factor * lr)
 
-    tuned = replace(given, vit=tuner.vit.requires_grad_(False))
+    tuned = replace(given, vit=stage.into(copy.deepcopy(given.vit), "vit."))
     if accelerator.is_main_process:
         save_vit(tuned_file, tuned.vit, tuned.architecture, mean=tuned.mean, std=tuned.std)
     return tuned
@@ -213,64 +214,81 @@ def dense_tuning(
 
 @torch.no_grad()
 def cluster_map(
-    config: Config, accelerator: Accelerator, state: nn.ModuleDict, z_BND: Tensor, valid_B: Tensor
+    config: Config, setup: Setup, source: nn.Module, queue: TokenQueue, batch: Batch, given: Pretrained
 ) -> Tensor:
     """The optimal cluster map Q of each image over its patch grid (3.1), balanced over the tokens of all ranks."""
-    source: Any = state["ema" if config.ema_teacher else "tuner"]
-    queue: Any = state["queue"]
-    z_TD, valid_T = z_BND.flatten(0, 1).float(), valid_B.repeat_interleave(z_BND.shape[1])
-    older = queue.share(accelerator.process_index, accelerator.num_processes) if queue.full() else z_TD[:0]
-    scores_NK = source.prototypes(torch.cat([older, z_TD]))
-    valid_N = torch.cat([valid_T.new_ones(len(older)), valid_T])
-    q_TK = sinkhorn(scores_NK, config.epsilon, config.sinkhorn_iterations, valid_N=valid_N)[len(older) :]
+    accelerator = setup.accelerator
+    with setup.autocast():
+        parts = (batch.part(number, config.run.accumulate) for number in range(config.run.accumulate))
+        seen = [source(to_float(part.views["image"], given.mean, given.std)) for part in parts]
+        z_TD = torch.cat([z_BND.flatten(0, 1) for (z_BND,), _ in seen]).float()
+        scores = [cosines_BNK.flatten(0, 1).float() for _, (cosines_BNK,) in seen]
+        valid_T = (batch.weight_B > 0).repeat_interleave(len(z_TD) // len(batch.weight_B))
+        if older := config.queue and queue.full():
+            older_TD = queue.share(accelerator.process_index, accelerator.num_processes)
+            scores = [source(older_TD)[1][0].float(), *scores]
+    scores_NK = torch.cat(scores)
+    first = len(scores_NK) - len(z_TD) if older else 0
+    valid_N = torch.cat([valid_T.new_ones(first), valid_T])
+    q_TK = sinkhorn(scores_NK, config.epsilon, config.sinkhorn_iterations, valid_N=valid_N)[first:]
     if config.queue:
         queue.push(accelerator.gather(z_TD)[accelerator.gather(valid_T)])
-    side = config.image_size // source.vit.patch_size
-    return q_TK.unflatten(0, (len(z_BND), side, side))
+    side = config.image_size // given.vit.patch_size
+    return q_TK.unflatten(0, (len(batch.weight_B), side, side))
 
 
 def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: Plan, teacher: Pretrained) -> Pretrained:
     """3.2: a student from scratch predicts the teacher from half of the patches. Leaves student.safetensors."""
-    accelerator, student_file = setup.accelerator, setup.run / "student.safetensors"
+    accelerator, student_file = setup.accelerator, setup.run / LEAVES["distil"]
     if student_file.is_file():
         return load_vit(str(student_file), attention=config.attention, device=accelerator.device)
     torch.manual_seed(config.seed)
     architecture = student_architecture(config, teacher)
     student = masked_student(architecture, drop_path=config.drop_path, attention=config.attention).train()
-    groups = decay_groups(student.named_parameters(), base_lr=config.distil_lr)
-    optimizer = torch.optim.AdamW(groups, lr=config.distil_lr, betas=(0.9, 0.95))
-    stream = setup.stream(train, fitted, Resized(config.image_size))
+    student.recompute = config.run.recompute
+    lr = scaled_lr(config.distil_lr, config.distil_batch, config.lr_batch)
+    groups = decay_groups(student.named_parameters(), base_lr=lr)
+    visible = visible_count(math.prod(student.backbone.patch_embed.grid_size), config.mask_ratio)
+    flops = vit_forward_flops(teacher.vit, config.image_size)
+    flops += trained_flops(student, config.image_size, visible)
+    state, ema = nn.ModuleDict({"student": student}), copy.deepcopy(student).requires_grad_(False)
+    if config.ema_student:
+        state["ema"] = ema
     stage = Stage(
         "distil", setup,
-        trained=student, optimizer=optimizer, stream=stream, epochs=config.distil_epochs,
+        trained=student, optimizer=torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95)), state=state, clip=config.clip,
+        stream=setup.stream(train, fitted, Resized(config.image_size)), epochs=config.distil_epochs,
+        flops_per_image=flops,
     )  # fmt: skip
     warmup = round(config.warmup_epochs * fitted.batches_per_epoch)
     guided = config.keep != "random" and config.mask_ratio > 0
 
     for batch in stage.batches():
-        factor = warmup_cosine(stage.step, total=stage.steps, warmup=warmup) if config.schedule == "cosine" else 1.0
+        factor = schedule(config.schedule, stage.step, total=stage.steps, warmup=warmup)
         set_schedule(stage.optimizer, lr_factor=factor, weight_decay=config.distil_decay)
-        image_B3HW = to_float(batch.views["image"], teacher.mean, teacher.std)
+        for part in stage.parts(batch):
+            image_B3HW = to_float(part.views["image"], teacher.mean, teacher.std)
+            with setup.autocast():
+                with torch.no_grad():  # eq. 2: the teacher sees every patch ...
+                    (seen,) = teacher.vit(image_B3HW, last=config.distilled_blocks, with_attention=guided)
+                attention_BN = seen.attention_BN if guided else image_B3HW.new_ones(seen.tokens_BND.shape[:2])
+                visible_BN = visible_patches(attention_BN, part.seed_B, keep=config.keep, mask_ratio=config.mask_ratio)
+                # ... the student half of them
+                (predicted,) = stage.module(image_B3HW, visible_BN=visible_BN, last=config.distilled_blocks)
+            loss_B = distillation_loss(  # eq. 3, 4
+                predicted.blocks_LBND,
+                seen.blocks_LBND,
+                visible_BN,
+                normalisation=config.normalisation,
+                normalise_student=config.normalise_student,
+                distance=config.distance,
+            )
+            stage.backward(part.mean(loss_B, accelerator.num_processes))
+        if stage.update() and config.ema_student:
+            follow(ema, student, config.ema_student)
+        stage.advance(batch, lr=factor * lr)
 
-        with accelerator.autocast():
-            with torch.no_grad():  # eq. 2: the teacher sees every patch ...
-                (seen,) = teacher.vit(image_B3HW, last=config.distilled_blocks, with_attention=guided)
-            attention_BN = seen.attention_BN if guided else image_B3HW.new_ones(seen.tokens_BND.shape[:2])
-            visible_BN = visible_patches(attention_BN, batch.seed_B, keep=config.keep, mask_ratio=config.mask_ratio)
-            # ... the student half of them
-            (predicted,) = stage.module(image_B3HW, visible_BN=visible_BN, last=config.distilled_blocks)
-        loss_B = distillation_loss(  # eq. 3, 4
-            predicted.blocks_LBND,
-            seen.blocks_LBND,
-            visible_BN,
-            normalisation=config.normalisation,
-            normalise_student=config.normalise_student,
-            distance=config.distance,
-        )
-        loss = update(accelerator, stage.module, stage.optimizer, batch.mean(loss_B, accelerator.num_processes))
-        stage.advance(batch, loss=loss, lr=factor * config.distil_lr)
-
-    student.requires_grad_(False).eval()
+    student = ema.eval() if config.ema_student else stage.into(masked_student(architecture, attention=config.attention))
     if accelerator.is_main_process:
         save_vit(student_file, student, architecture, mean=teacher.mean, std=teacher.std)
     return Pretrained(student, architecture, teacher.mean, teacher.std, "")

@@ -9,13 +9,14 @@ from typing import Literal
 import torch
 
 from bigtrain.data.masks import Keep
-from bigtrain.data.plan import check_divides
 from bigtrain.models.attention import Backend, resolve_backend, torch_dtype
 from bigtrain.models.vit import Architecture, check_image_size, check_pair, masked_student
 from bigtrain.models.weights import Pretrained
 from bigtrain.objectives.losses import Distance, Normalisation
+from bigtrain.runtime import zero
 from bigtrain.runtime.config import Limits, RunSettings
-from bigtrain.runtime.start import Precision, device_type, world_size_of_launch
+from bigtrain.runtime.start import Precision, check_launch, device_type
+from recipes.stage import check_batch
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Config:
     head_lr: float = 1e-4
     """Of projection head and prototypes."""
     tune_decay: tuple[float, float] = (0.04, 0.5)
+    layer_decay: float = 1.0
+    """Of tuning: each block's learning rate is that of the one behind it times this."""
     ema_teacher: bool = False
     """Take the targets from a moving average of the network, as the authors' code can."""
     ema_momentum: float = 0.9995
@@ -85,7 +88,13 @@ class Config:
     warmup_epochs: float = 0.0
     distil_decay: float = 0.05
     drop_path: float = 0.1
+    ema_student: float = 0.0
+    """Momentum of a moving average of the student's weights, which becomes the student; 0: none."""
 
+    clip: float = 0.0
+    """Largest norm of the gradient, in both stages; 0: not clipped."""
+    lr_batch: int = 0
+    """The learning rates are meant for this global batch, and scaled to the given one; 0: not scaled."""
     score_batch: int = 64
     """Images a forward pass of each process when scoring."""
     neighbours_bank: int = 10_000
@@ -100,24 +109,32 @@ class Config:
 LIMITS: Limits = {
     "validation_share": (0, 0.9),
     **dict.fromkeys(("train_limit", "test_limit", "queue", "prototypes", "global_crops", "seed"), (0, math.inf)),
+    **dict.fromkeys(("clip", "lr_batch"), (0, math.inf)),
     **dict.fromkeys(("image_size", "crop_size", "crops", "tune_epochs", "tune_batch", "tuned_blocks"), (1, math.inf)),
     **dict.fromkeys(("distil_epochs", "distil_batch", "score_batch", "neighbours_bank"), (1, math.inf)),
     **dict.fromkeys(("sinkhorn_iterations",), (1, math.inf)),
     **dict.fromkeys(("temperature", "epsilon"), (1e-4, math.inf)),
     **dict.fromkeys(("tune_lr", "head_lr", "distil_lr", "distil_decay", "tune_decay", "warmup_epochs"), (0, math.inf)),
     **dict.fromkeys(("mask_ratio", "drop_path"), (0, 0.99)),
-    "ema_momentum": (0, 1),
+    **dict.fromkeys(("ema_momentum", "ema_student"), (0, 1)),
+    "layer_decay": (1e-3, 1),
     "crop_scale": (0.001, 1),
 }
 
 
 def check(config: Config, given: Pretrained, precision: Literal["fp32", "bf16", "fp16"]) -> None:
     """Refuse settings that do not fit the networks, before anything is written."""
+    check_launch()
+    if zero.stage_asked_for() == 3 and (config.ema_teacher or config.ema_student):
+        raise ValueError(
+            "a moving average (--ema-teacher, --ema-student) needs whole weights, which ZeRO-3 shares out among the "
+            "processes: launch with recipes/accelerate/zero2.yaml, or leave it out."
+        )
     depth, device = len(given.vit.backbone.blocks), torch.device(device_type())
     for side in (config.image_size, config.crop_size) if config.tune else (config.image_size,):
         check_image_size((side, side), given.vit.patch_size)
     for global_batch in (config.tune_batch, config.distil_batch) if config.tune else (config.distil_batch,):
-        check_divides(global_batch, world_size_of_launch())
+        check_batch(global_batch, config.run)
     if config.tune and config.tuned_blocks > depth:
         raise ValueError(f"--tuned-blocks is {config.tuned_blocks}, and the teacher has {depth} blocks: use 1 to that.")
     if config.tune and config.prototypes == 1:

@@ -8,6 +8,7 @@ crops, mirroring, label smoothing, AdamW, warm-up and cosine.
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -17,27 +18,30 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigtrain.data.pictures import jpeg_decoder
-from bigtrain.data.plan import PADDING, check_divides
+from bigtrain.data.plan import PADDING
 from bigtrain.data.protocol import in_validation
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Batch, Stream
 from bigtrain.data.views import RandomResizedCrop, Resized, to_float
 from bigtrain.data.workers import prepare_workers
+from bigtrain.models.flops import trained_flops
 from bigtrain.models.heads import Classifier
 from bigtrain.models.vit import Architecture, ViT
 from bigtrain.models.weights import AUGREG_MEAN as MEAN
 from bigtrain.models.weights import AUGREG_STD as STD
 from bigtrain.models.weights import save_vit
+from bigtrain.runtime import zero
 from bigtrain.runtime.config import Limits, RunSettings, check_ranges, print_if_asked, read_settings, user_errors
 from bigtrain.runtime.log import clock
-from bigtrain.runtime.optim import decay_groups, set_schedule, update, warmup_cosine
+from bigtrain.runtime.optim import decay_groups, follow, scaled_lr, schedule, set_schedule
 from bigtrain.runtime.run_folder import RunFolder
-from bigtrain.runtime.start import Precision, choose_precision, world_size_of_launch
-from recipes.stage import Setup, Stage, already_finished
+from bigtrain.runtime.start import Precision, check_launch, choose_precision
+from recipes.stage import Setup, Stage, already_finished, check_batch
+
+LEAVES = {"pretrain": "teacher.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,13 @@ class Config:
     drop_path: float = 0.1
     label_smoothing: float = 0.1
     crop_scale: tuple[float, float] = (0.25, 1.0)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    layer_decay: float = 1.0
+    """Each block's learning rate is that of the one behind it times this."""
+    lr_batch: int = 0
+    """The learning rate is meant for this global batch, and scaled to the given one; 0: not scaled."""
+    ema: float = 0.0
+    """Momentum of a moving average of the weights, which becomes the teacher; 0: none."""
     clip: float = 1.0
     seed: int = 0
     precision: Precision = "auto"
@@ -79,7 +90,9 @@ LIMITS: Limits = {
     "validation_share": (0, 0.9),
     **dict.fromkeys(("image_size", "patch_size", "depth", "seed"), (0, math.inf)),
     **dict.fromkeys(("epochs", "batch"), (1, math.inf)),
-    **dict.fromkeys(("lr", "weight_decay", "warmup_epochs", "clip"), (0, math.inf)),
+    **dict.fromkeys(("lr", "weight_decay", "warmup_epochs", "clip", "lr_batch"), (0, math.inf)),
+    "ema": (0, 1),
+    "layer_decay": (1e-3, 1),
     **dict.fromkeys(("drop_path", "label_smoothing"), (0, 0.99)),
     "crop_scale": (0.001, 1),
 }
@@ -122,9 +135,12 @@ def pretrain(config: Config, run: RunFolder) -> None:
     vit = ViT(architecture.build(drop_path=config.drop_path))
     size = vit.backbone.patch_embed.img_size[0]
     model = Classifier(vit, len(train.classes), config.pool)
-    check_divides(config.batch, world_size_of_launch())
+    check_batch(config.batch, config.run)
+    check_launch()
+    if config.ema and zero.stage_asked_for() == 3:
+        raise ValueError("--ema needs whole weights, which ZeRO-3 shares out: launch with zero2.yaml, or leave it out.")
     precision = run.resolved("precision") or choose_precision(config.precision, vit.width)
-    setup = Setup.begin(run, precision, config.run)
+    setup = Setup.begin(run, precision, LEAVES)
     accelerator = setup.accelerator
     parameters = sum(p.numel() for p in vit.parameters())
     accelerator.print(
@@ -134,34 +150,49 @@ def pretrain(config: Config, run: RunFolder) -> None:
     )
     began = time.monotonic()
     plan = train.plan(fitted_N, config.batch, config.seed)
+    lr = scaled_lr(config.lr, config.batch, config.lr_batch)
+    groups = decay_groups(model.named_parameters(), base_lr=lr, layer_decay=config.layer_decay)
+    state, ema = nn.ModuleDict({"model": model.train()}), copy.deepcopy(model).requires_grad_(False)
+    if config.ema:
+        state["ema"] = ema
+    vit.recompute = config.run.recompute
     stage = Stage(
         "pretrain",
         setup,
-        trained=model.train(),
-        optimizer=torch.optim.AdamW(decay_groups(model.named_parameters(), base_lr=config.lr), lr=config.lr),
+        trained=model,
+        optimizer=torch.optim.AdamW(groups, lr=lr),
+        state=state,
+        clip=config.clip,
         stream=setup.stream(train, plan, RandomResizedCrop(size, config.crop_scale)),
         epochs=config.epochs,
+        flops_per_image=trained_flops(vit, size),
     )
     warmup = round(config.warmup_epochs * plan.batches_per_epoch)
 
     for batch in stage.batches():
-        factor = warmup_cosine(stage.step, total=stage.steps, warmup=warmup)
+        factor = schedule(config.schedule, stage.step, total=stage.steps, warmup=warmup)
         set_schedule(stage.optimizer, lr_factor=factor, weight_decay=config.weight_decay)
-        class_B = classes(train, batch, label_of)
-        with accelerator.autocast():
-            logits_BC = stage.module(to_float(batch.views["image"], MEAN, STD))
-        loss_B = F.cross_entropy(logits_BC.float(), class_B, reduction="none", label_smoothing=config.label_smoothing)
-        loss = batch.mean(loss_B, accelerator.num_processes)
-        loss = update(accelerator, stage.module, stage.optimizer, loss, clip=config.clip)
-        stage.advance(batch, loss=loss, lr=factor * config.lr)
+        for part in stage.parts(batch):
+            class_B = classes(train, part, label_of)
+            with setup.autocast():
+                logits_BC = stage.module(to_float(part.views["image"], MEAN, STD))
+            loss_B = F.cross_entropy(
+                logits_BC.float(), class_B, reduction="none", label_smoothing=config.label_smoothing
+            )
+            stage.backward(part.mean(loss_B, accelerator.num_processes))
+        if stage.update() and config.ema:
+            follow(ema, model, config.ema)
+        stage.advance(batch, lr=factor * lr)
 
+    fresh = Classifier(ViT(architecture.build()), len(train.classes), config.pool)
+    model = ema if config.ema else stage.into(fresh)
     dtype = torch.float16 if config.weights == "fp16" else torch.float32
-    vit.to(dtype).float()
+    vit = model.vit.to(dtype).float()
     stream = setup.in_order(held_out, held_out_N, Resized(size), config.batch)
     setup.stop.release()
     if accelerator.is_main_process:
         save_vit(run / "teacher.safetensors", vit, architecture, mean=MEAN, std=STD, dtype=dtype)
-    top1, top5, count = accuracy(accelerator, model.eval(), stream, label_of)
+    top1, top5, count = accuracy(setup, model.eval(), stream, label_of)
     if accelerator.is_main_process:
         results = {"top1": top1, "top5": top5, "held_out_images": count, "classes": len(label_of), "seed": config.seed}
         run.finish(results)
@@ -173,15 +204,14 @@ def pretrain(config: Config, run: RunFolder) -> None:
 
 
 @torch.no_grad()
-def accuracy(
-    accelerator: Accelerator, model: Classifier, stream: Stream, label_of: dict[str, int]
-) -> tuple[float, float, int]:
+def accuracy(setup: Setup, model: Classifier, stream: Stream, label_of: dict[str, int]) -> tuple[float, float, int]:
     """Top-1, top-5 and the number of images judged: whole pictures, each once over all ranks."""
+    accelerator = setup.accelerator
     hits = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     for batch in stream.batches():
         batch = batch.to(accelerator.device)
         class_B = classes(stream.shard_set, batch, label_of)
-        with accelerator.autocast():
+        with setup.autocast():
             logits_BC = model(to_float(batch.views["image"], MEAN, STD))
         hit_B5 = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == class_B[:, None]
         hit_B5 = hit_B5 & (batch.weight_B > 0)[:, None]

@@ -14,6 +14,11 @@ Keep = Literal["attended", "unattended", "random"]
 FLOOR = 1e-6  # in half precision attention reaches 0, and a patch must never be impossible to draw
 
 
+def visible_count(patches: int, mask_ratio: float) -> int:
+    """How many patches of an image a student sees: round((1 - mask_ratio) N), at least one."""
+    return max(1, round((1 - mask_ratio) * patches))
+
+
 def visible_patches(
     attention_BN: Tensor, seed_B: Tensor, *, keep: Keep = "attended", mask_ratio: float = 0.5
 ) -> Tensor:
@@ -34,7 +39,7 @@ def visible_patches(
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask_ratio is {mask_ratio}; it must be at least 0 and below 1.")
     patches = attention_BN.shape[1]
-    visible = max(1, round((1 - mask_ratio) * patches))
+    visible = visible_count(patches, mask_ratio)
     weight_BN = torch.ones_like(attention_BN, dtype=torch.float64)
     if keep != "random":
         weight_BN = attention_BN.float().double()

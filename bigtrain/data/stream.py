@@ -55,6 +55,18 @@ class Batch:
         """The mean over the step's planned samples on all ranks, once gradients are averaged over the ranks."""
         return (value_B * self.weight_B).sum() * (world_size / self.samples_in_step)
 
+    def part(self, number: int, parts: int) -> Batch:
+        """One of so many equal parts, in order; the parts' means add up to the batch's."""
+        size = len(self.sample_B) // parts
+        places = slice(number * size, (number + 1) * size)
+        return replace(
+            self,
+            sample_B=self.sample_B[places],
+            weight_B=self.weight_B[places],
+            seed_B=self.seed_B[places],
+            views={name: view[places] for name, view in self.views.items()},
+        )
+
     def to(self, device: torch.device) -> Batch:
         views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
         return replace(self, views=views, weight_B=self.weight_B.to(device), seed_B=self.seed_B.to(device))

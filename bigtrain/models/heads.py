@@ -23,20 +23,20 @@ class ProjectionHead(nn.Sequential):
         return F.normalize(super().forward(tokens_TD), dim=-1)
 
 
+def unit_rows(weight_KD: Tensor) -> Tensor:
+    """Prototypes put back on the sphere; after each update."""
+    return F.normalize(weight_KD, dim=1)
+
+
 class Prototypes(nn.Module):
     """K learnable unit vectors; gives the cosine of each projected token with each of them (DEFEND 3.1)."""
 
     def __init__(self, count: int, width: int = 256) -> None:
         super().__init__()
-        self.weight_KD = nn.Parameter(F.normalize(torch.randn(count, width), dim=1))
+        self.weight_KD = nn.Parameter(unit_rows(torch.randn(count, width)))
 
     def forward(self, projected_TD: Tensor) -> Tensor:
         return F.linear(projected_TD, self.weight_KD)
-
-    @torch.no_grad()
-    def normalise(self) -> None:
-        """Put every prototype back on the sphere; after each update."""
-        self.weight_KD.copy_(F.normalize(self.weight_KD, dim=1))
 
 
 class Classifier(nn.Module):
@@ -77,21 +77,19 @@ class DenseTuner(nn.Module):
         vit.requires_grad_(False)
         vit.backbone.blocks[depth - tuned_blocks :].requires_grad_(True)
 
-    def forward(self, image_B3HW: Tensor, *crops: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Project the patch tokens of images and crops, all encoded in one packed pass.
+    def forward(self, *views: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Project patch tokens and compare them with the prototypes; all views are encoded in one packed pass.
 
         Args:
-            image_B3HW: whole images.
-            crops: crops of them, (B V, 3, h, w) for each kind of crop.
+            views: whole images (B, 3, H, W), or kinds of crops of them (B V, 3, h, w). A single view with two axes is
+                one of projected tokens, z_TD, to be compared only.
 
         Returns:
-            z_BND of the images, without gradient, and the cosines z' p of each kind of crop, (B V, M, K).
+            z of each view, (B, N, D), and the cosines z' p, (B, N, K).
         """
-        whole, *cut = self.vit(image_B3HW, *crops)
-        # the crops first: a head first used without gradient could leave its bf16 copies, cached so, to autocast
-        cosines = [self.prototypes(self.head(crop.tokens_BND)) for crop in cut]
-        with torch.no_grad():
-            return self.head(whole.tokens_BND), cosines
+        projected = views[0].ndim == 2
+        z = list(views) if projected else [self.head(view.tokens_BND) for view in self.vit(*views)]
+        return z, [self.prototypes(z_TD) for z_TD in z]
 
 
 class TokenQueue(nn.Module):

@@ -1,6 +1,7 @@
-"""Checkpoints: a folder `step-000123` that is there whole or not at all; the newest one wins.
+"""Checkpoints: a folder `step-000123` that is there whole or not at all; the newest whole one wins.
 
-Portable: weights, optimizer moments and any other state lie by name in safetensors, and load at any world size.
+Portable: weights, optimizer moments and any other state lie by name in safetensors, whole, and load at any world size
+and under any way to launch (DDP, DeepSpeed ZeRO 1, 2 and 3). state.json holds a checksum of each file.
 """
 
 from __future__ import annotations
@@ -8,97 +9,227 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bigtrain.runtime import zero
+
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
+Tensors = dict[str, Tensor]
 
 
 class Checkpoints:
-    """The checkpoints of one stage of a run.
+    """The checkpoints of one stage of a run. All methods are called on all ranks.
 
     Args:
-        folder: where they lie, e.g. RUN/checkpoints/distil.
-        module: the trained module, not wrapped; further tensors to keep belong into its buffers.
-        optimizer: of that module.
+        folder: where they lie, e.g. RUN/checkpoints/distil; on a file system that all nodes share.
+        trained: the trained module, not prepared.
+        optimizer: of that module, not prepared.
+        state: all that is kept, where that is more than `trained`, which is then a part of it.
+        keep: how many of the newest stay.
+        keep_every: those of every so many steps stay too; 0: none.
     """
 
     def __init__(
-        self, folder: Path, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, keep: int = 2
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        trained: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        state: nn.Module | None = None,
+        keep: int = 2,
+        keep_every: int = 0,
     ) -> None:
-        self.folder, self.accelerator, self.keep = folder, accelerator, keep
-        self.module, self.optimizer = module, optimizer
-        name_of = {parameter: name for name, parameter in module.named_parameters()}
+        self.folder, self.accelerator, self.keep, self.keep_every = folder, accelerator, keep, keep_every
+        self.trained, self.optimizer, self.state = trained, optimizer, state or trained
+        (path,) = (name for name, module in self.state.named_modules() if module is trained)
+        self._prefix = path + "." if path else ""
+        name_of = {parameter: self._prefix + name for name, parameter in trained.named_parameters()}
         self._names = [name_of[p] for group in optimizer.param_groups for p in group["params"]]
+        self._moments: Tensors = {}
 
-    def save(self, step: int, state: Mapping[str, int]) -> None:
-        """Write, flush, rename, then remove the oldest; rank 0 does it, the others wait."""
-        if self.accelerator.is_main_process:
-            final = self.folder / f"step-{step:06d}"
-            temporary = self.folder / f"step-{step:06d}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            save_file({k: v.contiguous().cpu() for k, v in self.module.state_dict().items()}, temporary / MODEL_FILE)
-            save_file(self._optimizer_tensors(), temporary / OPTIMIZER_FILE)
-            scaler = {"scaler": self.accelerator.scaler.state_dict()} if self.accelerator.scaler else {}  # of fp16
-            (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state, **scaler}))
-            for file in [*temporary.iterdir(), temporary]:
-                _fsync(file)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            _fsync(self.folder)
-            for old in self._whole()[: -self.keep]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+    @property
+    def newest(self) -> Path | None:
+        return whole[-1] if (whole := self._complete()) else None
 
-    def load(self) -> dict[str, int]:
-        """Load the newest whole checkpoint into module and optimizer; empty if there is none.
+    def load(self) -> dict[str, Any]:
+        """Load the newest whole checkpoint into the module, before it is prepared; empty if there is none.
 
         Returns:
-            What `save` was given, with its step."""
-        for folder in reversed(self._whole()):
+            What `save` was given, with its step.
+
+        Raises:
+            ValueError: it is of another network.
+            OSError: this rank cannot read what rank 0 could.
+        """
+        chosen: list[str | None] = [None]
+        if self.accelerator.is_main_process:
+            for left_over in self.folder.glob("step-*.tmp"):
+                shutil.rmtree(left_over)
+            chosen = [self._newest_whole()]
+        broadcast_object_list(chosen)
+        if chosen[0] is None:
+            return {}
+        folder = self.folder / chosen[0]
+        try:
+            state = json.loads((folder / STATE_FILE).read_text())
+            weights, self._moments = load_file(folder / MODEL_FILE), load_file(folder / OPTIMIZER_FILE)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise OSError(
+                f"rank {self.accelerator.process_index} cannot read {folder} ({error}): the run folder must lie on a "
+                "file system that all nodes share."
+            ) from error
+        check_fits(folder, weights, self.state.state_dict())
+        self.state.load_state_dict(weights)
+        self.accelerator.print(f"continuing from {folder}")
+        del state["checksums"]
+        return state
+
+    def load_moments(self, prepared: nn.Module) -> None:
+        """Give the optimizer the moments that `load` found, once the module is prepared."""
+        given, self._moments = self._moments, {}
+        if zero.is_used(self.accelerator):
+            zero.set_moments(prepared, {key.removeprefix(self._prefix): value for key, value in given.items()})
+            return
+        state: dict[int, dict[str, Any]] = {}
+        number_of = {name: number for number, name in enumerate(self._names)}
+        for key, tensor in given.items():
+            name, _, kind = key.rpartition("/")
+            state.setdefault(number_of[name], {})[kind] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+    def weights(self, prepared: nn.Module) -> Tensors:
+        """All weights by name, whole, on every rank."""
+        if not zero.is_used(self.accelerator):
+            return self.state.state_dict()
+        trained = {self._prefix + name: value for name, value in zero.whole_weights(prepared).items()}
+        others = self.state.state_dict() if self._prefix else {}
+        return trained | {key: value for key, value in others.items() if not key.startswith(self._prefix)}
+
+    def save(self, step: int, state: Mapping[str, Any], prepared: nn.Module) -> float:
+        """Write, flush, rename, then remove the oldest; rank 0 does it, the others wait.
+
+        Returns:
+            The seconds it took.
+
+        Raises:
+            OSError: it could not be written; the checkpoints before it are as they were.
+        """
+        began = time.monotonic()
+        weights, moments = self.weights(prepared), self._all_moments(prepared)
+        problem: list[str | None] = [None]
+        if self.accelerator.is_main_process:
             try:
-                state = json.loads((folder / STATE_FILE).read_text())
-                weights, moments = load_file(folder / MODEL_FILE), load_file(folder / OPTIMIZER_FILE)
-            except (OSError, SafetensorError, ValueError, KeyError) as error:
-                self.accelerator.print(f"checkpoint {folder} is not whole ({error}); the one before it is taken.")
-                continue
-            self.module.load_state_dict(weights)
-            self._load_optimizer(moments)
-            if (scaler := state.pop("scaler", None)) and self.accelerator.scaler:
-                self.accelerator.scaler.load_state_dict(scaler)
-            self.accelerator.print(f"continuing from {folder}")
-            return state
-        return {}
+                self._write(step, state, weights, moments)
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(self._temporary(step), ignore_errors=True)
+                before = f"{self.newest} is as it was" if self.newest else "there is none before it"
+                problem = [
+                    f"the checkpoint of step {step} cannot be written ({error}); {before}. Make room in "
+                    f"{self.folder}, and run the same command: it continues."
+                ]
+        broadcast_object_list(problem)  # the others wait here
+        if problem[0]:
+            raise OSError(problem[0])
+        return time.monotonic() - began
 
-    def _whole(self) -> list[Path]:
-        step_of = {p: p.name.removeprefix("step-") for p in self.folder.glob("step-*")}
-        whole = [p for p, step in step_of.items() if step.isdigit()]  # not step-000123.tmp
-        return sorted(whole, key=lambda p: int(step_of[p]))  # behind 999999 there are 7 digits
+    def _write(self, step: int, state: Mapping[str, Any], weights: Tensors, moments: Tensors) -> None:
+        final, temporary = self.folder / f"step-{step:06d}", self._temporary(step)
+        if final.exists() and not damage(final):
+            return
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, tensors in ((MODEL_FILE, weights), (OPTIMIZER_FILE, moments)):
+            save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, temporary / name)
+        checksums = {name: checksum(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state, "checksums": checksums}))
+        for file in [*temporary.iterdir(), temporary]:
+            _fsync(file)
+        if final.exists():
+            self._remove(final)
+        temporary.rename(final)
+        _fsync(self.folder)
+        for old in self._complete()[: -self.keep]:
+            if not self.keep_every or step_of(old) % self.keep_every:
+                self._remove(old)
 
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}.tmp"
+
+    def _remove(self, checkpoint: Path) -> None:
+        going = checkpoint.with_name(checkpoint.name + ".tmp")  # first: half of it must not look like a checkpoint
+        shutil.rmtree(going, ignore_errors=True)
+        checkpoint.rename(going)
+        shutil.rmtree(going)
+
+    def _complete(self) -> list[Path]:
+        found = [p for p in self.folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]  # no step-000123.tmp
+        return sorted(found, key=step_of)  # behind 999999 there are 7 digits
+
+    def _newest_whole(self) -> str | None:
+        for folder in reversed(self._complete()):
+            if not (why := damage(folder)):
+                return folder.name
+            print(f"checkpoint {folder} is not whole ({why}); the one before it is taken.", flush=True)
+        return None
+
+    def _all_moments(self, prepared: nn.Module) -> Tensors:
+        if zero.is_used(self.accelerator):
+            return {self._prefix + key: value for key, value in zero.moments(prepared).items()}
         tensors = {}
         for number, state in self.optimizer.state_dict()["state"].items():
             for kind, value in state.items():
                 if value is not None:
-                    tensors[f"{self._names[number]}/{kind}"] = torch.as_tensor(value).contiguous().cpu().clone()
+                    tensors[f"{self._names[number]}/{kind}"] = torch.as_tensor(value).clone()
         return tensors
 
-    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        state: dict[int, dict[str, Any]] = {}
-        number_of = {name: number for number, name in enumerate(self._names)}
-        for key, tensor in tensors.items():
-            name, _, kind = key.rpartition("/")
-            state.setdefault(number_of[name], {})[kind] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def damage(checkpoint: Path) -> str:
+    """Why a checkpoint is not whole; empty if it is."""
+    try:
+        for name, expected in json.loads((checkpoint / STATE_FILE).read_text())["checksums"].items():
+            if checksum(checkpoint / name) != expected:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def check_fits(checkpoint: Path, given: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
+    """Refuse weights of another network, naming shapes."""
+    there = {name: tuple(tensor.shape) for name, tensor in given.items()}
+    here = {name: tuple(tensor.shape) for name, tensor in needed.items()}
+    differ = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if differ:
+        pairs = "; ".join(f"{n} is {there.get(n, 'not there')}, here {here.get(n, 'not')}" for n in differ[:3])
+        raise ValueError(
+            f"{checkpoint} is of another network: {pairs}{'; ...' if differ[3:] else ''}. Was the teacher's file "
+            "replaced since? Give the one it was trained with, or name a new folder."
+        )
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def _fsync(path: Path) -> None:

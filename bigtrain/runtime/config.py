@@ -39,6 +39,24 @@ class RunSettings:
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps stay too, also when the run is finished; 0: none."""
+    resume_from: str = ""
+    """A new run begins with the state of another with the same settings: its folder, or one of its checkpoints."""
+    accumulate: int = 1
+    """Each process takes its share of a batch in so many parts, to save memory."""
+    recompute: bool = False
+    """Compute activations again in the backward pass instead of keeping them (activation checkpointing)."""
+    compile: bool = False
+    """torch.compile the trained network."""
+    max_skipped_steps: int = 3
+    """So many steps in a row whose loss or gradient is not finite stop the run."""
+    hang_timeout_min: float = 15.0
+    """A process that does nothing for so long, while others wait for it, stops the run."""
+    trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Where figures also go, beside log.jsonl and TensorBoard; `uv sync --extra wandb` and so on installs them."""
+    peak_tflops: float = 0.0
+    """What a device can do at most, for mfu_percent; 0: known for common GPUs."""
 
 
 C = TypeVar("C")
@@ -48,6 +66,11 @@ RUN_LIMITS: Limits = {
     "log_every": (1, math.inf),
     "checkpoint_every": (1, math.inf),
     "keep_checkpoints": (1, math.inf),
+    "keep_every": (0, math.inf),
+    "accumulate": (1, math.inf),
+    "max_skipped_steps": (1, math.inf),
+    "hang_timeout_min": (0.01, math.inf),
+    "peak_tflops": (0, math.inf),
 }
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LINE_EVERY_S = 10.0  # without a terminal
+EVENTS = ("started", "saved", "stopped", "step skipped", "failed", "finished")
 
 
 class StageLog:
@@ -28,6 +32,7 @@ class StageLog:
         steps: of the whole stage; `done` of them were taken by earlier starts.
         images_per_step: over all processes.
         every: steps between two rows of log.jsonl.
+        flops_per_step: of the model over all processes, for its share of the devices' peak; 0: not known.
     """
 
     def __init__(
@@ -40,16 +45,22 @@ class StageLog:
         done: int,
         images_per_step: int,
         every: int,
+        flops_per_step: float = 0.0,
+        peak_flops: float | None = None,
     ) -> None:
         self.stage, self.steps, self.done, self.first, self.row_at = stage, steps, done, done, done
         self.images_per_step, self.every = images_per_step, every
+        self.flops_per_step, self.peak_flops = flops_per_step, peak_flops
         self.accelerator = accelerator
         self.writes = accelerator.is_main_process
         self.began = self.last_line = self.last_row = time.monotonic()
-        self.waited_s, self.read_bytes = 0.0, 0  # since the last row
+        self.waited_s, self.read_bytes, self.saving_s = 0.0, 0, 0.0  # since the last row
         self.reading: dict[str, float] = {}  # the figures of the last row
+        self.skipped_steps = 0
         if self.writes:
-            self.file = continued(folder / "log.jsonl", stage, done).open("a", buffering=1)
+            path = continued(folder / "log.jsonl", stage, done)
+            self.before = steps_of_others(path, stage)
+            self.file = path.open("a", buffering=1)
             self.board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=done)
             self.bar = tqdm(
                 total=steps, initial=done, desc=stage, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
@@ -84,38 +95,77 @@ class StageLog:
         line_due = self.bar.disable and (now - self.last_line > LINE_EVERY_S or self.done == self.steps)
         if not (row_due or line_due):
             return
-        numbers = {name: float(value) for name, value in values.items()}
-        numbers |= self.reading
-        if torch.cuda.is_available():
-            numbers["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        left_s = (now - self.began) / (self.done - self.first) * (self.steps - self.done)
+        numbers = {name: float(value) for name, value in values.items()} | self.reading
+        if self.skipped_steps:
+            numbers["skipped_steps"] = self.skipped_steps
         if row_due:
-            self.file.write(json.dumps({"stage": self.stage, "step": self.done, "time": time.time(), **numbers}) + "\n")
+            self._write({"steps": self.steps, **numbers, "left_s": round(left_s, 1)})
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, self.done)
+            named = {f"{self.stage}/{name}": value for name, value in numbers.items()}
+            self.accelerator.log(named, step=self.before + self.done)
             self.bar.set_postfix_str(shown(numbers))
         if line_due:
-            left_s = (now - self.began) / (self.done - self.first) * (self.steps - self.done)
             print(f"{self.stage}  step {self.done}/{self.steps}  {shown(numbers)}  left {clock(left_s)}", flush=True)
             self.last_line = now
 
+    def event(self, event: str, text: str = "", **further: Any) -> None:
+        """Write a row of log.jsonl that tells what happened: `event` is one of EVENTS."""
+        assert event in EVENTS
+        if self.writes:
+            self._write({"event": event, "text": text, **further})
+
+    def saved(self, seconds: float, step: int) -> None:
+        """Note a checkpoint, and what it took."""
+        self.saving_s += seconds
+        self.event("saved", f"checkpoint of step {step} in {seconds:.2f} s", checkpoint_s=round(seconds, 3))
+
+    def skipped(self, why: str, keys: Sequence[str]) -> None:
+        """Note a step that did not change the weights, and the samples that were in it."""
+        self.skipped_steps += 1
+        self.event("step skipped", why, keys=list(keys))
+        if self.writes:
+            print(f"{self.stage}  step {self.done} was skipped: {why} (its pictures are in log.jsonl)", flush=True)
+
     def over_ranks(self, elapsed_s: float, skipped: Mapping[str, int]) -> dict[str, float]:
         """Speed and reading since the last row: the longest wait of a rank, all ranks' bytes, all samples left out."""
-        here = {"wait_s": self.waited_s, "bytes": self.read_bytes, "skipped": dict(skipped)}
+        here = {"wait_s": self.waited_s, "bytes": self.read_bytes, "skipped": dict(skipped), "gib": memory_gib()}
         ranks = gather_object([here])
+        per_s = (self.done - self.row_at) / max(elapsed_s, 1e-9)
         figures = {
-            "images_per_s": (self.done - self.row_at) * self.images_per_step / max(elapsed_s, 1e-9),
+            "images_per_s": per_s * self.images_per_step,
+            "images_per_s_per_process": per_s * self.images_per_step / len(ranks),
             "data_wait_percent": 100 * max(rank["wait_s"] for rank in ranks) / max(elapsed_s, 1e-9),
             "read_mb_per_s": sum(rank["bytes"] for rank in ranks) / max(elapsed_s, 1e-9) / 1e6,
+            "memory_gib": max(rank["gib"] for rank in ranks),
         }
+        if self.flops_per_step and self.peak_flops:
+            figures["mfu_percent"] = 100 * per_s * self.flops_per_step / (self.peak_flops * len(ranks))
+        if self.saving_s:
+            figures["checkpoint_s"], self.saving_s = self.saving_s, 0.0
         for kind in sorted({kind for rank in ranks for kind in rank["skipped"]}):
             figures["skipped_" + kind.replace(" ", "_")] = sum(rank["skipped"].get(kind, 0) for rank in ranks)
         return figures
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        # a value that is not finite is no JSON
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
+        record = {"stage": self.stage, "step": self.done, "time": time.time(), **finite}
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def close(self) -> None:
         if self.writes:
             self.bar.close()
             self.board.close()
             self.file.close()
+
+
+def memory_gib() -> float:
+    """The most that this process has had: of its GPU, or where there is none, of the machine's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 SHOWN = {  # the rest as "loss 0.1234"
@@ -140,6 +190,16 @@ def continued(path: Path, stage: str, done: int) -> Path:
         temporary.write_text("".join(kept))
         temporary.replace(path)
     return path
+
+
+def steps_of_others(path: Path, stage: str) -> int:
+    """The steps of the other stages in a log, so that trackers see steps that only rise."""
+    steps: dict[str, int] = {}
+    for row in path.read_text().splitlines() if path.exists() else []:
+        record = json.loads(row)
+        if record["stage"] != stage:
+            steps[record["stage"]] = max(steps.get(record["stage"], 0), record["step"])
+    return sum(steps.values())
 
 
 def is_row_after(row: str, stage: str, done: int) -> bool:

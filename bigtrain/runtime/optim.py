@@ -1,21 +1,78 @@
-"""Optimiser, schedules as functions of the step, and one update."""
+"""Parameter groups, schedules as functions of the step, moving averages of weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
+
+_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:patch_embed|pos_embed|cls_token|reg_token|dist_token|norm_pre)(?:\.|$)")
 
 
-def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], **options: float) -> list[dict[str, object]]:
-    """Two parameter groups: matrices, which decay, and vectors (biases, norms, tokens), which do not."""
-    trained = [p for _, p in named_parameters if p.requires_grad]
-    matrices = [p for p in trained if p.squeeze().ndim > 1]
-    vectors = [p for p in trained if p.squeeze().ndim <= 1]
-    return [{"params": matrices, "decays": True, **options}, {"params": vectors, "decays": False, **options}]
+def decay_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], *, layer_decay: float = 1.0, **options: float
+) -> list[dict[str, object]]:
+    """Two parameter groups: matrices, which decay, and vectors (biases, norms, tokens), which do not.
+
+    With a `layer_decay` below 1, two such groups for each layer of a ViT, whose rates fall towards the pixels, as in
+    Clark et al. 2020 (ELECTRA), Bao et al. 2022 (BEiT) and He et al. 2022 (MAE):
+
+        base_lr * layer_decay^distance
+        distance: 0 behind the blocks (norms, heads), depth - i for block i of 0 .. depth - 1, depth + 1 the embedding
+
+    Args:
+        named_parameters: of a ViT or a module around it, all of them: also those that are frozen say how deep it is.
+        layer_decay: above 0, at most 1.
+        options: of every group, such as the `base_lr` that `set_schedule` starts from.
+
+    Raises:
+        ValueError: a layer decay out of range, or parameters without blocks to apply it to.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"a layer decay of {layer_decay} was given: use a number above 0, at most 1 (1: none).")
+    at_distance: dict[int, list[nn.Parameter]] = {0: []}
+    named = list(named_parameters)
+    distances = _distances([name for name, _ in named]) if layer_decay < 1 else [0] * len(named)
+    for (_, p), distance in zip(named, distances, strict=True):
+        if p.requires_grad:
+            at_distance.setdefault(distance, []).append(p)
+    groups: list[dict[str, object]] = []
+    for distance, parameters in sorted(at_distance.items()):
+        rate = {"base_lr": options["base_lr"] * layer_decay**distance} if layer_decay < 1 else {}
+        matrices = [p for p in parameters if p.squeeze().ndim > 1]
+        vectors = [p for p in parameters if p.squeeze().ndim <= 1]
+        groups.append({"params": matrices, "decays": True, **options, **rate})
+        groups.append({"params": vectors, "decays": False, **options, **rate})
+    return [group for group in groups if group["params"] or layer_decay == 1]
+
+
+def _distances(names: Sequence[str]) -> list[int]:
+    """How many layers below its head each parameter of a ViT is."""
+    blocks = [_BLOCK.search(name) for name in names]
+    depth = 1 + max((int(block[1]) for block in blocks if block), default=-1)
+    if not depth:
+        raise ValueError("a layer decay below 1 was given for parameters without blocks.<number> in their names.")
+    return [
+        depth - int(block[1]) if block else (depth + 1 if _EMBEDDING.search(name) else 0)
+        for name, block in zip(names, blocks, strict=True)
+    ]
+
+
+def scaled_lr(lr: float, global_batch: int, of_batch: int) -> float:
+    """A rate that is meant for batches of `of_batch`, scaled linearly (Goyal et al. 2017); of_batch 0: as it is."""
+    return lr * global_batch / of_batch if of_batch > 0 else lr
+
+
+def schedule(kind: Literal["constant", "cosine"], step: int, *, total: int, warmup: int = 0) -> float:
+    """A factor for the learning rate at a step: warm-up, then constant or half a cosine to 0."""
+    if kind == "constant":
+        return (step + 1) / warmup if step < warmup else 1.0
+    return warmup_cosine(step, total=total, warmup=warmup)
 
 
 def warmup_cosine(step: int, *, total: int, warmup: int = 0, end: float = 0.0) -> float:
@@ -35,25 +92,6 @@ def set_schedule(optimizer: torch.optim.Optimizer, *, lr_factor: float, weight_d
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * lr_factor
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
-
-
-def update(
-    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, *, clip: float = 0.0
-) -> Tensor:
-    """Backward, clip, step. A loss that is not finite on any rank stops the run on all, before it reaches the weights.
-
-    Returns:
-        The loss, mean over the ranks.
-    """
-    loss_of_rank = accelerator.gather(loss.detach()[None])
-    if not bool(loss_of_rank.isfinite().all()):
-        raise FloatingPointError("the loss is not finite: lower the learning rate, or train with --precision fp32.")
-    optimizer.zero_grad()
-    accelerator.backward(loss)
-    if clip:
-        accelerator.clip_grad_norm_(module.parameters(), clip)
-    optimizer.step()
-    return loss_of_rank.mean()
 
 
 @torch.no_grad()

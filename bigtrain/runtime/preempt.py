@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
+import os
 import signal
+import sys
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -11,6 +16,8 @@ from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 85  # exit code of a run that stopped when asked: neither done nor failed
+STOPPED_FILE = "stopped.json"  # says the same where a launcher turns every exit code into 1
+PR_SET_PDEATHSIG = 1
 
 
 class Stop:
@@ -23,6 +30,9 @@ class Stop:
         self.accelerator, self.file = accelerator, folder / "stop"
         self.asked = False
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        stop_with_launcher()
+        if accelerator.is_main_process:
+            (folder / STOPPED_FILE).unlink(missing_ok=True)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
@@ -46,9 +56,27 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def leave(self) -> None:
+    def leave(self, step: int = 0, stage: str = "") -> None:
         """Say so and end with the exit code of a stopped run; call on all ranks, after saving."""
         self.accelerator.wait_for_everyone()
         self.accelerator.print("stopped when asked, saved; the same command continues.")
-        self.file.unlink(missing_ok=True)
+        if self.accelerator.is_main_process:
+            self.file.unlink(missing_ok=True)
+            record = {"stage": stage, "step": step, "time": time.time(), "exit_code": STOPPED}
+            (self.file.parent / STOPPED_FILE).write_text(json.dumps(record) + "\n")
         raise SystemExit(STOPPED)
+
+
+def stop_with_launcher() -> None:
+    """Have the system send SIGTERM when the launcher dies (`kill` of accelerate, SIGUSR1 to torchrun): without it the
+    run would go on with nobody above it. A shell or a scheduler that started the recipe itself may go."""
+    is_launched = os.environ.get("TORCHELASTIC_RUN_ID") or "accelerate launch" in parent_command()
+    if sys.platform == "linux" and is_launched:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def parent_command() -> str:
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -34,19 +36,54 @@ class RunFolder:
         """Refuse a folder that holds another configuration's run, naming the settings that differ."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--out {self.path} is a file: name a folder, which may be new.")
-        if not (self / CONFIG_FILE).is_file():
-            if self.path.is_dir() and any(p.suffix != ".tmp" for p in self.path.iterdir()):
-                raise ValueError(f"--out {self.path} holds other files and no run: name a new folder.")
-            return
-        there = json.loads((self / CONFIG_FILE).read_text())["settings"]
+        if (self / CONFIG_FILE).is_file():
+            self._check_settings(f"--out {self.path}", self.path, "Name another folder, or give that run's settings")
+        elif self.path.is_dir() and any(p.suffix != ".tmp" for p in self.path.iterdir()):
+            raise ValueError(f"--out {self.path} holds other files and no run: name a new folder.")
+        elif source := self.config.run.resume_from:
+            their_run, _ = run_and_checkpoint(source)
+            self._check_settings(f"--resume-from {source}", their_run, "Give that run's settings")
+
+    def _check_settings(self, given: str, their_run: Path, what_to_do: str) -> None:
+        try:
+            there = json.loads((their_run / CONFIG_FILE).read_text())["settings"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{their_run / CONFIG_FILE} cannot be read ({error}): name a new folder.") from error
         here = result_settings(self.config)
-        differ = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+        differ = [key for key in {**there, **here} if key not in there or key not in here or there[key] != here[key]]
         if differ:
-            pairs = ", ".join(f"{key} ({there.get(key)!r} there, {here.get(key)!r} here)" for key in differ)
-            raise ValueError(
-                f"--out {self.path} holds a run with other settings: {pairs}. Name another folder, or give that run's "
-                "settings to continue it."
+            pairs = ", ".join(
+                f"{key} ({there.get(key, 'not a setting')!r} there, {here.get(key, 'not a setting')!r} here)"
+                for key in differ
             )
+            raise ValueError(f"{given} holds a run with other settings: {pairs}. {what_to_do} to continue it.")
+
+    def take_over(self, leaves: Mapping[str, str]) -> None:
+        """Copy the state of the run or checkpoint of --resume-from, once, into a new run. Called on one rank.
+
+        Args:
+            leaves: the stages of this recipe in their order, and the file that each leaves.
+        """
+        source = self.config.run.resume_from
+        if not source or (self / CONFIG_FILE).is_file():
+            return
+        their_run, checkpoint = run_and_checkpoint(source)
+        checkpoints = [checkpoint] if checkpoint else sorted(their_run.glob("checkpoints/*/step-*"))
+        finished = list(leaves)[: list(leaves).index(checkpoint.parent.name)] if checkpoint else list(leaves)
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file in (their_run / leaves[stage] for stage in finished):
+            if file.is_file():
+                temporary = self / (file.name + ".tmp")
+                shutil.copyfile(file, temporary)
+                temporary.rename(self / file.name)
+        for folder in checkpoints:
+            if folder.suffix != ".tmp":
+                final = self / "checkpoints" / folder.parent.name / folder.name
+                temporary = final.with_name(final.name + ".tmp")
+                shutil.rmtree(temporary, ignore_errors=True)
+                shutil.copytree(folder, temporary)
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
 
     def resolved(self, name: str) -> Any:
         """What an "auto" setting came to when the run began, so that a restart elsewhere keeps to it; None before."""
@@ -66,9 +103,31 @@ class RunFolder:
             write_json(self / CONFIG_FILE, record)
 
     def finish(self, results: Any) -> None:
-        """Write results.json, which makes the run a finished one; its checkpoints have served. Called on one rank."""
+        """Write results.json, which makes the run a finished one; its checkpoints have served, but for those of
+        --keep-every. Called on one rank."""
         write_json(self / RESULTS_FILE, results)
-        shutil.rmtree(self / "checkpoints", ignore_errors=True)
+        every = self.config.run.keep_every
+        for checkpoint in self.path.glob("checkpoints/*/step-*"):
+            if not every or checkpoint.suffix == ".tmp" or int(checkpoint.name.removeprefix("step-")) % every:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        for folder in [*self.path.glob("checkpoints/*"), self / "checkpoints"]:
+            with suppress(OSError):  # not empty, or there is none
+                folder.rmdir()
+
+
+def run_and_checkpoint(source: str) -> tuple[Path, Path | None]:
+    """What --resume-from names: a run, or a checkpoint and the run it is of."""
+    path = Path(source)
+    if (path / CONFIG_FILE).is_file():
+        return path, None
+    if path.is_dir() and path.name.removeprefix("step-").isdigit() and path.parent.parent.name == "checkpoints":
+        their_run = path.parent.parent.parent
+        if (their_run / CONFIG_FILE).is_file():
+            return their_run, path
+    raise ValueError(
+        f"--resume-from {source} is no run: name a run's folder (with config.json in it), or one of its checkpoints, "
+        "RUN/checkpoints/STAGE/step-000123."
+    )
 
 
 def write_json(path: Path, record: Any) -> None:

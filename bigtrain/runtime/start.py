@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from bigtrain.runtime import zero
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Chosen = Literal["fp32", "bf16", "fp16"]
 BF16_FROM_WIDTH = 384  # ViT-S: below it a CPU is faster in fp32
 
 
@@ -18,43 +25,103 @@ def world_size_of_launch() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(precision: Literal["fp32", "bf16", "fp16"]) -> Accelerator:
+def check_launch() -> None:
+    """Refuse, before any process group forms, a launch that cannot do what it says.
+
+    Raises:
+        ValueError: FSDP, or DeepSpeed that would silently be off.
+    """
+    if is_on("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "this launch asks for FSDP, which is not supported (on CPUs Accelerate would silently run DDP): to share "
+            "weights among processes launch with recipes/accelerate/zero3.yaml."
+        )
+    if zero.asked_for() and is_on("ACCELERATE_USE_CPU"):
+        raise ValueError(
+            "this launch asks for DeepSpeed and for ACCELERATE_USE_CPU (or --cpu), which would silently turn DeepSpeed "
+            "off: leave the latter out; without a GPU DeepSpeed runs on the CPU by itself."
+        )
+    if zero.asked_for() and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "this launch asks for DeepSpeed and started no process group: launch with `accelerate launch "
+            "--config_file recipes/accelerate/zero2.yaml RECIPE`."
+        )
+
+
+def start(
+    precision: Chosen, *, timeout_min: float = 30.0, trackers: Sequence[str] = (), folder: Path | None = None
+) -> Accelerator:
     """Form the process group and choose the device.
+
+    Args:
+        timeout_min: a collective that waits for longer fails.
+        trackers: of Accelerate, beside our own log; they keep their files in `folder`.
 
     Raises:
         ValueError: the launch cannot work as it is.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ValueError("this recipe does not run under DeepSpeed yet: launch it with DDP (--multi_gpu).")
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
+    check_launch()
+    # of torch, about its own and DeepSpeed's calls: nothing that a user could mend
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    backend = "gloo" if zero.asked_for() and not torch.cuda.is_available() else None
+    accelerator = Accelerator(  # no mixed precision of Accelerate's: see `autocast`
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        mixed_precision="no",
+        deepspeed_plugin=zero.plugin(precision) if zero.asked_for() else None,
+        log_with=list(trackers) or None,
+        project_dir=folder,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_min)),
+        ],
     )
     if accelerator.num_processes != world_size_of_launch():
         raise ValueError(
             f"the launcher started {world_size_of_launch()} processes, but they run as {accelerator.num_processes} "
-            "that do not know each other. On CPUs launch with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 "
-            "RECIPE`, on GPUs with `accelerate launch --multi_gpu RECIPE`."
+            "that do not know each other. Launch with `accelerate launch --config_file recipes/accelerate/ddp.yaml "
+            "RECIPE` on GPUs, with cpu2.yaml on a CPU, or there with `ACCELERATE_USE_CPU=true torchrun "
+            "--nproc_per_node 2 RECIPE`."
         )
+    if zero.asked_for() and not zero.is_used(accelerator):
+        raise ValueError("this launch asks for DeepSpeed, and Accelerate has turned it off: see recipes/accelerate/.")
     return accelerator
+
+
+def is_on(variable: str) -> bool:
+    """Whether an environment variable says yes."""
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
+
+
+def autocast(accelerator: Accelerator, precision: Chosen) -> torch.autocast:
+    """Mixed precision by torch alone, the same under DDP and DeepSpeed: weights stay float32."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(accelerator.device.type, dtype=dtype, enabled=precision != "fp32")
 
 
 def device_type() -> Literal["cuda", "cpu"]:
     """The kind of device that `start` will choose."""
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
-    return "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
+    return "cuda" if torch.cuda.is_available() and not is_on("ACCELERATE_USE_CPU") else "cpu"
 
 
-def choose_precision(precision: Precision, width: int) -> Literal["fp32", "bf16", "fp16"]:
+def choose_precision(precision: Precision, width: int) -> Chosen:
     """What "auto" means here: bf16 on CUDA, and on a CPU with bf16 instructions from ViT-S up; else fp32.
 
     A rule, not a measurement, so that a restart chooses the same.
+
+    Raises:
+        ValueError: this device lacks the one that was asked for.
     """
+    on_gpu = device_type() == "cuda"
+    if precision == "fp16" and not on_gpu:
+        raise ValueError("--precision fp16 needs a GPU, and there is none here: use fp32, bf16 or auto.")
+    if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"--precision bf16 is not supported by {torch.cuda.get_device_name()}: use fp16, fp32 or auto."
+        )
     if precision != "auto":
         return precision
-    if device_type() == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if on_gpu:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if has_bf16 and width >= BF16_FROM_WIDTH else "fp32"
 

@@ -287,3 +287,110 @@ def test_the_backend_that_is_named_is_the_one_that_serves(network):
     torch.testing.assert_close(vit(images())[0].tokens_BND, dense, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="backend xformers was asked for on cpu"):
         ViT(net, attention="xformers")(images())
+
+
+def gradients(vit, views, *, recompute, **options):
+    """A training pass's outputs and gradients."""
+    vit.recompute = recompute
+    vit.zero_grad()
+    torch.manual_seed(7)  # of the drops of paths
+    encoded = vit(*views, **options)
+    sum(e.blocks_LBND.float().square().mean() for e in encoded).backward()
+    return encoded, {name: p.grad for name, p in vit.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("case", ["views", "masked", "attention", "last blocks"])
+def test_recomputed_blocks_give_the_same_bits_forward_and_backward(network, case, bf16):
+    net, vit = network("vit_small_patch14_reg4_dinov2", 56, 14, depth=4, drop_path=0.5)
+    vit.train()
+    views, options = {
+        "views": ((images(3, 56, 56), images(6, 28, 14, seed=1)), {"last": 2}),
+        "masked": ((images(8, 56, 56),), {"visible_BN": half_visible(8)}),
+        "attention": ((images(8, 56, 56),), {"with_attention": True, "last": 4}),
+        "last blocks": ((images(8, 56, 56),), {"last": 3}),
+    }[case]
+    if case == "last blocks":
+        vit.requires_grad_(False)
+        net.blocks[2:].requires_grad_(True)
+    runs = []
+    for recompute in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            runs.append(gradients(vit, views, recompute=recompute, **options))
+    (encoded, expected), (again, ours) = runs
+    for one, other in zip(encoded, again, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+    assert (
+        set(ours)
+        == set(expected)
+        == {name for name, p in vit.named_parameters() if p.requires_grad}
+        - ({"backbone.norm.weight", "backbone.norm.bias"} if case == "last blocks" else set())
+    )
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert any(gradient.any() for gradient in ours.values())
+
+
+def bytes_kept(vit, views, **options):
+    """Bytes that a forward pass keeps for the backward pass, weights aside, each storage once."""
+    kept = {}
+    weights = {p.untyped_storage().data_ptr() for p in vit.parameters()}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)  # held, or its place is used again
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        vit(*views, **options)
+    return sum(size for place, (size, _) in kept.items() if place not in weights)
+
+
+def test_recomputed_blocks_keep_a_fraction_of_the_memory(network):
+    _, vit = network(depth=6)
+    views = (images(4), images(8, 16, 16))
+    kept = bytes_kept(vit, views)
+    vit.recompute = True
+    assert bytes_kept(vit, views) < 0.15 * kept  # one input of 192 numbers a token, of some 20 such
+
+
+def test_only_blocks_that_the_gradient_reaches_are_run_again(network):
+    net, vit = network(depth=4)
+    vit.requires_grad_(False)
+    net.blocks[3].requires_grad_(True)
+    calls = []
+    for depth, block in enumerate(net.blocks):
+        block.mlp.register_forward_hook(lambda *_, depth=depth: calls.append(depth))
+    gradients(vit, (images(),), recompute=True)
+    assert calls == [0, 1, 2, 3, 3]
+    with torch.no_grad():
+        vit(images())
+    assert calls == [0, 1, 2, 3, 3, 0, 1, 2, 3]
+
+
+def test_recomputing_is_no_part_of_the_weights_and_is_off_unless_set(network):
+    _, vit = network()
+    assert not vit.recompute
+    keys = list(vit.state_dict())
+    vit.recompute = True
+    assert list(vit.state_dict()) == keys
+
+
+@pytest.mark.slow
+def test_a_compiled_network_gives_what_it_gave_with_the_same_names_of_weights(network):
+    _, vit = network()
+    views, visible_BN = (images(), images(4, 16, 16)), half_visible()
+
+    def outputs():
+        with torch.no_grad():
+            return [*vit(*views, last=2, with_attention=True), *vit(images(), visible_BN=visible_BN)]
+
+    expected, keys = outputs(), list(vit.state_dict())
+    trained = [
+        gradients(vit, (images(),), recompute=recompute, visible_BN=visible_BN)[1] for recompute in (False, True)
+    ]
+    vit.compile()
+    torch.testing.assert_close(outputs(), expected, rtol=1e-5, atol=1e-5)
+    assert list(vit.state_dict()) == keys
+    for recompute, gradient in enumerate(trained):
+        _, ours = gradients(vit, (images(),), recompute=bool(recompute), visible_BN=visible_BN)
+        torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=1e-4)

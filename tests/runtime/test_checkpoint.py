@@ -54,13 +54,15 @@ def test_going_on_from_a_checkpoint_is_the_uninterrupted_training(tmp_path, acce
     net = a_network()
     optimizer = OPTIMIZERS[kind](groups(net))
     train(net, optimizer, range(5))
-    Checkpoints(tmp_path, accelerator, net, optimizer).save(5, {"epoch": 1, "batch": 2})
+    Checkpoints(tmp_path, accelerator, net, optimizer).save(5, {"epoch": 1, "batch": 2}, net)
     saved = copy.deepcopy(state_of(net, optimizer))
     train(net, optimizer, range(5, 10))
 
     other = a_network(seed=1)
     again = OPTIMIZERS[kind](groups(other))
-    assert Checkpoints(tmp_path, accelerator, other, again).load() == {"step": 5, "epoch": 1, "batch": 2}
+    checkpoints = Checkpoints(tmp_path, accelerator, other, again)
+    assert checkpoints.load() == {"step": 5, "epoch": 1, "batch": 2}
+    checkpoints.load_moments(other)
     for one, two in zip(state_of(other, again), saved, strict=True):
         assert torch.equal(one, two)
         assert one.dtype == two.dtype
@@ -73,9 +75,11 @@ def test_the_learning_rate_stays_the_optimizer_s_own(tmp_path, accelerator):
     net = a_network()
     optimizer = OPTIMIZERS["adamw"](groups(net))
     train(net, optimizer, range(1))
-    Checkpoints(tmp_path, accelerator, net, optimizer).save(1, {})
+    Checkpoints(tmp_path, accelerator, net, optimizer).save(1, {}, net)
     again = torch.optim.AdamW(groups(net), lr=7.0)
-    Checkpoints(tmp_path, accelerator, net, again).load()
+    checkpoints = Checkpoints(tmp_path, accelerator, net, again)
+    checkpoints.load()
+    checkpoints.load_moments(net)
     assert [group["lr"] for group in again.param_groups] == [7.0, 7.0]
 
 
@@ -86,12 +90,12 @@ def checkpoints(tmp_path, accelerator):
     optimizer = OPTIMIZERS["sgd with momentum"](groups(net))
     train(net, optimizer, range(1))
 
-    def make(keep=2):
-        made = Checkpoints(tmp_path / "checkpoints", accelerator, net, optimizer, keep)
+    def make(**options):
+        made = Checkpoints(tmp_path / "checkpoints", accelerator, net, optimizer, **options)
 
         def save(step):
             nn.init.constant_(net[0].bias, step)
-            made.save(step, {"batch": step})
+            made.save(step, {"batch": step}, net)
             nn.init.zeros_(net[0].bias)
 
         def load():

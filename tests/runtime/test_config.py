@@ -119,7 +119,7 @@ def test_print_config_prints_the_settings_as_json_and_ends(toml, capsys):
     assert leaving.value.code == 0
     record = json.loads(capsys.readouterr().out)
     expected = Config(known=("a",), epochs=4)
-    assert record == {**result_settings(expected), "run": {**expected.run.__dict__}}
+    assert record == {**result_settings(expected), "run": json.loads(json.dumps(expected.run.__dict__))}
 
 
 def test_where_a_run_lies_is_no_setting_of_its_result():

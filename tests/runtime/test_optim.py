@@ -1,12 +1,11 @@
-"""Schedules by hand, what decays, and one update."""
+"""Schedules by hand, and what decays."""
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from bigtrain.models.vit import Architecture
-from bigtrain.runtime.optim import cosine, decay_groups, follow, set_schedule, update, warmup_cosine
+from bigtrain.runtime.optim import cosine, decay_groups, follow, scaled_lr, set_schedule, warmup_cosine
 
 
 def test_a_cosine_by_hand():
@@ -52,41 +51,79 @@ def test_a_schedule_sets_each_group_s_own_rate_and_decay():
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.5, 0.2), (0.5, 0), (5, 0.2), (5, 0)]
 
 
-@pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True)
+def test_without_layer_decay_there_are_two_groups_whatever_the_depth():
+    net = Architecture("vit_tiny_patch16_224", 32, 8, 3).build()
+    groups = decay_groups(net.named_parameters(), layer_decay=1.0, base_lr=0.5)
+    assert [(g["decays"], g["base_lr"], len(g["params"])) for g in groups] == [(True, 0.5, 14), (False, 0.5, 26)]
+    assert [len(g["params"]) for g in decay_groups([])] == [0, 0]  # as DeepSpeed and checkpoints count groups
 
 
-def one_weight(value=1.0):
+@pytest.mark.parametrize("prefix", ["", "backbone.", "vit.backbone.", "module.vit.backbone."])
+def test_rates_fall_from_the_head_to_the_embedding_by_hand(prefix):
+    matrix, vector = (3, 2), (3,)
+    rates = {  # name: (shape, base_lr) for 2 blocks, a rate of 8 and a layer decay of 1/2
+        "head.weight": (matrix, 8),
+        "fc_norm.bias": (vector, 8),
+        "norm.weight": (vector, 8),
+        "blocks.1.mlp.fc1.weight": (matrix, 4),
+        "blocks.1.norm1.weight": (vector, 4),
+        "blocks.0.attn.qkv.weight": (matrix, 2),
+        "blocks.0.ls1.gamma": (vector, 2),
+        "norm_pre.weight": (vector, 1),
+        "patch_embed.proj.weight": ((3, 3, 2, 2), 1),
+        "patch_embed.proj.bias": (vector, 1),
+        "pos_embed": ((1, 4, 3), 1),
+        "cls_token": ((1, 1, 3), 1),
+        "reg_token": ((1, 4, 3), 1),
+        "dist_token": ((1, 1, 3), 1),
+    }
+    named = {prefix + name: nn.Parameter(torch.zeros(shape)) for name, (shape, _) in rates.items()}
+    groups = decay_groups(named.items(), layer_decay=0.5, base_lr=8.0, momentum=0.9)
+    name_of = {p: name.removeprefix(prefix) for name, p in named.items()}
+    got = [(name_of[p], group["base_lr"], group["decays"]) for group in groups for p in group["params"]]
+    expected = {name: lr for name, (_, lr) in rates.items()}
+    assert {name: lr for name, lr, _ in got} == expected
+    assert len(got) == len(rates)  # each once
+    assert {name for name, _, decays in got if decays} == {
+        "head.weight", "blocks.1.mlp.fc1.weight", "blocks.0.attn.qkv.weight",
+        "patch_embed.proj.weight", "pos_embed", "reg_token",
+    }  # fmt: skip
+    assert len(groups) == 8 and {group["momentum"] for group in groups} == {0.9}
+
+
+def test_layer_decay_counts_from_the_last_block_and_leaves_out_what_is_frozen():
+    net = Architecture("vit_tiny_patch16_224", 32, 8, 4).build().requires_grad_(False)
+    net.blocks[1:3].requires_grad_(True)  # the last one, frozen, is still the fourth
+    groups = decay_groups(net.named_parameters(), layer_decay=0.5, base_lr=8.0)
+    assert [(g["base_lr"], g["decays"], len(g["params"])) for g in groups] == [
+        (2, True, 4), (2, False, 8), (1, True, 4), (1, False, 8),
+    ]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=3)
+    set_schedule(optimizer, lr_factor=0.5, weight_decay=0.2)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(1, 0.2), (1, 0), (0.5, 0.2), (0.5, 0)]
+
+
+def test_a_layer_decay_that_means_nothing_is_refused():
+    for decay in (0.0, 1.5, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="above 0, at most 1"):
+            decay_groups([], layer_decay=decay, base_lr=1.0)
+    with pytest.raises(ValueError, match="without blocks"):
+        decay_groups(nn.Linear(2, 2).named_parameters(), layer_decay=0.5, base_lr=1.0)
+
+
+def test_a_rate_is_scaled_linearly_with_the_batch_if_asked_to():
+    assert scaled_lr(0.1, 8192, 256) == pytest.approx(3.2)
+    assert scaled_lr(0.1, 64, 256) == pytest.approx(0.025)
+    assert scaled_lr(0.1, 8192, 0) == 0.1
+
+
+def one_weight(value):
     module = nn.Linear(1, 1, bias=False)
     nn.init.constant_(module.weight, value)
-    return module, torch.optim.SGD(module.parameters(), lr=0.5)
-
-
-def test_an_update_is_a_step_down_the_gradient(accelerator):
-    module, optimizer = one_weight()
-    for expected in (1 - 0.5 * 3, -0.5 - 0.5 * 3):  # twice: gradients do not add up
-        loss = update(accelerator, module, optimizer, module.weight.sum() * 3)
-        assert module.weight.item() == pytest.approx(expected)
-    assert loss.item() == pytest.approx(-1.5)
-
-
-def test_gradients_are_clipped_to_a_norm(accelerator):
-    module, optimizer = one_weight()
-    update(accelerator, module, optimizer, module.weight.sum() * 30, clip=1.0)
-    assert module.weight.item() == pytest.approx(0.5, abs=1e-4)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(accelerator, bad):
-    module, optimizer = one_weight()
-    with pytest.raises(FloatingPointError, match="the loss is not finite: lower the learning rate"):
-        update(accelerator, module, optimizer, module.weight.sum() * bad)
-    assert module.weight.item() == 1
-    assert module.weight.grad is None
+    return module
 
 
 def test_a_moving_average_follows_by_its_momentum():
-    average, network = one_weight(1.0)[0], one_weight(3.0)[0]
+    average, network = one_weight(1.0), one_weight(3.0)
     follow(average, network, 0.75)
     assert (average.weight.item(), network.weight.item()) == (1.5, 3)

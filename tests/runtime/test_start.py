@@ -51,28 +51,56 @@ def test_a_step_s_random_numbers_depend_on_seed_step_and_rank_alone():
 )
 def test_the_precision_is_a_rule_of_device_and_width(monkeypatch, cuda, bf16, width, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert choose_precision("auto", width) == expected
-    assert choose_precision("fp16", width) == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "precision", "says"),
+    [(False, "fp16", "--precision fp16 needs a GPU"), (True, "bf16", "bf16 is not supported by Old GPU")],
+)
+def test_a_precision_that_the_device_lacks_is_refused(monkeypatch, cuda, precision, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
+    with pytest.raises(ValueError, match=says):
+        choose_precision(precision, 768)
+    assert choose_precision("fp32", 768) == "fp32"
 
 
 def test_precisions_by_name():
     assert [torch_dtype(p) for p in ("fp32", "bf16", "fp16")] == [torch.float32, torch.bfloat16, torch.float16]
 
 
-def test_deepspeed_is_refused_until_a_recipe_can(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="does not run under DeepSpeed yet"):
+@pytest.mark.parametrize(
+    ("asks", "says"),
+    [
+        (("ACCELERATE_USE_FSDP",), "asks for FSDP, which is not supported"),
+        (("ACCELERATE_USE_DEEPSPEED",), "DeepSpeed and started no process group"),
+        (("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU"), "would silently turn DeepSpeed off"),
+    ],
+)
+def test_a_launch_that_would_silently_be_another_is_refused(monkeypatch, asks, says):
+    for variable in asks:
+        monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=says):
         start("fp32")
+
+
+def test_deepspeed_takes_no_fp16(monkeypatch):
+    for variable, value in (("ACCELERATE_USE_DEEPSPEED", "true"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match="DeepSpeed with fp16 is not supported"):
+        start("fp16")
 
 
 def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(module, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(
-        ValueError, match=r"started 2 processes, but they run as 1 that do not know each other\. On CPUs"
+        ValueError, match=r"started 2 processes, but they run as 1 that do not know each other\. Launch with"
     ):
         start("fp32")
 

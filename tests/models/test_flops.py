@@ -1,0 +1,182 @@
+"""Our FLOPs are those that PyTorch counts in real passes; peaks are those of the datasheets."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from bigtrain.models.flops import linear_flops, peak_flops, trained_flops, vit_forward_flops
+from bigtrain.models.heads import ProjectionHead, Prototypes
+from bigtrain.models.vit import Architecture, ViT, masked_student
+
+PASSES = [  # architecture, image (height, width), patches that are seen
+    (Architecture("vit_tiny_patch16_224", 32, 8, 3), (32, 32), None),
+    (Architecture("vit_tiny_patch16_224", 32, 8, 3), (48, 32), 7),
+    (Architecture("vit_small_patch14_reg4_dinov2", 28, 14, 2), (56, 42), 5),  # registers, layer scale
+    (Architecture("vit_giant_patch14_reg4_dinov2", 28, 14, 1), (28, 28), None),  # SwiGLU, packed
+    (Architecture("aimv2_large_patch14_224", 28, 14, 1), (28, 28), None),  # SwiGLU, in three matrices; no [CLS]
+    (Architecture("vit_medium_patch16_gap_240", 32, 16, 2), (32, 64), 3),  # no prefix at all
+    (Architecture("vit_xsmall_patch16_clip_224", 32, 16, 2), (32, 32), None),  # a norm before the blocks
+    (Architecture("deit_tiny_distilled_patch16_224", 32, 16, 2), (32, 32), 2),
+]
+CPU_SDPA = {  # which the counter does not know by itself
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
+    ),
+}
+
+
+def counted(vit, size, visible=None, *, backward=False, images=1, kernel=SDPBackend.MATH):
+    """What PyTorch counts in a pass over random images."""
+    patches = size[0] // vit.patch_size * (size[1] // vit.patch_size)
+    visible_BN = None
+    if visible is not None:
+        visible_BN = (torch.arange(patches) < visible).expand(images, -1)
+    image_B3HW = torch.randn(images, 3, *size)
+    with sdpa_kernel(kernel), FlopCounterMode(display=False, custom_mapping=CPU_SDPA) as counter:
+        (encoded,) = vit(image_B3HW, visible_BN=visible_BN)
+        if backward and encoded.tokens_BND.requires_grad:
+            encoded.tokens_BND.square().sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("architecture", "size", "visible"), PASSES)
+def test_forward_and_training_flops_are_those_pytorch_counts(architecture, size, visible):
+    vit = ViT(architecture.build())
+    assert vit_forward_flops(vit, size, visible) == counted(vit, size, visible)
+    assert trained_flops(vit, size, visible) == counted(vit, size, visible, backward=True)
+    assert counted(vit, size, visible, images=2) == 2 * vit_forward_flops(vit, size, visible)
+
+
+@pytest.mark.parametrize("tuned", [0, 1, 2, 4])
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
+def test_blocks_below_the_first_that_learns_cost_nothing_backward(model, tuned):
+    vit = ViT(Architecture(model, 28, 14, 4).build()).requires_grad_(False)
+    vit.backbone.blocks[4 - tuned :].requires_grad_(True)
+    expected = counted(vit, (28, 28), backward=True)
+    assert trained_flops(vit, 28) == expected
+    blocks = (vit_forward_flops(vit, 28) - 2 * 4 * vit.backbone.patch_embed.proj.weight.numel()) // 4
+    assert expected == vit_forward_flops(vit, 28) + 2 * tuned * blocks
+
+
+@pytest.mark.parametrize(
+    "learns",
+    [
+        "patch_embed",
+        "pos_embed",
+        "cls_token",
+        "blocks.1.attn.proj",
+        "blocks.0.norm2",
+        "blocks.1.attn.qkv.bias",
+        "norm.",
+    ],
+)
+def test_what_learns_alone_costs_what_pytorch_counts(learns):
+    vit = ViT(PASSES[0][0].build()).requires_grad_(False)
+    for name, parameter in vit.backbone.named_parameters():
+        parameter.requires_grad_(name.startswith(learns))
+    assert trained_flops(vit, 32) == counted(vit, (32, 32), backward=True)
+
+
+def test_a_student_with_fixed_positions_is_counted_as_it_learns():
+    student = masked_student(PASSES[0][0])
+    assert trained_flops(student, 32, 8) == counted(student.eval(), (32, 32), 8, backward=True)
+
+
+def test_the_scores_that_fused_attention_computes_again_do_not_count():
+    architecture, size, _ = PASSES[0]
+    vit = ViT(architecture.build())
+    assert counted(vit, size, kernel=SDPBackend.FLASH_ATTENTION) == vit_forward_flops(vit, size)
+    again = 3 * 2 * 17**2 * 192  # blocks x 2 T^2 D
+    assert counted(vit, size, backward=True, kernel=SDPBackend.FLASH_ATTENTION) == trained_flops(vit, size) + again
+
+
+def test_recomputed_activations_do_not_count():
+    vit = ViT(PASSES[0][0].build())
+    expected = trained_flops(vit, 32)
+    vit.recompute = True
+    assert trained_flops(vit, 32) == expected < counted(vit, (32, 32), backward=True)
+
+
+def test_vit_b_16_by_hand_and_as_published():
+    with torch.device("meta"):
+        vit = ViT(Architecture("vit_base_patch16_224").build())
+    n, t, d = 196, 197, 768
+    patches = 2 * n * 3 * 16**2 * d
+    forward = patches + 12 * (2 * t * 12 * d**2 + 4 * t**2 * d)
+    assert vit_forward_flops(vit, 224) == vit_forward_flops(vit, (224, 224), 196) == forward
+    assert trained_flops(vit, 224) == 3 * forward - patches
+    # 17.6 G multiply-adds (DeiT-B, Touvron et al. 2021, and fvcore's 17.58, which counts norms too)
+    assert vit_forward_flops(vit, 224) / 1e9 == pytest.approx(35.2, rel=0.003)
+    assert trained_flops(vit, 224) / 1e9 == pytest.approx(105.5, rel=0.004)
+
+
+def test_more_patches_than_there_are_and_sizes_the_patch_does_not_divide_are_refused():
+    vit = ViT(PASSES[0][0].build())
+    with pytest.raises(ValueError, match="17 visible patches were given, of 16 in 32 x 32 pixels"):
+        vit_forward_flops(vit, 32, 17)
+    with pytest.raises(ValueError, match="patch size 8 does not divide"):
+        trained_flops(vit, (32, 30))
+
+
+def test_a_head_s_flops_are_those_pytorch_counts():
+    head, prototypes = ProjectionHead(12, 20, 8), Prototypes(5, 8)
+    with FlopCounterMode(display=False) as counter:
+        prototypes(head(torch.randn(7, 12)))
+    assert linear_flops(head, 7) == 2 * 7 * (12 * 20 + 20 * 20 + 20 * 8)
+    assert linear_flops(head, 7) + linear_flops(prototypes, 7) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("name", "fp32", "tf32", "bf16", "fp16"),
+    [
+        ("Tesla V100-SXM2-16GB", 15.7, None, None, 125),
+        ("Tesla V100-PCIE-32GB", 14, None, None, 112),
+        ("Tesla T4", 8.1, None, None, 65),
+        ("NVIDIA A10G", 35, 35, 70, 70),
+        ("NVIDIA A100-SXM4-80GB", 19.5, 156, 312, 312),
+        ("A100-SXM4-40GB", 19.5, 156, 312, 312),  # older drivers name no vendor
+        ("NVIDIA A100-PCIE-40GB", 19.5, 156, 312, 312),
+        ("NVIDIA A100 80GB PCIe", 19.5, 156, 312, 312),
+        ("NVIDIA L4", 30.3, 60, 121, 121),
+        ("NVIDIA L40S", 91.6, 183, 362, 362),
+        ("NVIDIA GeForce RTX 3090", 35.6, 35.6, 71, 71),
+        ("NVIDIA GeForce RTX 4090", 82.6, 82.6, 165.2, 165.2),
+        ("NVIDIA RTX A6000", 38.7, 77.4, 154.8, 154.8),
+        ("NVIDIA H100 80GB HBM3", 67, 494.5, 989.5, 989.5),
+        ("NVIDIA H100 PCIe", 51, 378, 756.5, 756.5),
+        ("NVIDIA H100 NVL", 60, 417.5, 835.5, 835.5),
+        ("NVIDIA H200", 67, 494.5, 989.5, 989.5),
+        ("NVIDIA H200 NVL", 60, 417.5, 835.5, 835.5),
+        ("NVIDIA GH200 480GB", 67, 494.5, 989.5, 989.5),
+        ("NVIDIA B200", 75, 1100, 2250, 2250),
+    ],
+)
+def test_peaks_are_those_of_the_datasheets(name, fp32, tf32, bf16, fp16):
+    peaks = {"fp32": fp32, "tf32": tf32, "bf16": bf16, "fp16": fp16}
+    for precision, tflops in peaks.items():
+        assert peak_flops(name, precision) == (None if tflops is None else pytest.approx(tflops * 1e12))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "cpu",
+        "NVIDIA A10",
+        "NVIDIA A1000",
+        "NVIDIA L40",
+        "NVIDIA GB200",
+        "NVIDIA A100-SXM-64GB",  # Leonardo's own, with more multiprocessors
+        "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA RTX 6000 Ada Generation",
+        "AMD Instinct MI300X",
+    ],
+)
+def test_an_unknown_device_has_no_peak(name):
+    assert [peak_flops(name, precision) for precision in ("fp32", "tf32", "bf16", "fp16")] == [None] * 4

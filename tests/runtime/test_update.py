@@ -1,0 +1,102 @@
+"""One update: down the gradient, clipped, in parts, and not at all where something is not finite."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from bigtrain.runtime.update import NO_GRADIENT, NO_LOSS, Update
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def one_weight(accelerator, value=1.0, **options):
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(module.weight, value)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    return module.weight, Update(accelerator, module, optimizer, **options)
+
+
+def test_an_update_is_a_step_down_the_gradient(accelerator):
+    weight, update = one_weight(accelerator)
+    for expected in (1 - 0.5 * 3, -0.5 - 0.5 * 3):  # twice: gradients do not add up
+        update.backward(weight.sum() * 3)
+        figures, problem = update.take()
+        assert weight.item() == pytest.approx(expected)
+        assert (figures["gradient_norm"].item(), problem) == (3, "")
+    assert figures["loss"].item() == pytest.approx(-1.5)
+
+
+def test_gradients_are_clipped_to_a_norm_and_the_norm_before_is_told(accelerator):
+    weight, update = one_weight(accelerator, clip=1.0)
+    update.backward(weight.sum() * 30)
+    figures, _ = update.take()
+    assert weight.item() == pytest.approx(0.5, abs=1e-4) and figures["gradient_norm"].item() == 30
+
+
+def test_the_parts_of_a_step_add_up(accelerator):
+    weight, update = one_weight(accelerator)
+    for part in range(3):
+        update.backward(weight.sum() * 2, last=part == 2)
+    figures, _ = update.take()
+    assert weight.item() == pytest.approx(1 - 0.5 * 6) and figures["loss"].item() == pytest.approx(6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_loss_that_is_not_finite_skips_the_step_before_it_reaches_a_gradient(accelerator, bad, at):
+    weight, update = one_weight(accelerator)
+    for part in range(2):
+        update.backward(weight.sum() * (bad if part == at else 3), last=part == 1)
+    assert weight.grad is None or weight.grad.isfinite().all()
+    assert update.take()[1] == NO_LOSS
+    assert weight.item() == 1
+    update.backward(weight.sum() * 3)
+    assert update.take()[1] == "" and weight.item() == pytest.approx(-0.5)  # nothing of it is left
+
+
+class FiniteLossInfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("inf")
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step(accelerator):
+    weight, update = one_weight(accelerator, clip=1.0)
+    update.backward(FiniteLossInfiniteGradient.apply(weight).sum())
+    figures, problem = update.take()
+    assert problem == NO_GRADIENT and figures["loss"].item() == 1 and weight.item() == 1
+    assert weight.grad is None
+
+
+def test_moments_are_those_of_the_steps_that_were_taken(accelerator):
+    weights = []
+    for losses in ((3, float("nan"), 2), (3, 2)):
+        module = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(module.weight, 1)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        update = Update(accelerator, module, optimizer)
+        for factor in losses:
+            update.backward(module.weight.sum() * factor)
+            update.take()
+        weights.append((module.weight.item(), optimizer.state[module.weight]["step"].item()))
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_fp16_lowers_its_scale_where_a_step_overflows():
+    weight, update = one_weight(Accelerator(), precision="fp16")
+    weight.data = weight.data.cuda()
+    before = update.scaler.get_scale()
+    assert update.searches_scale
+    update.backward(FiniteLossInfiniteGradient.apply(weight).sum())
+    assert update.take()[1] == NO_GRADIENT
+    assert update.scaler.get_scale() == before / 2
