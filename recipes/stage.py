@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -66,10 +66,17 @@ class Setup:
             precision, timeout_min=2 * settings.hang_timeout_min, trackers=settings.trackers, folder=run.path
         )
         show_warnings(accelerator.process_index)
+        problem: list[Exception | None] = [None]
         if accelerator.is_main_process:
-            run.take_over(leaves)
-            run.create(precision=precision, jpeg_decoder=jpeg_decoder(), id=secrets.token_hex(4))
-        accelerator.wait_for_everyone()
+            try:
+                run.lock()
+                run.take_over(leaves)
+                run.create(precision=precision, jpeg_decoder=jpeg_decoder(), id=secrets.token_hex(4))
+            except (OSError, ValueError) as error:
+                problem = [error]
+        broadcast_object_list(problem)  # the others wait here
+        if problem[0]:
+            raise problem[0]
         if settings.trackers:
             accelerator.init_trackers("bigtrain", flat(result_settings(run.config)), tracker_options(run))
         return cls(run, accelerator, Stop(accelerator, run.path), settings, precision)

@@ -118,7 +118,7 @@ class ViT(nn.Module):
         for depth, block in enumerate(blocks):
             if with_attention and depth == len(blocks) - 1:
                 class_attention = self._class_attention(block, x_TD, runs)
-            if self.recompute and torch.is_grad_enabled() and _needs_gradient(block, x_TD):
+            if self.recompute and torch.is_grad_enabled():  # a block without gradient keeps and repeats nothing
                 x_TD = checkpoint(self._block, block, x_TD, runs, use_reentrant=False)
             else:
                 x_TD = self._block(block, x_TD, runs)
@@ -180,10 +180,6 @@ class ViT(nn.Module):
                 score_BHT = torch.einsum("bhd,bthd->bht", q_BHd, k_BTHd) * q_BHd.shape[-1] ** -0.5
                 result.append(score_BHT.softmax(dim=-1).mean(dim=1)[:, prefix:])
         return result
-
-
-def _needs_gradient(block: nn.Module, x_TD: Tensor) -> bool:
-    return x_TD.requires_grad or any(p.requires_grad for p in block.parameters())
 
 
 def _drop_path(x_TD: Tensor, drop: nn.Module, runs: Runs) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import distributions
@@ -16,6 +19,7 @@ from bigtrain.runtime.config import result_settings
 
 CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.json"
+LOCK_FILE = ".lock"
 
 
 class RunFolder:
@@ -38,7 +42,7 @@ class RunFolder:
             raise ValueError(f"--out {self.path} is a file: name a folder, which may be new.")
         if (self / CONFIG_FILE).is_file():
             self._check_settings(f"--out {self.path}", self.path, "Name another folder, or give that run's settings")
-        elif self.path.is_dir() and any(p.suffix != ".tmp" for p in self.path.iterdir()):
+        elif self.path.is_dir() and any(p.suffix != ".tmp" and p.name != LOCK_FILE for p in self.path.iterdir()):
             raise ValueError(f"--out {self.path} holds other files and no run: name a new folder.")
         elif source := self.config.run.resume_from:
             their_run, _ = run_and_checkpoint(source)
@@ -84,6 +88,32 @@ class RunFolder:
                 shutil.copytree(folder, temporary)
                 shutil.rmtree(final, ignore_errors=True)
                 temporary.rename(final)
+
+    def lock(self, wait_s: float = 60.0) -> None:
+        """Keep other starts out of this folder until this process ends; one that is just ending is waited for.
+
+        Raises:
+            ValueError: another start is at work in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self / LOCK_FILE).open("w")
+        until, said = time.monotonic() + wait_s, False
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    return  # a file system without locks
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"--out {self.path}: another start of this run is at work in it. Wait until it has ended, or stop "
+                    f"it with `touch {self / 'stop'}`."
+                )
+            if not said:
+                print(f"{self.path}: waiting for an earlier start of this run to end", flush=True)
+                said = True
+            time.sleep(0.2)
 
     def resolved(self, name: str) -> Any:
         """What an "auto" setting came to when the run began, so that a restart elsewhere keeps to it; None before."""

@@ -64,9 +64,12 @@ def start(
     # of torch, about its own and DeepSpeed's calls: nothing that a user could mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     backend = "gloo" if zero.asked_for() and not torch.cuda.is_available() else None
+    # without saying so, several processes on a machine without a GPU would not know each other
+    on_cpu = world_size_of_launch() > 1 and not torch.cuda.is_available() and not zero.asked_for()
     accelerator = Accelerator(  # no mixed precision of Accelerate's: see `autocast`
         step_scheduler_with_optimizer=False,
         mixed_precision="no",
+        cpu=on_cpu,
         deepspeed_plugin=zero.plugin(precision) if zero.asked_for() else None,
         log_with=list(trackers) or None,
         project_dir=folder,
@@ -79,8 +82,7 @@ def start(
         raise ValueError(
             f"the launcher started {world_size_of_launch()} processes, but they run as {accelerator.num_processes} "
             "that do not know each other. Launch with `accelerate launch --config_file recipes/accelerate/ddp.yaml "
-            "RECIPE` on GPUs, with cpu2.yaml on a CPU, or there with `ACCELERATE_USE_CPU=true torchrun "
-            "--nproc_per_node 2 RECIPE`."
+            "RECIPE` on GPUs, with cpu2.yaml on a CPU."
         )
     if zero.asked_for() and not zero.is_used(accelerator):
         raise ValueError("this launch asks for DeepSpeed, and Accelerate has turned it off: see recipes/accelerate/.")

@@ -359,7 +359,7 @@ def test_only_blocks_that_the_gradient_reaches_are_run_again(network):
     net.blocks[3].requires_grad_(True)
     calls = []
     for depth, block in enumerate(net.blocks):
-        block.mlp.register_forward_hook(lambda *_, depth=depth: calls.append(depth))
+        block.norm1.register_forward_hook(lambda *_, depth=depth: calls.append(depth))
     gradients(vit, (images(),), recompute=True)
     assert calls == [0, 1, 2, 3, 3]
     with torch.no_grad():

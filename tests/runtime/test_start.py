@@ -137,17 +137,9 @@ with user_errors("recipe.py"):
 """
 
 
-def test_two_processes_launched_wrongly_end_with_one_sentence(tmp_path):
-    done = launched(tmp_path, TWO, use_cpu=False)
-    assert done.returncode != 0
-    assert not list(tmp_path.glob("agreed*"))
-    (sentence,) = {line for line in done.stderr.splitlines() if line.startswith("recipe.py: error: ")}
-    assert "the launcher started 2 processes, but they run as 1" in sentence
-    assert "exitcode  : 2 " in done.stderr
-
-
-def test_all_processes_agree_to_stop_once_one_was_asked(tmp_path):
-    done = launched(tmp_path, TWO, use_cpu=True)
+@pytest.mark.parametrize("use_cpu", [True, False])
+def test_all_processes_agree_to_stop_once_one_was_asked(tmp_path, use_cpu):
+    done = launched(tmp_path, TWO, use_cpu=use_cpu)  # without it Accelerate alone would run two that are strangers
     agreed = [(tmp_path / f"agreed{rank}").read_text() for rank in range(2)]
     assert agreed == ["[False, False, True, True]"] * 2, done.stderr
     assert done.stdout.count("stopped when asked, saved; the same command continues.") == 1
