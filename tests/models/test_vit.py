@@ -1,6 +1,7 @@
 """Our packed forward pass is timm's, the masked one is that of the tokens it kept, and the rest is refused."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -353,14 +354,22 @@ def test_recomputed_blocks_keep_a_fraction_of_the_memory(network):
     assert bytes_kept(vit, views) < 0.15 * kept  # one input of 192 numbers a token, of some 20 such
 
 
-def test_only_blocks_that_the_gradient_reaches_are_run_again(network):
+def test_blocks_below_the_first_that_learns_keep_nothing_and_are_not_run_again(network):
     net, vit = network(depth=4)
     vit.requires_grad_(False)
     net.blocks[3].requires_grad_(True)
-    calls = []
+    calls, inputs = [], []
+
+    def note(x_TD, depth):
+        calls.append(depth)
+        inputs.append(weakref.ref(x_TD))
+
     for depth, block in enumerate(net.blocks):
-        block.norm1.register_forward_hook(lambda *_, depth=depth: calls.append(depth))
-    gradients(vit, (images(),), recompute=True)
+        block.norm1.register_forward_pre_hook(lambda _, args, depth=depth: note(*args, depth))
+    vit.recompute = True
+    (encoded,) = vit(images())
+    assert [x() is not None for x in inputs] == [False, False, False, True]
+    encoded.tokens_BND.sum().backward()
     assert calls == [0, 1, 2, 3, 3]
     with torch.no_grad():
         vit(images())

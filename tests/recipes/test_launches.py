@@ -1,0 +1,129 @@
+"""Every launch configuration trains as one process does, and a run goes on under another one."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.recipes.conftest import ENVIRONMENT, ROOT
+
+CONFIGS = ROOT / "recipes" / "accelerate"
+
+
+def line(config, processes, *flags):
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    where = ["--config_file", CONFIGS / f"{config}.yaml", "--num_processes", processes]
+    return [*map(str, [*accelerate, *where, ROOT / "recipes" / "defend.py", *flags])]
+
+
+def environment(config):
+    hidden = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("ACCELERATE_")}
+    return {**hidden, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def launch(config, processes, *flags, expect=0):
+    done = subprocess.run(
+        line(config, processes, *flags), capture_output=True, text=True, env=environment(config), timeout=300
+    )
+    assert (done.returncode == 0) == (expect == 0), done.stderr[-3000:] + done.stdout[-1000:]
+    return done
+
+
+def losses(run, stage):
+    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if row["stage"] == stage and "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def flags(small):
+    """20 steps of 48 pictures a stage, 5 an epoch, without drop path."""
+    more = "--train-limit 240 --tune-batch 48 --distil-batch 48 --tune-epochs 4 --distil-epochs 4 --drop-path 0"
+    return [*small, *more.split(), "--checkpoint-every", "100"]
+
+
+@pytest.fixture(scope="module")
+def alone(flags, tmp_path_factory):
+    run = tmp_path_factory.mktemp("alone") / "run"
+    launch("cpu", 1, *flags, "--out", run)
+    assert len(losses(run, "tune")) == len(losses(run, "distil")) == 20
+    return run
+
+
+@pytest.mark.parametrize("config", ["cpu2", "ddp", "zero1", "zero2", "zero3"])
+def test_two_processes_have_the_losses_of_one_over_twenty_steps(flags, alone, tmp_path, config):
+    done = launch(config, 2, *flags, "--out", tmp_path / "run")
+    assert "2 process(es)" in done.stdout
+    for stage in ("tune", "distil"):
+        assert losses(tmp_path / "run", stage) == pytest.approx(losses(alone, stage), abs=1e-5)
+
+
+def test_accumulation_and_recomputation_change_no_loss(flags, alone, tmp_path):
+    launch("cpu2", 2, *flags, "--accumulate", "3", "--recompute", "--out", tmp_path / "run")
+    for stage in ("tune", "distil"):
+        assert losses(tmp_path / "run", stage) == pytest.approx(losses(alone, stage), abs=1e-5)
+
+
+def stopped_in_epoch(run, stage, config, processes, flags):
+    """Start, and ask to stop in the middle of an epoch of a stage."""
+    process = subprocess.Popen(
+        line(config, processes, *flags, "--out", run), env=environment(config),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    began = len(losses(run, stage)) if (run / "log.jsonl").exists() else 0
+    while process.poll() is None:
+        if (run / "log.jsonl").exists() and len(losses(run, stage)) > began:
+            (run / "stop").touch()
+            break
+        time.sleep(0.002)
+    said = process.communicate(timeout=200)[1]
+    stopped = json.loads((run / "stopped.json").read_text())
+    assert process.returncode != 0 and stopped["exit_code"] == 85 and stopped["stage"] == stage, said[-2000:]
+    return stopped["step"]
+
+
+def test_a_run_goes_on_in_mid_epoch_with_another_number_of_processes_and_under_zero(flags, alone, tmp_path):
+    run = tmp_path / "run"
+    slow = [*flags, "--workers", "1"]
+    steps = [stopped_in_epoch(run, "tune", "cpu2", 2, slow), stopped_in_epoch(run, "tune", "cpu", 1, slow)]
+    steps.append(stopped_in_epoch(run, "distil", "zero2", 3, slow))
+    assert 0 < steps[0] < steps[1] < 20 and 0 < steps[2] < 20
+    done = launch("zero3", 2, *flags, "--out", run)
+    assert "continuing from" in done.stdout and not (run / "stopped.json").exists()
+    for stage in ("tune", "distil"):
+        assert losses(run, stage) == pytest.approx(losses(alone, stage), abs=1e-5)
+
+
+WRONG = {
+    "a batch that does not divide": ("cpu2", 2, ["--tune-batch", "9"], {}, "does not divide among 2 processes"),
+    "accumulation that does not divide": ("cpu", 1, ["--accumulate", "5"], {}, "--accumulate 5 does not divide"),
+    "ZeRO-3 with a moving average": ("zero3", 2, ["--ema-teacher"], {}, "launch with recipes/accelerate/zero2.yaml"),
+    "DeepSpeed silently off": ("zero2", 2, [], {"ACCELERATE_USE_CPU": "true"}, "silently turn DeepSpeed off"),
+    "fp16 without a GPU": ("cpu", 1, ["--precision", "fp16"], {}, "--precision fp16 needs a GPU"),
+    "no run to resume from": ("cpu", 1, ["--resume-from", "recipes"], {}, "--resume-from recipes is no run"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_launch_ends_at_once_with_what_to_do(flags, tmp_path, wrong):
+    config, processes, more, variables, says = WRONG[wrong]
+    done = subprocess.run(
+        line(config, processes, *flags, *more, "--out", tmp_path / "run"),
+        capture_output=True, text=True, env=environment(config) | variables, timeout=200, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode != 0 and "exitcode  : 2" in done.stderr or processes == 1
+    errors = [row for row in done.stderr.splitlines() if row.startswith("defend.py: error:")]
+    assert len(errors) == 1 and says in errors[0], done.stderr[-3000:]
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_starts_of_one_run_do_not_write_over_each_other(flags, tmp_path):
+    run = tmp_path / "run"
+    first = subprocess.Popen(line("cpu", 1, *flags, "--out", run), env=environment("cpu"), stdout=subprocess.DEVNULL)
+    while not (run / "log.jsonl").exists():
+        time.sleep(0.01)
+    os.kill(first.pid, 0)
+    done = launch("cpu", 1, *flags, "--out", run)
+    assert "waiting for an earlier start of this run to end" in done.stdout and first.wait() == 0
