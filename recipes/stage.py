@@ -25,6 +25,7 @@ from bigtrain.models.flops import peak_flops
 from bigtrain.runtime import start, zero
 from bigtrain.runtime.checkpoint import Checkpoints
 from bigtrain.runtime.config import RunSettings, result_settings
+from bigtrain.runtime.heartbeat import Heartbeat
 from bigtrain.runtime.log import StageLog, show_warnings
 from bigtrain.runtime.preempt import Stop
 from bigtrain.runtime.run_folder import RunFolder
@@ -53,6 +54,7 @@ class Setup:
     stop: Stop
     settings: RunSettings
     precision: start.Chosen
+    heartbeat: Heartbeat
 
     @classmethod
     def begin(cls, run: RunFolder, precision: start.Chosen, leaves: Mapping[str, str]) -> Setup:
@@ -79,7 +81,8 @@ class Setup:
             raise problem[0]
         if settings.trackers:
             accelerator.init_trackers("bigtrain", flat(result_settings(run.config)), tracker_options(run))
-        return cls(run, accelerator, Stop(accelerator, run.path), settings, precision)
+        heartbeat = Heartbeat(accelerator, 60 * settings.hang_timeout_min)
+        return cls(run, accelerator, Stop(accelerator, run.path), settings, precision, heartbeat)
 
     def autocast(self) -> torch.autocast:
         return start.autocast(self.accelerator, self.precision)
@@ -87,7 +90,10 @@ class Setup:
     def stream(self, shard_set: ShardSet, plan: Plan, transform: Transform) -> Stream:
         """This process's share of a plan."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        return Stream(shard_set, plan, transform, rank=rank, world_size=world_size, workers=self.settings.workers)
+        return Stream(
+            shard_set, plan, transform,
+            rank=rank, world_size=world_size, workers=self.settings.workers, mark=self.heartbeat.mark,
+        )  # fmt: skip
 
     def in_order(self, shard_set: ShardSet, sample_N: NDArray[np.int64], transform: Transform, batch: int) -> Stream:
         """This process's share of some samples in the order of the index, `batch` of them at once."""

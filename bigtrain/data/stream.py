@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -82,6 +82,7 @@ class Stream:
         rank, world_size: this process among all; the world size must divide the plan's global batch.
         workers: processes that read and decode; 0 does it in this one. Each has some of the places of every batch, so
             there are never more than this rank has places.
+        mark: told what this rank is at, twice a batch.
     """
 
     def __init__(
@@ -93,7 +94,9 @@ class Stream:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        mark: Callable[[str], None] = lambda doing: None,
     ) -> None:
+        self.mark = mark
         share = plan.global_batch // check_divides(plan.global_batch, world_size)
         self.shard_set, self.plan, self.transform = shard_set, plan, transform
         self.workers = min(workers, share)
@@ -118,12 +121,16 @@ class Stream:
             worker_init_fn=start_worker,
         )
         began = time.perf_counter()
+        self.mark(f"began to read {self.shard_set.url}")
         for batch in wds.DataPipeline(loader, self._received, self._joined):
+            place = f"batch {batch.position.batch} of epoch {batch.position.epoch}"
+            self.mark(f"got {place}")
             batch = replace(batch, wait_s=time.perf_counter() - began)
             self.budget.count(batch)
             if self._is_alone:
                 self.budget.agree(batch.position.epoch, len(batch.bad))
             yield batch
+            self.mark(f"was done with {place}")
             began = time.perf_counter()
 
     def _pieces(self, start: Position, epochs: int | None) -> Iterator[_Piece]:

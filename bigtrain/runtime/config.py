@@ -20,6 +20,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import torch.distributed as dist
 import tyro
 
+from bigtrain.runtime import heartbeat
+from bigtrain.runtime.heartbeat import LOST, Heartbeat
+
 USER_ERROR = 2  # exit codes
 INTERRUPTED = 130
 PRINT_CONFIG = "--print-config"
@@ -51,8 +54,8 @@ class RunSettings:
     """torch.compile the trained network."""
     max_skipped_steps: int = 3
     """So many steps in a row whose loss or gradient is not finite stop the run."""
-    hang_timeout_min: float = 15.0
-    """A process that does nothing for so long, while others wait for it, stops the run."""
+    hang_timeout_min: float = 30.0
+    """When no process has got on for so long, all of them stop, naming the one that the others wait for."""
     trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
     """Where figures also go, beside log.jsonl and TensorBoard; `uv sync --extra wandb` and so on installs them."""
     peak_tflops: float = 0.0
@@ -171,21 +174,36 @@ def user_errors(program: str) -> Iterator[None]:
     """End with exit code 2 and one sentence on a user's mistake; `BIGTRAIN_TRACEBACK=1` shows where it was raised."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        heartbeat.failed(interrupt)
         print(f"{program}: interrupted; the same command continues.", file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED) from None
     except SystemExit as stop:  # asked to, on all ranks
         traceback.clear_frames(stop.__traceback__)
+        close_heartbeat()
         leave_group()
         raise
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         if os.environ.get("BIGTRAIN_TRACEBACK"):
             traceback.print_exc()
+        heartbeat.failed(error)
         # before a process group forms, every rank finds the same mistake: one of them says so
         if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
             print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(USER_ERROR) from None
+    except BaseException as error:
+        if why := heartbeat.failed(error):
+            print(f"{program}: error: {why}", file=sys.stderr, flush=True)
+            os._exit(LOST)  # the group of the processes cannot be left in good order any more
+        raise
+    close_heartbeat()
     leave_group()
+
+
+def close_heartbeat() -> None:
+    if Heartbeat.current:
+        Heartbeat.current.close()
+        Heartbeat.current = None
 
 
 def leave_group() -> None:

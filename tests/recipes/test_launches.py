@@ -113,7 +113,7 @@ def test_a_wrong_launch_ends_at_once_with_what_to_do(flags, tmp_path, wrong):
         line(config, processes, *flags, *more, "--out", tmp_path / "run"),
         capture_output=True, text=True, env=environment(config) | variables, timeout=200, cwd=ROOT,
     )  # fmt: skip
-    assert done.returncode != 0 and "exitcode  : 2" in done.stderr or processes == 1
+    assert done.returncode != 0 and (processes == 1 or "exitcode  : 2" in done.stderr)
     errors = [row for row in done.stderr.splitlines() if row.startswith("defend.py: error:")]
     assert len(errors) == 1 and says in errors[0], done.stderr[-3000:]
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,183 @@
+"""A rank that dies or hangs: the others find out, name it, and end, instead of waiting in a collective for ever.
+
+Each rank's thread writes every second to a store on rank 0 that it lives and how often its main thread has moved on.
+Rank 0 judges: a rank is *silent* when its thread writes no more (killed, frozen, cut off), and *hangs* when nobody has
+moved on for long and it is the furthest behind, so that the others wait for it. All ranks then end with exit code LOST.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch.distributed import TCPStore
+
+LOST = 86  # exit code where a rank has died or hangs: a launcher may start the run again
+VERDICT = "verdict"
+OF_COLLECTIVES = re.compile(r"connection|peer|gloo|nccl|timed out|timeout|process group", re.IGNORECASE)
+
+
+class Heartbeat:
+    """Watches over the ranks of a run; made and closed by all of them. One process alone needs none.
+
+    Args:
+        hang_s: after so long without any rank moving on, the one that is furthest behind is said to hang.
+        silent_s: longer than the main thread may hold Python's lock (loading, compiling).
+    """
+
+    current: Heartbeat | None = None
+
+    def __init__(self, accelerator: Accelerator, hang_s: float, *, silent_s: float = 60.0, beat_s: float = 1.0) -> None:
+        self.accelerator, self.hang_s, self.silent_s, self.beat_s = accelerator, hang_s, silent_s, beat_s
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        self.moves, self.doing, self.beats = 0, "started", 0
+        self._seen: list[dict[str, Any]] = []
+        self.verdict: str | None = None
+        self._ends, self._explains, self._judged = threading.Event(), False, threading.Event()
+        Heartbeat.current = self
+        if self.ranks == 1:
+            return
+        address, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=max(10.0, 10 * beat_s))
+        port = [0]
+        if self.rank == 0:
+            self.store = TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            port = [self.store.port]
+        broadcast_object_list(port)
+        if self.rank != 0:
+            self.store = TCPStore(address, port[0], is_master=False, timeout=timeout)
+        self._beat()
+        accelerator.wait_for_everyone()  # from here on every rank has a key to be read
+        self._seen = self._read()
+        self._first = self._seen[0]
+        self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def mark(self, doing: str) -> None:
+        """Say that the main thread has moved on, and to what; as often on each rank."""
+        self.doing = doing
+        self.moves += 1
+
+    def close(self) -> None:
+        """End the watch, on all ranks, in good order."""
+        if self._stop():
+            self.accelerator.wait_for_everyone()  # rank 0's store outlives the others' threads
+
+    def gone(self, reason: str) -> None:
+        """Tell the others that this rank ends with an error; they may not have met it themselves."""
+        if self._stop():
+            try:
+                self.store.set(VERDICT, json.dumps([[self.rank], f"{self._named(self._own())} has failed: {reason}"]))
+                time.sleep(2 * self.beat_s if self.rank == 0 else 0)  # the store goes with rank 0
+            except RuntimeError:
+                pass  # rank 0 has ended before
+
+    def explain(self, within_s: float = 20.0) -> str | None:
+        """Why a collective has failed on this rank: a sentence that names the rank that has ended, if one has."""
+        if self.ranks == 1 or not self._thread.is_alive():
+            return self.verdict
+        self._explains = not self._judged.is_set()
+        if not self._explains:
+            time.sleep(60)  # the thread says it, and ends this process
+        self._judged.wait(within_s)
+        return self.verdict
+
+    def _stop(self) -> bool:
+        is_first = self.ranks > 1 and not self._ends.is_set()
+        self._ends.set()
+        if is_first:
+            self._thread.join()
+        return is_first
+
+    def _own(self) -> dict[str, Any]:
+        own = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid()}
+        return own | {"beats": self.beats, "moves": self.moves, "doing": self.doing}
+
+    def _beat(self) -> None:
+        self.beats += 1
+        self.store.set(str(self.rank), json.dumps(self._own()))
+
+    def _read(self) -> list[dict[str, Any]]:
+        """What each rank said last, and when that was new, by this rank's clock."""
+        now, before = time.monotonic(), self._seen
+        said = [json.loads(text) for text in self.store.multi_get([str(rank) for rank in range(self.ranks)])]
+        for rank, one in enumerate(said):
+            for what in ("beats", "moves"):
+                is_new = not before or before[rank][what] != one[what]
+                one[f"{what}_at"] = now if is_new else before[rank][f"{what}_at"]
+        return said
+
+    def _live(self) -> None:
+        last = time.monotonic()
+        while not self._ends.wait(self.beat_s):
+            if time.monotonic() - last > min(5 * self.beat_s, self.silent_s / 2) and self.rank == 0:
+                self._seen = []  # this rank was frozen itself, perhaps all were: ages begin anew
+            last = time.monotonic()
+            try:
+                self._beat()
+                if self.rank == 0:
+                    self._seen = self._read()
+                    if verdict := self._judge():
+                        self.store.set(VERDICT, json.dumps(verdict))
+                if not self.store.check([VERDICT]):
+                    continue
+                accused, sentence = json.loads(self.store.get(VERDICT))
+            except RuntimeError:  # of the store
+                if self._ends.is_set():
+                    return
+                first = self._first
+                accused, sentence = [0], f"{self._named(first)} has ended; it served the other processes"
+            return self._end(accused, sentence)
+
+    def _judge(self) -> tuple[list[int], str] | None:
+        """Who is to be blamed, if anybody, and for what."""
+        now = time.monotonic()
+        bound_s = 5 * self.beat_s if self._explains else self.silent_s
+        silent = [one for one in self._seen if now - one["beats_at"] > bound_s]
+        if silent:
+            return [one["rank"] for one in silent], f"{', '.join(map(self._named, silent))} does not live any more"
+        idle_s = now - max(one["moves_at"] for one in self._seen)
+        if idle_s > self.hang_s:
+            behind = min(one["moves"] for one in self._seen)
+            hanging = [one for one in self._seen if one["moves"] == behind]
+            names = "; ".join(f"{self._named(one)}, which last {one['doing']}" for one in hanging)
+            return [one["rank"] for one in hanging], f"nothing has moved for {idle_s:.0f} s, waiting for {names}"
+        return None
+
+    def _named(self, one: dict[str, Any]) -> str:
+        return f"rank {one['rank']} (process {one['pid']} on {one['host']})"
+
+    def _end(self, accused: list[int], sentence: str) -> None:
+        self.verdict = f"{sentence}. All processes end; the same command continues from the newest checkpoint."
+        self._judged.set()
+        if self._explains:
+            return  # the main thread is awake, and says it
+        speaker = next((rank for rank in range(self.ranks) if rank not in accused), 0)
+        if self.rank in accused:
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        if self.rank == speaker:
+            print(f"error: {self.verdict}", file=sys.stderr, flush=True)
+        time.sleep(2 * self.beat_s if self.rank == 0 else 0)  # the others still have to read it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(LOST)  # the main thread may hang in a collective for ever
+
+
+def failed(error: BaseException) -> str | None:
+    """Tell the other ranks of an error on this one. Where it is a collective's, because another rank has ended: the
+    sentence that names that one."""
+    if (heartbeat := Heartbeat.current) is None:
+        return None
+    if isinstance(error, RuntimeError) and OF_COLLECTIVES.search(str(error)) and (why := heartbeat.explain()):
+        return why
+    heartbeat.gone(f"{type(error).__name__}: {error}".splitlines()[0][:300])
+    return None

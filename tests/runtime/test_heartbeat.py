@@ -1,0 +1,125 @@
+"""A rank that dies or hangs is named, and the others end in time."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bigtrain.runtime.heartbeat import LOST
+
+TOP = Path(__file__).parents[2]
+SCRIPT = """
+import os, signal, sys, time, torch
+from bigtrain.runtime.config import user_errors
+from bigtrain.runtime.heartbeat import Heartbeat
+from bigtrain.runtime.start import start
+
+mode = sys.argv[1]
+with user_errors("recipe.py"):
+    accelerator = start("fp32")
+    rank = accelerator.process_index
+    hang_s, silent_s = {"pause": (60.0, 3.0), "loop": (6.0, 60.0)}.get(mode, (6.0, 3.0))
+    heartbeat = Heartbeat(accelerator, hang_s, silent_s=silent_s, beat_s=0.3)
+    for number in range(3):
+        heartbeat.mark(f"was done with {number}")
+        accelerator.wait_for_everyone()
+    open(f"ready{rank}", "w").close()
+    if rank == 1 and mode in ("SIGKILL", "SIGSTOP"):
+        os.kill(os.getpid(), getattr(signal, mode))
+    if rank == 1 and mode == "loop":
+        while True:
+            time.sleep(0.1)
+    if rank == 1 and mode == "bug":
+        raise ZeroDivisionError("one divided by nothing")
+    if rank == 1 and mode == "mistake":
+        raise ValueError("a mistake of one rank.")
+    if rank == 0 and mode == "first":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "all":
+        raise ValueError("a mistake of all.")
+    if mode == "pause":
+        time.sleep(10)
+    heartbeat.mark("met the others")
+    accelerator.reduce(torch.ones(1))
+"""
+
+
+def started(folder, mode, processes=2):
+    """Bare processes, as a scheduler starts them."""
+    (folder / "script.py").write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "PYTHONPATH": str(TOP), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "script.py", mode], cwd=folder, text=True, stderr=subprocess.PIPE,
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+
+
+def ended(processes, timeout_s=90):
+    said = [process.communicate(timeout=timeout_s)[1] for process in processes]
+    return [process.returncode for process in processes], said
+
+
+@pytest.mark.parametrize(
+    ("mode", "codes", "says"),
+    [
+        ("SIGKILL", [LOST, -signal.SIGKILL], "rank 1 (process {1} on {host}) does not live any more"),
+        ("loop", [LOST, LOST], "waiting for rank 1 (process {1} on {host}), which last was done with 2"),
+        ("bug", [LOST, 1], "rank 1 (process {1} on {host}) has failed: ZeroDivisionError: one divided by nothing"),
+        ("mistake", [LOST, 2], "rank 1 (process {1} on {host}) has failed: ValueError: a mistake of one rank."),
+    ],
+)
+def test_the_other_rank_ends_in_time_and_names_the_one_that_died_or_hangs(tmp_path, mode, codes, says):
+    processes = started(tmp_path, mode)
+    found, said = ended(processes)
+    assert found == codes, said
+    sentences = [row for row in said[0].splitlines() if "error: " in row]
+    assert len(sentences) == 1, said[0]
+    assert says.format(*(p.pid for p in processes), host=socket.gethostname()) in sentences[0]
+    assert "the same command continues from the newest checkpoint" in sentences[0]
+    if mode == "loop":
+        assert "script.py" in said[1], "the rank that hangs shows where"
+
+
+def test_the_first_rank_serves_the_others_and_is_named_when_it_dies(tmp_path):
+    processes = started(tmp_path, "first")
+    codes, said = ended(processes)
+    assert codes == [-signal.SIGKILL, LOST]
+    assert f"rank 0 (process {processes[0].pid} on " in said[1] and "has ended" in said[1]
+
+
+def test_a_frozen_rank_is_named_and_the_run_ends_without_it(tmp_path):
+    first, second = started(tmp_path, "SIGSTOP")
+    codes, said = ended([first])
+    second.kill()
+    second.communicate()
+    assert codes == [LOST] and f"rank 1 (process {second.pid}" in said[0]
+
+
+def test_a_pause_of_all_ranks_is_no_death_and_a_good_end_says_nothing(tmp_path):
+    processes = started(tmp_path, "pause")
+    while not all((tmp_path / f"ready{rank}").exists() for rank in range(2)):
+        time.sleep(0.05)
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(5)  # longer than a rank may be silent
+    for process in processes:
+        process.send_signal(signal.SIGCONT)
+    codes, said = ended(processes)
+    assert codes == [0, 0] and not any("error" in text for text in said), said
+
+
+def test_a_mistake_that_all_ranks_meet_keeps_its_exit_code(tmp_path):
+    codes, said = ended(started(tmp_path, "all"))
+    assert codes == [2, 2] and "a mistake of all." in said[0]
