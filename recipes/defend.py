@@ -43,10 +43,10 @@ from bigtrain.runtime.config import (
     result_settings,
     user_errors,
 )
-from bigtrain.runtime.log import clock
 from bigtrain.runtime.optim import cosine, decay_groups, follow, scaled_lr, schedule, set_schedule
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.start import choose_precision
+from bigtrain.runtime.watch import clock
 from recipes.defend_settings import LIMITS, Config, check, student_architecture
 from recipes.presets.fashion.prepare import PRESET, build_embedded_shards, with_embedded_data
 from recipes.stage import Setup, Stage, already_finished

@@ -35,10 +35,10 @@ from bigtrain.models.weights import AUGREG_STD as STD
 from bigtrain.models.weights import save_vit
 from bigtrain.runtime import zero
 from bigtrain.runtime.config import Limits, RunSettings, check_ranges, print_if_asked, read_settings, user_errors
-from bigtrain.runtime.log import clock
 from bigtrain.runtime.optim import decay_groups, follow, scaled_lr, schedule, set_schedule
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.start import Precision, check_launch, choose_precision
+from bigtrain.runtime.watch import clock
 from recipes.stage import Setup, Stage, already_finished, check_batch
 
 LEAVES = {"pretrain": "teacher.safetensors"}

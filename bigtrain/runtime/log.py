@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from bigtrain.runtime.watch import clock, shown
+
 LINE_EVERY_S = 10.0  # without a terminal
 EVENTS = ("started", "saved", "stopped", "step skipped", "failed", "finished")
 
@@ -168,19 +170,6 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-SHOWN = {  # the rest as "loss 0.1234"
-    "images_per_s": "{:.0f} images/s",
-    "data_wait_percent": "waits for data {:.0f} %",
-    "read_mb_per_s": "reads {:.1f} MB/s",
-    "memory_gib": "{:.1f} GiB",
-}
-
-
-def shown(numbers: Mapping[str, float]) -> str:
-    """Figures as a person reads them: "loss 0.1234  72 images/s  waits for data 3 %"."""
-    return "  ".join(SHOWN.get(name, name.replace("_", " ") + " {:.4g}").format(n) for name, n in numbers.items())
-
-
 def continued(path: Path, stage: str, done: int) -> Path:
     """Leave out of a log the rows of steps that are taken again, those behind the checkpoint of a killed start."""
     rows = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -208,13 +197,6 @@ def is_row_after(row: str, stage: str, done: int) -> bool:
     except json.JSONDecodeError:
         return True  # the row at which the run was killed
     return record["stage"] == stage and record["step"] > done
-
-
-def clock(seconds: float) -> str:
-    """4000 -> "1:06:40"."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def show_warnings(rank: int) -> None:
