@@ -142,6 +142,7 @@ def defend(config: Config, run: RunFolder) -> None:
     )
     if accelerator.is_main_process:
         run.finish(results)
+    setup.end_trackers()
     plain = ", ".join(f"{name} {figures['auroc']['value']:.3f}" for name, figures in results["comparisons"].items())
     auroc = results["auroc"]
     accelerator.print(

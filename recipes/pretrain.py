@@ -196,6 +196,7 @@ def pretrain(config: Config, run: RunFolder) -> None:
     if accelerator.is_main_process:
         results = {"top1": top1, "top5": top5, "held_out_images": count, "classes": len(label_of), "seed": config.seed}
         run.finish(results)
+    setup.end_trackers()
     accelerator.print(
         f"top-1 {top1:.3f}, top-5 {top5:.3f} on {count} held-out images; this start took "
         f"{clock(time.monotonic() - began)}; "

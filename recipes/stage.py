@@ -84,6 +84,10 @@ class Setup:
         heartbeat = Heartbeat(accelerator, 60 * settings.hang_timeout_min)
         return cls(run, accelerator, Stop(accelerator, run.path), settings, precision, heartbeat)
 
+    def end_trackers(self) -> None:
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
     def autocast(self) -> torch.autocast:
         return start.autocast(self.accelerator, self.precision)
 
@@ -230,6 +234,7 @@ class Stage:
             self._save(batch)
             self.log.event("stopped", "when asked")
             self.log.close()
+            self.setup.end_trackers()
             self.setup.stop.leave(self.step, self.name)
         elif self.step % self.setup.settings.checkpoint_every == 0:
             self._save(batch)

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -61,6 +62,9 @@ def start(
         ValueError: the launch cannot work as it is.
     """
     check_launch()
+    for tracker in trackers:
+        if find_spec(tracker) is None:  # Accelerate would leave it out without a word
+            raise ValueError(f"--trackers {tracker} is not installed: `uv sync --extra {tracker}` does it.")
     # of torch, about its own and DeepSpeed's calls: nothing that a user could mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     backend = "gloo" if zero.asked_for() and not torch.cuda.is_available() else None

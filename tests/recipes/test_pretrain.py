@@ -1,6 +1,7 @@
 """Supervised pretraining from end to end, on a few pictures."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from bigtrain.models.heads import Classifier
 from bigtrain.models.vit import Architecture, ViT
 from bigtrain.models.weights import load_vit
 from recipes import defend, pretrain
-from tests.recipes.conftest import launched
+from tests.recipes.conftest import ENVIRONMENT, command, launched
 
 TINY = ["--model", "vit_tiny_patch16_224", "--image-size", "32", "--patch-size", "8", "--depth", "2"]
 
@@ -88,3 +89,26 @@ def test_train_and_out_are_needed(capsys):
     with pytest.raises(SystemExit) as stop:
         pretrain.main([])
     assert stop.value.code == 2 and "--train SHARDS and --out FOLDER are needed" in capsys.readouterr().err
+
+
+def test_figures_also_go_to_a_tracker_of_accelerate_s(flags, tmp_path):
+    pytest.importorskip("wandb")
+    run = tmp_path / "run"
+    environment = {**ENVIRONMENT, "WANDB_MODE": "offline"}
+    done = subprocess.run(
+        command("pretrain.py", *flags, "--trackers", "wandb", "--out", run),
+        capture_output=True, text=True, env=environment, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (record,) = run.glob("wandb/offline-run-*/*.wandb")
+    written = record.read_bytes()
+    for what in (b"pretrain/loss", b"pretrain/gradient_norm", b"label_smoothing"):
+        assert what in written
+
+
+def test_a_tracker_that_is_not_installed_is_refused(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("bigtrain.runtime.start.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([*flags, "--trackers", "mlflow", "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "uv sync --extra mlflow" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
