@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -56,6 +57,34 @@ def alone(flags, tmp_path_factory):
 def test_two_processes_have_the_losses_of_one_over_twenty_steps(flags, alone, tmp_path, config):
     done = launch(config, 2, *flags, "--out", tmp_path / "run")
     assert "2 process(es)" in done.stdout
+    for stage in ("tune", "distil"):
+        assert losses(tmp_path / "run", stage) == pytest.approx(losses(alone, stage), abs=1e-5)
+
+
+def test_two_machines_find_each_other(flags, alone, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = []
+    for machine in range(2):
+        command = line("multinode", 2, *flags, "--distil-epochs", 1, "--out", tmp_path / "run")
+        command[3:3] = ["--machine_rank", str(machine), "--main_process_port", str(port)]
+        machines.append(subprocess.Popen(command, env=environment("multinode"), stdout=subprocess.PIPE, text=True))
+    said = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0]
+    assert "2 process(es)" in said[0] and losses(tmp_path / "run", "tune") == pytest.approx(
+        losses(alone, "tune"), abs=1e-5
+    )
+
+
+def test_the_file_for_one_gpu_also_runs_without_one(flags, alone, tmp_path):
+    launch("gpu", 1, *flags, "--distil-epochs", 1, "--out", tmp_path / "run")
+    assert losses(tmp_path / "run", "tune") == losses(alone, "tune")
+
+
+@pytest.mark.slow
+def test_a_compiled_network_has_the_same_losses(flags, alone, tmp_path):
+    launch("cpu2", 2, *flags, "--compile", "--out", tmp_path / "run")
     for stage in ("tune", "distil"):
         assert losses(tmp_path / "run", stage) == pytest.approx(losses(alone, stage), abs=1e-5)
 

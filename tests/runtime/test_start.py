@@ -217,6 +217,31 @@ def test_the_log_tells_what_reading_cost_since_its_last_row(accelerator, tmp_pat
     assert (first["skipped_damaged"], second["skipped_damaged"], second["skipped_too_many_pixels"]) == (1, 3, 1)
 
 
+def test_the_share_of_the_peak_is_the_steps_flops_over_what_all_devices_could_do(accelerator, tmp_path):
+    log = StageLog(
+        tmp_path, accelerator, "tune", steps=2, done=0, images_per_step=4, every=1, flops_per_step=5e9, peak_flops=1e11
+    )
+    for _ in range(2):
+        log.step(loss=1.0)
+    log.close()
+    for row in rows(tmp_path):
+        steps_per_s = row["images_per_s"] / 4
+        assert row["mfu_percent"] == pytest.approx(100 * steps_per_s * 5e9 / 1e11)
+        assert row["images_per_s_per_process"] == row["images_per_s"] and row["memory_gib"] > 0
+
+
+def test_events_and_skipped_steps_are_rows_too_and_a_loss_that_is_not_finite_is_json(accelerator, tmp_path):
+    log = StageLog(tmp_path, accelerator, "tune", steps=2, done=0, images_per_step=4, every=1)
+    log.step(loss=float("nan"))
+    log.skipped("the loss is not finite", ["a", "b"])
+    log.saved(0.5, 1)
+    log.step(loss=1.0)
+    log.close()
+    first, skipped, saved, second = rows(tmp_path)
+    assert first["loss"] == "nan" and (skipped["event"], skipped["keys"]) == ("step skipped", ["a", "b"])
+    assert saved["checkpoint_s"] == 0.5 and second["skipped_steps"] == 1 and second["checkpoint_s"] == 0.5
+
+
 def test_a_continued_log_goes_on_at_its_step(accelerator, tmp_path):
     for done in (0, 4):
         log = StageLog(tmp_path, accelerator, "tune", steps=8, done=done, images_per_step=4, every=2)
