@@ -179,7 +179,7 @@ class Stage:
             self.updates.scaler.load_state_dict(found["scaler"])
         self.figures: dict[str, Tensor | float] = {}
         self.problem = ""
-        self._is_last_part = True
+        self._is_last_part, self._save_is_due = True, False
         self.log = StageLog(
             setup.run.path,
             accelerator,
@@ -236,8 +236,10 @@ class Stage:
             self.log.close()
             self.setup.end_trackers()
             self.setup.stop.leave(self.step, self.name)
-        elif self.step % self.setup.settings.checkpoint_every == 0:
+        self._save_is_due |= self.step % self.setup.settings.checkpoint_every == 0
+        if self._save_is_due and not self.problem:  # behind a step that was skipped the weights may be no good
             self._save(batch)
+            self._save_is_due = False
 
     @torch.no_grad()
     def constrain(self, name: str, function: Callable[[Tensor], Tensor]) -> None:

@@ -1,0 +1,85 @@
+"""A run of two processes that is killed again and again ends with the bits of the one that was left alone."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.processes import running_in_session
+from tests.recipes.conftest import ENVIRONMENT, ROOT
+
+LIMIT_S = 120  # for one start
+
+
+def started(flags, run):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    line = [*torchrun, ROOT / "recipes" / "defend.py", *flags, "--out", run]
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        list(map(str, line)), env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+MOMENTS = {  # what is waited for in a start, before a further moment of chance
+    "training": lambda run, rows: (run / "log.jsonl").exists() and len((run / "log.jsonl").read_bytes()) > rows,
+    "saving": lambda run, rows: any(run.glob("checkpoints/*/step-*.tmp")),
+    "changing stage": lambda run, rows: (run / "teacher.safetensors").exists(),
+    "evaluating": lambda run, rows: (run / "student.safetensors").exists(),
+}
+
+
+def checkpoints(run):
+    """The newest whole one of each stage."""
+    found = {}
+    for path in run.glob("checkpoints/*/step-*"):
+        if path.suffix != ".tmp":
+            step = int(path.name.removeprefix("step-"))
+            found[path.parent.name] = max(found.get(path.parent.name, 0), step)
+    return found
+
+
+def is_kept(before, run):
+    now = checkpoints(run)
+    leaves = {"tune": "teacher.safetensors", "distil": "student.safetensors"}
+    return all(now.get(stage, -1) >= step or (run / leaves[stage]).exists() for stage, step in before.items())
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_moment_ends_with_the_same_bits_and_leaves_nothing_behind(small, tmp_path, kills):
+    flags = [*small, "--train-limit", "96", "--distil-epochs", "3", "--workers", "1"]
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    assert started(flags, whole).wait(LIMIT_S) == 0
+    chance = random.Random(kills)
+    killed = []
+    moments = ["saving", "training", "changing stage", "evaluating"]
+    for number in range(kills):
+        # the later moments come last, for what is past cannot be met again
+        moment = moments[number * len(moments) // kills]
+        process, rows = started(flags, run), (run / "log.jsonl").stat().st_size if (run / "log.jsonl").exists() else 0
+        until = time.monotonic() + LIMIT_S
+        while process.poll() is None and not MOMENTS[moment](run, rows) and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(chance.random() * (0.02 if moment == "saving" else 0.3))
+        before = checkpoints(run)
+        if process.poll() is None:
+            killed.append(moment)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+        assert is_kept(before, run), "a checkpoint was lost"
+    assert len(killed) >= kills - 1 and "training" in killed and "saving" in killed
+    last = started(flags, run)
+    assert last.wait(LIMIT_S) == 0
+    for name in ("teacher.safetensors", "student.safetensors", "scores.parquet"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    assert json.loads((run / "results.json").read_text()) == json.loads((whole / "results.json").read_text())
+    assert not list(run.rglob("*.tmp")) and not (run / "checkpoints").exists()
+    until = time.monotonic() + 20
+    while (left := running_in_session(last.pid)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not left
