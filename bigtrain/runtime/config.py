@@ -12,7 +12,7 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -26,6 +26,7 @@ from bigtrain.runtime.heartbeat import LOST, Heartbeat
 USER_ERROR = 2  # exit codes
 INTERRUPTED = 130
 PRINT_CONFIG = "--print-config"
+at_end = ExitStack()  # what `user_errors` lets go of, such as the run folder's lock
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,8 @@ def user_errors(program: str) -> Iterator[None]:
             print(f"{program}: error: {why}", file=sys.stderr, flush=True)
             os._exit(LOST)  # the group of the processes cannot be left in good order any more
         raise
+    finally:
+        at_end.close()
     close_heartbeat()
     leave_group()
 

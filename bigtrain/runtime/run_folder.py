@@ -15,7 +15,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from bigtrain.runtime.config import result_settings
+from bigtrain.runtime.config import at_end, result_settings
 
 CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.json"
@@ -96,7 +96,7 @@ class RunFolder:
             ValueError: another start is at work in it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self / LOCK_FILE).open("w")
+        self._lock = at_end.enter_context((self / LOCK_FILE).open("w"))
         until, said = time.monotonic() + wait_s, False
         while True:
             try:
