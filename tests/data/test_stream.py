@@ -132,8 +132,11 @@ def test_a_run_is_read_at_once(many_shards):
     asked = []
     one = Stream(many_shards, plan, Resized(4))
     one.shard_set = SimpleNamespace(
-        url=many_shards.url, reader=lambda: Counting(many_shards.reader(), asked),
-        places=many_shards.places, key=many_shards.key,
+        url=many_shards.url,
+        reader=lambda: Counting(many_shards.reader(), asked),
+        places=many_shards.places,
+        key=many_shards.key,
+    )
     assert len(list(one.batches())) == 15
     assert sum(asked) == 60  # each sample once
     assert len(asked) < 15 and max(asked) > 4  # often several at once, ahead of their batch
