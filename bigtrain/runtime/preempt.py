@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
+import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -14,29 +17,37 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
+from bigtrain.runtime.config import INTERRUPTED, at_end
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 85  # exit code of a run that stopped when asked: neither done nor failed
 STOPPED_FILE = "stopped.json"  # says the same where a launcher turns every exit code into 1
 PR_SET_PDEATHSIG = 1
+OF_ACCELERATE = re.compile(r"accelerate( |\.commands\.)launch")
+SAME_PRESS_S = 1.0  # a launcher passes the Ctrl-C on that the terminal has sent to this process too
 
 
 class Stop:
     """`stop.agreed()` is True on every rank at the same step, once any of them was asked to stop.
 
-    A second Ctrl-C leaves at once. Nothing is saved in a signal handler.
+    Nothing is saved in a signal handler. A second Ctrl-C leaves at once: a thread sees to it, for Python's handlers
+    wait while the main thread is in a collective.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path) -> None:
         self.accelerator, self.file = accelerator, folder / "stop"
         self.asked = False
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        numbers, self._wakes = socket.socketpair()
+        self._wakes.setblocking(False)
+        signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=leave_at_second_interrupt, args=(numbers,), name="interrupts", daemon=True).start()
+        at_end.callback(self.release)
         stop_with_launcher()
         if accelerator.is_main_process:
             (folder / STOPPED_FILE).unlink(missing_ok=True)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
         self.asked = True
 
     def agreed(self) -> bool:
@@ -55,6 +66,10 @@ class Stop:
         """Let signals end the process at once again: behind the training stages there is nothing to save."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before = {}
+        if self._wakes.fileno() >= 0:
+            signal.set_wakeup_fd(-1)
+            self._wakes.close()  # which ends the thread
 
     def leave(self, step: int = 0, stage: str = "") -> None:
         """Say so and end with the exit code of a stopped run; call on all ranks, after saving."""
@@ -67,10 +82,27 @@ class Stop:
         raise SystemExit(STOPPED)
 
 
+def leave_at_second_interrupt(numbers: socket.socket) -> None:
+    """Read the signals that come in; end this process at the second Ctrl-C. torchrun, which ends at once at the second,
+    passes the first on alone."""
+    first_at: float | None = None
+    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    with numbers:
+        while received := numbers.recv(1):
+            of_lost_launcher = received[0] == signal.SIGTERM and launcher not in (None, os.getppid())
+            if received[0] != signal.SIGINT and not (first_at and of_lost_launcher):
+                continue
+            if first_at is None:
+                first_at = time.monotonic()
+            elif time.monotonic() - first_at > SAME_PRESS_S:
+                os.write(2, b"interrupted; the same command continues.\n")
+                os._exit(INTERRUPTED)
+
+
 def stop_with_launcher() -> None:
     """Have the system send SIGTERM when the launcher dies (`kill` of accelerate, SIGUSR1 to torchrun): without it the
     run would go on with nobody above it. A shell or a scheduler that started the recipe itself may go."""
-    is_launched = os.environ.get("TORCHELASTIC_RUN_ID") or "accelerate launch" in parent_command()
+    is_launched = os.environ.get("TORCHELASTIC_RUN_ID") or OF_ACCELERATE.search(parent_command())
     if sys.platform == "linux" and is_launched:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

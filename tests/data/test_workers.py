@@ -13,7 +13,7 @@ import pytest
 
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import Resized
-from tests.processes import running_in_session
+from tests.processes import Family
 
 
 @pytest.fixture
@@ -110,16 +110,14 @@ if __name__ == "__main__":
     next(stream.batches())
 """
     )
-    run = subprocess.Popen(
-        [sys.executable, script, pictures.url], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    family = Family()
+    command = [sys.executable, script, pictures.url]
+    run = subprocess.Popen(command, env=family.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert run.stdout.readline() == b"begins\n"
     deadline = time.monotonic() + 60
-    while len(running_in_session(run.pid)) < 5 and time.monotonic() < deadline:  # run, tracker, server, two workers
+    while len(family.alive()) < 5 and time.monotonic() < deadline:  # run, tracker, server, two workers
         time.sleep(0.1)
     time.sleep(2)
     run.send_signal(number)
-    while left := running_in_session(run.pid):
-        run.poll()
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
+    run.wait(60)
+    assert not family.left_after(60)

@@ -65,6 +65,7 @@ def clean_process():
             state._reset_state()
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
 
 
 def command(recipe, *flags):

@@ -1,29 +1,24 @@
 """A run of two processes that is killed again and again ends with the bits of the one that was left alone."""
 
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.processes import running_in_session
+from tests.processes import Family
 from tests.recipes.conftest import ENVIRONMENT, ROOT
 
 LIMIT_S = 120  # for one start
 
 
-def started(flags, run):
+def started(flags, run, family):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     line = [*torchrun, ROOT / "recipes" / "defend.py", *flags, "--out", run]
-    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        list(map(str, line)), env=environment, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    environment = {**family.environment, **ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(list(map(str, line)), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 MOMENTS = {  # what is waited for in a start, before a further moment of chance
@@ -54,14 +49,15 @@ def is_kept(before, run):
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits_and_leaves_nothing_behind(small, tmp_path, kills):
     flags = [*small, "--train-limit", "96", "--distil-epochs", "3", "--workers", "1"]
     whole, run = tmp_path / "whole", tmp_path / "killed"
-    assert started(flags, whole).wait(LIMIT_S) == 0
+    assert started(flags, whole, Family()).wait(LIMIT_S) == 0
     chance = random.Random(kills)
     killed = []
     moments = ["saving", "training", "changing stage", "evaluating"]
     for number in range(kills):
         # the later moments come last, for what is past cannot be met again
         moment = moments[number * len(moments) // kills]
-        process, rows = started(flags, run), (run / "log.jsonl").stat().st_size if (run / "log.jsonl").exists() else 0
+        family, rows = Family(), (run / "log.jsonl").stat().st_size if (run / "log.jsonl").exists() else 0
+        process = started(flags, run, family)
         until = time.monotonic() + LIMIT_S
         while process.poll() is None and not MOMENTS[moment](run, rows) and time.monotonic() < until:
             time.sleep(0.001)
@@ -69,17 +65,15 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits_and_leaves_nothing_b
         before = checkpoints(run)
         if process.poll() is None:
             killed.append(moment)
-        os.killpg(process.pid, signal.SIGKILL)
+        while family.alive():  # ranks as well, which launchers put in sessions of their own
+            family.kill()
         process.wait(30)
         assert is_kept(before, run), "a checkpoint was lost"
     assert len(killed) >= kills - 1 and "training" in killed and "saving" in killed
-    last = started(flags, run)
-    assert last.wait(LIMIT_S) == 0
+    family = Family()
+    assert started(flags, run, family).wait(LIMIT_S) == 0
     for name in ("teacher.safetensors", "student.safetensors", "scores.parquet"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     assert json.loads((run / "results.json").read_text()) == json.loads((whole / "results.json").read_text())
     assert not list(run.rglob("*.tmp")) and not (run / "checkpoints").exists()
-    until = time.monotonic() + 20
-    while (left := running_in_session(last.pid)) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not left
+    assert not family.left_after(20)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +154,7 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
@@ -162,12 +164,52 @@ def test_a_signal_asks_for_the_stop_and_does_nothing_else(accelerator, handlers,
     os.kill(os.getpid(), number)
     assert stop.agreed()
     assert stop.agreed()
-    if number == signal.SIGINT:
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
-            time.sleep(1)
+    os.kill(os.getpid(), number)  # again, at once, as a launcher passes on what the terminal sent to all
+    time.sleep(0.1)
+
+
+IN_COLLECTIVE = """
+from pathlib import Path
+import os, signal
+from bigtrain.runtime.config import user_errors
+from bigtrain.runtime.preempt import Stop
+from bigtrain.runtime.start import start
+with user_errors("recipe.py"):
+    accelerator = start("fp32")
+    stop = Stop(accelerator, Path("."))
+    Path(f"pid{accelerator.process_index}").write_text(str(os.getpid()))
+    if accelerator.process_index == 0:
+        accelerator.wait_for_everyone()
     else:
-        os.kill(os.getpid(), number)  # again: still only asked
+        signal.pause()
+"""
+
+
+def test_a_second_ctrl_c_ends_a_process_at_once_that_waits_in_a_collective(tmp_path):
+    def interrupted():
+        until = time.monotonic() + 60
+        while not (tmp_path / "pid0").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(1.0)
+        for _ in range(2):
+            os.kill(int((tmp_path / "pid0").read_text()), signal.SIGINT)
+            time.sleep(1.5)
+
+    thread = threading.Thread(target=interrupted)
+    thread.start()
+    done = launched(tmp_path, IN_COLLECTIVE, use_cpu=True)
+    thread.join()
+    assert "interrupted; the same command continues." in done.stderr
+    assert "exitcode  : 130" in done.stderr
+
+
+def test_a_released_stop_leaves_signals_as_they_were(accelerator, handlers, tmp_path):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    stop = Stop(accelerator, tmp_path)
+    stop.release()
+    stop.release()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_a_file_asks_for_the_stop_and_is_gone_once_the_run_left(accelerator, handlers, tmp_path, capsys):

@@ -25,7 +25,7 @@ from shards.order import keyed
 from shards.pack import Task, write_shard
 from shards.pictures import Treatment
 from shards.place import Place
-from tests.processes import running_in_session
+from tests.processes import Family
 
 
 def test_every_picture_keeps_its_original_bytes_where_the_index_says(animals, build_folder, tmp_path):
@@ -241,18 +241,16 @@ def test_the_workers_of_a_killed_build_end_too(paint, tmp_path):
         paint(0, size=(200, 200), path=tmp_path / "pictures" / "a" / f"{number}.jpg")
     options = ["--root", str(tmp_path / "pictures"), "--out", str(tmp_path / "out"), "--samples-per-shard", "2"]
     command = [sys.executable, "-m", "shards", "build", "folder", *options, "--workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    family = Family()
+    process = subprocess.Popen(command, env=family.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob("out/.parts/*.json")):
         assert process.poll() is None
         time.sleep(0.001)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 20
-    while alive := running_in_session(process.pid):
-        if time.monotonic() > deadline:
-            os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail(f"{len(alive)} processes outlived the build by 20 s")
-        time.sleep(0.1)
+    left = family.left_after(20)
+    family.kill()
+    assert not left, f"{len(left)} processes outlived the build by 20 s"
 
 
 def test_the_manifest_tells_dataset_classes_and_shards(animals, build_folder, tmp_path):
