@@ -83,18 +83,14 @@ class Stop:
 
 
 def leave_at_second_interrupt(numbers: socket.socket) -> None:
-    """Read the signals that come in; end this process at the second Ctrl-C. torchrun, which ends at once at the second,
-    passes the first on alone."""
+    """Read the signals that come in; end this process at the second Ctrl-C, which torchrun passes on as SIGTERM."""
     first_at: float | None = None
-    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    seconds = (signal.SIGINT, signal.SIGTERM) if "TORCHELASTIC_RUN_ID" in os.environ else (signal.SIGINT,)
     with numbers:
         while received := numbers.recv(1):
-            of_lost_launcher = received[0] == signal.SIGTERM and launcher not in (None, os.getppid())
-            if received[0] != signal.SIGINT and not (first_at and of_lost_launcher):
-                continue
             if first_at is None:
-                first_at = time.monotonic()
-            elif time.monotonic() - first_at > SAME_PRESS_S:
+                first_at = time.monotonic() if received[0] == signal.SIGINT else None
+            elif received[0] in seconds and time.monotonic() - first_at > SAME_PRESS_S:
                 os.write(2, b"interrupted; the same command continues.\n")
                 os._exit(INTERRUPTED)
 

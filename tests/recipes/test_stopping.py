@@ -79,19 +79,18 @@ class Start:
         assert (record["stage"], record["step"]) == (last["stage"], last["step"])
         newest = f"step-{record['step']:06d}"
         assert (self.run / "checkpoints" / record["stage"] / newest).is_dir()
-        return code, record["step"], said
+        return code, said
 
 
 def test_each_signal_stops_a_bare_process_with_a_code_of_its_own_and_the_next_start_goes_on(flags, tmp_path):
-    steps = []
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         start = Start("bare", flags, tmp_path / "run")
         start.process.send_signal(number)
-        code, step, said = start.stopped()
+        code, said = start.stopped()
         assert code == 85 and "stopped when asked, saved; the same command continues." in said
-        assert ("continuing from" in said) == bool(steps)
-        steps.append(step)
-    assert steps == sorted(set(steps))
+        assert ("continuing from" in said) == (number != signal.SIGTERM)
+    rows = [(row["stage"], row["step"]) for row in map(json.loads, start.rows())]
+    assert len(rows) == len(set(rows)), "a step was taken twice"
 
 
 SELDOM = pytest.mark.slow
@@ -123,18 +122,19 @@ def test_ctrl_c_stops_the_run(flags, tmp_path, launcher):
 @pytest.mark.parametrize("launcher", ["accelerate cpu2", "torchrun"])
 def test_a_second_ctrl_c_leaves_at_once_though_a_rank_hangs(flags, tmp_path, launcher):
     start = Start(launcher, flags, tmp_path / "run")
-    frozen = start.ranks()[1]
+    waiting, frozen = start.ranks()
     os.kill(frozen, signal.SIGSTOP)  # the other waits for it in a collective
     start.ctrl_c()
     time.sleep(2)
+    assert waiting in start.family.alive()
     start.ctrl_c()
-    until = time.monotonic() + 15
-    while start.family.alive() != [frozen] and time.monotonic() < until:
+    until = time.monotonic() + 10
+    while waiting in start.family.alive() and time.monotonic() < until:
         time.sleep(0.05)
-    left = start.family.alive()
+    waits_on = waiting in start.family.alive()
     os.kill(frozen, signal.SIGCONT)
-    code, _ = start.end()
-    assert left == [frozen] and code != 0
+    code, said = start.end()
+    assert not waits_on and code != 0 and "interrupted; the same command continues." in said
     assert not (tmp_path / "run" / "stopped.json").exists()
 
 
