@@ -15,6 +15,7 @@ from bigtrain.models.weights import Pretrained
 from bigtrain.objectives.losses import Distance, Normalisation
 from bigtrain.runtime import zero
 from bigtrain.runtime.config import Limits, RunSettings
+from bigtrain.runtime.optim import HIGHEST_LR
 from bigtrain.runtime.start import Precision, check_launch, device_type
 from recipes.stage import check_batch
 
@@ -114,7 +115,8 @@ LIMITS: Limits = {
     **dict.fromkeys(("distil_epochs", "distil_batch", "score_batch", "neighbours_bank"), (1, math.inf)),
     **dict.fromkeys(("sinkhorn_iterations",), (1, math.inf)),
     **dict.fromkeys(("temperature", "epsilon"), (1e-4, math.inf)),
-    **dict.fromkeys(("tune_lr", "head_lr", "distil_lr", "distil_decay", "tune_decay", "warmup_epochs"), (0, math.inf)),
+    **dict.fromkeys(("tune_lr", "head_lr", "distil_lr"), (0, HIGHEST_LR)),
+    **dict.fromkeys(("distil_decay", "tune_decay", "warmup_epochs"), (0, math.inf)),
     **dict.fromkeys(("mask_ratio", "drop_path"), (0, 0.99)),
     **dict.fromkeys(("ema_momentum", "ema_student"), (0, 1)),
     "layer_decay": (1e-3, 1),

@@ -35,7 +35,7 @@ from bigtrain.models.weights import AUGREG_STD as STD
 from bigtrain.models.weights import save_vit
 from bigtrain.runtime import zero
 from bigtrain.runtime.config import Limits, RunSettings, check_ranges, print_if_asked, read_settings, user_errors
-from bigtrain.runtime.optim import decay_groups, follow, scaled_lr, schedule, set_schedule
+from bigtrain.runtime.optim import HIGHEST_LR, decay_groups, follow, scaled_lr, schedule, set_schedule
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.start import Precision, check_launch, choose_precision
 from bigtrain.runtime.watch import clock
@@ -90,7 +90,8 @@ LIMITS: Limits = {
     "validation_share": (0, 0.9),
     **dict.fromkeys(("image_size", "patch_size", "depth", "seed"), (0, math.inf)),
     **dict.fromkeys(("epochs", "batch"), (1, math.inf)),
-    **dict.fromkeys(("lr", "weight_decay", "warmup_epochs", "clip", "lr_batch"), (0, math.inf)),
+    "lr": (0, HIGHEST_LR),
+    **dict.fromkeys(("weight_decay", "warmup_epochs", "clip", "lr_batch"), (0, math.inf)),
     "ema": (0, 1),
     "layer_decay": (1e-3, 1),
     **dict.fromkeys(("drop_path", "label_smoothing"), (0, 0.99)),

@@ -10,6 +10,9 @@ from typing import Literal
 import torch
 from torch import nn
 
+HIGHEST_LR = 1e30
+"""Beyond it the optimizer's own arithmetic leaves fp32."""
+
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:patch_embed|pos_embed|cls_token|reg_token|dist_token|norm_pre)(?:\.|$)")
 

@@ -17,6 +17,7 @@ from bigtrain.models.weights import save_vit
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "recipes" / "presets" / "fashion" / "sample"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+WITHOUT_GPU = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("ACCELERATE_")} | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +71,13 @@ def clean_process():
 
 def command(recipe, *flags):
     return [sys.executable, str(ROOT / "recipes" / recipe), *map(str, flags)]
+
+
+def accelerate(config, processes, *flags, recipe="defend.py"):
+    """The command that launches a recipe with a configuration of recipes/accelerate; run it in WITHOUT_GPU."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    launch += ["--config_file", ROOT / "recipes" / "accelerate" / f"{config}.yaml", "--num_processes", processes]
+    return list(map(str, [*launch, ROOT / "recipes" / recipe, *flags]))
 
 
 def launched(recipe, *flags, processes=1, **options):

@@ -223,6 +223,7 @@ MISTAKES = {
     "one prototype": (["--prototypes", "1"], "use 2 or more"),
     "a scale that falls": (["--crop-scale", "0.5", "0.1"], "must not be above the second"),
     "no kernels for it": (["--attention", "xformers"], "it needs CUDA"),
+    "a rate beyond fp32": (["--distil-lr", "1e38"], "--distil-lr is 1e+38; it must be from 0 to 1e+30"),
     "a negative seed": (["--seed", "-1"], "--seed is -1"),
 }
 

@@ -4,30 +4,16 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.recipes.conftest import ENVIRONMENT, ROOT
-
-CONFIGS = ROOT / "recipes" / "accelerate"
-
-
-def line(config, processes, *flags):
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    where = ["--config_file", CONFIGS / f"{config}.yaml", "--num_processes", processes]
-    return [*map(str, [*accelerate, *where, ROOT / "recipes" / "defend.py", *flags])]
-
-
-def environment(config):
-    hidden = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("ACCELERATE_")}
-    return {**hidden, "CUDA_VISIBLE_DEVICES": ""}
+from tests.recipes.conftest import ROOT, WITHOUT_GPU, accelerate
 
 
 def launch(config, processes, *flags, expect=0):
     done = subprocess.run(
-        line(config, processes, *flags), capture_output=True, text=True, env=environment(config), timeout=300
+        accelerate(config, processes, *flags), capture_output=True, text=True, env=WITHOUT_GPU, timeout=300
     )
     assert (done.returncode == 0) == (expect == 0), done.stderr[-3000:] + done.stdout[-1000:]
     return done
@@ -67,9 +53,9 @@ def test_two_machines_find_each_other(flags, alone, tmp_path):
         port = free.getsockname()[1]
     machines = []
     for machine in range(2):
-        command = line("multinode", 2, *flags, "--distil-epochs", 1, "--out", tmp_path / "run")
+        command = accelerate("multinode", 2, *flags, "--distil-epochs", 1, "--out", tmp_path / "run")
         command[3:3] = ["--machine_rank", str(machine), "--main_process_port", str(port)]
-        machines.append(subprocess.Popen(command, env=environment("multinode"), stdout=subprocess.PIPE, text=True))
+        machines.append(subprocess.Popen(command, env=WITHOUT_GPU, stdout=subprocess.PIPE, text=True))
     said = [machine.communicate(timeout=300)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0]
     assert "2 process(es)" in said[0] and losses(tmp_path / "run", "tune") == pytest.approx(
@@ -98,7 +84,7 @@ def test_accumulation_and_recomputation_change_no_loss(flags, alone, tmp_path):
 def stopped_in_epoch(run, stage, config, processes, flags):
     """Start, and ask to stop in the middle of an epoch of a stage."""
     process = subprocess.Popen(
-        line(config, processes, *flags, "--out", run), env=environment(config),
+        accelerate(config, processes, *flags, "--out", run), env=WITHOUT_GPU,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     began = len(losses(run, stage)) if (run / "log.jsonl").exists() else 0
@@ -139,8 +125,8 @@ WRONG = {
 def test_a_wrong_launch_ends_at_once_with_what_to_do(flags, tmp_path, wrong):
     config, processes, more, variables, says = WRONG[wrong]
     done = subprocess.run(
-        line(config, processes, *flags, *more, "--out", tmp_path / "run"),
-        capture_output=True, text=True, env=environment(config) | variables, timeout=200, cwd=ROOT,
+        accelerate(config, processes, *flags, *more, "--out", tmp_path / "run"),
+        capture_output=True, text=True, env=WITHOUT_GPU | variables, timeout=200, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode != 0 and (processes == 1 or "exitcode  : 2" in done.stderr)
     errors = [row for row in done.stderr.splitlines() if row.startswith("defend.py: error:")]
@@ -150,7 +136,7 @@ def test_a_wrong_launch_ends_at_once_with_what_to_do(flags, tmp_path, wrong):
 
 def test_two_starts_of_one_run_do_not_write_over_each_other(flags, tmp_path):
     run = tmp_path / "run"
-    first = subprocess.Popen(line("cpu", 1, *flags, "--out", run), env=environment("cpu"), stdout=subprocess.DEVNULL)
+    first = subprocess.Popen(accelerate("cpu", 1, *flags, "--out", run), env=WITHOUT_GPU, stdout=subprocess.DEVNULL)
     while not (run / "log.jsonl").exists():
         time.sleep(0.01)
     os.kill(first.pid, 0)

@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there, and a run that goes on from one is the uninterrupted run, bit for bit."""
 
 import copy
+import pickle
+import resource
 
 import pytest
 import torch
@@ -160,9 +162,83 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(checkpoints, capsys,
     assert "continuing from" in said and said.strip().endswith("step-000010")
 
 
-def test_a_step_saved_again_replaces_the_first(checkpoints):
+def test_a_step_saved_again_is_there_once(checkpoints):
     save, load, folder = checkpoints()
     for _ in range(2):
         save(10)
     assert names(folder) == ["step-000010"]
     assert load()[1] == 10
+
+
+def test_those_of_every_so_many_steps_stay_too(checkpoints):
+    save, load, folder = checkpoints(keep=1, keep_every=20)
+    for step in (10, 20, 30, 40, 50, 60, 70):
+        save(step)
+    assert names(folder) == ["step-000020", "step-000040", "step-000060", "step-000070"]
+    assert load()[1] == 70
+
+
+@pytest.mark.parametrize("harm", ["model.safetensors", "optimizer.safetensors"])
+def test_a_byte_that_the_disk_has_changed_is_found(checkpoints, capsys, harm):
+    save, load, folder = checkpoints()
+    save(10)
+    save(20)
+    file = folder / "step-000020" / harm
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1  # of a weight: the file reads as before
+    file.write_bytes(content)
+    assert load()[1] == 10
+    assert f"{harm} is not as it was written" in capsys.readouterr().out
+
+
+def test_none_whole_is_a_new_beginning_that_is_said(checkpoints, capsys):
+    save, load, folder = checkpoints()
+    save(10)
+    (folder / "step-000010" / "state.json").unlink()
+    assert load()[0] == {}
+    assert "step-000010 is not whole" in capsys.readouterr().out
+
+
+@pytest.fixture
+def full_disk():
+    """Files cannot grow beyond 500 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_a_sentence_and_the_checkpoint_before_is_as_it_was(checkpoints, request):
+    save, load, folder = checkpoints()
+    save(10)
+    before = {path.name: path.read_bytes() for path in (folder / "step-000010").iterdir()}
+    request.getfixturevalue("full_disk")
+    with pytest.raises(OSError, match=r"the checkpoint of step 20 cannot be written .*step-000010 is as it was. Make"):
+        save(20)
+    assert names(folder) == ["step-000010"]  # no temporary folder
+    assert {path.name: path.read_bytes() for path in (folder / "step-000010").iterdir()} == before
+    assert load()[1] == 10
+
+
+def test_a_full_disk_at_the_first_checkpoint(checkpoints, full_disk):
+    save, _, folder = checkpoints()
+    with pytest.raises(OSError, match=r"step 10 cannot be written .*; there is none before it. Make room"):
+        save(10)
+    assert names(folder) == []
+
+
+def test_a_checkpoint_of_another_network_is_refused_with_its_shapes(checkpoints, accelerator):
+    save, _, folder = checkpoints()
+    save(10)
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Linear(6, 2))
+    other = Checkpoints(folder, accelerator, net, OPTIMIZERS["sgd"](net.parameters()))
+    with pytest.raises(ValueError, match=r"0\.weight is \(8, 4\), here \(6, 4\)"):
+        other.load()
+
+
+def test_no_pickle_is_written_or_read(checkpoints):
+    save, load, folder = checkpoints()
+    save(10)
+    assert names(folder / "step-000010") == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    (folder / "step-000010" / "model.safetensors").write_bytes(pickle.dumps({"0.weight": [1.0]}))
+    assert load()[0] == {}

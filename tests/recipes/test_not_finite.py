@@ -1,0 +1,101 @@
+"""A loss or gradient that is not finite on any rank: the step is skipped on all, and too many in a row end the run."""
+
+import json
+import subprocess
+
+import pytest
+
+from bigtrain.runtime.update import NO_GRADIENT, NO_LOSS
+from tests.recipes.conftest import ROOT, WITHOUT_GPU, accelerate
+
+LAUNCHES = {"one process": ("cpu", 1), "two": ("cpu2", 2), "ZeRO-2": ("zero2", 2), "ZeRO-3": ("zero3", 2)}
+
+
+def events(run, kind):
+    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [row for row in rows if row.get("event") == kind]
+
+
+@pytest.mark.parametrize("launch", ["one process", "two", "ZeRO-2"])
+def test_three_in_a_row_end_the_run_with_the_interval_and_the_last_good_checkpoint(small, tmp_path, launch):
+    run = tmp_path / "run"
+    flags = [*small, "--no-tune", "--distil-lr", "1e20", "--out", run]  # the first step throws the weights away
+    for start in range(2):
+        done = subprocess.run(
+            accelerate(*LAUNCHES[launch], *flags), capture_output=True, text=True, env=WITHOUT_GPU, timeout=200
+        )
+        assert done.returncode != 0
+        errors = [row for row in done.stderr.splitlines() if row.startswith("defend.py: error:")]
+        says = f"the loss is not finite in 3 steps in a row, 2 to 4 of distil; their pictures are in {run}"
+        assert errors and says in errors[0], done.stderr[-3000:]
+        assert f"the last good checkpoint is {run}/checkpoints/distil/step-000001" in errors[0]
+        assert ("continuing from" in done.stdout) == (start == 1)
+    skipped = events(run, "step skipped")
+    assert [row["step"] for row in skipped] == [2, 3, 4]  # a start drops the rows from its first step on
+    assert all(len(set(row["keys"])) == 12 for row in skipped)  # those of all ranks
+
+
+SCRIPT = """
+import sys
+import numpy as np, torch
+from torch import nn
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.views import Resized, to_float
+from bigtrain.runtime.config import RunSettings, user_errors
+from bigtrain.runtime.run_folder import RunFolder
+from recipes.pretrain import Config
+from recipes.stage import Setup, Stage
+
+class InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.inf
+
+with user_errors("script.py"):
+    out, shards = sys.argv[1:]
+    settings = RunSettings(out=out, log_every=1, checkpoint_every=2, keep_checkpoints=9)
+    setup = Setup.begin(RunFolder(out, Config(run=settings)), "fp32", {})
+    shard_set = ShardSet(shards)
+    torch.manual_seed(0)
+    net = nn.Linear(3, 1)
+    stage = Stage(
+        "train", setup, trained=net, optimizer=torch.optim.AdamW(net.parameters(), lr=0.1),
+        stream=setup.stream(shard_set, shard_set.plan(np.arange(48), 8), Resized(8)), epochs=1,
+    )
+    rank, ranks = setup.accelerator.process_index, setup.accelerator.num_processes
+    for batch in stage.batches():
+        x_B3 = to_float(batch.views["image"], (0.5,) * 3, (0.5,) * 3).mean((2, 3))
+        loss = batch.mean(stage.module(x_B3)[:, 0].square(), ranks)
+        if (stage.step, rank) == (1, ranks - 1):
+            loss = loss * torch.nan
+        if (stage.step, rank) == (3, 0):
+            loss = InfiniteGradient.apply(loss)
+        stage.backward(loss)
+        stage.update()
+        stage.advance(batch)
+"""
+
+
+@pytest.mark.parametrize("launch", ["two", "ZeRO-2", "ZeRO-3"])
+def test_a_bad_loss_or_gradient_of_one_rank_skips_the_step_on_all_and_training_goes_on(shards, tmp_path, launch):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    run = tmp_path / "run"
+    command = accelerate(*LAUNCHES[launch], run, shards / "train")
+    command[command.index(str(ROOT / "recipes" / "defend.py"))] = str(script)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**WITHOUT_GPU, "PYTHONPATH": str(ROOT)}, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    skipped = events(run, "step skipped")
+    assert [(row["step"], row["text"]) for row in skipped] == [(2, NO_LOSS), (4, NO_GRADIENT)]
+    assert all(len(set(row["keys"])) == 8 for row in skipped)
+    # none behind a step that was skipped: the next good one's is saved instead
+    saved = sorted(path.name for path in (run / "checkpoints" / "train").iterdir())
+    assert saved == ["step-000003", "step-000005", "step-000006"]
+    rows = [json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[1] == "nan" and all(isinstance(loss, float) for loss in losses[2:])

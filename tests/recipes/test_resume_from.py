@@ -1,0 +1,111 @@
+"""--resume-from: a run that begins with the state of another ends with its bits; what is no such state is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.weights import save_vit
+from tests.recipes.conftest import launched
+
+RESULTS = ("teacher.safetensors", "student.safetensors", "scores.parquet")
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """A finished run that has kept the checkpoints of every second step."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    done = launched("defend.py", *small, "--keep-every", 2, "--out", run)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in sorted(run.glob("checkpoints/distil/*"))] == [f"step-{n:06d}" for n in (2, 4, 6, 8)]
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed(whole, tmp_path_factory):
+    """The same run, as it was while it trained the student."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    shutil.copytree(whole, run)
+    for name in ("results.json", "student.safetensors", "scores.parquet"):
+        (run / name).unlink()
+    for step in (6, 8):
+        shutil.rmtree(run / "checkpoints" / "distil" / f"step-{step:06d}")
+    return run
+
+
+@pytest.mark.parametrize(
+    ("source", "continues"),
+    [
+        ("whole/checkpoints/tune/step-000002", "tune/step-000002"),
+        ("whole/checkpoints/distil/step-000004", "distil/step-000004"),
+        ("killed", "distil/step-000004"),
+        ("whole", None),
+    ],
+)
+def test_a_new_run_goes_on_from_another_s_state(small, whole, killed, tmp_path, source, continues):
+    run, name, path = tmp_path / "new", *source.partition("/")[::2]
+    source = {"whole": whole, "killed": killed}[name] / path
+    before = sorted(source.rglob("*"))
+    done = launched("defend.py", *small, "--resume-from", source, "--out", run)
+    assert done.returncode == 0, done.stderr
+    if continues:
+        assert f"continuing from {run / 'checkpoints' / continues}" in done.stdout
+    for file in RESULTS:
+        assert (run / file).read_bytes() == (whole / file).read_bytes(), file
+    assert sorted(source.rglob("*")) == before
+    again = launched("defend.py", *small, "--resume-from", source, "--out", run)
+    assert again.returncode == 0 and "this run is finished" in again.stdout
+
+
+def refused(small, run, *flags):
+    done = launched("defend.py", *small, *flags, "--out", run)
+    assert done.returncode == 2, done.stderr
+    (error,) = done.stderr.splitlines()
+    return error
+
+
+def test_other_settings_are_refused_by_name(small, whole, tmp_path):
+    error = refused(small, tmp_path / "new", "--distil-lr", "2e-3", "--resume-from", whole)
+    assert "holds a run with other settings: distil_lr (0.001 there, 0.002 here)" in error
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("what", ["pictures", "checkpoints", "nowhere"])
+def test_what_is_no_run_is_refused(small, whole, shards, tmp_path, what):
+    source = {"pictures": shards / "train", "checkpoints": whole / "checkpoints", "nowhere": tmp_path / "none"}[what]
+    error = refused(small, tmp_path / "new", "--resume-from", source)
+    assert f"--resume-from {source} is no run: name a run's folder" in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_whose_settings_cannot_be_read_is_refused(small, whole, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text("{")
+    error = refused(small, tmp_path / "new", "--resume-from", tmp_path / "old")
+    assert "config.json cannot be read" in error
+
+
+def test_a_checkpoint_of_another_network_is_refused_with_its_shapes(small, teacher, tmp_path):
+    mine = tmp_path / "teacher.safetensors"
+    shutil.copy(teacher, mine)
+    flags = [*small, "--teacher", mine]
+    assert launched("defend.py", *flags, "--keep-every", 2, "--out", tmp_path / "old").returncode == 0
+    torch.manual_seed(1)
+    architecture = Architecture("vit_small_patch16_224", image_size=32, patch_size=8, depth=2)
+    save_vit(mine, ViT(architecture.build()), architecture, mean=(0.5,) * 3, std=(0.5,) * 3)
+    source = tmp_path / "old" / "checkpoints" / "tune" / "step-000002"
+    error = launched("defend.py", *flags, "--resume-from", source, "--out", tmp_path / "new")
+    assert error.returncode == 2 and "step-000002 is of another network: " in error.stderr
+    assert ", 192" in error.stderr and ", 384" in error.stderr and "Traceback" not in error.stderr
+
+
+def test_a_run_of_before_a_setting_came_is_refused_by_its_name(small, killed, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(killed, old)
+    config = json.loads((old / "config.json").read_text())
+    del config["settings"]["distil_batch"]
+    (old / "config.json").write_text(json.dumps(config))
+    error = refused(small, tmp_path / "new", "--resume-from", old)
+    assert "distil_batch ('not a setting' there, 12 here)" in error
