@@ -146,8 +146,10 @@ class Checkpoints:
 
     def _write(self, step: int, state: Mapping[str, Any], weights: Tensors, moments: Tensors) -> None:
         final, temporary = self.folder / f"step-{step:06d}", self._temporary(step)
-        if final.exists() and not damage(final):
-            return
+        if final.exists():
+            if not damage(final):
+                return
+            self._remove(final)  # it was passed over, and now the step comes again
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, tensors in ((MODEL_FILE, weights), (OPTIMIZER_FILE, moments)):
@@ -156,11 +158,10 @@ class Checkpoints:
         (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state, "checksums": checksums}))
         for file in [*temporary.iterdir(), temporary]:
             _fsync(file)
-        if final.exists():
-            self._remove(final)
         temporary.rename(final)
         _fsync(self.folder)
-        for old in self._complete()[: -self.keep]:
+        older = [path for path in self._complete() if step_of(path) < step]  # a newer one was passed over as damaged
+        for old in older[: max(0, len(older) + 1 - self.keep)]:
             if not self.keep_every or step_of(old) % self.keep_every:
                 self._remove(old)
 

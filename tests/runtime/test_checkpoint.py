@@ -170,6 +170,25 @@ def test_a_step_saved_again_is_there_once(checkpoints):
     assert load()[1] == 10
 
 
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(checkpoints):
+    save, load, folder = checkpoints()
+    save(10)
+    save(20)
+    (folder / "step-000020" / "optimizer.safetensors").write_bytes(b"")
+    assert load()[1] == 10
+    save(20)
+    assert names(folder) == ["step-000010", "step-000020"] and load()[1] == 20
+
+
+def test_a_damaged_checkpoint_of_a_later_step_does_not_cost_the_one_just_saved(checkpoints):
+    save, load, folder = checkpoints(keep=1, keep_every=10)
+    save(10)
+    save(20)
+    (folder / "step-000020" / "optimizer.safetensors").write_bytes(b"")
+    save(15)
+    assert names(folder) == ["step-000010", "step-000015", "step-000020"] and load()[1] == 15
+
+
 def test_those_of_every_so_many_steps_stay_too(checkpoints):
     save, load, folder = checkpoints(keep=1, keep_every=20)
     for step in (10, 20, 30, 40, 50, 60, 70):
