@@ -225,7 +225,7 @@ class Stage:
         self.log.step(wait_s=batch.wait_s, read_bytes=batch.read_bytes, skipped=skipped, **self.figures, **figures)
         if self.problem:
             self._skipped(batch)
-        elif not self.updates.searches_scale:
+        else:
             self.skipped_in_a_row = 0
         asked, bad = self.setup.stop.agreed_and_sum(len(batch.bad))
         if self.setup.accelerator.num_processes > 1:  # a stream alone has counted them itself
@@ -269,7 +269,7 @@ class Stage:
         """Log a step whose loss or gradient was not finite with its samples; too many in a row stop the run."""
         here = [self.stream.shard_set.key(sample) for sample in batch.sample_B.tolist() if sample != PADDING]
         self.log.skipped(self.problem, gather_object(here))
-        if self.updates.searches_scale:
+        if self.updates.searches_scale(self.problem):
             return
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.setup.settings.max_skipped_steps:

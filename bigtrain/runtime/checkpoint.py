@@ -192,7 +192,7 @@ class Checkpoints:
         for number, state in self.optimizer.state_dict()["state"].items():
             for kind, value in state.items():
                 if value is not None:
-                    tensors[f"{self._names[number]}/{kind}"] = torch.as_tensor(value).clone()
+                    tensors[f"{self._names[number]}/{kind}"] = torch.as_tensor(value)
         return tensors
 
 

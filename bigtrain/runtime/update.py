@@ -97,7 +97,6 @@ class Update:
         if self.scaler:
             self.scaler.update()
 
-    @property
-    def searches_scale(self) -> bool:
-        """Whether skipped steps are fp16's search for a scale, and no sign of trouble."""
-        return self.scaler is not None and self.scaler.get_scale() > 1
+    def searches_scale(self, problem: str) -> bool:
+        """Whether a step was skipped in fp16's search for a scale, which is no sign of trouble."""
+        return problem == NO_GRADIENT and self.scaler is not None and self.scaler.get_scale() > 1

@@ -25,6 +25,14 @@ def scores(run):
     return pq.read_table(run / "scores.parquet").to_pandas().set_index("key")
 
 
+def judged_images(run):
+    """The rows of the images that a run was judged on, and these images."""
+    test = ShardSet(json.loads((run / "config.json").read_text())["settings"]["test"])
+    judged = scores(run).query("split == 'test'")
+    places = [test.keys().index(key) for key in judged.index]
+    return judged, [Picture(payload).rgb() for payload in test.read(places)]
+
+
 def losses(run, stage):
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if row["stage"] == stage and "loss" in row]
@@ -67,11 +75,7 @@ def test_the_same_command_again_says_so_and_does_nothing(finished, small):
 
 def test_the_saved_detector_gives_the_scores_of_the_run_bit_for_bit(finished):
     run, _ = finished
-    settings = json.loads((run / "config.json").read_text())["settings"]
-    test = ShardSet(settings["test"])
-    judged = scores(run).query("split == 'test'")
-    places = [test.keys().index(key) for key in judged.index]
-    images = [Picture(payload).rgb() for payload in test.read(places)]
+    judged, images = judged_images(run)
     detector = bigtrain.load_detector(run / "detector", device="cpu")
     assert detector.score(images).tolist() == judged["score"].tolist()
     maps = detector.score_map(images[:5])

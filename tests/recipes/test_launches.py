@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from tests.recipes.conftest import ROOT, WITHOUT_GPU, accelerate
+from tests.recipes.conftest import ENVIRONMENT, ROOT, accelerate
 
 
 def launch(config, processes, *flags, expect=0):
     done = subprocess.run(
-        accelerate(config, processes, *flags), capture_output=True, text=True, env=WITHOUT_GPU, timeout=300
+        accelerate(config, processes, *flags), capture_output=True, text=True, env=ENVIRONMENT, timeout=300
     )
     assert (done.returncode == 0) == (expect == 0), done.stderr[-3000:] + done.stdout[-1000:]
     return done
@@ -55,7 +55,7 @@ def test_two_machines_find_each_other(flags, alone, tmp_path):
     for machine in range(2):
         command = accelerate("multinode", 2, *flags, "--distil-epochs", 1, "--out", tmp_path / "run")
         command[3:3] = ["--machine_rank", str(machine), "--main_process_port", str(port)]
-        machines.append(subprocess.Popen(command, env=WITHOUT_GPU, stdout=subprocess.PIPE, text=True))
+        machines.append(subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True))
     said = [machine.communicate(timeout=300)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0]
     assert "2 process(es)" in said[0] and losses(tmp_path / "run", "tune") == pytest.approx(
@@ -84,7 +84,7 @@ def test_accumulation_and_recomputation_change_no_loss(flags, alone, tmp_path):
 def stopped_in_epoch(run, stage, config, processes, flags):
     """Start, and ask to stop in the middle of an epoch of a stage."""
     process = subprocess.Popen(
-        accelerate(config, processes, *flags, "--out", run), env=WITHOUT_GPU,
+        accelerate(config, processes, *flags, "--out", run), env=ENVIRONMENT,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     began = len(losses(run, stage)) if (run / "log.jsonl").exists() else 0
@@ -126,7 +126,7 @@ def test_a_wrong_launch_ends_at_once_with_what_to_do(flags, tmp_path, wrong):
     config, processes, more, variables, says = WRONG[wrong]
     done = subprocess.run(
         accelerate(config, processes, *flags, *more, "--out", tmp_path / "run"),
-        capture_output=True, text=True, env=WITHOUT_GPU | variables, timeout=200, cwd=ROOT,
+        capture_output=True, text=True, env=ENVIRONMENT | variables, timeout=200, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode != 0 and (processes == 1 or "exitcode  : 2" in done.stderr)
     errors = [row for row in done.stderr.splitlines() if row.startswith("defend.py: error:")]
@@ -136,7 +136,7 @@ def test_a_wrong_launch_ends_at_once_with_what_to_do(flags, tmp_path, wrong):
 
 def test_two_starts_of_one_run_do_not_write_over_each_other(flags, tmp_path):
     run = tmp_path / "run"
-    first = subprocess.Popen(accelerate("cpu", 1, *flags, "--out", run), env=WITHOUT_GPU, stdout=subprocess.DEVNULL)
+    first = subprocess.Popen(accelerate("cpu", 1, *flags, "--out", run), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     while not (run / "log.jsonl").exists():
         time.sleep(0.01)
     os.kill(first.pid, 0)

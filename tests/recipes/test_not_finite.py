@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from bigtrain.runtime.update import NO_GRADIENT, NO_LOSS
-from tests.recipes.conftest import ROOT, WITHOUT_GPU, accelerate
+from tests.recipes.conftest import ENVIRONMENT, ROOT, accelerate
 
 LAUNCHES = {"one process": ("cpu", 1), "two": ("cpu2", 2), "ZeRO-2": ("zero2", 2), "ZeRO-3": ("zero3", 2)}
 
@@ -22,7 +22,7 @@ def test_three_in_a_row_end_the_run_with_the_interval_and_the_last_good_checkpoi
     flags = [*small, "--no-tune", "--distil-lr", "1e20", "--out", run]  # the first step throws the weights away
     for start in range(2):
         done = subprocess.run(
-            accelerate(*LAUNCHES[launch], *flags), capture_output=True, text=True, env=WITHOUT_GPU, timeout=200
+            accelerate(*LAUNCHES[launch], *flags), capture_output=True, text=True, env=ENVIRONMENT, timeout=200
         )
         assert done.returncode != 0
         errors = [row for row in done.stderr.splitlines() if row.startswith("defend.py: error:")]
@@ -87,7 +87,7 @@ def test_a_bad_loss_or_gradient_of_one_rank_skips_the_step_on_all_and_training_g
     command = accelerate(*LAUNCHES[launch], run, shards / "train")
     command[command.index(str(ROOT / "recipes" / "defend.py"))] = str(script)
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**WITHOUT_GPU, "PYTHONPATH": str(ROOT)}, timeout=200
+        command, capture_output=True, text=True, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
     skipped = events(run, "step skipped")

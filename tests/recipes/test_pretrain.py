@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import threading
+import time
 
 import pytest
 import torch
@@ -65,6 +67,27 @@ def test_two_processes_train_as_one_does(flags, tmp_path):
     assert len(one) == 10 and two == pytest.approx(one, abs=1e-5)
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in "12"]
     assert results[0]["held_out_images"] == results[1]["held_out_images"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_stopped_in_mid_epoch_goes_on_to_the_same_bits(flags, tmp_path, processes):
+    flags = [*flags, "--epochs", "2", "--workers", "1", "--ema", "0.9", "--drop-path", "0.5", "--accumulate", "2"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert launched("pretrain.py", *flags, "--out", whole, processes=processes).returncode == 0
+    threading.Thread(target=ask_to_stop, args=(stopped, 2), daemon=True).start()
+    assert launched("pretrain.py", *flags, "--out", stopped, processes=processes).returncode != 0
+    assert 2 <= json.loads((stopped / "stopped.json").read_text())["step"] < 20
+    done = launched("pretrain.py", *flags, "--out", stopped, processes=processes)
+    assert done.returncode == 0 and "continuing from" in done.stdout, done.stderr
+    assert (stopped / "teacher.safetensors").read_bytes() == (whole / "teacher.safetensors").read_bytes()
+    assert losses(stopped) == losses(whole) and len(losses(whole)) == 20
+
+
+def ask_to_stop(run, step):
+    """Leave a file `stop` once so many steps are in the log."""
+    while not (run / "log.jsonl").exists() or len(losses(run)) < step:
+        time.sleep(0.005)
+    (run / "stop").touch()
 
 
 def test_a_classifier_may_see_the_mean_of_the_patches_beside_the_class_token():

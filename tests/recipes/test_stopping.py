@@ -37,7 +37,7 @@ class Start:
         before = len(self.rows())
         self.process = subprocess.Popen(
             [*LAUNCHERS[launcher], RECIPE, *flags, "--out", str(run)],
-            env={**self.family.environment, **ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}, start_new_session=True,
+            env={**self.family.environment, **ENVIRONMENT}, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         until = time.monotonic() + 120

@@ -90,13 +90,32 @@ def test_moments_are_those_of_the_steps_that_were_taken(accelerator):
     assert weights[0] == weights[1]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_fp16_lowers_its_scale_where_a_step_overflows():
-    weight, update = one_weight(Accelerator(), precision="fp16")
-    weight.data = weight.data.cuda()
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def scaled(request, accelerator):
+    """One weight that is trained in fp16."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    accelerator = accelerator if request.param == "cpu" else Accelerator()
+    weight, update = one_weight(accelerator, precision="fp16")
+    weight.data = weight.data.to(request.param)
+    return weight, update
+
+
+def test_fp16_lowers_its_scale_where_a_step_overflows_and_steps_at_the_next(scaled):
+    weight, update = scaled
     before = update.scaler.get_scale()
-    assert update.searches_scale
     update.backward(FiniteLossInfiniteGradient.apply(weight).sum())
-    assert update.take()[1] == NO_GRADIENT
-    assert update.scaler.get_scale() == before / 2
+    assert update.take()[1] == NO_GRADIENT and weight.item() == 1
+    assert update.scaler.get_scale() == before / 2 and update.searches_scale(NO_GRADIENT)
+    update.backward(weight.sum() * 3)
+    figures, problem = update.take()
+    assert (problem, weight.item(), figures["gradient_norm"].item()) == ("", pytest.approx(-0.5), pytest.approx(3))
+
+
+def test_a_loss_that_is_not_finite_is_no_search_for_a_scale_nor_an_overflow_at_the_lowest(scaled):
+    weight, update = scaled
+    assert not update.searches_scale(NO_LOSS)
+    for _ in range(16):
+        update.backward(FiniteLossInfiniteGradient.apply(weight).sum())
+        update.take()
+    assert update.scaler.get_scale() == 1 and not update.searches_scale(NO_GRADIENT)

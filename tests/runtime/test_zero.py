@@ -68,7 +68,7 @@ with user_errors("script"):
     for number in range(5, 9):
         rows.append(step(module, update, number))
     if mode == "first":
-        before = checkpoints.weights(module)
+        before = {name: weight.clone() for name, weight in checkpoints.weights(module).items()}
         for bad in ("loss 0", "loss 1", "gradient"):
             rows.append(step(module, update, 9, bad))
         after = checkpoints.weights(module)
