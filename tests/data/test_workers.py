@@ -96,7 +96,7 @@ def test_a_stuck_worker_ends_with_its_run(pictures, tmp_path, number):
     script = tmp_path / "run.py"
     script.write_text(
         f"""
-import sys
+import signal, sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}
 import numpy as np
 from test_workers import Stuck
@@ -104,6 +104,7 @@ from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without
     pictures = ShardSet(sys.argv[1])
     stream = Stream(pictures, pictures.plan(np.arange(len(pictures)), 6), Stuck(8), workers=2)
     print("begins", flush=True)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -218,30 +219,32 @@ def test_none_whole_is_a_new_beginning_that_is_said(checkpoints, capsys):
     assert "step-000010 is not whole" in capsys.readouterr().out
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
     """Files cannot grow beyond 500 bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_is_a_sentence_and_the_checkpoint_before_is_as_it_was(checkpoints, request):
+def test_a_full_disk_is_a_sentence_and_the_checkpoint_before_is_as_it_was(checkpoints):
     save, load, folder = checkpoints()
     save(10)
     before = {path.name: path.read_bytes() for path in (folder / "step-000010").iterdir()}
-    request.getfixturevalue("full_disk")
-    with pytest.raises(OSError, match=r"the checkpoint of step 20 cannot be written .*step-000010 is as it was. Make"):
+    says = r"the checkpoint of step 20 cannot be written .*step-000010 is as it was. Make"
+    with pytest.raises(OSError, match=says), full_disk():
         save(20)
     assert names(folder) == ["step-000010"]  # no temporary folder
     assert {path.name: path.read_bytes() for path in (folder / "step-000010").iterdir()} == before
     assert load()[1] == 10
 
 
-def test_a_full_disk_at_the_first_checkpoint(checkpoints, full_disk):
+def test_a_full_disk_at_the_first_checkpoint(checkpoints):
     save, _, folder = checkpoints()
-    with pytest.raises(OSError, match=r"step 10 cannot be written .*; there is none before it. Make room"):
+    with pytest.raises(OSError, match=r"step 10 cannot be written .*; there is none before it. Make room"), full_disk():
         save(10)
     assert names(folder) == []
 
