@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import re
 import signal
 import socket
 import sys
@@ -18,12 +17,12 @@ import torch
 from accelerate import Accelerator
 
 from bigtrain.runtime.config import INTERRUPTED, at_end
+from bigtrain.runtime.start import arguments_of_accelerate
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 85  # exit code of a run that stopped when asked: neither done nor failed
 STOPPED_FILE = "stopped.json"  # says the same where a launcher turns every exit code into 1
 PR_SET_PDEATHSIG = 1
-OF_ACCELERATE = re.compile(r"accelerate( |\.commands\.)launch")
 SAME_PRESS_S = 1.0  # a launcher passes the Ctrl-C on that the terminal has sent to this process too
 
 
@@ -98,13 +97,6 @@ def leave_at_second_interrupt(numbers: socket.socket) -> None:
 def stop_with_launcher() -> None:
     """Have the system send SIGTERM when the launcher dies (`kill` of accelerate, SIGUSR1 to torchrun): without it the
     run would go on with nobody above it. A shell or a scheduler that started the recipe itself may go."""
-    is_launched = os.environ.get("TORCHELASTIC_RUN_ID") or OF_ACCELERATE.search(parent_command())
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ or arguments_of_accelerate() is not None
     if sys.platform == "linux" and is_launched:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def parent_command() -> str:
-    try:
-        return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""

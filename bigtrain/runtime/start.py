@@ -7,11 +7,14 @@ import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from bigtrain.runtime import zero
@@ -26,12 +29,39 @@ def world_size_of_launch() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def arguments_of_accelerate() -> list[str] | None:
+    """What the `accelerate launch` right above this process was called with; None where there is none."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return None
+    for place, (before, word) in enumerate(pairwise(words), 2):
+        if word == "accelerate.commands.launch" or (word == "launch" and Path(before).name == "accelerate"):
+            return words[place:]
+    return None
+
+
+def processes_asked_for() -> int:
+    """How many processes accelerate was told to start; 1 where it was not told."""
+    if (arguments := arguments_of_accelerate()) is None:
+        return 1
+    told, _ = launch_command_parser().parse_known_args(arguments)
+    if told.num_processes is None and told.config_file:
+        told.num_processes = load_config_from_file(told.config_file).num_processes
+    return told.num_processes or 1
+
+
 def check_launch() -> None:
     """Refuse, before any process group forms, a launch that cannot do what it says.
 
     Raises:
-        ValueError: FSDP, or DeepSpeed that would silently be off.
+        ValueError: FSDP, DeepSpeed that would silently be off, or one process where several were asked for.
     """
+    if "WORLD_SIZE" not in os.environ and (asked := processes_asked_for()) > 1:
+        raise ValueError(
+            f"accelerate was asked for {asked} processes and started one (it does so with --cpu, MULTI_CPU or too few "
+            "GPUs): launch with --config_file recipes/accelerate/cpu2.yaml on a CPU, ddp.yaml on GPUs."
+        )
     if is_on("ACCELERATE_USE_FSDP"):
         raise ValueError(
             "this launch asks for FSDP, which is not supported (on CPUs Accelerate would silently run DDP): to share "
