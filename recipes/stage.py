@@ -65,8 +65,9 @@ class Setup:
         """
         settings = run.config.run
         accelerator = start.start(
-            precision, timeout_min=2 * settings.hang_timeout_min, trackers=settings.trackers, folder=run.path
-        )
+            precision, timeout_min=2 * settings.hang_timeout_min, trackers=settings.trackers, folder=run.path,
+            deterministic=settings.deterministic,
+        )  # fmt: skip
         show_warnings(accelerator.process_index)
         problem: list[Exception | None] = [None]
         if accelerator.is_main_process:

@@ -12,9 +12,12 @@ Backends, equal in result:
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -47,13 +50,18 @@ def attention(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, runs: Runs, *, backen
 
 def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Literal["xformers", "sdpa", "dense"]:
     """What "auto" means for tensors of this kind; xformers where it has kernels, else sdpa."""
-    has_kernels = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    fits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     if backend == "auto":
-        return "xformers" if has_kernels and _xformers_loads() else "sdpa"
-    if backend == "xformers" and not has_kernels:
+        return "xformers" if fits and _xformers_has_kernels() else "sdpa"
+    if backend == "xformers" and not fits:
         raise ValueError(
             f"attention backend xformers was asked for on {device.type} in {dtype}; it needs CUDA in bf16 or fp16: "
             "use --attention auto, or sdpa."
+        )
+    if backend == "xformers" and not _xformers_has_kernels():
+        raise ValueError(
+            "attention backend xformers was asked for and is not installed as this torch needs it: `uv sync`, or use "
+            "--attention auto, or sdpa."
         )
     return backend
 
@@ -91,13 +99,21 @@ def _block_diagonal_mask(runs: Runs, device: torch.device) -> object:
 
 
 @lru_cache(maxsize=1)
-def _xformers_loads() -> bool:
+def _xformers_has_kernels() -> bool:
+    with suppress(ImportError, OSError):  # xformers is built for CUDA 12, and torch brings 13 only
+        import nvidia.cuda_runtime as cuda_12
+
+        ctypes.CDLL(str(Path(cuda_12.__path__[0], "lib", "libcudart.so.12")), ctypes.RTLD_GLOBAL)
     try:
-        import xformers.ops  # noqa: F401
+        import xformers.ops
+
+        problem = xformers._cpp_lib._cpp_library_load_exception
     except Exception as error:  # a flash-attn that is too new breaks its import in many ways
-        log.warning("xformers cannot be imported (%s): attention goes through PyTorch's own kernels", error)
-        return False
-    return True
+        problem = error
+    if problem:
+        why = str(problem).partition("\n")[0]
+        log.warning("xformers cannot be used (%s): attention goes through PyTorch's own kernels", why)
+    return not problem
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:

@@ -53,6 +53,8 @@ class RunSettings:
     """Compute activations again in the backward pass instead of keeping them (activation checkpointing)."""
     compile: bool = False
     """torch.compile the trained network."""
+    deterministic: bool = True
+    """On a GPU: kernels that add up in a fixed order, so that a run that is repeated has the same bits."""
     max_skipped_steps: int = 3
     """So many steps in a row whose loss or gradient is not finite stop the run."""
     hang_timeout_min: float = 30.0

@@ -80,12 +80,18 @@ def check_launch() -> None:
 
 
 def start(
-    precision: Chosen, *, timeout_min: float = 30.0, trackers: Sequence[str] = (), folder: Path | None = None
+    precision: Chosen,
+    *,
+    timeout_min: float = 30.0,
+    trackers: Sequence[str] = (),
+    folder: Path | None = None,
+    deterministic: bool = True,
 ) -> Accelerator:
     """Form the process group and choose the device.
 
     Args:
         timeout_min: a collective that waits for longer fails.
+        deterministic: on a GPU too, where it costs some speed.
         trackers: of Accelerate, beside our own log; they keep their files in `folder`.
 
     Raises:
@@ -112,6 +118,8 @@ def start(
             InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_min)),
         ],
     )
+    if accelerator.device.type == "cuda" and deterministic:
+        add_in_fixed_order()
     if accelerator.num_processes != world_size_of_launch():
         raise ValueError(
             f"the launcher started {world_size_of_launch()} processes, but they run as {accelerator.num_processes} "
@@ -121,6 +129,13 @@ def start(
     if zero.asked_for() and not zero.is_used(accelerator):
         raise ValueError("this launch asks for DeepSpeed, and Accelerate has turned it off: see recipes/accelerate/.")
     return accelerator
+
+
+def add_in_fixed_order() -> None:
+    """Let CUDA use kernels that give the same bits each time. One that has no such form says so, once."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass each
 
 
 def is_on(variable: str) -> bool:

@@ -11,8 +11,10 @@ from collections.abc import Callable
 import torch
 
 from bigtrain.models.vit import Architecture, ViT, masked_student
+from bigtrain.runtime.start import add_in_fixed_order
 
 TINY = Architecture("vit_tiny_patch16_224", image_size=32, patch_size=8, depth=6)
+NATURAL = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def seconds(work: Callable[[], torch.Tensor]) -> float:
@@ -33,13 +35,22 @@ def ratio(name: str, one: Callable[[], torch.Tensor], other: Callable[[], torch.
     print(f"| {name} | {ms[0]:.1f} | {ms[1]:.1f} | {spread} |")
 
 
-def step(vit: ViT, *views: torch.Tensor, dtype: torch.dtype | None = None, **options: object) -> torch.Tensor:
+def step(vit: ViT, *views: torch.Tensor, dtype: torch.dtype = NATURAL, **options: object) -> torch.Tensor:
     """A forward and a backward pass."""
     vit.zero_grad()
-    with torch.autocast(views[0].device.type, dtype, enabled=dtype is not None):
+    with torch.autocast(views[0].device.type, dtype, enabled=dtype is not torch.float32):
         loss = sum(encoded.tokens_BND.float().square().mean() for encoded in vit(*views, **options))
     loss.backward()
     return loss.detach()
+
+
+def fixed(work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Work with deterministic kernels."""
+    add_in_fixed_order()
+    try:
+        return work()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def main() -> None:
@@ -49,7 +60,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    kind = torch.cuda.get_device_name() + ", bf16" if device.type == "cuda" else "cpu, fp32"
+    where = f"{kind}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{options.model}, batch {options.batch}, {where}")
     print("| pair (a / b) | a ms | b ms | ratio a / b |\n|---|---|---|---|")
 
@@ -71,6 +83,7 @@ def main() -> None:
         lambda: step(student, images) + step(student, crops),
         options.rounds,
     )
+    by_sdpa = masked_student(Architecture(options.model), drop_path=0, attention="sdpa").to(device)
     tiny = masked_student(TINY, drop_path=0).to(device)
     small_images = torch.randn(64, 3, 32, 32, device=device)
     for name, vit, views in (
@@ -80,9 +93,24 @@ def main() -> None:
         ratio(
             f"{name}: bf16 / fp32",
             lambda vit=vit, views=views: step(vit, views, dtype=torch.bfloat16),
-            lambda vit=vit, views=views: step(vit, views),
+            lambda vit=vit, views=views: step(vit, views, dtype=torch.float32),
             options.rounds,
         )
+    if device.type == "cuda":
+        for name, views in (("student step", (images,)), ("multi-crop step", (images, crops))):
+            ratio(
+                f"{name}: attention by xformers / sdpa",
+                lambda views=views: step(student, *views),
+                lambda views=views: step(by_sdpa, *views),
+                options.rounds,
+            )
+            for attention, vit in (("xformers", student), ("sdpa", by_sdpa)):
+                ratio(
+                    f"{name}, {attention}: deterministic / not",
+                    lambda vit=vit, views=views: fixed(lambda: step(vit, *views)),
+                    lambda vit=vit, views=views: step(vit, *views),
+                    options.rounds,
+                )
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 LR = 1e-4
 CASES = [("vit_tiny_patch16_224", 96, 32), ("vit_small_patch16_224", 224, 8)]  # network, pixels, images a process
+GPU_CASES = [("vit_base_patch16_224", 224, 64), ("vit_large_patch16_224", 224, 64)]
 SMALL = [("vit_tiny_patch16_224", 32, 8)]
 
 
@@ -96,37 +97,49 @@ def steps_of_stage(stage: Stage, label_of: dict[str, int]) -> Iterator[None]:
         yield
 
 
-def bare_steps(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> Iterator[None]:
+def bare_steps(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], stage: Stage) -> Iterator[None]:
     """What anybody would write; the same optimizer and learning rate, no log, no look at the loss."""
-    optimizer = torch.optim.AdamW(decay_groups(model.named_parameters(), base_lr=LR), lr=LR)
+    device = stage.setup.accelerator.device
+    optimizer = torch.optim.AdamW(decay_groups(model.to(device).named_parameters(), base_lr=LR), lr=LR)
     for step, (image_B3HW, class_B) in enumerate(batches):
-        set_schedule(optimizer, lr_factor=schedule("cosine", step, total=steps, warmup=0), weight_decay=0.05)
-        loss = F.cross_entropy(model(to_float(image_B3HW, MEAN, STD)), class_B)
-        loss.backward()
+        image_B3HW, class_B = image_B3HW.to(device, non_blocking=True), class_B.to(device, non_blocking=True)
+        set_schedule(optimizer, lr_factor=schedule("cosine", step, total=stage.steps, warmup=0), weight_decay=0.05)
+        with stage.setup.autocast():
+            logits_BC = model(to_float(image_B3HW, MEAN, STD))
+        F.cross_entropy(logits_BC.float(), class_B).backward()
         optimizer.step()
         optimizer.zero_grad()
         yield
 
 
-def seconds(work: Iterator[None]) -> tuple[float, float]:
-    """One step, by the clock and of this process's CPU."""
+def seconds(work: Iterator[None], steps: int) -> tuple[float, float]:
+    """Some steps, by the clock and of this process's CPU."""
     began, cpu = time.perf_counter(), time.process_time()
-    next(work)
+    for _ in range(steps):
+        next(work)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began, time.process_time() - cpu
 
 
 def overhead(options: argparse.Namespace) -> None:
-    """One step of each contender in turn; a pair is the sum of `steps` of them, in which a row is logged."""
-    cases, steps = (SMALL, 3) if options.small else (CASES, 10)
-    taken = 2 + steps * options.rounds
+    """Turns of each contender, ten of which make a round, in which a row is logged. A turn is one step; ten on a GPU,
+    whose queue is empty behind each turn, not behind each step."""
+    on_gpu = torch.cuda.is_available()
+    cases = SMALL if options.small else GPU_CASES if on_gpu else CASES
+    turns, per_turn = (3 if options.small else 10), (10 if on_gpu else 1)
+    taken = (2 + turns * options.rounds) * per_turn
     print(
         "| step | ms: Stage | bare, same stream | bare, tensors | Stage / bare, stream | CPU | / bare, tensors | CPU |"
     )
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         shard_set = ShardSet(build(Path(temporary), 512))
-        settings = RunSettings(out=f"{temporary}/run", log_every=steps, checkpoint_every=10**9)
-        setup = Setup.begin(RunFolder(settings.out, Config(run=settings)), "fp32", {})
+        workers = len(os.sched_getaffinity(0)) // 2 - 1 if on_gpu else 0  # for each of two streams
+        settings = RunSettings(
+            out=f"{temporary}/run", log_every=turns * per_turn, checkpoint_every=10**9, workers=workers
+        )
+        setup = Setup.begin(RunFolder(settings.out, Config(run=settings)), "bf16" if on_gpu else "fp32", {})
         label_of = {name: number for number, name in enumerate(shard_set.classes)}
         for name, size, batch in cases:
             torch.manual_seed(0)
@@ -143,18 +156,18 @@ def overhead(options: argparse.Namespace) -> None:
                     yield batch.views["image"], classes(shard_set, batch, label_of)
 
             image_N3HW, class_N = map(torch.cat, zip(*islice(pairs(), taken), strict=True))
+            tensors = DataLoader(TensorDataset(image_N3HW, class_N), batch_size=batch, pin_memory=on_gpu)
             optimizer = torch.optim.AdamW(decay_groups(model.named_parameters(), base_lr=LR), lr=LR)
             stage = Stage(name, setup, trained=model, optimizer=optimizer, stream=stream(), epochs=epochs)
             contenders = [
                 steps_of_stage(stage, label_of),
-                bare_steps(bare, pairs(), stage.steps),
-                bare_steps(bare_too, DataLoader(TensorDataset(image_N3HW, class_N), batch_size=batch), stage.steps),
+                bare_steps(bare, pairs(), stage),
+                bare_steps(bare_too, tensors, stage),
             ]
-            for _ in range(2):  # warm-up
-                for contender in contenders:
-                    next(contender)
-            turns = [[seconds(contender) for contender in contenders] for _ in range(steps * options.rounds)]
-            timed_RSCT = np.array(turns).reshape(options.rounds, steps, len(contenders), 2)
+            for contender in contenders * 2:  # warm-up
+                seconds(contender, per_turn)
+            timed = [[seconds(contender, per_turn) for contender in contenders] for _ in range(turns * options.rounds)]
+            timed_RSCT = np.array(timed).reshape(options.rounds, turns, len(contenders), 2) / per_turn
             check_same(model, bare, bare_too)
             report(f"{name} at {size}, batch {batch}", timed_RSCT)
 
@@ -168,7 +181,7 @@ def check_same(*models: nn.Module) -> None:
 
 
 def report(name: str, timed_RSCT: np.ndarray) -> None:
-    """R rounds, S steps, C contenders, T = (clock, CPU)."""
+    """R rounds, S turns, C contenders, T = (clock, CPU)."""
     ms_C = 1000 * np.median(timed_RSCT[..., 0], axis=(0, 1))
     sum_RCT = timed_RSCT.sum(axis=1)
     ratios = [shown(sum_RCT[:, 0, kind] / sum_RCT[:, other, kind]) for other in (1, 2) for kind in (0, 1)]

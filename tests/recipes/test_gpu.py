@@ -1,4 +1,4 @@
-"""DEFEND on a GPU: every precision trains, stops, goes on, and leaves the detector that was judged."""
+"""DEFEND on a GPU: every precision trains, stops, goes on to the same bits, and leaves the detector that was judged."""
 
 import json
 import threading
@@ -16,11 +16,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_run_on_a_gpu_is_stopped_goes_on_and_its_detector_gives_its_scores(small, tmp_path, precision):
-    run = tmp_path / "run"
-    flags = [*small, "--precision", precision, "--distil-epochs", "10", "--workers", "1", "--out", run]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    flags = [*small, "--precision", precision, "--distil-epochs", "10", "--drop-path", "0.1", "--workers", "1"]
+    assert launched("defend.py", *flags, "--out", whole, environment=ON_GPU).returncode == 0
     threading.Thread(target=ask_to_stop, args=(run, 6), daemon=True).start()
-    assert launched("defend.py", *flags, environment=ON_GPU).returncode == 85
-    done = launched("defend.py", *flags, environment=ON_GPU)
+    assert launched("defend.py", *flags, "--out", run, environment=ON_GPU).returncode == 85
+    done = launched("defend.py", *flags, "--out", run, environment=ON_GPU)
     assert done.returncode == 0 and "continuing from" in done.stdout, done.stderr
     assert f"on cuda, precision {precision}" in done.stdout
     rows = [json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()]
@@ -30,3 +31,5 @@ def test_a_run_on_a_gpu_is_stopped_goes_on_and_its_detector_gives_its_scores(sma
     judged, images = judged_images(run)
     detector = bigtrain.load_detector(run / "detector", device="cuda")
     assert detector.score(images).tolist() == judged["score"].tolist()
+    for file in ("teacher.safetensors", "student.safetensors"):
+        assert (run / file).read_bytes() == (whole / file).read_bytes()
