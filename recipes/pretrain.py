@@ -227,7 +227,7 @@ def accuracy(setup: Setup, model: Classifier, stream: Stream, label_of: dict[str
 def classes(shard_set: ShardSet, batch: Batch, label_of: dict[str, int]) -> Tensor:
     """The class of each image of a batch; 0 in the places of padding, which weigh nothing."""
     labels = [0 if s == PADDING else label_of[shard_set.only_class_of(s)] for s in batch.sample_B.tolist()]
-    return torch.tensor(labels, device=batch.weight_B.device)
+    return torch.tensor(labels).to(batch.weight_B.device, non_blocking=True)
 
 
 if __name__ == "__main__":

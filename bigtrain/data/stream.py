@@ -68,8 +68,11 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
-        views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
-        return replace(self, views=views, weight_B=self.weight_B.to(device), seed_B=self.seed_B.to(device))
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)  # a copy that waits would empty the device's queue
+
+        views = {name: moved(view) for name, view in self.views.items()}
+        return replace(self, views=views, weight_B=moved(self.weight_B), seed_B=moved(self.seed_B))
 
 
 class Stream:

@@ -85,10 +85,13 @@ def _dense(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, runs: Runs) -> Tensor:
 
 
 def _xformers(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, runs: Runs) -> Tensor:
-    from xformers.ops import memory_efficient_attention
+    from xformers.ops import MemoryEfficientAttentionCutlassOp, memory_efficient_attention
 
     mask = _block_diagonal_mask(runs, q_THd.device)
-    return memory_efficient_attention(q_THd[None], k_THd[None], v_THd[None], attn_bias=mask)[0]
+    # its first choice, FlashAttention, has a backward pass that adds up in no fixed order
+    fixed_order = torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled() and q_THd.requires_grad
+    op = MemoryEfficientAttentionCutlassOp if fixed_order else None
+    return memory_efficient_attention(q_THd[None], k_THd[None], v_THd[None], attn_bias=mask, op=op)[0]
 
 
 @lru_cache(maxsize=16)  # building one copies the lengths to the device, and a training has a few shapes only

@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+import torchvision  # noqa: F401  # for its operations, in torch.ops
 from torch import Tensor
-from torchvision.ops import roi_align
 
 Normalisation = Literal["l2", "layer", "none"]
 Distance = Literal["squared", "smooth_l1"]
@@ -30,9 +30,11 @@ def align_to_crops(assignment_BhwK: Tensor, box_BV4: Tensor, *, patch_size: int,
     """
     crops = box_BV4.shape[1]
     top, left, bottom, right = box_BV4.float().unbind(-1)
-    roi = list(torch.stack([left, top, right, bottom], dim=-1))
+    image_BV = torch.arange(len(box_BV4), device=box_BV4.device)[:, None].expand(-1, crops)
+    roi_R5 = torch.stack([image_BV, left, top, right, bottom], dim=-1).flatten(0, 1)
     map_BKhw = assignment_BhwK.float().permute(0, 3, 1, 2).contiguous()
-    out = roi_align(map_BKhw, roi, grid, spatial_scale=1 / patch_size, aligned=True)
+    # torchvision.ops.roi_align would take a slow form for the sake of its gradient where torch is to be deterministic
+    out = torch.ops.torchvision.roi_align(map_BKhw, roi_R5, 1 / patch_size, *grid, -1, True)
     return out.flatten(2).transpose(1, 2).unflatten(0, (-1, crops))
 
 

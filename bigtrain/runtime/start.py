@@ -132,9 +132,12 @@ def start(
 
 
 def add_in_fixed_order() -> None:
-    """Let CUDA use kernels that give the same bits each time. One that has no such form says so, once."""
+    """Let CUDA use kernels that give the same bits each time; one that has no such form is an error of torch's.
+
+    With a warning alone (`warn_only`) torch's attention would stay as it is.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass each
 
 
