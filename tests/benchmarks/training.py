@@ -309,7 +309,7 @@ def scaling(options: argparse.Namespace) -> None:
 
 def memory(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        sharing.compare(Path(temporary), build(Path(temporary), 32), depth=2 if options.small else options.depth)
+        sharing.compare(Path(temporary), build(Path(temporary), 32), options.depth, options.processes)
 
 
 PARTS = {"overhead": overhead, "checkpoint": checkpoint, "scaling": scaling, "memory": memory}
@@ -320,7 +320,8 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="checkpoint: on which disk")
-    parser.add_argument("--depth", type=int, default=24, help="memory: blocks of the ViT-L")
+    parser.add_argument("--depth", type=int, default=16, help="memory: blocks of the ViT-L")
+    parser.add_argument("--processes", type=int, default=4, help="memory: among which it is shared")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Training on a GPU is deterministic: no recipe uses an operation that CUDA has in no such form, where torch would stop."""
+"""Training on a GPU is deterministic: no recipe uses an operation of which CUDA has no such form (torch would stop)."""
 
 import pytest
 import torch
