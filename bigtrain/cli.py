@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
 from bigtrain.runtime.watch import watch
@@ -20,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     live.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between two looks (2)")
     live.add_argument("--once", action="store_true", help="print the page once; so it is without a terminal")
     given = parser.parse_args(argv)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a frame's lines still shows the figures
     try:
         watch(given.run, every_s=given.every, once=given.once)
     except KeyboardInterrupt:

@@ -46,10 +46,11 @@ from bigtrain.runtime.config import (
 from bigtrain.runtime.optim import cosine, decay_groups, follow, scaled_lr, schedule, set_schedule
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.start import choose_precision
-from bigtrain.runtime.watch import clock
+from bigtrain.runtime.watch import clean, clock
 from recipes.defend_settings import LIMITS, Config, check, student_architecture
 from recipes.presets.fashion.prepare import PRESET, build_embedded_shards, with_embedded_data
-from recipes.stage import Setup, Stage, already_finished
+from recipes.run_setup import Setup, already_finished
+from recipes.stage import Stage
 
 LEAVES = {"tune": "teacher.safetensors", "distil": "student.safetensors"}  # stage -> file, in their order
 
@@ -96,8 +97,8 @@ def defend(config: Config, run: RunFolder) -> None:
     accelerator = setup.accelerator
     given.vit.to(accelerator.device)
     accelerator.print(
-        f"defend: {train.manifest.dataset}, {len(parts.fitted_N)} known images ({', '.join(protocol.known)}) to train "
-        f"on and {len(parts.test_N)} to judge; teacher {given.architecture.model}, {given.report}; "
+        f"defend: {train.manifest.dataset}, {len(parts.fitted_N)} known images ({clean(', '.join(protocol.known))}) to "
+        f"train on and {len(parts.test_N)} to judge; teacher {given.architecture.model}, {given.report}; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {precision}, attention "
         f"{resolve_backend(config.attention, accelerator.device, torch_dtype(precision))}, JPEGs by {jpeg_decoder()}"
     )
@@ -108,7 +109,6 @@ def defend(config: Config, run: RunFolder) -> None:
         teacher = dense_tuning(config, setup, train, fitted, given, prototypes)
     student = masked_distillation(config, setup, train, fitted, teacher)
 
-    setup.stop.release()
     scoring = Scoring(
         image_size=config.image_size,
         normalisation=config.normalisation,
@@ -233,7 +233,8 @@ def cluster_map(
     valid_N = torch.cat([valid_T.new_ones(first), valid_T])
     q_TK = sinkhorn(scores_NK, config.epsilon, config.sinkhorn_iterations, valid_N=valid_N)[first:]
     if config.queue:
-        queue.push(accelerator.gather(z_TD)[accelerator.gather(valid_T)])
+        z_TD, valid_T = accelerator.gather(z_TD), accelerator.gather(valid_T)
+        queue.push(z_TD[valid_T & z_TD.isfinite().all(dim=1)])  # one that is not would spoil each step to come
     side = config.image_size // given.vit.patch_size
     return q_TK.unflatten(0, (len(batch.weight_B), side, side))
 

@@ -15,9 +15,10 @@ from bigtrain.models.weights import Pretrained
 from bigtrain.objectives.losses import Distance, Normalisation
 from bigtrain.runtime import zero
 from bigtrain.runtime.config import Limits, RunSettings
+from bigtrain.runtime.launch import check_launch
 from bigtrain.runtime.optim import HIGHEST_LR
-from bigtrain.runtime.start import Precision, check_launch, device_type
-from recipes.stage import check_batch
+from bigtrain.runtime.start import Precision, device_type
+from recipes.run_setup import check_batch
 
 
 @dataclass(frozen=True)

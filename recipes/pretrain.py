@@ -35,11 +35,13 @@ from bigtrain.models.weights import AUGREG_STD as STD
 from bigtrain.models.weights import save_vit
 from bigtrain.runtime import zero
 from bigtrain.runtime.config import Limits, RunSettings, check_ranges, print_if_asked, read_settings, user_errors
+from bigtrain.runtime.launch import check_launch
 from bigtrain.runtime.optim import HIGHEST_LR, decay_groups, follow, scaled_lr, schedule, set_schedule
 from bigtrain.runtime.run_folder import RunFolder
-from bigtrain.runtime.start import Precision, check_launch, choose_precision
+from bigtrain.runtime.start import Precision, choose_precision
 from bigtrain.runtime.watch import clock
-from recipes.stage import Setup, Stage, already_finished, check_batch
+from recipes.run_setup import Setup, already_finished, check_batch
+from recipes.stage import Stage
 
 LEAVES = {"pretrain": "teacher.safetensors"}
 
@@ -190,7 +192,6 @@ def pretrain(config: Config, run: RunFolder) -> None:
     dtype = torch.float16 if config.weights == "fp16" else torch.float32
     vit = model.vit.to(dtype).float()
     stream = setup.in_order(held_out, held_out_N, Resized(size), config.batch)
-    setup.stop.release()
     if accelerator.is_main_process:
         save_vit(run / "teacher.safetensors", vit, architecture, mean=MEAN, std=STD, dtype=dtype)
     top1, top5, count = accuracy(setup, model.eval(), stream, label_of)

@@ -1,124 +1,25 @@
-"""What every training loop of a recipe shares: where it begins, one step further, when it saves and when it stops."""
+"""What every training loop of a recipe shares: one step further, when it saves and when it stops."""
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from numpy.typing import NDArray
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from bigtrain.data.pictures import jpeg_decoder
-from bigtrain.data.plan import PADDING, Plan, Position, check_divides
-from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.plan import PADDING, Position
 from bigtrain.data.stream import Batch, Stream
-from bigtrain.data.views import Transform
-from bigtrain.models.flops import peak_flops
 from bigtrain.runtime import start, zero
 from bigtrain.runtime.checkpoint import Checkpoints
-from bigtrain.runtime.config import RunSettings, result_settings
-from bigtrain.runtime.heartbeat import Heartbeat
-from bigtrain.runtime.log import StageLog, show_warnings
-from bigtrain.runtime.preempt import Stop
-from bigtrain.runtime.run_folder import RunFolder
+from bigtrain.runtime.log import StageLog
 from bigtrain.runtime.update import Update
+from recipes.run_setup import Setup
 
 M = TypeVar("M", bound=nn.Module)
-
-
-def check_batch(global_batch: int, settings: RunSettings) -> None:
-    """Refuse a batch that does not divide among the launched processes, and each one's parts."""
-    share = global_batch // check_divides(global_batch, start.world_size_of_launch())
-    if share % settings.accumulate:
-        allowed = [str(parts) for parts in range(1, share + 1) if share % parts == 0]
-        raise ValueError(
-            f"--accumulate {settings.accumulate} does not divide each process's share of a batch, {share} images: use "
-            f"{', '.join(allowed[:-1])}{' or ' if allowed[:-1] else ''}{allowed[-1]}."
-        )
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What all stages of a run share."""
-
-    run: RunFolder
-    accelerator: Accelerator
-    stop: Stop
-    settings: RunSettings
-    precision: start.Chosen
-    heartbeat: Heartbeat
-
-    @classmethod
-    def begin(cls, run: RunFolder, precision: start.Chosen, leaves: Mapping[str, str]) -> Setup:
-        """Form the process group and create the run folder.
-
-        Args:
-            leaves: the recipe's stages in their order, and the file that each leaves in the run folder.
-        """
-        settings = run.config.run
-        accelerator = start.start(
-            precision, timeout_min=2 * settings.hang_timeout_min, trackers=settings.trackers, folder=run.path,
-            deterministic=settings.deterministic,
-        )  # fmt: skip
-        show_warnings(accelerator.process_index)
-        problem: list[Exception | None] = [None]
-        if accelerator.is_main_process:
-            try:
-                run.lock()
-                run.take_over(leaves)
-                run.create(precision=precision, jpeg_decoder=jpeg_decoder(), id=secrets.token_hex(4))
-            except (OSError, ValueError) as error:
-                problem = [error]
-        broadcast_object_list(problem)  # the others wait here
-        if problem[0]:
-            raise problem[0]
-        if settings.trackers:
-            accelerator.init_trackers("bigtrain", flat(result_settings(run.config)), tracker_options(run))
-        heartbeat = Heartbeat(accelerator, 60 * settings.hang_timeout_min)
-        return cls(run, accelerator, Stop(accelerator, run.path), settings, precision, heartbeat)
-
-    def end_trackers(self) -> None:
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-
-    def autocast(self) -> torch.autocast:
-        return start.autocast(self.accelerator, self.precision)
-
-    def stream(self, shard_set: ShardSet, plan: Plan, transform: Transform) -> Stream:
-        """This process's share of a plan."""
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        return Stream(
-            shard_set, plan, transform,
-            rank=rank, world_size=world_size, workers=self.settings.workers, mark=self.heartbeat.mark,
-        )  # fmt: skip
-
-    def in_order(self, shard_set: ShardSet, sample_N: NDArray[np.int64], transform: Transform, batch: int) -> Stream:
-        """This process's share of some samples in the order of the index, `batch` of them at once."""
-        plan = shard_set.plan(sample_N, batch * self.accelerator.num_processes, shuffle=False)
-        return self.stream(shard_set, plan, transform)
-
-    def peak_flops(self) -> float | None:
-        """What one of these devices can do at most, if it is known."""
-        if self.settings.peak_tflops:
-            return self.settings.peak_tflops * 1e12
-        on_gpu = self.accelerator.device.type == "cuda"
-        return peak_flops(torch.cuda.get_device_name(), self.precision) if on_gpu else None
-
-
-def already_finished(run: RunFolder) -> bool:
-    """Refuse a folder of another run; say so, once, if this one is finished."""
-    run.check()
-    if run.finished and os.environ.get("RANK", "0") == "0":
-        print(f"this run is finished, nothing to do: see {run.path}")
-    return run.finished
 
 
 class Stage:
@@ -212,10 +113,12 @@ class Stage:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a part's loss, this process's share of it: see `Batch.mean`."""
+        self.setup.heartbeat.mark(f"computed a loss of step {self.step + 1}")
         self.updates.backward(loss, last=self._is_last_part)
 
     def update(self) -> bool:
         """Change the weights; False where loss or gradient were not finite and the step is skipped."""
+        self.setup.heartbeat.mark(f"computed the gradient of step {self.step + 1}")
         self.figures, self.problem = self.updates.take()
         return not self.problem
 
@@ -228,17 +131,18 @@ class Stage:
             self._skipped(batch)
         else:
             self.skipped_in_a_row = 0
+        # behind a step that was skipped the weights may be no good: saving, and so stopping, waits for the next
         asked, bad = self.setup.stop.agreed_and_sum(len(batch.bad))
         if self.setup.accelerator.num_processes > 1:  # a stream alone has counted them itself
             self.stream.budget.agree(batch.position.epoch, bad)
-        if asked:
+        if asked and not self.problem:
             self._save(batch)
             self.log.event("stopped", "when asked")
             self.log.close()
             self.setup.end_trackers()
             self.setup.stop.leave(self.step, self.name)
         self._save_is_due |= self.step % self.setup.settings.checkpoint_every == 0
-        if self._save_is_due and not self.problem:  # behind a step that was skipped the weights may be no good
+        if self._save_is_due and not self.problem:
             self._save(batch)
             self._save_is_due = False
 
@@ -282,18 +186,3 @@ class Stage:
                 f"their pictures are in {self.setup.run / 'log.jsonl'}, and the last good checkpoint is "
                 f"{newest or 'none yet'}. Lower the learning rate, clip, or use --precision fp32."
             )
-
-
-def tracker_options(run: RunFolder) -> dict[str, dict[str, Any]]:
-    """A run keeps its name, and where the tracker can, its history over restarts."""
-    name = run.path.resolve().name
-    return {
-        "wandb": {"name": name, "dir": str(run.path), "id": run.resolved("id"), "resume": "allow"},
-        "mlflow": {"run_name": name},
-        "trackio": {"name": name, "resume": "allow"},
-    }
-
-
-def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as trackers take them: numbers and words."""
-    return {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}

@@ -86,6 +86,7 @@ class Stream:
         workers: processes that read and decode; 0 does it in this one. Each has some of the places of every batch, so
             there are never more than this rank has places.
         mark: told what this rank is at, twice a batch.
+        behind_batch: called when a batch is done with.
     """
 
     def __init__(
@@ -98,8 +99,9 @@ class Stream:
         world_size: int = 1,
         workers: int = 0,
         mark: Callable[[str], None] = lambda doing: None,
+        behind_batch: Callable[[], None] = lambda: None,
     ) -> None:
-        self.mark = mark
+        self.mark, self.behind_batch = mark, behind_batch
         share = plan.global_batch // check_divides(plan.global_batch, world_size)
         self.shard_set, self.plan, self.transform = shard_set, plan, transform
         self.workers = min(workers, share)
@@ -134,6 +136,7 @@ class Stream:
                 self.budget.agree(batch.position.epoch, len(batch.bad))
             yield batch
             self.mark(f"was done with {place}")
+            self.behind_batch()
             began = time.perf_counter()
 
     def _pieces(self, start: Position, epochs: int | None) -> Iterator[_Piece]:

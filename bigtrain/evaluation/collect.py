@@ -31,6 +31,7 @@ def collect(
     for batch in stream.batches():
         batch = batch.to(accelerator.device)
         here = {name: function(batch.views["image"]) for name, function in functions.items()}
+        stream.mark(f"computed {', '.join(functions)} of batch {batch.position.batch}")
         sample_B = torch.from_numpy(batch.sample_B).to(accelerator.device)
         gathered = accelerator.gather({"sample": sample_B, "weight": batch.weight_B, **here})
         real_B = (gathered["weight"] > 0).cpu().numpy()

@@ -8,6 +8,7 @@ import gc
 import json
 import math
 import os
+import socket
 import sys
 import tomllib
 import traceback
@@ -22,6 +23,8 @@ import tyro
 
 from bigtrain.runtime import heartbeat
 from bigtrain.runtime.heartbeat import LOST, Heartbeat
+from bigtrain.runtime.launch import stop_with_launcher
+from bigtrain.runtime.watch import clean
 
 USER_ERROR = 2  # exit codes
 INTERRUPTED = 130
@@ -75,7 +78,7 @@ RUN_LIMITS: Limits = {
     "keep_every": (0, math.inf),
     "accumulate": (1, math.inf),
     "max_skipped_steps": (1, math.inf),
-    "hang_timeout_min": (0.01, math.inf),
+    "hang_timeout_min": (0.01, 1e6),
     "peak_tflops": (0, math.inf),
 }
 
@@ -175,6 +178,7 @@ def result_settings(config: Any) -> dict[str, Any]:
 @contextmanager
 def user_errors(program: str) -> Iterator[None]:
     """End with exit code 2 and one sentence on a user's mistake; `BIGTRAIN_TRACEBACK=1` shows where it was raised."""
+    stop_with_launcher()
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -190,9 +194,11 @@ def user_errors(program: str) -> Iterator[None]:
         if os.environ.get("BIGTRAIN_TRACEBACK"):
             traceback.print_exc()
         heartbeat.failed(error)
-        # before a process group forms, every rank finds the same mistake: one of them says so
-        if dist.is_initialized() or os.environ.get("RANK", "0") == "0":
-            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        # before a process group forms, all ranks of a machine find the same mistake: one of them says so
+        if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
+            rank = os.environ.get("RANK", "0")
+            where = f" (rank {rank} on {socket.gethostname()})" if rank != "0" else ""
+            print(f"{program}: error{where}: {clean(str(error))}", file=sys.stderr, flush=True)
         raise SystemExit(USER_ERROR) from None
     except BaseException as error:
         if why := heartbeat.failed(error):

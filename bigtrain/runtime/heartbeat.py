@@ -3,6 +3,7 @@
 Each rank's thread writes every second to a store on rank 0 that it lives and how often its main thread has moved on.
 Rank 0 judges: a rank is *silent* when its thread writes no more (killed, frozen, cut off), and *hangs* when nobody has
 moved on for long and it is the furthest behind, so that the others wait for it. All ranks then end with exit code LOST.
+The others judge rank 0: its store no longer answers. Which rank hangs inside of one collective cannot be told.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ class Heartbeat:
         self._first = self._seen[0]
         self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
         self._thread.start()
+        if self.rank != 0:
+            self._answered = time.monotonic()
+            threading.Thread(target=self._watch_first, name="watches rank 0", daemon=True).start()
 
     def mark(self, doing: str) -> None:
         """Say that the main thread has moved on, and to what; as often on each rank."""
@@ -77,7 +81,7 @@ class Heartbeat:
         if self._stop():
             try:
                 self.store.set(VERDICT, json.dumps([[self.rank], f"{self._named(self._own())} has failed: {reason}"]))
-                time.sleep(2 * self.beat_s if self.rank == 0 else 0)  # the store goes with rank 0
+                self._linger()
             except RuntimeError:
                 pass  # rank 0 has ended before
 
@@ -89,6 +93,7 @@ class Heartbeat:
         if not self._explains:
             time.sleep(60)  # the thread says it, and ends this process
         self._judged.wait(within_s)
+        self._linger()
         return self.verdict
 
     def _stop(self) -> bool:
@@ -97,6 +102,10 @@ class Heartbeat:
         if is_first:
             self._thread.join()
         return is_first
+
+    def _linger(self) -> None:
+        """Let the others read what is in the store, which ends with rank 0."""
+        time.sleep(2 * self.beat_s if self.rank == 0 else 0)
 
     def _own(self) -> dict[str, Any]:
         own = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid()}
@@ -121,7 +130,7 @@ class Heartbeat:
         while not self._ends.wait(self.beat_s):
             if time.monotonic() - last > min(5 * self.beat_s, self.silent_s / 2) and self.rank == 0:
                 self._seen = []  # this rank was frozen itself, perhaps all were: ages begin anew
-            last = time.monotonic()
+            last = self._answered = time.monotonic()
             try:
                 self._beat()
                 if self.rank == 0:
@@ -137,6 +146,18 @@ class Heartbeat:
                 first = self._first
                 accused, sentence = [0], f"{self._named(first)} has ended; it served the other processes"
             return self._end(accused, sentence)
+
+    def _watch_first(self) -> None:
+        """End where rank 0 is frozen or cut off: a call of the store then waits for ever, whatever its timeout says."""
+        last = time.monotonic()
+        while self._thread.is_alive():
+            time.sleep(self.beat_s)
+            now = time.monotonic()
+            if now - last > min(5 * self.beat_s, self.silent_s / 2):
+                self._answered = now  # it was this rank that was frozen
+            last = now
+            if now - self._answered > self.silent_s:
+                self._end([0], f"{self._named(self._first)} does not answer")
 
     def _judge(self) -> tuple[list[int], str] | None:
         """Who is to be blamed, if anybody, and for what."""
@@ -166,7 +187,7 @@ class Heartbeat:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         if self.rank == speaker:
             print(f"error: {self.verdict}", file=sys.stderr, flush=True)
-        time.sleep(2 * self.beat_s if self.rank == 0 else 0)  # the others still have to read it
+        self._linger()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(LOST)  # the main thread may hang in a collective for ever

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from bigtrain.runtime.watch import clock, shown
+from bigtrain.runtime.watch import clean, clock, shown
 
 LINE_EVERY_S = 10.0  # without a terminal
 EVENTS = ("started", "saved", "stopped", "step skipped", "failed", "finished")
@@ -63,7 +63,7 @@ class StageLog:
             path = continued(folder / "log.jsonl", stage, done)
             self.before = steps_of_others(path, stage)
             self.file = path.open("a", buffering=1)
-            self.board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=done)
+            self.board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=done + 1)
             self.bar = tqdm(
                 total=steps, initial=done, desc=stage, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
             )
@@ -199,6 +199,13 @@ def is_row_after(row: str, stage: str, done: int) -> bool:
     return record["stage"] == stage and record["step"] > done
 
 
+class CleanFormatter(logging.Formatter):
+    """Names of pictures and classes come from outside."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return clean(super().format(record))
+
+
 def show_warnings(rank: int) -> None:
     """Let the library's warnings (a skipped picture, a fallback) reach the terminal as plain lines.
 
@@ -206,4 +213,5 @@ def show_warnings(rank: int) -> None:
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for handler in logging.getLogger().handlers:
+        handler.setFormatter(CleanFormatter("%(message)s"))
         handler.addFilter(lambda record: rank == 0 or not getattr(record, "of_all_ranks", False))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,12 +15,10 @@ import torch
 from accelerate import Accelerator
 
 from bigtrain.runtime.config import INTERRUPTED, at_end
-from bigtrain.runtime.start import arguments_of_accelerate
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 85  # exit code of a run that stopped when asked: neither done nor failed
 STOPPED_FILE = "stopped.json"  # says the same where a launcher turns every exit code into 1
-PR_SET_PDEATHSIG = 1
 SAME_PRESS_S = 1.0  # a launcher passes the Ctrl-C on that the terminal has sent to this process too
 
 
@@ -42,9 +38,6 @@ class Stop:
         signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=leave_at_second_interrupt, args=(numbers,), name="interrupts", daemon=True).start()
         at_end.callback(self.release)
-        stop_with_launcher()
-        if accelerator.is_main_process:
-            (folder / STOPPED_FILE).unlink(missing_ok=True)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
@@ -61,8 +54,13 @@ class Stop:
         asked_sum, count_sum = self.accelerator.reduce(both, reduction="sum").tolist()
         return asked_sum > 0, count_sum
 
+    def leave_if_asked(self) -> None:
+        """Where there is nothing to save (while images are judged, say): call on all ranks, as often on each."""
+        if self.agreed():
+            self.leave()
+
     def release(self) -> None:
-        """Let signals end the process at once again: behind the training stages there is nothing to save."""
+        """Let signals end the process at once again."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -92,11 +90,3 @@ def leave_at_second_interrupt(numbers: socket.socket) -> None:
             elif received[0] in seconds and time.monotonic() - first_at > SAME_PRESS_S:
                 os.write(2, b"interrupted; the same command continues.\n")
                 os._exit(INTERRUPTED)
-
-
-def stop_with_launcher() -> None:
-    """Have the system send SIGTERM when the launcher dies (`kill` of accelerate, SIGUSR1 to torchrun): without it the
-    run would go on with nobody above it. A shell or a scheduler that started the recipe itself may go."""
-    is_launched = "TORCHELASTIC_RUN_ID" in os.environ or arguments_of_accelerate() is not None
-    if sys.platform == "linux" and is_launched:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -3,80 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from bigtrain.runtime import zero
+from bigtrain.runtime.launch import check_launch, is_on, world_size_of_launch
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Chosen = Literal["fp32", "bf16", "fp16"]
+MEETING_S = 30.0  # longer than processes of one launch usually take to find each other
 BF16_FROM_WIDTH = 384  # ViT-S: below it a CPU is faster in fp32
-
-
-def world_size_of_launch() -> int:
-    """How many processes the launcher says there are, before any group forms."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def arguments_of_accelerate() -> list[str] | None:
-    """What the `accelerate launch` right above this process was called with; None where there is none."""
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return None
-    for place, (before, word) in enumerate(pairwise(words), 2):
-        if word == "accelerate.commands.launch" or (word == "launch" and Path(before).name == "accelerate"):
-            return words[place:]
-    return None
-
-
-def processes_asked_for() -> int:
-    """How many processes accelerate was told to start; 1 where it was not told."""
-    if (arguments := arguments_of_accelerate()) is None:
-        return 1
-    told, _ = launch_command_parser().parse_known_args(arguments)
-    if told.num_processes is None and told.config_file:
-        told.num_processes = load_config_from_file(told.config_file).num_processes
-    return told.num_processes or 1
-
-
-def check_launch() -> None:
-    """Refuse, before any process group forms, a launch that cannot do what it says.
-
-    Raises:
-        ValueError: FSDP, DeepSpeed that would silently be off, or one process where several were asked for.
-    """
-    if "WORLD_SIZE" not in os.environ and (asked := processes_asked_for()) > 1:
-        raise ValueError(
-            f"accelerate was asked for {asked} processes and started one (it does so with --cpu, MULTI_CPU or too few "
-            "GPUs): launch with --config_file recipes/accelerate/cpu2.yaml on a CPU, ddp.yaml on GPUs."
-        )
-    if is_on("ACCELERATE_USE_FSDP"):
-        raise ValueError(
-            "this launch asks for FSDP, which is not supported (on CPUs Accelerate would silently run DDP): to share "
-            "weights among processes launch with recipes/accelerate/zero3.yaml."
-        )
-    if zero.asked_for() and is_on("ACCELERATE_USE_CPU"):
-        raise ValueError(
-            "this launch asks for DeepSpeed and for ACCELERATE_USE_CPU (or --cpu), which would silently turn DeepSpeed "
-            "off: leave the latter out; without a GPU DeepSpeed runs on the CPU by itself."
-        )
-    if zero.asked_for() and "WORLD_SIZE" not in os.environ:
-        raise ValueError(
-            "this launch asks for DeepSpeed and started no process group: launch with `accelerate launch "
-            "--config_file recipes/accelerate/zero2.yaml RECIPE`."
-        )
 
 
 def start(
@@ -106,20 +54,19 @@ def start(
     backend = "gloo" if zero.asked_for() and not torch.cuda.is_available() else None
     # without saying so, several processes on a machine without a GPU would not know each other
     on_cpu = world_size_of_launch() > 1 and not torch.cuda.is_available() and not zero.asked_for()
-    accelerator = Accelerator(  # no mixed precision of Accelerate's: see `autocast`
-        step_scheduler_with_optimizer=False,
-        mixed_precision="no",
-        cpu=on_cpu,
-        deepspeed_plugin=zero.plugin(precision) if zero.asked_for() else None,
-        log_with=list(trackers) or None,
-        project_dir=folder,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_min)),
-        ],
-    )
-    if accelerator.device.type == "cuda" and deterministic:
-        add_in_fixed_order()
+    with meeting():
+        accelerator = Accelerator(  # no mixed precision of Accelerate's: see `autocast`
+            step_scheduler_with_optimizer=False,
+            mixed_precision="no",
+            cpu=on_cpu,
+            deepspeed_plugin=zero.plugin(precision) if zero.asked_for() else None,
+            log_with=list(trackers) or None,
+            project_dir=folder,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_min)),
+            ],
+        )
     if accelerator.num_processes != world_size_of_launch():
         raise ValueError(
             f"the launcher started {world_size_of_launch()} processes, but they run as {accelerator.num_processes} "
@@ -128,7 +75,31 @@ def start(
         )
     if zero.asked_for() and not zero.is_used(accelerator):
         raise ValueError("this launch asks for DeepSpeed, and Accelerate has turned it off: see recipes/accelerate/.")
+    if accelerator.device.type == "cuda" and deterministic:
+        add_in_fixed_order()
     return accelerator
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """While the processes of a launch find each other: say so where it takes long; Ctrl-C ends this one at once."""
+    if world_size_of_launch() == 1:
+        yield
+        return
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    told = (
+        f"rank {os.environ.get('RANK')} has waited {MEETING_S:.0f} s for all {world_size_of_launch()} processes to "
+        f"meet at {address}: has one of them ended, or can it not reach that?"
+    )
+    timer = threading.Timer(MEETING_S, lambda: print(told, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the others too
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        timer.cancel()
 
 
 def add_in_fixed_order() -> None:
@@ -139,11 +110,6 @@ def add_in_fixed_order() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass each
-
-
-def is_on(variable: str) -> bool:
-    """Whether an environment variable says yes."""
-    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
 
 
 def autocast(accelerator: Accelerator, precision: Chosen) -> torch.autocast:

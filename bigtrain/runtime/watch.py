@@ -92,7 +92,9 @@ class Follower:
         try:
             record = json.loads(row)
             name, step, at = str(record["stage"]), int(record["step"]), float(record["time"])
-        except (ValueError, KeyError, TypeError):
+            if not math.isfinite(at):
+                return
+        except (ValueError, KeyError, TypeError, OverflowError):
             return  # no row of ours, or one that was being written when the run was killed
         stage = self.stages.setdefault(name, Stage(name))
         stage.step = step
@@ -123,7 +125,7 @@ def watch(run: Path, *, every_s: float = 2.0, once: bool = False, console: Conso
     console = console or Console()
     follower = Follower(run / "log.jsonl")
     follower.look()
-    if once or not console.is_terminal:
+    if once or not console.is_terminal or console.is_dumb_terminal:
         console.print(page(run, follower, console.width))
         return
     with Live(page(run, follower, console.width), console=console, screen=False, auto_refresh=False) as live:

@@ -31,7 +31,8 @@ from bigtrain.models.vit import Architecture, ViT
 from bigtrain.runtime.config import RunSettings
 from bigtrain.runtime.run_folder import RunFolder
 from recipes.pretrain import Config
-from recipes.stage import Setup, Stage
+from recipes.run_setup import Setup
+from recipes.stage import Stage
 
 ROOT = Path(__file__).parents[2]
 # bytes a weight of P processes: weights 4, gradients 4, AdamW's moments 8; DeepSpeed has one more copy of its share of

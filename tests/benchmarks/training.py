@@ -47,7 +47,8 @@ from bigtrain.runtime.config import RunSettings
 from bigtrain.runtime.optim import decay_groups, schedule, set_schedule
 from bigtrain.runtime.run_folder import RunFolder
 from recipes.pretrain import Config, classes
-from recipes.stage import Setup, Stage
+from recipes.run_setup import Setup
+from recipes.stage import Stage
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

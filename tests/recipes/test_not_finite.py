@@ -44,7 +44,8 @@ from bigtrain.data.views import Resized, to_float
 from bigtrain.runtime.config import RunSettings, user_errors
 from bigtrain.runtime.run_folder import RunFolder
 from recipes.pretrain import Config
-from recipes.stage import Setup, Stage
+from recipes.run_setup import Setup
+from recipes.stage import Stage
 
 class InfiniteGradient(torch.autograd.Function):
     @staticmethod

@@ -38,8 +38,8 @@ with user_errors("recipe.py"):
         raise ZeroDivisionError("one divided by nothing")
     if rank == 1 and mode == "mistake":
         raise ValueError("a mistake of one rank.")
-    if rank == 0 and mode == "first":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 0 and mode in ("first SIGKILL", "first SIGSTOP"):
+        os.kill(os.getpid(), getattr(signal, mode.split()[1]))
     if mode == "all":
         raise ValueError("a mistake of all.")
     if mode == "pause":
@@ -93,10 +93,27 @@ def test_the_other_rank_ends_in_time_and_names_the_one_that_died_or_hangs(tmp_pa
 
 
 def test_the_first_rank_serves_the_others_and_is_named_when_it_dies(tmp_path):
-    processes = started(tmp_path, "first")
+    processes = started(tmp_path, "first SIGKILL")
     codes, said = ended(processes)
     assert codes == [-signal.SIGKILL, LOST]
     assert f"rank 0 (process {processes[0].pid} on " in said[1] and "has ended" in said[1]
+
+
+def test_the_first_rank_is_named_too_when_it_is_frozen(tmp_path):
+    first, second = started(tmp_path, "first SIGSTOP")
+    codes, said = ended([second])
+    first.kill()
+    first.communicate()
+    assert codes == [LOST] and f"rank 0 (process {first.pid} on {socket.gethostname()}) does not answer" in said[0]
+
+
+def test_of_three_ranks_both_others_name_the_one_that_was_killed(tmp_path):
+    processes = started(tmp_path, "SIGKILL", processes=3)
+    codes, said = ended(processes)
+    assert codes == [LOST, -signal.SIGKILL, LOST]
+    named = f"rank 1 (process {processes[1].pid} on {socket.gethostname()}) does not live any more"
+    sentences = [row for text in said for row in text.splitlines() if "error: " in row]
+    assert sentences and all(named in row for row in sentences), said
 
 
 def test_a_frozen_rank_is_named_and_the_run_ends_without_it(tmp_path):

@@ -1,0 +1,97 @@
+"""How this process was started, and by what: before any process group forms."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+from bigtrain.runtime import zero
+
+PARENT = os.getppid()
+PR_SET_PDEATHSIG = 1
+# how many processes a scheduler or MPI has started this one among
+STARTED_AMONG = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def world_size_of_launch() -> int:
+    """How many processes the launcher says there are, before any group forms."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def arguments_of_accelerate() -> list[str] | None:
+    """What the `accelerate launch` right above this process was called with; None where there is none."""
+    try:
+        words = Path(f"/proc/{PARENT}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return None
+    for place, word in enumerate(words):
+        name, before = Path(word).name, Path(words[place - 1]).name
+        if name in ("accelerate-launch", "accelerate.commands.launch") or (name == "launch" and before == "accelerate"):
+            return words[place + 1 :]
+    return None
+
+
+def processes_asked_for() -> int:
+    """How many processes accelerate was told to start; 1 where it was not told."""
+    if (arguments := arguments_of_accelerate()) is None:
+        return 1
+    told, _ = launch_command_parser().parse_known_args(arguments)
+    has_default = Path(default_config_file).is_file() and not told.cpu
+    if told.num_processes is None and (told.config_file or has_default):
+        told.num_processes = load_config_from_file(told.config_file).num_processes
+    return told.num_processes or 1
+
+
+def check_launch() -> None:
+    """Refuse, before any process group forms, a launch that cannot do what it says.
+
+    Raises:
+        ValueError: FSDP, DeepSpeed that would silently be off, or one process where several were asked for.
+    """
+    if "WORLD_SIZE" not in os.environ and (asked := processes_asked_for()) > 1:
+        raise ValueError(
+            f"accelerate was asked for {asked} processes and started one (it does so with --cpu, MULTI_CPU or too few "
+            "GPUs): launch with --config_file recipes/accelerate/cpu2.yaml on a CPU, ddp.yaml on GPUs."
+        )
+    among = next((name for name in STARTED_AMONG if int(os.environ.get(name) or 1) > 1), None)
+    if "WORLD_SIZE" not in os.environ and among:
+        raise ValueError(
+            f"{os.environ[among]} processes were started ({among}) that do not know each other: each needs RANK, "
+            "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or let accelerate launch or torchrun start them."
+        )
+    if is_on("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "this launch asks for FSDP, which is not supported (on CPUs Accelerate would silently run DDP): to share "
+            "weights among processes launch with recipes/accelerate/zero3.yaml."
+        )
+    if zero.asked_for() and is_on("ACCELERATE_USE_CPU"):
+        raise ValueError(
+            "this launch asks for DeepSpeed and for ACCELERATE_USE_CPU (or --cpu), which would silently turn DeepSpeed "
+            "off: leave the latter out; without a GPU DeepSpeed runs on the CPU by itself."
+        )
+    if zero.asked_for() and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "this launch asks for DeepSpeed and started no process group: launch with `accelerate launch "
+            "--config_file recipes/accelerate/zero2.yaml RECIPE`."
+        )
+
+
+def is_on(variable: str) -> bool:
+    """Whether an environment variable says yes."""
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
+
+
+def stop_with_launcher() -> None:
+    """Have the system send SIGTERM when the launcher dies (`kill` of accelerate, SIGUSR1 to torchrun): without it the
+    run would go on with nobody above it. A shell or a scheduler that started the recipe itself may go."""
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ or arguments_of_accelerate() is not None
+    if sys.platform == "linux" and is_launched:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != PARENT:  # it has gone meanwhile
+            os.kill(os.getpid(), signal.SIGTERM)
