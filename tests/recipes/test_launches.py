@@ -114,6 +114,7 @@ def test_a_run_goes_on_in_mid_epoch_with_another_number_of_processes_and_under_z
 WRONG = {
     "a batch that does not divide": ("cpu2", 2, ["--tune-batch", "9"], {}, "does not divide among 2 processes"),
     "two processes of which one starts": ("cpu", 2, [], {}, "asked for 2 processes and started one"),
+    "strangers": ("cpu", 1, [], {"OMPI_COMM_WORLD_SIZE": "2"}, "2 processes were started (OMPI_COMM_WORLD_SIZE)"),
     "accumulation that does not divide": ("cpu", 1, ["--accumulate", "5"], {}, "--accumulate 5 does not divide"),
     "ZeRO-3 with a moving average": ("zero3", 2, ["--ema-teacher"], {}, "launch with recipes/accelerate/zero2.yaml"),
     "DeepSpeed silently off": ("zero2", 2, [], {"ACCELERATE_USE_CPU": "true"}, "silently turn DeepSpeed off"),

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from bigtrain.runtime.update import NO_GRADIENT, NO_LOSS
+from recipes import defend
 from tests.recipes.conftest import ENVIRONMENT, ROOT, accelerate
 
 LAUNCHES = {"one process": ("cpu", 1), "two": ("cpu2", 2), "ZeRO-2": ("zero2", 2), "ZeRO-3": ("zero3", 2)}
@@ -100,3 +101,18 @@ def test_a_bad_loss_or_gradient_of_one_rank_skips_the_step_on_all_and_training_g
     rows = [json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[1] == "nan" and all(isinstance(loss, float) for loss in losses[2:])
+
+
+def test_a_token_that_is_not_finite_spoils_one_step_and_not_the_queue(small, tmp_path, monkeypatch):
+    calls = 0
+
+    def to_float(*arguments):
+        nonlocal calls
+        calls += 1
+        return defend_to_float(*arguments) * (float("nan") if calls == 3 else 1)  # the second step's whole images
+
+    defend_to_float = defend.to_float
+    monkeypatch.setattr(defend, "to_float", to_float)
+    run = tmp_path / "run"
+    defend.main([*small, "--queue", "64", "--tune-epochs", "2", "--out", str(run)])
+    assert [(row["stage"], row["step"]) for row in events(run, "step skipped")] == [("tune", 2)]

@@ -145,3 +145,33 @@ def test_a_signal_to_one_rank_alone_stops_all(flags, tmp_path, launcher):
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGUSR1)
     start.stopped()
+
+
+@pytest.mark.parametrize("launcher", ["bare", "torchrun"])
+def test_a_run_that_is_asked_to_stop_while_it_judges_does_and_judges_again(small, tmp_path, launcher):
+    run, line = tmp_path / "run", [*LAUNCHERS[launcher], RECIPE, *small, "--no-tune", "--score-batch", "2"]
+    process = subprocess.Popen([*line, "--out", str(run)], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    while not (run / "student.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    (run / "stop").touch()
+    assert process.wait(60) != 0 and not (run / "results.json").exists() and not (run / "stop").exists()
+    assert json.loads((run / "stopped.json").read_text())["exit_code"] == 85
+    done = subprocess.run([*line, "--out", str(run)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "AUROC" in done.stdout, done.stderr
+    assert not (run / "stopped.json").exists()
+
+
+def test_what_a_start_left_when_it_stopped_is_gone_when_the_next_fails_early(flags, tmp_path):
+    start = Start("bare", flags, tmp_path / "run")
+    start.process.send_signal(signal.SIGTERM)
+    start.stopped()
+    line = [*LAUNCHERS["bare"], RECIPE, *flags, "--out", str(tmp_path / "run"), "--hang-timeout-min", "0.02"]
+    line[line.index("--train-limit") + 1] = "49"  # other settings: refused, and nothing is touched
+    assert subprocess.run(line, env=ENVIRONMENT, capture_output=True).returncode == 2
+    assert (tmp_path / "run" / "stopped.json").exists()
+    line[line.index("--train-limit") + 1] = "48"
+    line += ["--trackers", "trackio"]  # which is not installed
+    failed = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True)
+    assert failed.returncode == 2 and "trackio" in failed.stderr
+    assert not (tmp_path / "run" / "stopped.json").exists()

@@ -1,0 +1,119 @@
+"""Processes of one run that differ: in their settings, in what they find, in how far they get."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bigtrain.runtime.heartbeat import LOST
+from tests.recipes.conftest import ENVIRONMENT, ROOT, command
+
+
+def bare(line_of_rank):
+    """Processes as a scheduler starts them, each on a machine of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(line_of_rank))}
+    return [
+        subprocess.Popen(
+            list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), **shared, "RANK": str(rank), "LOCAL_RANK": "0"},
+        )
+        for rank, line in enumerate(line_of_rank)
+    ]  # fmt: skip
+
+
+def ended(processes):
+    try:
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"), [("distil-lr", ("0.001", "0.05")), ("seed", ("0", "1")), ("log-every", ("1", "2"))]
+)
+def test_ranks_with_different_settings_are_refused(small, tmp_path, setting, values):
+    lines = [command("defend.py", *small, f"--{setting}", value, "--out", tmp_path / "run") for value in values]
+    codes, said = ended(bare(lines))
+    assert codes == [2, 2]
+    pair = f"rank 1 have different settings: {setting.replace('-', '_')} ({values[0]} and {values[1]})"
+    assert all(pair in text for text in said), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_fails_alone_before_they_meet_says_so_and_the_one_that_waits_ends_at_ctrl_c(small, tmp_path):
+    flags = [*small, "--out", tmp_path / "run"]
+    first, second = bare([command("defend.py", *flags), command("defend.py", *flags, "--train", tmp_path / "nowhere")])
+    said = second.communicate(timeout=120)[1]
+    assert second.returncode == 2 and f"error (rank 1 on {socket.gethostname()}): " in said and "nowhere" in said
+    time.sleep(3)
+    assert first.poll() is None  # it waits for the other
+    first.send_signal(signal.SIGINT)
+    assert ended([first])[0] == [-signal.SIGINT]
+
+
+HANGS = """
+import sys, time
+import torch.nn.functional as F
+from recipes import pretrain
+
+taken, cross_entropy = 0, F.cross_entropy
+
+def hanging(*arguments, **options):
+    global taken
+    taken += 1
+    while taken == 3 and rank == "1":
+        time.sleep(0.1)
+    return cross_entropy(*arguments, **options)
+
+F.cross_entropy, rank = hanging, sys.argv.pop(1)
+pretrain.main(sys.argv[1:])
+"""
+
+
+def test_a_rank_that_hangs_inside_its_step_is_named_alone(shards, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(HANGS)
+    size = "--model vit_tiny_patch16_224 --image-size 32 --patch-size 8 --depth 1 --hang-timeout-min 0.1"
+    flags = [*size.split(), "--train", shards / "test", "--epochs", "1", "--batch", "100", "--out", tmp_path / "run"]
+    processes = bare([[sys.executable, script, rank, *flags] for rank in "01"])
+    codes, said = ended(processes)
+    assert codes == [LOST, LOST], said
+    (sentence,) = [row for row in said[0].splitlines() if "error: " in row]
+    assert f"waiting for rank 1 (process {processes[1].pid} on {socket.gethostname()}), which last got" in sentence
+    assert "rank 0 (" not in sentence and "hanging" in said[1]  # where it hangs
+
+
+WAITS = """
+import sys, time
+from pathlib import Path
+from bigtrain.runtime.config import user_errors
+
+with user_errors("script.py"):
+    Path(sys.argv[1]).write_text("here")
+    time.sleep(60)
+"""
+
+
+def test_a_launcher_that_is_killed_before_training_begins_leaves_no_process(tmp_path):
+    script, here = tmp_path / "script.py", tmp_path / "here"
+    script.write_text(WAITS)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", script, here]
+    launcher = subprocess.Popen(list(map(str, launch)), env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+    until = time.monotonic() + 60
+    while not here.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    (child,) = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    launcher.kill()
+    launcher.wait()
+    while Path("/proc", child).exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert time.monotonic() < until
