@@ -1,6 +1,7 @@
 """Settings: what lies over what, one sentence for a mistake, and the folder that holds one run."""
 
 import json
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -135,8 +136,19 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(capsys):
     assert (said.out, said.err) == ("", "defend.py: error: the cat is no dog.\n")
 
 
-def test_of_many_processes_one_says_what_is_wrong_and_a_bug_keeps_its_traceback(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+def test_a_name_from_outside_does_not_reach_the_terminal_as_it_is(capsys):
+    with pytest.raises(SystemExit), user_errors("defend.py"):
+        raise ValueError("no class \x1b]0;title\x07.")
+    assert capsys.readouterr().err == "defend.py: error: no class ?]0;title?.\n"
+
+
+def test_of_the_processes_of_a_machine_one_says_what_is_wrong_and_a_bug_keeps_its_traceback(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SystemExit), user_errors("defend.py"):
+        raise ValueError("the cat is no dog.")
+    assert capsys.readouterr().err == f"defend.py: error (rank 9 on {socket.gethostname()}): the cat is no dog.\n"
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as leaving, user_errors("defend.py"):
         raise ValueError("the cat is no dog.")
     assert (leaving.value.code, capsys.readouterr().err) == (2, "")

@@ -84,6 +84,7 @@ def test_a_run_that_failed_or_is_silent_says_so(run):
 def test_garbage_in_the_log_breaks_nothing_and_is_no_markup(run):
     evil = "\x1b[31mred[bold]"
     add(run, "garbage\n", "[1, 2]\n", "null\n", "{}\n", '{"stage": "tune", "step": 1, "time": 1, "loss": NaN}\n')
+    add(run, '{"stage": "tune", "step": Infinity, "time": 1}\n', '{"stage": "tune", "step": 2, "time": NaN}\n')
     add(run, row(2, "high", stage=evil, steps="many", left_s="soon", lr=None, time="never"))
     add(run, row(2, True, stage=evil, steps=None, left_s=float("inf")), '{"stage": "tune", "st')
     said = paged(run)
@@ -122,8 +123,15 @@ def test_a_page_on_a_terminal_follows_the_run_to_its_end(run):
     assert "1 of 10" in said and "7 of 10" in said and "finished" in said.rpartition("7 of 10")[0]
 
 
-def command(*arguments):
-    environment = {**os.environ, "COLUMNS": "80"}
+def test_a_terminal_that_cannot_move_its_cursor_gets_one_page(run):
+    console = Console(file=StringIO(), width=80, force_terminal=True, _environ={"TERM": "dumb"})
+    add(run, row(1))
+    watch(run, every_s=60, console=console)
+    assert "1 of 10" in console.file.getvalue()
+
+
+def command(*arguments, **variables):
+    environment = {**os.environ, "COLUMNS": "80", **variables}
     line = [sys.executable, "-m", "bigtrain.cli", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=60)
 
@@ -147,6 +155,7 @@ def test_without_a_terminal_one_page_is_printed_and_torch_is_not_imported(run):
     add(run, row(1))
     done = command("watch", run)
     assert done.returncode == 0 and "1 of 10" in done.stdout
+    assert "1 of 10" in command("watch", run, PYTHONIOENCODING="ascii").stdout
     imports = subprocess.run(
         [sys.executable, "-c", "import bigtrain.cli, sys; print('torch' in sys.modules)"],
         capture_output=True,
