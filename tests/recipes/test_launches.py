@@ -7,6 +7,8 @@ import subprocess
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.recipes.conftest import ENVIRONMENT, ROOT, accelerate
 
@@ -79,6 +81,17 @@ def test_accumulation_and_recomputation_change_no_loss(flags, alone, tmp_path):
     launch("cpu2", 2, *flags, "--accumulate", "3", "--recompute", "--out", tmp_path / "run")
     for stage in ("tune", "distil"):
         assert losses(tmp_path / "run", stage) == pytest.approx(losses(alone, stage), abs=1e-5)
+
+
+def test_moving_averages_and_the_queue_are_the_same_under_zero(small, tmp_path):
+    flags = [*small, *"--drop-path 0 --tune-epochs 3 --tune-lr 1e-3 --ema-teacher --ema-student 0.9 --queue 64".split()]
+    for config, processes in (("cpu", 1), ("zero2", 2)):
+        launch(config, processes, *flags, "--out", tmp_path / config)
+    for stage in ("tune", "distil"):
+        found = [losses(tmp_path / config, stage) for config in ("cpu", "zero2")]
+        assert found[0] == pytest.approx(found[1], abs=1e-5)
+    alone, shared = (load_file(tmp_path / config / "student.safetensors") for config in ("cpu", "zero2"))
+    assert all(torch.allclose(alone[name], shared[name], atol=1e-4) for name in alone)
 
 
 def stopped_in_epoch(run, stage, config, processes, flags):
