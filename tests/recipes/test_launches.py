@@ -84,7 +84,8 @@ def test_accumulation_and_recomputation_change_no_loss(flags, alone, tmp_path):
 
 
 def test_moving_averages_and_the_queue_are_the_same_under_zero(small, tmp_path):
-    flags = [*small, *"--drop-path 0 --tune-epochs 3 --tune-lr 1e-3 --ema-teacher --ema-student 0.9 --queue 64".split()]
+    averaged = "--drop-path 0 --tune-epochs 3 --tune-lr 1e-3 --ema-teacher --ema-student 0.9 --queue 64"
+    flags = [*small, *averaged.split()]
     for config, processes in (("cpu", 1), ("zero2", 2)):
         launch(config, processes, *flags, "--out", tmp_path / config)
     for stage in ("tune", "distil"):
