@@ -35,6 +35,7 @@ class Start:
     def __init__(self, launcher, flags, run):
         self.run, self.family = run, Family()
         before = len(self.rows())
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without
         self.process = subprocess.Popen(
             [*LAUNCHERS[launcher], RECIPE, *flags, "--out", str(run)],
             env={**self.family.environment, **ENVIRONMENT}, start_new_session=True,
