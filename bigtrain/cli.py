@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
 
+from bigtrain.runtime.exit_codes import USER_ERROR
 from bigtrain.runtime.watch import watch
-
-USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,15 +19,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     live.add_argument("run", type=Path, help="the run's folder, what the recipe's --out named")
     live.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between two looks (2)")
     live.add_argument("--once", action="store_true", help="print the page once; so it is without a terminal")
+    tables = commands.add_parser("tables", help="the table of a sweep's finished runs, with intervals")
+    tables.add_argument("folder", type=Path, help="of a sweep, or one that holds runs' folders")
+    tables.add_argument("--metric", default="auroc", help="a figure of results.json (auroc)")
     given = parser.parse_args(argv)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a frame's lines still shows the figures
     try:
-        watch(given.run, every_s=given.every, once=given.once)
+        if given.command == "watch":
+            watch(given.run, every_s=given.every, once=given.once)
+        else:
+            from bigtrain.evaluation.tables import read_results, table  # scipy, which a live page does without
+
+            print(table(read_results(given.folder), given.metric))
     except KeyboardInterrupt:
         return 0
     except ValueError as error:
-        print(f"bigtrain watch: error: {error}", file=sys.stderr)
+        print(f"bigtrain {given.command}: error: {error}", file=sys.stderr)
         return USER_ERROR
     return 0
 

@@ -107,6 +107,12 @@ def defend(config: Config, run: RunFolder) -> None:
     if config.tune:
         prototypes = config.prototypes or 2 * train.count_classes(parts.fitted_N)
         teacher = dense_tuning(config, setup, train, fitted, given, prototypes)
+        if not config.distil:
+            if accelerator.is_main_process:
+                run.finish({"leaves": LEAVES["tune"]})
+            setup.end_trackers()
+            accelerator.print(f"the tuned teacher: {run / LEAVES['tune']}")
+            return
     student = masked_distillation(config, setup, train, fitted, teacher)
 
     scoring = Scoring(

@@ -49,6 +49,8 @@ class Config:
 
     tune: bool = True
     """Stage 1; without it (--no-tune) the teacher is distilled as it is."""
+    distil: bool = True
+    """Stage 2; without it (--no-distil) the run ends with the tuned teacher.safetensors, for others' --teacher."""
     tune_epochs: int = 3
     tune_batch: int = 64
     tuned_blocks: int = 2
@@ -138,6 +140,8 @@ def check(config: Config, given: Pretrained, precision: Literal["fp32", "bf16", 
         check_image_size((side, side), given.vit.patch_size)
     for global_batch in (config.tune_batch, config.distil_batch) if config.tune else (config.distil_batch,):
         check_batch(global_batch, config.run)
+    if not (config.tune or config.distil):
+        raise ValueError("--no-tune and --no-distil leave nothing to do: give one of them.")
     if config.tune and config.tuned_blocks > depth:
         raise ValueError(f"--tuned-blocks is {config.tuned_blocks}, and the teacher has {depth} blocks: use 1 to that.")
     if config.tune and config.prototypes == 1:

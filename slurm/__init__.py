@@ -1,1 +1,1 @@
-"""Submitting recipes to SLURM by name. Nothing is here yet: `accelerate launch` starts a recipe."""
+"""Recipes on a SLURM cluster: submit, sweep, status. They are submitted by name; none is imported."""

@@ -15,7 +15,13 @@ ALL += ["bigtrain.evaluation"]
 MAY_IMPORT = {  # beside itself
     "recipes": ALL,
     "shards": ["bigtrain.data.schema"],
-    "slurm": ["bigtrain.data.schema", "bigtrain.data.protocol"],
+    # of a run it knows what any process above it knows: exit codes, and what the log says
+    "slurm": [
+        "bigtrain.data.schema",
+        "bigtrain.data.protocol",
+        "bigtrain.runtime.exit_codes",
+        "bigtrain.runtime.watch",
+    ],
     "bigtrain.detectors": ["bigtrain.data", "bigtrain.models", "bigtrain.objectives"],
     "bigtrain.evaluation": ["bigtrain.data", "bigtrain.objectives", "bigtrain.detectors"],
 }

@@ -22,12 +22,11 @@ import torch.distributed as dist
 import tyro
 
 from bigtrain.runtime import heartbeat
-from bigtrain.runtime.heartbeat import LOST, Heartbeat
+from bigtrain.runtime.exit_codes import INTERRUPTED, LOST, USER_ERROR
+from bigtrain.runtime.heartbeat import Heartbeat
 from bigtrain.runtime.launch import stop_with_launcher
 from bigtrain.runtime.watch import clean
 
-USER_ERROR = 2  # exit codes
-INTERRUPTED = 130
 PRINT_CONFIG = "--print-config"
 at_end = ExitStack()  # what `user_errors` lets go of, such as the run folder's lock
 

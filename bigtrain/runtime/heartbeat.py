@@ -23,7 +23,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch.distributed import TCPStore
 
-LOST = 86  # exit code where a rank has died or hangs: a launcher may start the run again
+from bigtrain.runtime.exit_codes import LOST
+
 VERDICT = "verdict"
 OF_COLLECTIVES = re.compile(r"connection|peer|gloo|nccl|timed out|timeout|process group", re.IGNORECASE)
 

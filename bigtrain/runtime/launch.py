@@ -90,7 +90,8 @@ def is_on(variable: str) -> bool:
 def stop_with_launcher() -> None:
     """Have the system send SIGTERM when the launcher dies (`kill` of accelerate, SIGUSR1 to torchrun): without it the
     run would go on with nobody above it. A shell or a scheduler that started the recipe itself may go."""
-    is_launched = "TORCHELASTIC_RUN_ID" in os.environ or arguments_of_accelerate() is not None
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ or is_on("BIGTRAIN_LAUNCHED")
+    is_launched |= arguments_of_accelerate() is not None
     if sys.platform == "linux" and is_launched:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != PARENT:  # it has gone meanwhile

@@ -14,10 +14,10 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
-from bigtrain.runtime.config import INTERRUPTED, at_end
+from bigtrain.runtime.config import at_end
+from bigtrain.runtime.exit_codes import INTERRUPTED, STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-STOPPED = 85  # exit code of a run that stopped when asked: neither done nor failed
 STOPPED_FILE = "stopped.json"  # says the same where a launcher turns every exit code into 1
 SAME_PRESS_S = 1.0  # a launcher passes the Ctrl-C on that the terminal has sent to this process too
 

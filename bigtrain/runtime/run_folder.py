@@ -20,6 +20,7 @@ from bigtrain.runtime.config import at_end, result_settings
 CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.json"
 LOCK_FILE = ".lock"
+NOT_OURS = (LOCK_FILE, "slurm", "events.jsonl")  # which may be there before the run: slurm/history.py
 
 
 class RunFolder:
@@ -42,7 +43,7 @@ class RunFolder:
             raise ValueError(f"--out {self.path} is a file: name a folder, which may be new.")
         if (self / CONFIG_FILE).is_file():
             self._check_settings(f"--out {self.path}", self.path, "Name another folder, or give that run's settings")
-        elif self.path.is_dir() and any(p.suffix != ".tmp" and p.name != LOCK_FILE for p in self.path.iterdir()):
+        elif self.path.is_dir() and any(p.suffix != ".tmp" and p.name not in NOT_OURS for p in self.path.iterdir()):
             raise ValueError(f"--out {self.path} holds other files and no run: name a new folder.")
         elif source := self.config.run.resume_from:
             their_run, _ = run_and_checkpoint(source)

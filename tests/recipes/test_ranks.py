@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.runtime.heartbeat import LOST
+from bigtrain.runtime.exit_codes import LOST
 from tests.recipes.conftest import ENVIRONMENT, ROOT, command
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.runtime.heartbeat import LOST
+from bigtrain.runtime.exit_codes import LOST
 
 TOP = Path(__file__).parents[2]
 SCRIPT = """

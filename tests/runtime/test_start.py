@@ -16,8 +16,9 @@ from accelerate import Accelerator
 
 from bigtrain.models.attention import torch_dtype
 from bigtrain.runtime import start as module
+from bigtrain.runtime.exit_codes import STOPPED
 from bigtrain.runtime.log import StageLog
-from bigtrain.runtime.preempt import SIGNALS, STOPPED, Stop
+from bigtrain.runtime.preempt import SIGNALS, Stop
 from bigtrain.runtime.start import choose_precision, seed_step, start
 from bigtrain.runtime.watch import clock
 

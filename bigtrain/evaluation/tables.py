@@ -1,0 +1,141 @@
+"""Finished runs to a table: for each setting the mean over seeds with its 95 % interval, and what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student_t
+
+SWEEP_FILE = "sweep.json"
+WHAT_IS_KNOWN = ("known", "novel", "half")  # an axis over whose values a table gives the mean
+IN_PERCENT = ["auroc", "aupr_in", "aupr_out", "fpr_at_95_tpr_novel", "fpr_at_95_tpr_known", "detection_error"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: its place on each axis, and its figures; None while it is not finished."""
+
+    name: str
+    axes: Mapping[str, Any]
+    figures: Mapping[str, Any] | None
+
+    def value(self, metric: str) -> float | None:
+        return None if self.figures is None else float(self.figures[metric]["value"])
+
+
+def read_results(folder: Path) -> list[Result]:
+    """The runs of a sweep, or those in the folders of a folder, told apart by the settings in which they differ.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if (folder / SWEEP_FILE).is_file():
+        rows = json.loads((folder / SWEEP_FILE).read_text())["runs"]
+        return [Result(r["name"], r["axes"], figures(folder / r["name"])) for r in rows if not r["shared"]]
+    runs = sorted(file.parent for file in folder.glob("*/config.json"))
+    if not runs:
+        raise ValueError(f"{folder} holds no runs: name the folder of a sweep, or one that holds runs' folders.")
+    settings = [json.loads((run / "config.json").read_text())["settings"] for run in runs]
+    names = [n for n in dict.fromkeys(n for one in settings for n in one) if len({str(s.get(n)) for s in settings}) > 1]
+    axes = [{name: plain(one.get(name)) for name in names} for one in settings]
+    return [Result(run.name, axis, figures(run)) for run, axis in zip(runs, axes, strict=True)]
+
+
+def plain(value: Any) -> Any:
+    return "+".join(map(str, value)) if isinstance(value, list) else value
+
+
+def figures(run: Path) -> Mapping[str, Any] | None:
+    try:
+        found: Mapping[str, Any] = json.loads((run / "results.json").read_text())
+        return found
+    except FileNotFoundError:
+        return None
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """The mean and its 95 % t-interval over seeds; of a single value there is no interval.
+
+    m +- t(.975, n - 1) s / sqrt(n)
+    """
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None, None
+    half = float(student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return mean, mean - half, mean + half
+
+
+@dataclass(frozen=True)
+class Row:
+    axes: tuple[Hashable, ...]
+    seeds: int
+    expected: int
+    estimate: tuple[float, float | None, float | None] | None
+
+
+def rows(results: Sequence[Result], metric: str) -> tuple[list[str], list[Row]]:
+    """The axes but for the seed, and a row for each combination on them; where the classes that are known vary, a row
+    "mean" too: the mean over them for each seed that has all, then over seeds."""
+    names = [name for name in results[0].axes if name != "seed"]
+    groups: dict[tuple[Hashable, ...], dict[Any, float | None]] = {}
+    for result in results:
+        place = tuple(result.axes[name] for name in names)
+        groups.setdefault(place, {})[result.axes.get("seed", 0)] = result.value(metric)
+    found = [row_of(place, by_seed) for place, by_seed in groups.items()]
+    if over := next((names.index(name) for name in WHAT_IS_KNOWN if name in names), -1) + 1:
+        means: dict[tuple[Hashable, ...], dict[tuple[Hashable, ...], dict[Any, float | None]]] = {}
+        for place, by_seed in groups.items():
+            means.setdefault((*place[: over - 1], "mean", *place[over:]), {})[place] = by_seed
+        for place, members in means.items():
+            if len(members) > 1:
+                seeds = dict.fromkeys(seed for by_seed in members.values() for seed in by_seed)
+                found.append(row_of(place, {seed: mean([m.get(seed) for m in members.values()]) for seed in seeds}))
+    return names, found
+
+
+def row_of(place: tuple[Hashable, ...], by_seed: Mapping[Any, float | None]) -> Row:
+    there = [value for value in by_seed.values() if value is not None]
+    return Row(place, len(there), len(by_seed), mean_and_interval(there) if there else None)
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """None where one is missing: a mean over other classes is another figure."""
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if len(there) == len(values) else None
+
+
+def table(results: Sequence[Result], metric: str = "auroc") -> str:
+    """Markdown, as a README takes it.
+
+    Raises:
+        ValueError: the runs have no such figure.
+    """
+    if done := [result.figures for result in results if result.figures is not None]:
+        known = [name for name, value in done[0].items() if isinstance(value, dict) and "value" in value]
+        if any(not isinstance(one.get(metric), dict) or "value" not in one[metric] for one in done):
+            raise ValueError(f"the runs have no figure {metric!r}: there are {', '.join(known)}.")
+    names, found = rows(results, metric)
+    scale, unit = (100.0, ", %") if metric in IN_PERCENT else (1.0, "")
+    lines = [[*names, f"{metric}{unit}", "95 % interval", "seeds"]]
+    for row in found:
+        told = ["", ""]
+        if row.estimate:
+            middle, low, high = row.estimate
+            told = [f"{scale * middle:.1f}" if scale > 1 else f"{middle:.4f}", ""]
+            if low is not None and high is not None:
+                told[1] = " .. ".join(f"{scale * end:.1f}" if scale > 1 else f"{end:.4f}" for end in (low, high))
+        of = f" of {row.expected}" if row.seeds < row.expected else ""
+        lines.append([*(str(value).replace("|", "\\|") for value in row.axes), *told, f"{row.seeds}{of}"])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    text = [f"| {' | '.join(line)} |" for line in padded]
+    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    if missing := [result.name for result in results if result.figures is None]:
+        named = ", ".join([*missing[:20], *(["…"] if len(missing) > 20 else [])])
+        text += ["", f"{len(missing)} of {len(results)} runs are missing: {named}"]
+    return "\n".join(text)

@@ -1,0 +1,202 @@
+"""How runs stand: from their folders and from what SLURM knows of their jobs. It only looks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigtrain.runtime.watch import Follower, clean, clock
+from slurm import jobs
+from slurm.history import FOLDER, JOB_FILE, RESULTS_FILE, Job, events, is_alive
+
+SWEEP_FILE = "sweep.json"
+ENDED_BADLY = {
+    "CANCELLED": "cancelled",
+    "REVOKED": "cancelled",
+    "OUT_OF_MEMORY": "out of memory: raise mem_gb, or lower the batch",
+    "TIMEOUT": "ran into its time limit before it could save: raise signal_delay_s",
+    "NODE_FAIL": "its node failed",
+    "BOOT_FAIL": "its node did not boot",
+    "DEADLINE": "its deadline has passed",
+    "PREEMPTED": "preempted and not queued again",
+}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One run: done, running, waiting, failed, cancelled, stopped, lost, or new."""
+
+    run: Path
+    how: str
+    told: str = ""
+    job: str = ""
+    requeued: int = 0
+
+    @property
+    def is_live(self) -> bool:
+        return self.how in ("running", "waiting")
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs of a sweep's folder, or the one run of a folder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if record := sweep_record(folder)["runs"]:
+        return [folder / row["name"] for row in record]
+    if (folder / FOLDER / JOB_FILE).is_file():
+        return [folder]
+    if found := sorted(file.parents[1] for file in folder.glob(f"*/{FOLDER}/{JOB_FILE}")):
+        return found
+    raise ValueError(
+        f"{folder} holds neither a sweep nor a submitted run: name the folder that `bigtrain-slurm submit` or `sweep` "
+        "has printed."
+    )
+
+
+def sweep_record(folder: Path) -> dict[str, Any]:
+    """What a sweep has written about its runs; of a folder without a sweep, none."""
+    file = folder / SWEEP_FILE
+    return json.loads(file.read_text()) if file.is_file() else {"max_parallel": 100, "runs": []}
+
+
+def standings(runs: Sequence[Path]) -> list[Standing]:
+    """How each run stands. Without a SLURM that answers, what the folders alone say."""
+    histories = {run: events(run) for run in runs}
+    ids = {run: newest_job(history) for run, history in histories.items()}
+    try:
+        known = jobs.states(job for job in ids.values() if job and not job.startswith("local-"))
+    except jobs.NoSlurmError:
+        known = {}
+    return [standing(run, histories[run], ids[run], known.get(ids[run])) for run in runs]
+
+
+def newest_job(history: Iterable[Mapping[str, Any]]) -> str:
+    """The job that a run was submitted as last."""
+    return next((str(row["job"]) for row in reversed(list(history)) if row["event"] == "submitted"), "")
+
+
+def standing(run: Path, history: Sequence[Mapping[str, Any]], job: str, state: jobs.State | None) -> Standing:
+    """How a run stands, given its history and what SLURM says of its newest job."""
+    own = [row for row in history if row.get("job") == job]
+    requeued = sum(row["event"] in ("requeued", "lost") for row in own)
+
+    def stands(how: str, told: str = "") -> Standing:
+        return Standing(run, how, told, job, requeued)
+
+    if (run / RESULTS_FILE).is_file():
+        return stands("done")
+    if not job:
+        return stands("new", "not submitted yet")
+    if state and state.is_waiting:
+        return stands("waiting", state.reason)
+    last = next((row for row in reversed(own) if row["event"] not in ("submitted", "lost")), None)
+    if (state and state.is_active) or (state is None and is_running_here(own)):
+        return stands("running", progress(run) or ("ending" if last and last["event"] != "started" else "starting"))
+    failed = next((row for row in reversed(own) if row["event"] in ("failed", "started")), None)
+    if failed and failed["event"] == "failed":
+        where = f" (rank {failed['rank']} on {failed['host']})" if failed.get("rank") else ""
+        return stands("failed", f"{failed.get('error') or failed.get('why') or ''}{where}")
+    if last and last["event"] in ("cancelled", "stopped"):
+        return stands(last["event"], str(last.get("why", "")))
+    if state and state.name in ENDED_BADLY:
+        why = ENDED_BADLY[state.name]
+        return stands("cancelled") if why == "cancelled" else stands("failed", why)
+    if state and state.name == "FAILED":
+        return stands("failed", last_line(run, job))
+    if last is None:
+        return stands("lost", "SLURM knows nothing of its job any more, and it has never begun")
+    return stands("lost", "its last life has ended without a word")
+
+
+def is_running_here(own: Sequence[Mapping[str, Any]]) -> bool:
+    """A job without SLURM that has begun and has not said that it ended."""
+    if not own or not str(own[-1]["job"]).startswith("local-"):
+        return False
+    pid = int(str(own[-1]["job"]).removeprefix("local-"))
+    return is_alive(str(own[-1]["job"]), str(own[-1].get("host")), pid)
+
+
+def progress(run: Path) -> str:
+    """Step, speed and time left, from the run's log."""
+    follower = Follower(run / "log.jsonl")
+    follower.look()
+    if not (stage := follower.newest):
+        return ""
+    words = [f"{stage.name} {stage.step}" + (f" of {stage.steps}" if stage.steps else "")]
+    figures = stage.last
+    if isinstance(speed := figures.get("images_per_s"), int | float):
+        words.append(f"{speed:.0f} images/s")
+    if isinstance(left := figures.get("left_s"), int | float):
+        words.append(f"{clock(left)} left")
+    return ", ".join(words)
+
+
+def last_line(run: Path, job: str) -> str:
+    """Of the first process's log: what a job has said that ended before it could tell."""
+    lines = [line for line in tail(log_files(run, job)[:1]) if line.strip() and not line.startswith("submitit ")]
+    return lines[-1] if lines else "it left no log"
+
+
+def log_files(run: Path, job: str) -> list[Path]:
+    """A job's logs, one a process."""
+    logs = Path(Job.read(run).logs)
+    return sorted(logs.glob(f"{job.removeprefix('local-')}_*_log.out"), key=lambda path: int(path.stem.split("_")[-2]))
+
+
+def tail(files: Iterable[Path], lines: int = 40) -> list[str]:
+    """The last lines of some logs."""
+    found: list[str] = []
+    for file in files:
+        with file.open("rb") as opened:
+            opened.seek(max(0, file.stat().st_size - 200 * lines))
+            found += opened.read().decode(errors="replace").splitlines()[-lines:]
+    return found
+
+
+def table(found: Sequence[Standing], root: Path) -> list[str]:
+    """Lines for a person."""
+    rows = []
+    for one in found:
+        name = one.run.name if one.run != root else str(one.run)
+        told = one.told + (f"{', ' if one.told else ''}requeued {one.requeued} times" if one.requeued else "")
+        rows.append((name, one.how, one.job, told))
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+    lines = [
+        clean("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip()) for row in rows
+    ]
+    return [*lines, count_of(found)] if len(found) > 1 else lines
+
+
+def count_of(found: Sequence[Standing]) -> str:
+    count = Counter(one.how for one in found)
+    return f"{len(found)} runs: " + ", ".join(f"{number} {how}" for how, number in count.most_common())
+
+
+def follow(files: Sequence[Path], until_ended: Sequence[Path]) -> None:
+    """Print what is added to a log, until no run of those is live."""
+    places = dict.fromkeys(files, 0)
+    looked = 0.0
+    while True:
+        for file, place in places.items():
+            with file.open("rb") as opened:
+                opened.seek(place)
+                added = opened.read()
+            places[file] = place + len(added)
+            print(clean_log(added.decode(errors="replace")), end="", flush=True)
+        if time.monotonic() - looked > 5:
+            looked = time.monotonic()
+            if not any(one.is_live for one in standings(until_ended)):
+                return
+        time.sleep(0.5)
+
+
+def clean_log(text: str) -> str:
+    """A log as a terminal may show it: without control characters, but for the ends of lines."""
+    return "\n".join(clean(line.replace("\t", "    ")) for line in text.split("\n"))

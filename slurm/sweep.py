@@ -1,0 +1,247 @@
+"""A sweep file: base settings, axes and seeds become runs, each with a name, settings and a folder of its own."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from bigtrain.data.protocol import expand
+from bigtrain.data.schema import read_manifest
+from slurm.cluster import Cluster, read_cluster, read_toml
+
+KEYS = {
+    "recipe": str, "out": str, "cluster": (str, dict), "max_parallel": int, "protocol": str, "classes": list,
+    "seeds": list, "settings": dict, "axes": dict, "zip": list, "shared": list,
+}  # fmt: skip
+KEYS_OF_SHARED = {"name": str, "recipe": str, "per": list, "settings": dict, "leaves": dict}
+LONGEST_NAME = 120
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    recipe: str
+    settings: Mapping[str, Any]
+    axes: Mapping[str, Any]
+    """What sets it apart from the others: the value of each axis, as tables show it."""
+    shared: bool = False
+    needs: Mapping[str, str] = field(default_factory=dict)
+    """Files that a shared run leaves -> that run's name."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    path: Path
+    out: Path
+    recipe: str
+    cluster: Cluster
+    max_parallel: int
+    runs: tuple[Run, ...]
+
+    def record(self) -> str:
+        """What status and tables read, in OUT/sweep.json."""
+        runs = [{"name": run.name, "axes": run.axes, "shared": run.shared} for run in self.runs]
+        further = {"recipe": self.recipe, "max_parallel": self.max_parallel}
+        return json.dumps({"sweep": self.path.name, **further, "runs": runs}, indent=1, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of an axis: what a table calls it, and the settings behind it."""
+
+    label: Any
+    settings: Mapping[str, Any]
+
+
+def plan(path: Path) -> Sweep:
+    """Read a sweep file.
+
+    Raises:
+        ValueError: a key or a value that means nothing; two runs that are the same.
+    """
+    given = read_toml(path, "a sweep file (shipped ones lie in slurm/sweeps/)")
+    check_keys(str(path), given, KEYS)
+    if "recipe" not in given:
+        raise ValueError(f"{path}: recipe is missing: which script runs, such as recipes/defend.py?")
+    cluster = given.get("cluster", {})
+    where = cluster if isinstance(cluster, str) else f"{path}: [cluster]"
+    out = Path(given.get("out", f"runs/{path.stem}")).absolute()
+    settings = given.get("settings", {})
+    axes = axes_of(path, given, settings)
+    parts = [[(name, point) for point in points] for name, points in axes.items()]
+    shared_names = [check_shared(path, shared, axes) for shared in given.get("shared", [])]
+    runs: list[Run] = []
+    for combination in product(*parts):
+        points = dict(combination)
+        own = {**settings}
+        for point in points.values():
+            own |= point.settings
+        needs: dict[str, str] = {}
+        for name, shared in zip(shared_names, given.get("shared", []), strict=True):
+            first = shared_run(given["recipe"], name, shared, settings, points)
+            for setting, file in shared["leaves"].items():
+                own[setting] = str(out / first.name / file)
+                needs[own[setting]] = first.name
+            runs.append(first)
+        labels = {name: point.label for name, point in points.items()}
+        runs.append(Run(name_of(labels), given["recipe"], own, labels, needs=needs))
+    once = {(run.name, key(run)): run for run in runs if run.shared}
+    whole = [*once.values(), *(run for run in runs if not run.shared)]
+    return Sweep(
+        path=path,
+        out=out,
+        recipe=given["recipe"],
+        cluster=read_cluster(Path(cluster)) if isinstance(cluster, str) else Cluster().changed(where, **cluster),
+        max_parallel=positive(path, given.get("max_parallel", 100)),
+        runs=tuple(with_names_of_their_own(path, whole)),
+    )
+
+
+def check_keys(where: str, given: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if name not in keys:
+            near = difflib.get_close_matches(name, keys, n=2) or sorted(keys)
+            raise ValueError(f"{where}: there is no key {name!r}; near it: {', '.join(near)}.")
+        if not isinstance(value, keys[name]) or isinstance(value, bool):
+            kinds = keys[name] if isinstance(keys[name], tuple) else (keys[name],)
+            words = {str: "a string", dict: "a table", list: "a list", int: "a whole number"}
+            raise ValueError(f"{where}: {name} is {value!r}; it must be {' or '.join(words[k] for k in kinds)}.")
+
+
+def positive(path: Path, number: int) -> int:
+    if number < 1:
+        raise ValueError(f"{path}: max_parallel is {number}; it must be at least 1.")
+    return number
+
+
+def axes_of(path: Path, given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """The axes in the order of the runs' names: what is known, then the file's own axes, seeds last."""
+    axes: dict[str, list[Point]] = {}
+    if protocol := given.get("protocol"):
+        if {"known", "novel"} & {*settings, *given.get("axes", {})}:
+            raise ValueError(f"{path}: protocol says what is known; leave known and novel out of settings and axes.")
+        classes = given.get("classes") or classes_of(path, settings)
+        halves = protocol == "half-vs-half"
+        side = "novel" if protocol == "all-vs-one" else "known"
+        axes["half" if halves else side] = [
+            Point("+".join(split.known) if halves else getattr(split, side)[0], {side: list(getattr(split, side))})
+            for split in expand(protocol, classes)
+        ]
+    elif "classes" in given:
+        raise ValueError(f"{path}: classes without a protocol means nothing: add protocol, or an axis known.")
+    for name, values in given.get("axes", {}).items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{path}: the axis {name} is {values!r}; it must be a list of values.")
+        axes[name] = [Point(label(value), {name: value}) for value in values]
+    for number, table in enumerate(given.get("zip", [])):
+        axes |= zipped(path, number, table)
+    if "seeds" in given:
+        if any(type(seed) is not int for seed in given["seeds"]) or not given["seeds"]:
+            raise ValueError(f"{path}: seeds is {given['seeds']!r}; it must be a list of whole numbers.")
+        axes["seed"] = [Point(seed, {"seed": seed}) for seed in given["seeds"]]
+    return axes
+
+
+def zipped(path: Path, number: int, table: Any) -> dict[str, list[Point]]:
+    """Settings that change together: lists of the same length, and `label`, what a table calls each."""
+    if not isinstance(table, dict) or not table or not all(isinstance(v, list) and v for v in table.values()):
+        raise ValueError(f"{path}: each [[zip]] holds settings with a list of values each, and here is {table!r}.")
+    if len({len(values) for values in table.values()}) > 1:
+        lengths = ", ".join(f"{name} has {len(values)}" for name, values in table.items())
+        raise ValueError(f"{path}: the lists of a [[zip]] must be of the same length: {lengths}.")
+    named = {name: values for name, values in table.items() if name != "label"}
+    rows = [dict(zip(named, values, strict=True)) for values in zip(*named.values(), strict=True)]
+    labels = table.get("label") or [" ".join(f"{k}={label(v)}" for k, v in row.items()) for row in rows]
+    name = "row" if number == 0 else f"row{number + 1}"
+    return {name: [Point(one, row) for one, row in zip(labels, rows, strict=True)]}
+
+
+def label(value: Any) -> Any:
+    return "+".join(map(str, value)) if isinstance(value, list) else value
+
+
+def classes_of(path: Path, settings: Mapping[str, Any]) -> list[str]:
+    """The classes of the training shards."""
+    if not isinstance(settings.get("train"), str):
+        raise ValueError(f"{path}: a protocol needs classes = [...], or settings.train, whose manifest names them.")
+    return list(read_manifest(settings["train"]).classes)
+
+
+def check_shared(path: Path, shared: Any, axes: Mapping[str, Any]) -> str:
+    if not isinstance(shared, dict):
+        raise ValueError(f"{path}: shared must be written as [[shared]] tables.")
+    where = f"{path}: [[shared]]"
+    check_keys(where, shared, KEYS_OF_SHARED)
+    if not shared.get("leaves") or "name" not in shared:
+        raise ValueError(f'{where} needs name = "…" and leaves = {{setting = "file it leaves"}}.')
+    for axis in shared.get("per", []):
+        if axis not in axes:
+            raise ValueError(f"{where}: per names {axis!r}, which is no axis; there are {', '.join(axes)}.")
+    return str(shared["name"])
+
+
+def shared_run(
+    recipe: str, name: str, shared: Mapping[str, Any], settings: Mapping[str, Any], points: Mapping[str, Point]
+) -> Run:
+    """The run that must have been before one at these points of the axes: the same for all that differ elsewhere."""
+    own = dict(settings) if shared.get("recipe", recipe) == recipe else {}
+    labels = {axis: points[axis].label for axis in shared.get("per", [])}
+    for axis in labels:
+        own |= points[axis].settings
+    own |= shared.get("settings", {})
+    return Run("-".join(filter(None, [name, name_of(labels)])), shared.get("recipe", recipe), own, labels, shared=True)
+
+
+def name_of(labels: Mapping[str, Any]) -> str:
+    """A folder's name: "dog-mask_ratio0.5-s0"."""
+    bare = {"known": "", "novel": "", "half": "", "row": "", "seed": "s"}
+    words = [f"{bare.get(axis, axis)}{said(value)}" for axis, value in labels.items()]
+    return re.sub(r"[^\w.+=-]+", "_", "-".join(words), flags=re.ASCII).lstrip(".-") or ("run" if words else "")
+
+
+def said(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def key(run: Run) -> str:
+    return json.dumps([run.recipe, run.settings], sort_keys=True, ensure_ascii=False)
+
+
+def with_names_of_their_own(path: Path, runs: Sequence[Run]) -> Iterable[Run]:
+    """Names that two runs would share get a piece of a digest of their settings."""
+    seen: dict[str, Run] = {}
+    for run in runs:
+        if (other := seen.setdefault(key(run), run)) is not run:
+            raise ValueError(
+                f"{path}: the runs {other.name} and {run.name} have the same settings: "
+                f"{json.dumps(dict(run.axes), ensure_ascii=False)} is there twice."
+            )
+    count = Counter(run.name[:LONGEST_NAME].lower() or "run" for run in runs)
+    for run in runs:
+        name = run.name[:LONGEST_NAME] or "run"
+        if count[name.lower()] > 1:
+            name += "-" + hashlib.sha256(key(run).encode()).hexdigest()[:8]
+        if name != run.name and run.shared:
+            raise ValueError(f"{path}: the name of the shared run {run.name} is too long or not its own: change it.")
+        yield Run(name, run.recipe, run.settings, run.axes, run.shared, run.needs)
+
+
+def toml(settings: Mapping[str, Any]) -> str:
+    """Settings as a recipe's --config reads them."""
+    return "".join(f"{name} = {toml_value(value)}\n" for name, value in settings.items())
+
+
+def toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, float):
+        return repr(value)  # inf and nan too
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
