@@ -76,23 +76,15 @@ def plan(path: Path) -> Sweep:
     out = Path(given.get("out", f"runs/{path.stem}")).absolute()
     settings = given.get("settings", {})
     axes = axes_of(path, given, settings)
-    parts = [[(name, point) for point in points] for name, points in axes.items()]
-    shared_names = [check_shared(path, shared, axes) for shared in given.get("shared", [])]
+    if side := side_of(path, given, axes):
+        axes = {side: [], **axes}
+    shared = [(check_shared(path, table, axes), table) for table in given.get("shared", [])]
     runs: list[Run] = []
-    for combination in product(*parts):
+    classes_at: dict[str, Sequence[str]] = {}
+    for combination in product(*([(name, point) for point in points] for name, points in axes.items() if points)):
         points = dict(combination)
-        own = {**settings}
-        for point in points.values():
-            own |= point.settings
-        needs: dict[str, str] = {}
-        for name, shared in zip(shared_names, given.get("shared", []), strict=True):
-            first = shared_run(given["recipe"], name, shared, settings, points)
-            for setting, file in shared["leaves"].items():
-                own[setting] = str(out / first.name / file)
-                needs[own[setting]] = first.name
-            runs.append(first)
-        labels = {name: point.label for name, point in points.items()}
-        runs.append(Run(name_of(labels), given["recipe"], own, labels, needs=needs))
+        for split in splits(path, given, {**settings, **merged(points)}, classes_at) if side else [None]:
+            runs += runs_at(out, given["recipe"], settings, {side: split, **points} if split else points, shared)
     once = {(run.name, key(run)): run for run in runs if run.shared}
     whole = [*once.values(), *(run for run in runs if not run.shared)]
     return Sweep(
@@ -103,6 +95,30 @@ def plan(path: Path) -> Sweep:
         max_parallel=positive(path, given.get("max_parallel", 100)),
         runs=tuple(with_names_of_their_own(path, whole)),
     )
+
+
+def merged(points: Mapping[str, Point]) -> dict[str, Any]:
+    """The settings of several points."""
+    return {name: value for point in points.values() for name, value in point.settings.items()}
+
+
+def runs_at(
+    out: Path,
+    recipe: str,
+    settings: Mapping[str, Any],
+    points: Mapping[str, Point],
+    shared: Iterable[tuple[str, Mapping[str, Any]]],
+) -> Iterable[Run]:
+    """The run at these points of the axes, behind the shared runs that it needs."""
+    own, needs = {**settings, **merged(points)}, dict[str, str]()
+    for name, table in shared:
+        first = shared_run(recipe, name, table, settings, points)
+        for setting, file in table["leaves"].items():
+            own[setting] = str(out / first.name / file)
+            needs[own[setting]] = first.name
+        yield first
+    labels = {name: point.label for name, point in points.items()}
+    yield Run(name_of(labels), recipe, own, labels, needs=needs)
 
 
 def check_keys(where: str, given: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
@@ -123,26 +139,17 @@ def positive(path: Path, number: int) -> int:
 
 
 def axes_of(path: Path, given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, list[Point]]:
-    """The axes in the order of the runs' names: what is known, then the file's own axes, seeds last."""
+    """The file's own axes, in the order of the runs' names: seeds last."""
     axes: dict[str, list[Point]] = {}
-    if protocol := given.get("protocol"):
-        if {"known", "novel"} & {*settings, *given.get("axes", {})}:
-            raise ValueError(f"{path}: protocol says what is known; leave known and novel out of settings and axes.")
-        classes = given.get("classes") or classes_of(path, settings)
-        halves = protocol == "half-vs-half"
-        side = "novel" if protocol == "all-vs-one" else "known"
-        axes["half" if halves else side] = [
-            Point("+".join(split.known) if halves else getattr(split, side)[0], {side: list(getattr(split, side))})
-            for split in expand(protocol, classes)
-        ]
-    elif "classes" in given:
-        raise ValueError(f"{path}: classes without a protocol means nothing: add protocol, or an axis known.")
     for name, values in given.get("axes", {}).items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"{path}: the axis {name} is {values!r}; it must be a list of values.")
         axes[name] = [Point(label(value), {name: value}) for value in values]
-    for number, table in enumerate(given.get("zip", [])):
-        axes |= zipped(path, number, table)
+    for table in given.get("zip", []):
+        name, points = zipped(path, table)
+        if name in axes:
+            raise ValueError(f'{path}: two axes are named {name}: give a [[zip]] another, with axis = "…".')
+        axes[name] = points
     if "seeds" in given:
         if any(type(seed) is not int for seed in given["seeds"]) or not given["seeds"]:
             raise ValueError(f"{path}: seeds is {given['seeds']!r}; it must be a list of whole numbers.")
@@ -150,29 +157,53 @@ def axes_of(path: Path, given: Mapping[str, Any], settings: Mapping[str, Any]) -
     return axes
 
 
-def zipped(path: Path, number: int, table: Any) -> dict[str, list[Point]]:
-    """Settings that change together: lists of the same length, and `label`, what a table calls each."""
-    if not isinstance(table, dict) or not table or not all(isinstance(v, list) and v for v in table.values()):
+def side_of(path: Path, given: Mapping[str, Any], axes: Mapping[str, Sequence[Point]]) -> str:
+    """What a protocol's axis is called; empty without a protocol."""
+    if "protocol" not in given:
+        if "classes" in given:
+            raise ValueError(f"{path}: classes without a protocol means nothing: add protocol, or an axis known.")
+        return ""
+    named = {*given.get("settings", {}), *(n for points in axes.values() for point in points for n in point.settings)}
+    if {"known", "novel"} & named:
+        raise ValueError(f"{path}: protocol says what is known: leave known and novel out of settings and axes.")
+    return {"all-vs-one": "novel", "half-vs-half": "half"}.get(given["protocol"], "known")
+
+
+def splits(
+    path: Path, given: Mapping[str, Any], settings: Mapping[str, Any], classes_at: dict[str, Sequence[str]]
+) -> list[Point]:
+    """The points of a protocol's axis for the classes that a file names, or those of the training shards."""
+    train = settings.get("train")
+    if "classes" not in given and not isinstance(train, str):
+        raise ValueError(f"{path}: a protocol needs classes = [...], or settings.train, whose manifest names them.")
+    if "classes" not in given and train not in classes_at:
+        classes_at[str(train)] = read_manifest(str(train)).classes
+    protocol, classes = given["protocol"], given.get("classes") or classes_at[str(train)]
+    side = "novel" if protocol == "all-vs-one" else "known"
+    halves = protocol == "half-vs-half"
+    return [
+        Point("+".join(split.known) if halves else getattr(split, side)[0], {side: list(getattr(split, side))})
+        for split in expand(protocol, classes)
+    ]
+
+
+def zipped(path: Path, table: Any) -> tuple[str, list[Point]]:
+    """Settings that change together: lists of the same length. `label` is what a table calls each, `axis` all."""
+    table = dict(table) if isinstance(table, dict) else {}
+    name = table.pop("axis", "row")
+    if not table or not all(isinstance(values, list) and values for values in table.values()):
         raise ValueError(f"{path}: each [[zip]] holds settings with a list of values each, and here is {table!r}.")
     if len({len(values) for values in table.values()}) > 1:
         lengths = ", ".join(f"{name} has {len(values)}" for name, values in table.items())
         raise ValueError(f"{path}: the lists of a [[zip]] must be of the same length: {lengths}.")
-    named = {name: values for name, values in table.items() if name != "label"}
-    rows = [dict(zip(named, values, strict=True)) for values in zip(*named.values(), strict=True)]
-    labels = table.get("label") or [" ".join(f"{k}={label(v)}" for k, v in row.items()) for row in rows]
-    name = "row" if number == 0 else f"row{number + 1}"
-    return {name: [Point(one, row) for one, row in zip(labels, rows, strict=True)]}
+    labels = table.pop("label", None)
+    rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+    labels = labels or [" ".join(f"{k}={label(v)}" for k, v in row.items()) for row in rows]
+    return name, [Point(one, row) for one, row in zip(labels, rows, strict=True)]
 
 
 def label(value: Any) -> Any:
     return "+".join(map(str, value)) if isinstance(value, list) else value
-
-
-def classes_of(path: Path, settings: Mapping[str, Any]) -> list[str]:
-    """The classes of the training shards."""
-    if not isinstance(settings.get("train"), str):
-        raise ValueError(f"{path}: a protocol needs classes = [...], or settings.train, whose manifest names them.")
-    return list(read_manifest(settings["train"]).classes)
 
 
 def check_shared(path: Path, shared: Any, axes: Mapping[str, Any]) -> str:
@@ -202,7 +233,7 @@ def shared_run(
 
 def name_of(labels: Mapping[str, Any]) -> str:
     """A folder's name: "dog-mask_ratio0.5-s0"."""
-    bare = {"known": "", "novel": "", "half": "", "row": "", "seed": "s"}
+    bare = dict.fromkeys(("known", "novel", "half", "row", "dataset", "category"), "") | {"seed": "s"}
     words = [f"{bare.get(axis, axis)}{said(value)}" for axis, value in labels.items()]
     return re.sub(r"[^\w.+=-]+", "_", "-".join(words), flags=re.ASCII).lstrip(".-") or ("run" if words else "")
 
