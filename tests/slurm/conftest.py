@@ -7,13 +7,14 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.recipes.conftest import ENVIRONMENT, ROOT, shards, small, teacher  # noqa: F401
 
 RECIPE = str(ROOT / "recipes" / "defend.py")
-BIN = os.path.dirname(sys.executable)
+BIN = Path(sys.executable).parent
 
 
 def pytest_collection_modifyitems(items):
@@ -33,7 +34,7 @@ def no_cluster():
 
 def slurm(*words, cwd=None, fails=None):
     """What a user types: bigtrain-slurm and so on; its output, both streams together."""
-    command = [os.path.join(BIN, "bigtrain-slurm"), *map(str, words)]
+    command = [BIN / "bigtrain-slurm", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd, timeout=600)
     assert (done.returncode == fails) if fails else (done.returncode == 0), done.stdout + done.stderr
     return done.stdout + done.stderr
