@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import get_args, get_origin
 
 from bigtrain.runtime.exit_codes import INTERRUPTED, USER_ERROR
 from slurm import jobs, status
 from slurm.cluster import Cluster, names_of_settings, read_cluster
 from slurm.history import FOLDER, JOB_FILE, RESULTS_FILE, Job, tell, write_text
+from slurm.local import run_here, run_in_this_process
 from slurm.submit import (
     ask_recipe,
     check_folder,
+    check_settings,
+    check_slurm,
     prepare,
     prepare_run,
-    run_here,
-    run_in_this_process,
     script,
     submit,
+    submit_arrays,
 )
-from slurm.sweep import Run, Sweep, plan, toml
+from slurm.sweep import Run, Sweep, plan
 
 SHOWN_RUNS = 40  # of a dry run, unless --all
 
@@ -118,7 +119,7 @@ def submit_one(given: argparse.Namespace) -> int:
         return 0
     cluster = cluster_of(given)
     if not given.local and not given.dry_run:
-        jobs.check_slurm()
+        check_slurm(cluster)
     print(f"asking {given.recipe} for its settings", file=sys.stderr, flush=True)
     settings = dict(ask_recipe(given.recipe, given.flags).settings)
     group = settings.pop("run")
@@ -137,7 +138,7 @@ def submit_one(given: argparse.Namespace) -> int:
         return min(1, run_here([run], cluster, logs, show=True))
     (job,) = submit([run], cluster, logs, run.name)
     print(f"job {job}: {cluster.nodes} node(s), {cluster.processes} process(es); run folder: {run}")
-    print(f"  bigtrain-slurm status {run}")
+    print(f"  bigtrain-slurm status {shlex.quote(str(run))}")
     return 0
 
 
@@ -146,7 +147,9 @@ def refuse_live(run: Path) -> None:
         return
     (one,) = status.standings([run])
     if one.is_live:
-        raise ValueError(f"{run} is {one.how} as job {one.job}: wait, or `bigtrain-slurm cancel {run}` first.")
+        raise ValueError(
+            f"{run} is {one.how} as job {one.job}: wait, or `bigtrain-slurm cancel {shlex.quote(str(run))}` first."
+        )
 
 
 def submit_sweep(given: argparse.Namespace) -> int:
@@ -154,7 +157,7 @@ def submit_sweep(given: argparse.Namespace) -> int:
     cluster = cluster_of(given, sweep.cluster)
     check_folder(sweep.out)
     if not given.local and not given.dry_run:
-        jobs.check_slurm()
+        check_slurm(cluster)
     check_settings(sweep)
     if given.dry_run:
         show_plan(sweep, cluster, SHOWN_RUNS if not given.all else len(sweep.runs))
@@ -175,7 +178,8 @@ def submit_sweep(given: argparse.Namespace) -> int:
         runs = [folders[run.name] for run in missing if run.shared == is_shared]
         after = [] if is_shared else wait_for
         wait_for += submit_arrays(runs, cluster, sweep.out / FOLDER, sweep.path.stem, sweep.max_parallel, after)
-    print(f"  bigtrain-slurm status {sweep.out}\n  bigtrain tables {sweep.out}")
+    out = shlex.quote(str(sweep.out))
+    print(f"  bigtrain-slurm status {out}\n  bigtrain tables {out}")
     return 0
 
 
@@ -187,46 +191,6 @@ def run_sweep_here(
         some = [folders[run.name] for run in missing if run.shared == shared]
         unfinished += run_here(some, cluster, sweep.out / FOLDER, at_once=at_once)
     return min(1, unfinished)
-
-
-def submit_arrays(
-    runs: Sequence[Path], cluster: Cluster, logs: Path, name: str, parallel: int, wait_for: Sequence[str]
-) -> list[str]:
-    """Runs as one array, or as several one after another where SLURM takes no larger ones; the ids of the arrays."""
-    largest = jobs.largest_array() if len(runs) > 1 else 1
-    ids: list[str] = []
-    for first in range(0, len(runs), largest):
-        others = ids[-1:] or sorted({job.split("_")[0] for job in wait_for})
-        after = f"afterany:{':'.join(others)}" if others else ""
-        some = submit(runs[first : first + largest], cluster, logs, name, parallel=parallel, after=after)
-        ids.append(some[0].split("_")[0])
-        print(
-            f"job {ids[-1]}: {len(some)} run{'s' if len(some) > 1 else ''}{f', {after}' if after else ''}", flush=True
-        )
-    return ids
-
-
-def check_settings(sweep: Sweep) -> None:
-    """Ask each recipe of a sweep which settings it has, and whether it takes those of the first run.
-
-    Raises:
-        ValueError: an axis or a setting that is none, or a value that it refuses.
-    """
-    for recipe in sorted({run.recipe for run in sweep.runs}):
-        print(f"asking {recipe} for its settings", file=sys.stderr, flush=True)
-        names = ask_recipe(Path(recipe)).names
-        runs = [run for run in sweep.runs if run.recipe == recipe]
-        for name in dict.fromkeys(name for run in runs for name in run.settings):
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=3) or sorted(names)
-                raise ValueError(f"{sweep.path}: {name!r} is no setting of {recipe}; near it: {', '.join(near)}.")
-        with TemporaryDirectory() as folder:
-            file = Path(folder) / "settings.toml"
-            file.write_text(toml(runs[0].settings))
-            try:
-                ask_recipe(Path(recipe), ["--config", str(file)])
-            except ValueError as error:
-                raise ValueError(str(error).replace(str(file), str(sweep.path))) from error
 
 
 def show_plan(sweep: Sweep, cluster: Cluster, shown: int) -> None:
@@ -289,17 +253,20 @@ def retry(given: argparse.Namespace) -> int:
     if not again:
         print(f"{status.count_of(found)}; nothing to submit again")
         return 0
-    jobs.check_slurm()
     record = status.sweep_record(given.folder)
     first = {row["name"] for row in record["runs"] if row["shared"]}
-    groups: dict[tuple[bool, Cluster, str], list[Path]] = {}
+    groups: dict[tuple[bool, Cluster, str], list[tuple[Path, Job]]] = {}
     for run in again:
         job = Job.read(run)
-        changed = replace(job, cluster=cluster_of(given, job.cluster))
-        changed.write(run)
-        groups.setdefault((run.name not in first, changed.cluster, changed.logs), []).append(run)
+        job = replace(job, cluster=cluster_of(given, job.cluster))
+        groups.setdefault((run.name not in first, job.cluster, job.logs), []).append((run, job))
+    for _, cluster, _ in groups:
+        check_slurm(cluster)
     wait_for = [one.job for one in found if one.is_live and one.run.name in first]
-    for (waits, cluster, logs), runs in sorted(groups.items(), key=lambda group: group[0][0]):
+    for (waits, cluster, logs), some in sorted(groups.items(), key=lambda group: group[0][0]):
+        for run, job in some:
+            job.write(run)
+        runs = [run for run, _ in some]
         after = wait_for if waits else []
         submitted = submit_arrays(runs, cluster, Path(logs), given.folder.name, record["max_parallel"], after)
         wait_for += submitted if not waits else []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import subprocess
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from slurm import jobs
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
 
@@ -203,17 +204,15 @@ def explained(refusal: str, script: str) -> str:
     names = [name for word, names in CAUSES.items() if word in everything for name in names]
     lines = [line for line in script.splitlines() for n in dict.fromkeys(names) if line.startswith(f"#SBATCH --{n}=")]
     cause = f" The line{'s' if len(lines) > 1 else ''} behind it: {'; '.join(lines)}." if lines else ""
-    return f"sbatch refuses the job: {told}.{cause}{what_there_is(names)} Change the cluster file or give another flag."
+    there = what_there_is() if {"partition", "nodes", "gpus-per-node", "mem"} & set(names) else ""
+    return f"sbatch refuses the job: {told}.{cause}{there} Change the cluster file or give another flag."
 
 
-def what_there_is(names: list[str]) -> str:
-    """The partitions and what their nodes have, where the refusal is about them."""
-    if not {"partition", "nodes", "gpus-per-node", "mem"} & set(names):
-        return ""
+def what_there_is() -> str:
+    """The partitions and what their nodes have."""
     try:
-        asked = ["sinfo", "-h", "-o", "%R: %D nodes of %c CPUs, %m MB, %G"]
-        found = subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.splitlines()
-    except (OSError, subprocess.TimeoutExpired):
+        found = jobs.ask("sinfo", "-h", "-o", "%R: %D nodes of %c CPUs, %m MB, %G").splitlines()
+    except jobs.NoSlurmError:
         return ""
     return f" There is {'; '.join(line.replace('(null)', 'no GPUs') for line in sorted(set(found)))}." if found else ""
 

@@ -46,6 +46,16 @@ def check_slurm() -> None:
     ask("sinfo", "-h", "-o", "%P")
 
 
+def most_gpus(partition: str = "") -> int | None:
+    """Of a node of a partition, or of the default one; None where there is no such partition."""
+    found = []
+    for row in ask("sinfo", "-h", "-o", "%P|%G").splitlines():
+        name, has = row.split("|", 1)
+        if name.rstrip("*") in partition.split(",") if partition else name.endswith("*"):
+            found.append(sum(int(count) for count in re.findall(r"\bgpu(?::[\w.-]+)?:(\d+)", has)))
+    return max(found, default=None)
+
+
 def ask(*command: str) -> str:
     """Raises:
     NoSlurmError: the command is missing, fails or takes too long.

@@ -7,7 +7,6 @@ another rank does. README.md has the whole course as a picture.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -17,38 +16,33 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from types import FrameType
 from typing import IO
 
-from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission
 
-from bigtrain.runtime.exit_codes import INTERRUPTED, LOST, STOPPED, USER_ERROR
-from slurm import jobs
+from bigtrain.runtime.exit_codes import STOPPED, USER_ERROR
+from slurm.ending import end
 from slurm.history import (
-    FOLDER,
     LAST_WORDS,
     RESULTS_FILE,
     Job,
     Owner,
     events,
-    idle_lives,
     lives,
     position,
     tell,
-    write_text,
 )
+from slurm.task import Task, gather, met
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-MEETING_FILE = "meeting.json"
-MEETING_S = 180  # a network file system may show a new file late
+
+
 GIVEN_UP_S = 90  # another rank has failed: so long until this one's recipe is killed
-NO_WORD_S = 30  # rank 0 has said nothing of the end: another decides
-BACKOFF_S, LONGEST_BACKOFF_S = 15, 600
-LIMIT_S = 300  # told to leave so near to the time limit, that is why
+
+
 OF_ERROR = re.compile(r"^([\w.-]+: error|[\w.]*(Error|Exception|Interrupt|Exit))\b")
 
 
@@ -65,45 +59,6 @@ class Life:
     def checkpoint(self) -> DelayedSubmission:
         """For a signal before the life has begun: there is nothing to save, the job is queued again."""
         return DelayedSubmission(self)
-
-
-@dataclass(frozen=True)
-class Task:
-    """Which process of which job this is."""
-
-    run: Path
-    job_id: str
-    restarts: int
-    rank: int
-    processes: int
-    local_rank: int
-    local_processes: int
-    first_host: str
-    on_slurm: bool
-
-    @classmethod
-    def of_this_process(cls, run: Path) -> Task:
-        told = JobEnvironment()
-        on_slurm = told.cluster == "slurm"
-        return cls(
-            run=run,
-            job_id=told.job_id if on_slurm else f"local-{told.job_id}",
-            restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0) if on_slurm else 0,
-            rank=told.global_rank,
-            processes=told.num_tasks,
-            local_rank=told.local_rank,
-            local_processes=told.num_tasks // told.num_nodes,
-            first_host=told.hostnames[0] if on_slurm else "127.0.0.1",
-            on_slurm=on_slurm,
-        )
-
-    def tell(self, event: str, **further: object) -> None:
-        tell(self.run, event, job=self.job_id, restarts=self.restarts, **further)
-
-    def of_this_life(self, *names: str) -> list[dict[str, object]]:
-        """What has been told of this life, by any rank."""
-        mine = {"job": self.job_id, "restarts": self.restarts}
-        return [row for row in events(self.run) if row["event"] in names and mine.items() <= row.items()]
 
 
 class Told:
@@ -179,33 +134,6 @@ def begin(task: Task, job: Job) -> int | None:
     return port
 
 
-def gather(task: Task, port: int | None) -> None:
-    """Tell the other ranks of this life where to meet; None: nowhere."""
-    record = {"job": task.job_id, "restarts": task.restarts, "port": port}
-    write_text(task.run / FOLDER / MEETING_FILE, json.dumps(record) + "\n")
-
-
-def met(task: Task) -> int | None:
-    """Another rank: wait for what rank 0 says.
-
-    Raises:
-        ValueError: it says nothing that this process can see.
-    """
-    file, until = task.run / FOLDER / MEETING_FILE, time.monotonic() + MEETING_S
-    while time.monotonic() < until:
-        try:
-            record = json.loads(file.read_text())
-        except (OSError, ValueError):
-            record = {}
-        if (record.get("job"), record.get("restarts")) == (task.job_id, task.restarts):
-            return record["port"]
-        time.sleep(0.2)
-    raise ValueError(
-        f"rank {task.rank} has seen no word of rank 0 in {file} for {MEETING_S} s: the run's folder must lie on a file "
-        "system that all nodes share."
-    )
-
-
 def environment(task: Task, job: Job, port: int, given: Mapping[str, str]) -> dict[str, str]:
     """What the recipe finds around it: the other processes, its threads, DeepSpeed."""
     found = {**given, "OMP_NUM_THREADS": str(job.cluster.cpus_per_task), "BIGTRAIN_LAUNCHED": "1"}
@@ -257,85 +185,3 @@ def last_error(lines: deque[str]) -> str:
     named = [line for line in lines if OF_ERROR.match(line)]
     filled = [line for line in lines if line.strip()]
     return (named or filled or [""])[-1][:1000]
-
-
-def end(task: Task, code: int, error: str, asked: int | None) -> int:
-    """Say how the recipe has ended, and what becomes of the job; the exit code of this process."""
-    stopped = code in (STOPPED, INTERRUPTED) or (asked is not None and code == -asked)
-    lost = code == LOST or code < 0
-    if code and not stopped and not lost:
-        if not task.of_this_life("failed"):  # the first is what counts: the others end because of it
-            task.tell("failed", rank=task.rank, code=code, error=error or f"exit code {code}")
-        Owner(task.run, task.job_id).release()
-        return code
-    if task.rank and (not lost or others_decide(task)):
-        return 0
-    if lost and task.processes > 1:
-        time.sleep(3)  # a rank that failed is about to say so
-    return decide(task, code, error, asked, stopped)
-
-
-def others_decide(task: Task) -> bool:
-    """Whether a rank before this one has said what becomes of the job."""
-    until = time.monotonic() + NO_WORD_S + 3 * task.rank
-    while time.monotonic() < until:
-        if task.of_this_life(*LAST_WORDS):
-            return True
-        time.sleep(1)
-    return False
-
-
-def decide(task: Task, code: int, error: str, asked: int | None, stopped: bool) -> int:
-    """What becomes of the job, by the one rank that decides."""
-    owner = Owner(task.run, task.job_id)
-    try:
-        if task.of_this_life("failed"):
-            return USER_ERROR
-        if code == 0:
-            task.tell("finished")
-            return 0
-        if stopped and asked is None:
-            task.tell("stopped", why="by the file `stop`, or a signal to the recipe's own process")
-            return 0
-        if not task.on_slurm:
-            task.tell("stopped" if stopped else "failed", code=code, error=error, why=reason(code, asked))
-            return 0 if stopped else 1
-        record = jobs.described(task.job_id)
-        if int(record.get("Restarts") or 0) > task.restarts:
-            task.tell("requeued", why="by SLURM: preemption, or an operator", code=code)
-            return 0
-        left_s = seconds_left(record)
-        if record.get("JobState") not in ("RUNNING", None) and not (left_s is not None and left_s <= 0):
-            task.tell("cancelled", code=code)
-            return 0
-        why = reason(code, asked)
-        if stopped and left_s is not None and left_s < LIMIT_S:
-            why = "the time limit"
-        idle = idle_lives(events(task.run), task.job_id, position(task.run))
-        delay_s = min(BACKOFF_S * 2 ** (idle - 1), LONGEST_BACKOFF_S) if idle else 0
-        task.tell("requeued", why=why, code=code, error=error, delay_s=delay_s)
-        owner.release()
-        try:
-            jobs.requeue(task.job_id, delay_s)
-        except jobs.NoSlurmError as problem:
-            task.tell("failed", rank=task.rank, code=code, error=f"it could not be queued again: {problem}")
-            return 1
-        return 0
-    finally:
-        owner.release()
-
-
-def reason(code: int, asked: int | None) -> str:
-    if asked is not None:
-        return f"told to leave ({signal.Signals(asked).name})"
-    if code == LOST:
-        return "a process of it died, hung or could not be reached"
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def seconds_left(record: Mapping[str, str]) -> float | None:
-    """Until the job's time is up."""
-    try:
-        return time.mktime(time.strptime(record["EndTime"], "%Y-%m-%dT%H:%M:%S")) - time.time()
-    except (KeyError, ValueError):  # without a limit
-        return None

@@ -145,9 +145,14 @@ def last_line(run: Path, job: str) -> str:
 
 
 def log_files(run: Path, job: str) -> list[Path]:
-    """A job's logs, one a process."""
-    logs = Path(Job.read(run).logs)
-    return sorted(logs.glob(f"{job.removeprefix('local-')}_*_log.out"), key=lambda path: int(path.stem.split("_")[-2]))
+    """A job's logs, one a process: that of the one that failed first, then by rank."""
+    failed = {row.get("rank") for row in events(run) if row["event"] == "failed" and row.get("job") == job}
+
+    def place(log: Path) -> tuple[bool, int]:
+        rank = int(log.stem.split("_")[-2])
+        return rank not in failed, rank
+
+    return sorted(Path(Job.read(run).logs).glob(f"{job.removeprefix('local-')}_*_log.out"), key=place)
 
 
 def tail(files: Iterable[Path], lines: int = 40) -> list[str]:

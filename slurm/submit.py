@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
-import runpy
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from slurm.cluster import Cluster, explained, submission
-from slurm.history import FOLDER, RESULTS_FILE, Job, events, tell, write_text
+from slurm import jobs
+from slurm.cluster import Cluster, explained, submission, what_there_is
+from slurm.history import FOLDER, Job, events, tell, write_text
 from slurm.life import Life
-from slurm.sweep import Run, toml
+from slurm.sweep import Run, Sweep, toml
 
 SETTINGS_FILE = "settings.toml"
-NO_LIMIT_MIN = 60 * 24 * 365
 
 
 class Executor(submitit.SlurmExecutor):
@@ -105,6 +103,20 @@ def prepare_run(run: Run, out: Path, cluster: Cluster) -> Path:
     return folder
 
 
+def check_slurm(cluster: Cluster) -> None:
+    """Raises:
+    ValueError: no SLURM answers, or no node has so many GPUs: some SLURMs take such a job, and it waits for ever.
+    """
+    jobs.check_slurm()
+    most = jobs.most_gpus(cluster.partition)
+    if most is not None and cluster.gpus_per_node > most:
+        where = f"partition {cluster.partition}" if cluster.partition else "the default partition"
+        raise ValueError(
+            f"gpus_per_node is {cluster.gpus_per_node}, and a node of {where} has at most {most}:{what_there_is()} "
+            "Change the cluster file or give another flag."
+        )
+
+
 def executor(cluster: Cluster, logs: Path, name: str, **further: Any) -> Executor:
     made = Executor(folder=logs, max_num_timeout=cluster.max_lives)
     made.update_parameters(**submission(cluster, name=job_name(name), folder=logs, **further))
@@ -170,73 +182,41 @@ class without_slurm_variables:  # noqa: N801
         os.environ.update(self.before)
 
 
-def run_here(runs: Sequence[Path], cluster: Cluster, logs: Path, *, at_once: int = 1, show: bool = False) -> int:
-    """The same jobs on this machine, without SLURM, until they end; how many have not finished.
+def submit_arrays(
+    runs: Sequence[Path], cluster: Cluster, logs: Path, name: str, parallel: int, wait_for: Sequence[str]
+) -> list[str]:
+    """Runs as one array, or as several one after another where SLURM takes no larger ones; the ids of the arrays."""
+    largest = jobs.largest_array() if len(runs) > 1 else 1
+    ids: list[str] = []
+    for first in range(0, len(runs), largest):
+        others = ids[-1:] or sorted({job.split("_")[0] for job in wait_for})
+        after = f"afterany:{':'.join(others)}" if others else ""
+        some = submit(runs[first : first + largest], cluster, logs, name, parallel=parallel, after=after)
+        ids.append(some[0].split("_")[0])
+        print(
+            f"job {ids[-1]}: {len(some)} run{'s' if len(some) > 1 else ''}{f', {after}' if after else ''}", flush=True
+        )
+    return ids
 
-    Args:
-        show: the log of a single run, as it grows.
+
+def check_settings(sweep: Sweep) -> None:
+    """Ask each recipe of a sweep which settings it has, and whether it takes those of the first run.
+
+    Raises:
+        ValueError: an axis or a setting that is none, or a value that it refuses.
     """
-    logs.mkdir(parents=True, exist_ok=True)
-    waiting, at_work, stopping = list(runs), dict[Path, Any](), [False]
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopping[0] = True
-        for job in at_work.values():
-            if job._process:
-                job._process.send_signal(signal.SIGTERM)
-
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    shown = 0
-    try:
-        while at_work or (waiting and not stopping[0]):
-            while waiting and len(at_work) < at_once and not stopping[0]:
-                run = waiting.pop(0)
-                made = submitit.LocalExecutor(logs)
-                made.update_parameters(
-                    tasks_per_node=cluster.processes, gpus_per_node=min(cluster.gpus_per_node, cluster.processes),
-                    timeout_min=NO_LIMIT_MIN, stderr_to_stdout=True, setup=list(cluster.setup),
-                )  # fmt: skip
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # so that submitit's own process outlives a Ctrl-C
-                at_work[run] = made.submit(Life(str(run)))
-                tell(run, "submitted", job=f"local-{at_work[run].job_id}")
-                signal.signal(signal.SIGINT, stop)
-                signal.signal(signal.SIGTERM, stop)
-            time.sleep(0.2)
-            for run, job in list(at_work.items()):
-                ended = job._process is None or job._process.poll() is not None
-                if show:
-                    shown = print_from(job.paths.stdout, shown)
-                if ended:
-                    del at_work[run]
-                    if not show:
-                        print(f"{run.name}: {outcome(run)}  ({len(waiting)} waiting)", flush=True)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return sum(not (run / RESULTS_FILE).is_file() for run in runs)
-
-
-def outcome(run: Path) -> str:
-    if (run / RESULTS_FILE).is_file():
-        return "finished"
-    last: dict[str, Any] = next(iter(reversed(events(run))), {})
-    return f"{last.get('event', 'nothing')}: {last.get('error') or last.get('why') or ''}".rstrip(": ")
-
-
-def print_from(log: Path, place: int) -> int:
-    """What has been added to a log."""
-    try:
-        with log.open("rb") as file:
-            file.seek(place)
-            added = file.read()
-    except FileNotFoundError:
-        return place
-    sys.stdout.buffer.write(added)
-    sys.stdout.flush()
-    return place + len(added)
-
-
-def run_in_this_process(recipe: Path, flags: Sequence[str]) -> None:
-    """The recipe, for a debugger: no job around it."""
-    sys.argv = [str(recipe), *flags]
-    runpy.run_path(str(recipe), run_name="__main__")
+    for recipe in sorted({run.recipe for run in sweep.runs}):
+        print(f"asking {recipe} for its settings", file=sys.stderr, flush=True)
+        names = ask_recipe(Path(recipe)).names
+        runs = [run for run in sweep.runs if run.recipe == recipe]
+        for name in dict.fromkeys(name for run in runs for name in run.settings):
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=3) or sorted(names)
+                raise ValueError(f"{sweep.path}: {name!r} is no setting of {recipe}; near it: {', '.join(near)}.")
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "settings.toml"
+            file.write_text(toml(runs[0].settings))
+            try:
+                ask_recipe(Path(recipe), ["--config", str(file)])
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(file), str(sweep.path))) from error

@@ -98,15 +98,15 @@ def test_a_job_goes_on_after_its_time_until_it_is_cancelled_and_can_be_tried_aga
 
 
 def test_processes_on_several_nodes_have_the_losses_of_one(small, tmp_path):
-    alone, six, shared = (tmp_path / name for name in ("alone", "six", "shared"))
+    alone, four, three = (tmp_path / name for name in ("alone", "four", "three"))
     flags = [*small, "--drop-path", "0", "--out"]
     slurm("submit", RECIPE, "--", *flags, alone)
-    slurm("submit", RECIPE, "--nodes", "3", "--tasks-per-node", "2", "--", *flags, six)
-    slurm("submit", RECIPE, "--nodes", "2", "--tasks-per-node", "2", "--strategy", "zero2", "--", *flags, shared)
-    until_done(alone, six, shared, wait_s=400)
-    for other in (six, shared):
+    slurm("submit", RECIPE, "--nodes", "2", "--tasks-per-node", "2", "--", *flags, four)
+    slurm("submit", RECIPE, "--nodes", "3", "--strategy", "zero2", "--", *flags, three)
+    until_done(alone, four, three, wait_s=400)
+    for other in (four, three):
         assert len(losses(alone)) == 12 and losses(other) == pytest.approx(losses(alone), abs=1e-5)
-    assert [row["processes"] for row in events(six) if row["event"] == "started"] == [6]
+    assert [row["processes"] for row in events(four) if row["event"] == "started"] == [4]
 
 
 def losses(run):

@@ -73,6 +73,6 @@ def test_what_sbatch_refuses_is_told_with_the_line_behind_it(small, tmp_path):
     assert "sbatch refuses the job: invalid partition specified: nowhere." in said
     assert "#SBATCH --partition=nowhere" in said and "There is " in said and "Traceback" not in said
     said = slurm("submit", RECIPE, "--gpus-per-node", "99", *flags, fails=2)
-    assert "sbatch refuses the job: " in said and "#SBATCH --gpus-per-node=99" in said
+    assert "gpus_per_node is 99, and a node of the default partition has at most " in said and "There is " in said
     assert not (tmp_path / "run").exists()
     assert ask("squeue -h") == ""
