@@ -148,10 +148,9 @@ def test_a_run_that_another_job_holds_is_refused_and_a_dead_one_loses_it(long_ru
     assert f"the run is held by job {job} on " in events(run)[-1]["error"]
     assert json.loads(owner.read_text())["job"] == job
     history.write_text(before)
-    ask(f"scancel --signal=KILL --full {job}")
-    ask(f"scancel {other} {job}")
+    ask(f"scancel --signal=KILL {job}.0")
     until(lambda: not ask("squeue -h"), "the end")
-    assert owner.exists()
+    assert owner.exists() and "Exited" not in slurm("status", run)
     slurm("retry", run)
     until_life(run, 2)
     assert json.loads(owner.read_text())["job"] not in (job, other)
