@@ -35,7 +35,8 @@ def no_cluster():
 def slurm(*words, cwd=None, fails=None, **environment):
     """What a user types: bigtrain-slurm and so on; its output, both streams together."""
     command = [BIN / "bigtrain-slurm", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment}, cwd=cwd, timeout=600)
+    around = {**ENVIRONMENT, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=around, cwd=cwd, timeout=600)
     assert (done.returncode == fails) if fails else (done.returncode == 0), done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -34,7 +34,7 @@ SHIPPED = sorted((ROOT / "slurm" / "clusters").glob("*.toml"))
     ],
 )  # fmt: skip
 def test_what_sbatch_gets(name, asked, further):
-    text = script(asked, Path("/shared/it's a \"$(run)\"/slurm"), "dog s0;", **further)
+    text = script(asked, Path('/shared/it\'s a "$(run)"/slurm'), "dog s0;", **further)
     text = text.replace(sys.executable, "/env/bin/python")
     assert text == (GOLDEN / f"{name}.sbatch").read_text()
 
@@ -67,7 +67,7 @@ def test_a_cluster_file_that_means_nothing_is_told(tmp_path, text, sentence):
 
 
 def test_a_cluster_file_that_is_not_there_is_told(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read .No such file or directory.: name a cluster file"):
+    with pytest.raises(ValueError, match=r"cannot be read .No such file or directory.: name a cluster file"):
         read_cluster(tmp_path / "none.toml")
 
 
