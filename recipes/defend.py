@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> None:
         embedded = not config.train
         if embedded:
             config = with_embedded_data(read_settings(Config, argv, PRESET, description=__doc__))
-        print_if_asked(config, argv)
         check_ranges(config, LIMITS)
+        print_if_asked(config, argv)
         if not config.test or not config.run.out:
             raise ValueError("--test SHARDS and --out FOLDER are needed: what to judge on, and where the run goes.")
         run = RunFolder(config.run.out, config)

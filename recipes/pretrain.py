@@ -105,8 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors("pretrain.py"):
         argv = sys.argv[1:] if argv is None else argv
         config = read_settings(Config, argv, description=__doc__)
-        print_if_asked(config, argv)
         check_ranges(config, LIMITS)
+        print_if_asked(config, argv)
         if not config.train or not config.run.out:
             raise ValueError("--train SHARDS and --out FOLDER are needed: what to train on, and where the run goes.")
         run = RunFolder(config.run.out, config)

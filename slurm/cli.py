@@ -121,7 +121,7 @@ def submit_one(given: argparse.Namespace) -> int:
     if not given.local and not given.dry_run:
         check_slurm(cluster)
     print(f"asking {given.recipe} for its settings", file=sys.stderr, flush=True)
-    settings = dict(ask_recipe(given.recipe, given.flags).settings)
+    settings = ask_recipe(given.recipe, given.flags)
     group = settings.pop("run")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     run = check_folder(Path(group["out"] or f"runs/{given.recipe.stem}-{digest}").absolute())

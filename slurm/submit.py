@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,19 +31,8 @@ class Executor(submitit.SlurmExecutor):
         return 2  # whether there is a SLURM is asked elsewhere; to show a script there need not be one
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What a recipe says of settings: all that it resolves them to."""
-
-    settings: Mapping[str, Any]
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name in self.settings if name != "run"] + list(self.settings["run"])
-
-
-def ask_recipe(recipe: Path, flags: Sequence[str] = ()) -> Checked:
-    """What a recipe resolves flags to.
+def ask_recipe(recipe: Path, flags: Sequence[str]) -> dict[str, Any]:
+    """What a recipe resolves flags to: all its settings.
 
     Raises:
         ValueError: there is no such recipe, or it refuses the flags, in its own words.
@@ -58,7 +45,8 @@ def ask_recipe(recipe: Path, flags: Sequence[str] = ()) -> Checked:
     if done.returncode:
         raise ValueError(f"the recipe refuses these settings.\n{done.stderr.strip()}")
     try:
-        return Checked(json.loads(done.stdout))
+        settings: dict[str, Any] = json.loads(done.stdout)
+        return settings
     except ValueError as error:
         raise ValueError(f"{recipe} is no recipe: with --print-config it prints no settings.") from error
 
@@ -200,23 +188,17 @@ def submit_arrays(
 
 
 def check_settings(sweep: Sweep) -> None:
-    """Ask each recipe of a sweep which settings it has, and whether it takes those of the first run.
+    """Ask each recipe of a sweep whether it takes the settings of the first run with such names.
 
     Raises:
         ValueError: an axis or a setting that is none, or a value that it refuses.
     """
-    for recipe in sorted({run.recipe for run in sweep.runs}):
-        print(f"asking {recipe} for its settings", file=sys.stderr, flush=True)
-        names = ask_recipe(Path(recipe)).names
-        runs = [run for run in sweep.runs if run.recipe == recipe]
-        for name in dict.fromkeys(name for run in runs for name in run.settings):
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=3) or sorted(names)
-                raise ValueError(f"{sweep.path}: {name!r} is no setting of {recipe}; near it: {', '.join(near)}.")
+    for run in {(run.recipe, *run.settings): run for run in reversed(sweep.runs)}.values():
+        print(f"asking {run.recipe} for its settings", file=sys.stderr, flush=True)
         with TemporaryDirectory() as folder:
             file = Path(folder) / "settings.toml"
-            file.write_text(toml(runs[0].settings))
+            file.write_text(toml(run.settings))
             try:
-                ask_recipe(Path(recipe), ["--config", str(file)])
+                ask_recipe(Path(run.recipe), ["--config", str(file)])
             except ValueError as error:
                 raise ValueError(str(error).replace(str(file), str(sweep.path))) from error

@@ -1,0 +1,73 @@
+"""Finished runs become a table."""
+
+import json
+import math
+import statistics
+
+import pytest
+
+from bigtrain.evaluation.tables import mean_and_interval, read_results, table
+
+
+def put(folder, name, auroc):
+    (folder / name).mkdir(parents=True)
+    (folder / name / "results.json").write_text(json.dumps({"auroc": {"value": auroc}, "known": ["x"]}))
+
+
+def write_sweep(folder, runs):
+    rows = [{"name": name, "axes": axes, "shared": False} for name, axes in runs.items()]
+    rows.append({"name": "teacher", "axes": {}, "shared": True})
+    folder.mkdir(exist_ok=True)
+    (folder / "sweep.json").write_text(json.dumps({"runs": rows}))
+
+
+def test_the_interval_is_students():
+    """By hand: t(.975, 2) = 4.3027; the standard deviation of .8, .9, .85 is .05."""
+    mean, low, high = mean_and_interval([0.8, 0.9, 0.85])
+    assert mean == pytest.approx(0.85)
+    half = 4.302653 * statistics.stdev([0.8, 0.9, 0.85]) / math.sqrt(3)
+    assert (low, high) == (pytest.approx(0.85 - half), pytest.approx(0.85 + half))
+    assert mean_and_interval([0.5]) == (0.5, None, None)
+
+
+def test_the_mean_is_over_classes_for_each_seed_and_then_over_seeds(tmp_path):
+    runs = {f"{known}-s{seed}": {"known": known, "seed": seed} for known in ("a", "b|c") for seed in (0, 1)}
+    write_sweep(tmp_path, runs)
+    for name, auroc in zip(runs, (0.8, 0.6, 0.9, 0.9), strict=True):
+        put(tmp_path, name, auroc)
+    lines = table(read_results(tmp_path)).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == ["known", "auroc, %", "95 % interval", "seeds"]
+    assert lines[2].startswith("| a ") and "70.0" in lines[2]
+    assert "b\\|c" in lines[3] and "90.0 .. 90.0" in lines[3]
+    assert lines[4].startswith("| mean ") and "80.0" in lines[4]  # of .85 and .75, one for each seed
+    low, high = mean_and_interval([0.85, 0.75])[1:]
+    assert f"{100 * low:.1f} .. {100 * high:.1f}" in lines[4]
+
+
+def test_what_is_missing_is_named_and_leaves_its_seed_out_of_the_mean(tmp_path):
+    runs = {f"{known}-s{seed}": {"known": known, "seed": seed} for known in ("a", "b") for seed in (0, 1)}
+    write_sweep(tmp_path, runs)
+    for name, auroc in (("a-s0", 0.8), ("a-s1", 0.6), ("b-s0", 0.9)):
+        put(tmp_path, name, auroc)
+    text = table(read_results(tmp_path))
+    assert text.endswith("1 of 4 runs are missing: b-s1")
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert "1 of 2" in rows["b"] and "1 of 2" in rows["mean"] and "85.0" in rows["mean"]
+
+
+def test_without_a_sweep_runs_are_told_apart_by_their_settings(tmp_path):
+    for name, settings in (("one", {"known": ["a", "b"], "seed": 0}), ("two", {"known": ["a", "b"], "seed": 1})):
+        put(tmp_path, name, 0.5)
+        (tmp_path / name / "config.json").write_text(json.dumps({"settings": {**settings, "keep": "random"}}))
+    found = read_results(tmp_path)
+    assert [dict(result.axes) for result in found] == [{"seed": 0}, {"seed": 1}]
+    assert "| 50.0" in table(found) and "50.0 .. 50.0" in table(found)
+
+
+def test_a_folder_without_runs_and_an_unknown_figure_are_told(tmp_path):
+    with pytest.raises(ValueError, match="holds no runs"):
+        read_results(tmp_path)
+    write_sweep(tmp_path, {"x": {"seed": 0}})
+    put(tmp_path, "x", 0.5)
+    with pytest.raises(ValueError, match="no figure 'auruc': there are auroc"):
+        table(read_results(tmp_path), "auruc")
