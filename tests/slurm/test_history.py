@@ -1,0 +1,150 @@
+"""Who holds a run, what its history says, and how a run stands; SLURM's answers are given, not asked."""
+
+import json
+import socket
+import subprocess
+
+import pytest
+
+from slurm import history, jobs, status
+from slurm.cluster import Cluster
+from slurm.ending import seconds_left
+from slurm.history import Job, Owner, events, idle_lives, position, tell
+from slurm.life import last_error
+from slurm.local import outcome
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    Job("recipe.py", ("--known", "it's"), "/", Cluster(setup=("module load cuda",)), str(folder / "slurm")).write(
+        folder
+    )
+    return folder
+
+
+def states(monkeypatch, **known):
+    monkeypatch.setattr(jobs, "states", lambda ids: {i: known[f"j{i}"] for i in ids if f"j{i}" in known})
+
+
+def test_a_job_is_read_as_it_was_written(run):
+    assert Job.read(run) == Job(
+        "recipe.py", ("--known", "it's"), "/", Cluster(setup=("module load cuda",)), str(run / "slurm")
+    )
+    (run / "slurm" / "job.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds no job of bigtrain-slurm"):
+        Job.read(run)
+
+
+def test_a_run_is_one_jobs_while_that_lives(run, monkeypatch):
+    states(monkeypatch, j1=jobs.State("RUNNING"))
+    Owner(run, "1").take()
+    Owner(run, "1").take()  # the same job's next life
+    with pytest.raises(ValueError, match=r"the run is held by job 1 on .*: wait for its end, or cancel it"):
+        Owner(run, "2").take()
+    Owner(run, "2").release()  # is not its own
+    states(monkeypatch, j1=jobs.State("FAILED"))
+    mine = Owner(run, "2")
+    mine.take()
+    assert json.loads(mine.file.read_text())["job"] == "2"
+    mine.release()
+    assert sorted(file.name for file in (run / "slurm").iterdir()) == ["job.json"]
+
+
+def test_where_nobody_can_be_asked_an_owner_is_taken_to_live(run, monkeypatch):
+    def gone(ids):
+        raise jobs.NoSlurmError("no")
+
+    Owner(run, "1").take()
+    monkeypatch.setattr(jobs, "states", gone)
+    with pytest.raises(ValueError, match="held by job 1"):
+        Owner(run, "2").take()
+
+
+def test_a_process_of_this_machine_that_has_ended_loses_its_run(run):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (run / "slurm" / "owner.json").write_text(
+        json.dumps({"job": f"local-{ended.pid}", "host": socket.gethostname(), "pid": ended.pid})
+    )
+    Owner(run, "2").take()
+
+
+def test_half_a_row_of_history_is_left_out(run):
+    tell(run, "started", job="1")
+    with (run / "events.jsonl").open("a") as file:
+        file.write('{"event": "requ')
+    assert [row["event"] for row in events(run)] == ["started"]
+
+
+def test_lives_that_got_no_further_are_counted(run):
+    for at in ("", "", "distil/step-000004", "distil/step-000008", "distil/step-000008"):
+        tell(run, "started", job="1", at=at)
+    tell(run, "started", job="2", at="distil/step-000008")
+    assert idle_lives(events(run), "1", "distil/step-000008") == 2
+    assert idle_lives(events(run), "1", "distil/step-000012") == 0
+    (run / "checkpoints" / "distil" / "step-000008").mkdir(parents=True)
+    (run / "checkpoints" / "distil" / "step-000012.tmp").mkdir()
+    (run / "teacher.safetensors").touch()
+    assert position(run) == "distil/step-000008 teacher.safetensors"
+
+
+@pytest.mark.parametrize(
+    "rows, state, how, told",
+    [
+        ([], None, "new", "not submitted yet"),
+        (["submitted"], jobs.State("PENDING", "Priority"), "waiting", "Priority"),
+        (["submitted", "started"], jobs.State("RUNNING"), "running", "starting"),
+        (["submitted", "started", "requeued"], jobs.State("PENDING", "BeginTime"), "waiting", "BeginTime"),
+        (["submitted", "started", "failed"], jobs.State("FAILED"), "failed", "ValueError: no (rank 3 on node2)"),
+        (["submitted", "started", "failed"], None, "failed", "ValueError: no (rank 3 on node2)"),
+        (["submitted", "started", "cancelled"], jobs.State("CANCELLED"), "cancelled", ""),
+        (["submitted"], jobs.State("CANCELLED"), "cancelled", ""),
+        (["submitted", "started", "stopped"], jobs.State("COMPLETED"), "stopped", ""),
+        (["submitted", "started"], jobs.State("OUT_OF_MEMORY"), "failed", "out of memory: raise mem_gb"),
+        (["submitted", "started"], jobs.State("TIMEOUT"), "failed", "raise signal_delay_s"),
+        (["submitted", "started"], None, "lost", "its last life has ended without a word"),
+        (["submitted"], None, "lost", "it has never begun"),
+    ],
+)
+def test_how_a_run_stands(run, monkeypatch, rows, state, how, told):
+    for row in rows:
+        further = {"error": "ValueError: no", "rank": 3} if row == "failed" else {}
+        monkeypatch.setattr(history.socket, "gethostname", lambda: "node2")
+        tell(run, row, job="7", **further)
+    states(monkeypatch, **({"j7": state} if state else {}))
+    (one,) = status.standings([run])
+    assert (one.how, one.job) == (how, "7" if rows else "") and told in one.told
+    assert one.requeued == rows.count("requeued")
+
+
+def test_a_finished_run_is_done_whatever_slurm_says(run, monkeypatch):
+    states(monkeypatch)
+    tell(run, "submitted", job="7")
+    (run / "results.json").write_text("{}")
+    (one,) = status.standings([run])
+    assert one.how == "done" and outcome(run) == "finished"
+
+
+def test_the_log_of_the_process_that_failed_first_comes_first(run):
+    tell(run, "failed", job="7", rank=2)
+    for rank in (0, 1, 2, 10):
+        (run / "slurm" / f"7_{rank}_log.out").write_text(f"rank {rank}\n")
+    assert [file.name for file in status.log_files(run, "7")] == [f"7_{rank}_log.out" for rank in (2, 0, 1, 10)]
+    assert status.tail(status.log_files(run, "7")[:1]) == ["rank 2"]
+
+
+def test_the_last_line_that_names_an_error_is_told():
+    lines = ["Traceback (most recent call last):", "ValueError: no", "  at the end", "", "torch says goodbye"]
+    assert last_error(lines) == "ValueError: no"
+    assert last_error(["defend.py: error: no such class", "x"]) == "defend.py: error: no such class"
+    assert last_error(["only this", " "]) == "only this" and last_error([]) == ""
+
+
+def test_time_left_is_from_the_start_and_the_limit():
+    """EndTime is now where a job is cancelled, and would say that its time is up."""
+    start = "2020-01-01T00:00:00"
+    left = seconds_left({"StartTime": start, "TimeLimit": "1-02:03:04", "EndTime": start})
+    more = seconds_left({"StartTime": start, "TimeLimit": "1-02:03:05", "EndTime": start})
+    assert left < 0 and more - left == pytest.approx(1, abs=0.5)
+    assert seconds_left({"StartTime": start, "TimeLimit": "UNLIMITED"}) is None and seconds_left({}) is None
