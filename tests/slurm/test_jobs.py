@@ -154,3 +154,18 @@ def test_a_run_that_another_job_holds_is_refused_and_a_dead_one_loses_it(long_ru
     slurm("retry", run)
     until_life(run, 2)
     assert json.loads(owner.read_text())["job"] not in (job, other)
+
+
+def test_a_folder_that_another_node_does_not_see_is_told(small, tmp_path, power):
+    place = tmp_path / "mine"
+    place.mkdir()
+    nodes = sorted(set(ask("sinfo -h -N -o %N").split()))
+    ask(f"srun -w {nodes[1]} --chdir=/ mount -t tmpfs none {place}")
+    try:
+        run = place / "run"
+        slurm("submit", RECIPE, "--nodes", "2", "--exclude", ",".join(nodes[2:]), "--", *small, "--out", run)
+        said = until(lambda: "failed" in (said := slurm("status", run)) and said, "that status says so")
+        assert "bigtrain-slurm: error: not all nodes of this job see its folder: choose one on a shared" in said
+        assert "started" not in told(run)
+    finally:
+        ask(f"srun -w {nodes[1]} --chdir=/ umount {place}")
