@@ -32,11 +32,11 @@ def no_cluster():
     return "" if found.stdout.strip() else "needs a SLURM cluster: `sinfo` shows no partition"
 
 
-def slurm(*words, cwd=None, fails=None, **environment):
+def slurm(*words, cwd=None, fails=None, timeout_s=600, **environment):
     """What a user types: bigtrain-slurm and so on; its output, both streams together."""
     command = [BIN / "bigtrain-slurm", *map(str, words)]
     around = {**ENVIRONMENT, **environment}
-    done = subprocess.run(command, capture_output=True, text=True, env=around, cwd=cwd, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=around, cwd=cwd, timeout=timeout_s)
     assert (done.returncode == fails) if fails else (done.returncode == 0), done.stdout + done.stderr
     return done.stdout + done.stderr
 
