@@ -108,6 +108,8 @@ def begin(task: Task, job: Job) -> int | None:
         Owner(task.run, task.job_id).take()
         if (task.run / RESULTS_FILE).is_file():
             print(f"{task.run} is finished, nothing to do", flush=True)
+            if all(row["event"] != "finished" for row in history):  # killed before it could tell
+                task.tell("finished")
             gather(task, None)
             return None
         if len(begun) >= job.cluster.max_lives:

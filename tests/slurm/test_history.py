@@ -10,8 +10,9 @@ from slurm import history, jobs, status
 from slurm.cluster import Cluster
 from slurm.ending import seconds_left
 from slurm.history import Job, Owner, events, idle_lives, position, tell
-from slurm.life import last_error
+from slurm.life import begin, last_error
 from slurm.local import outcome
+from slurm.task import Task
 
 
 @pytest.fixture
@@ -124,6 +125,15 @@ def test_a_finished_run_is_done_whatever_slurm_says(run, monkeypatch):
     (run / "results.json").write_text("{}")
     (one,) = status.standings([run])
     assert one.how == "done" and outcome(run) == "finished"
+
+
+def test_a_run_that_was_killed_between_its_results_and_its_last_word_says_it_in_the_next_life(run):
+    for row in ("submitted", "started"):
+        tell(run, row, job="7", restarts=0)
+    (run / "results.json").write_text("{}")
+    for restarts in (1, 2):
+        assert begin(Task(run, "7", restarts, 0, 1, 0, 1, "node1", on_slurm=True), Job.read(run)) is None
+    assert [row["event"] for row in events(run)] == ["submitted", "started", "finished"]
 
 
 def test_the_log_of_the_process_that_failed_first_comes_first(run):

@@ -1,0 +1,39 @@
+"""A job that SLURM gives a GPU: it is told to leave, goes on, and ends with the bits of a quiet run on that GPU."""
+
+import pytest
+import torch
+
+from tests.slurm.conftest import (
+    RECIPE,
+    ask,
+    events,
+    same_bits,
+    slurm,
+    submitted,
+    until_done,
+    until_life,
+    until_training,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slurm,
+    pytest.mark.usefixtures("jobs_end"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_a_job_on_a_gpu_goes_on_to_the_same_bits(long_run, tmp_path, strategy):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    flags = ["--gpus-per-node", "1", "--strategy", strategy, "--", *long_run, "--precision", "bf16", "--out"]
+    slurm("submit", RECIPE, "--local", *flags, whole, CUDA_VISIBLE_DEVICES="0")
+    job = submitted(slurm("submit", RECIPE, *flags, run, CUDA_VISIBLE_DEVICES=""))
+    until_training(run)
+    ask(f"scancel --signal=USR2 {job}")
+    until_life(run, 2)
+    until_done(run)
+    assert [row["why"] for row in events(run) if row["event"] == "requeued"] == ["told to leave (SIGUSR2)"]
+    said = "".join(log.read_text() for log in (run / "slurm").glob(f"{job}_0_log.out*"))
+    assert "on cuda, precision bf16" in said
+    assert same_bits(run, whole)
