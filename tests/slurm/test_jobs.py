@@ -82,7 +82,7 @@ def test_a_job_goes_on_after_its_time_until_it_is_cancelled_and_can_be_tried_aga
     endless = [*long_run, "--distil-epochs", "100000", "--out", run]
     job = submitted(slurm("submit", RECIPE, *flags, "--", *endless))
     until_training(run)
-    assert f"is running as job {job}" in slurm("submit", RECIPE, "--", *endless, fails=2)
+    assert f" as job {job}: wait, or `bigtrain-slurm cancel " in slurm("submit", RECIPE, "--", *endless, fails=2)
     until_life(run, 2)
     assert [row["why"] for row in events(run) if row["event"] == "requeued"] == ["the time limit"]
     until_training(run)
