@@ -1,11 +1,13 @@
 """A SLURM cluster, whatever `sinfo` shows, and what a user types. Without one the tests marked `slurm` are skipped."""
 
+import fcntl
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -104,11 +106,13 @@ BITS = ("teacher.safetensors", "student.safetensors", "scores.parquet")
 
 
 @pytest.fixture
-def jobs_end():
-    """Whatever a test does, its jobs do not stay."""
-    yield
-    subprocess.run(["scancel", "--full", "--user", ask("whoami")], capture_output=True)
-    until(lambda: not ask("squeue -h"), "an empty queue", 60)
+def cluster():
+    """One test at a time, in whatever process; whatever it does, its jobs do not stay."""
+    with Path(tempfile.gettempdir(), f"bigtrain-slurm-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        subprocess.run(["scancel", "--full", "--user", ask("whoami")], capture_output=True)
+        until(lambda: not ask("squeue -h"), "an empty queue", 60)
 
 
 @pytest.fixture(scope="session")

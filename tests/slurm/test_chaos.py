@@ -20,7 +20,7 @@ def table(folder):
 
 @pytest.mark.slow
 @pytest.mark.slurm
-@pytest.mark.usefixtures("jobs_end")
+@pytest.mark.usefixtures("cluster")
 def test_five_classes_by_two_seeds_under_failing_nodes(shards, tmp_path, power):
     text = f"""
 recipe = {json.dumps(RECIPE)}

@@ -18,7 +18,7 @@ from tests.slurm.conftest import (
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slurm,
-    pytest.mark.usefixtures("jobs_end"),
+    pytest.mark.usefixtures("cluster"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
 ]
 

@@ -20,7 +20,7 @@ from tests.slurm.conftest import (
 )
 
 LOST = "ended without a word"
-pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("jobs_end")]
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
 
 
 def test_a_job_goes_on_under_its_id_after_a_signal_a_requeue_and_a_preemption(long_run, undisturbed, tmp_path):

@@ -48,7 +48,7 @@ distil_batch = 6
 
 
 @pytest.mark.slurm
-@pytest.mark.usefixtures("jobs_end")
+@pytest.mark.usefixtures("cluster")
 def test_an_array_of_six_with_names_that_shells_care_for(folder):
     said = slurm("sweep", "many.toml", cwd=folder)
     array = submitted(said)
