@@ -106,13 +106,20 @@ BITS = ("teacher.safetensors", "student.safetensors", "scores.parquet")
 
 
 @pytest.fixture
-def cluster():
-    """One test at a time, in whatever process; whatever it does, its jobs do not stay."""
+def cluster(tmp_path_factory):
+    """One test at a time, in whatever process. Its jobs, whose ids this gives, do not stay; no others are touched."""
+    folder = f"{tmp_path_factory.getbasetemp()}/"
+
+    def queued():
+        rows = (row.split("|", 1) for row in ask("squeue -h --me -o %A|%o").splitlines())
+        return [job for job, batch_script in rows if batch_script.startswith(folder)]
+
     with Path(tempfile.gettempdir(), f"bigtrain-slurm-{os.getuid()}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-        subprocess.run(["scancel", "--full", "--user", ask("whoami")], capture_output=True)
-        until(lambda: not ask("squeue -h"), "an empty queue", 60)
+        yield queued
+        if left := queued():
+            subprocess.run(["scancel", "--full", *left], capture_output=True)
+        until(lambda: not queued(), "the end of this test's jobs", 60)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.slurm.conftest import BIN, ENVIRONMENT, RECIPE, ROOT, ask, events, slurm, submitted
+from tests.slurm.conftest import BIN, ENVIRONMENT, RECIPE, ROOT, ask, events, slurm
 
 CLASSES = ["ankle_boot", "bag", "dress", "sandal", "trouser"]
 LIMIT_S = 3600
@@ -51,7 +51,7 @@ checkpoint_every = 10
 
     chance, failures, began = random.Random(0), 0, time.monotonic()
     nodes = sorted(set(ask("sinfo -h -N -o %N").split()))
-    submitted(slurm("sweep", stormy.with_suffix(".toml")))
+    slurm("sweep", stormy.with_suffix(".toml"))
     while "10 runs: 10 done" not in (said := slurm("status", stormy)):
         assert "failed" not in said and time.monotonic() < began + LIMIT_S, said
         time.sleep(chance.uniform(5, 20))

@@ -1,6 +1,7 @@
 """Who holds a run, what its history says, and how a run stands; SLURM's answers are given, not asked."""
 
 import json
+import signal
 import socket
 import subprocess
 
@@ -8,7 +9,7 @@ import pytest
 
 from slurm import history, jobs, status
 from slurm.cluster import Cluster
-from slurm.ending import seconds_left
+from slurm.ending import decide, seconds_left
 from slurm.history import Job, Owner, events, idle_lives, position, tell
 from slurm.life import begin, last_error
 from slurm.local import outcome
@@ -134,6 +135,17 @@ def test_a_run_that_was_killed_between_its_results_and_its_last_word_says_it_in_
     for restarts in (1, 2):
         assert begin(Task(run, "7", restarts, 0, 1, 0, 1, "node1", on_slurm=True), Job.read(run)) is None
     assert [row["event"] for row in events(run)] == ["submitted", "started", "finished"]
+
+
+def test_a_job_that_slurm_has_queued_again_is_not_queued_twice(run, monkeypatch):
+    again = []
+    monkeypatch.setattr(jobs, "requeue", lambda job, delay_s: again.append((job, delay_s)))
+    task = Task(run, "7", 1, 0, 1, 0, 1, "node1", on_slurm=True)
+    for restarts, why in (("2", "by SLURM: preemption, or an operator"), ("1", "told to leave (SIGTERM)")):
+        monkeypatch.setattr(jobs, "described", lambda job, r=restarts: {"JobState": "RUNNING", "Restarts": r})
+        assert decide(task, 85, "", signal.SIGTERM, True) == 0
+        assert (events(run)[-1]["event"], events(run)[-1]["why"]) == ("requeued", why)
+    assert again == [("7", 0)]
 
 
 def test_the_log_of_the_process_that_failed_first_comes_first(run):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.slurm.conftest import BIN, RECIPE, ask, events, slurm, submitted, until, until_done
+from tests.slurm.conftest import BIN, RECIPE, events, slurm, submitted, until, until_done
 
 CLASSES = ["it's $(touch gone)", 'a "b" `c`; d', "plain"]
 
@@ -67,7 +67,7 @@ def test_an_array_of_six_with_names_that_shells_care_for(folder):
 
 
 @pytest.mark.slurm
-def test_what_sbatch_refuses_is_told_with_the_line_behind_it(small, tmp_path):
+def test_what_sbatch_refuses_is_told_with_the_line_behind_it(small, tmp_path, cluster):
     flags = ["--", *small, "--out", tmp_path / "run"]
     said = slurm("submit", RECIPE, "--partition", "nowhere", *flags, fails=2)
     assert "sbatch refuses the job: invalid partition specified: nowhere." in said
@@ -75,4 +75,4 @@ def test_what_sbatch_refuses_is_told_with_the_line_behind_it(small, tmp_path):
     said = slurm("submit", RECIPE, "--gpus-per-node", "99", *flags, fails=2)
     assert "gpus_per_node is 99, and a node of the default partition has at most " in said and "There is " in said
     assert not (tmp_path / "run").exists()
-    assert ask("squeue -h") == ""
+    assert not cluster()
