@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors as Index
 from torch import Tensor
 
 from bigtrain.data.views import to_float
+from bigtrain.detectors.contract import FeatureDetector, Floats, Ints
 from bigtrain.models.weights import Pretrained
 
 
-class NearestNeighbours:
+class NearestNeighbours(FeatureDetector):
     """Novelty = sum of the squared L2 distances to the `neighbours` nearest known images.
 
     Args:
@@ -22,17 +22,13 @@ class NearestNeighbours:
     def __init__(self, neighbours: int = 2) -> None:
         self.neighbours = neighbours
 
-    def fit(self, features_ND: NDArray[np.floating]) -> NearestNeighbours:
-        """Keep the features of the known images."""
-        if len(features_ND) == 0:
-            raise ValueError("no known images were given to nearest neighbours; at least one is needed.")
-        self.index_ = Index(n_neighbors=min(self.neighbours, len(features_ND)), algorithm="brute").fit(features_ND)
-        return self
+    def _fit(self, features_ND: Floats, class_N: Ints) -> None:
+        self.known_ND_ = features_ND
 
-    def score(self, features_ND: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Novelty of each row: float64, shape (N,), >= 0."""
-        distance_NK, _ = self.index_.kneighbors(features_ND)
-        return np.square(distance_NK.astype(np.float64)).sum(axis=1)
+    def _score(self, features_ND: Floats) -> Floats:
+        index = Index(n_neighbors=min(self.neighbours, len(self.known_ND_)), algorithm="brute").fit(self.known_ND_)
+        distance_NK, _ = index.kneighbors(features_ND)
+        return np.square(distance_NK).sum(axis=1)
 
 
 def pixel_features(image_B3HW: Tensor) -> Tensor:
