@@ -178,10 +178,11 @@ def dense_tuning(
     flops = vit_forward_flops(tuner.vit, config.image_size) + config.crops * trained_flops(tuner.vit, config.crop_size)
     flops += config.global_crops * trained_flops(tuner.vit, config.image_size)
     views = MultiCrop(config.image_size, config.crop_size, config.crops, config.crop_scale, config.global_crops)
+    plan = replace(fitted, global_batch=config.tune_batch)
     stage = Stage(
         "tune", setup,
         trained=tuner, optimizer=torch.optim.AdamW(groups, lr=head_lr), state=state, clip=config.clip,
-        stream=setup.stream(train, replace(fitted, global_batch=config.tune_batch), views), epochs=config.tune_epochs,
+        stream=setup.stream(train, plan, views), steps=config.tune_epochs * plan.batches_per_epoch,
         flops_per_image=flops,
     )  # fmt: skip
     source = ema if config.ema_teacher else stage.module
@@ -265,7 +266,8 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
     stage = Stage(
         "distil", setup,
         trained=student, optimizer=torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95)), state=state, clip=config.clip,
-        stream=setup.stream(train, fitted, Resized(config.image_size)), epochs=config.distil_epochs,
+        stream=setup.stream(train, fitted, Resized(config.image_size)),
+        steps=config.distil_epochs * fitted.batches_per_epoch,
         flops_per_image=flops,
     )  # fmt: skip
     warmup = round(config.warmup_epochs * fitted.batches_per_epoch)

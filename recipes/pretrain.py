@@ -1,9 +1,12 @@
-"""Supervised training of a ViT on labelled shards: the way to a teacher where none can be downloaded.
+"""Supervised training of a network on labelled shards: the way to a teacher or trunk where none can be downloaded.
 
     accelerate launch recipes/pretrain.py --train data/reference/train --val data/reference/val --out runs/teacher
+    accelerate launch recipes/pretrain.py --train data/birds --protocol first-half --halve \
+        --model runs/trunk/network.safetensors --out runs/finetuned
 
-Its teacher.safetensors serves as `--teacher` of recipes/defend.py. After Steiner et al. 2021 (AugReg): random resized
-crops, mirroring, label smoothing, AdamW, warm-up and cosine.
+The second fine-tunes on known classes. A ViT's teacher.safetensors serves as `--teacher` of recipes/defend.py,
+network.safetensors as `--network` of the other recipes, with its classifier. After Steiner et al. 2021 (AugReg):
+random resized crops, mirroring, label smoothing, AdamW, warm-up and cosine.
 """
 
 from __future__ import annotations
@@ -12,27 +15,28 @@ import copy
 import math
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from bigtrain.data.pictures import jpeg_decoder
-from bigtrain.data.plan import PADDING
-from bigtrain.data.protocol import in_validation
+from bigtrain.data.protocol import Half, halved, in_validation
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.stream import Batch, Stream
+from bigtrain.data.stream import Stream
 from bigtrain.data.views import RandomResizedCrop, Resized, to_float
 from bigtrain.data.workers import prepare_workers
+from bigtrain.models.backbone import Network, load_network, network_flops, save_network
 from bigtrain.models.flops import trained_flops
 from bigtrain.models.heads import Classifier
 from bigtrain.models.vit import Architecture, ViT
-from bigtrain.models.weights import AUGREG_MEAN as MEAN
-from bigtrain.models.weights import AUGREG_STD as STD
-from bigtrain.models.weights import save_vit
+from bigtrain.models.weights import LOCAL, save_vit
 from bigtrain.runtime import zero
 from bigtrain.runtime.config import Limits, RunSettings, check_ranges, print_if_asked, read_settings, user_errors
 from bigtrain.runtime.launch import check_launch
@@ -40,10 +44,22 @@ from bigtrain.runtime.optim import HIGHEST_LR, decay_groups, follow, scaled_lr, 
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.start import Precision, choose_precision
 from bigtrain.runtime.watch import clock
+from recipes.network_settings import (
+    BatchNorm,
+    check_single_labels,
+    class_numbers,
+    labels_of,
+    named_or_half,
+    prepare_batch_norm,
+    set_recompute,
+    with_batch_norm,
+)
 from recipes.run_setup import Setup, already_finished, check_batch
 from recipes.stage import Stage
 
-LEAVES = {"pretrain": "teacher.safetensors"}
+LEAVES = {"pretrain": "teacher.safetensors"}  # of a ViT
+NETWORK = "network.safetensors"
+DEFAULT_SIZE = 224
 
 
 @dataclass(frozen=True)
@@ -55,13 +71,27 @@ class Config:
     validation_share: float = 0.05
     """Share of train that is held out where there is no --val."""
 
+    known: tuple[str, ...] = ()
+    """Train on these classes only, to fine-tune; with neither this, --novel nor --protocol on all."""
+    novel: tuple[str, ...] = ()
+    """Or on all but these."""
+    protocol: Half = ""
+    """Or on half of the classes: the first by name, or a choice by the seed."""
+    halve: bool = False
+    """Only that half of each known class's images which recipes with one set for both train on."""
+
     model: str = "vit_small_patch16_224"
-    """A timm vit_*; the three settings below change its definition where they are not 0."""
+    """A timm network, or alexnet; or a local file, whose weights training begins with. The three settings below change
+    the definition of a vit_* where they are not 0."""
+    pretrained: bool = False
+    """Begin with timm's weights for that name."""
     image_size: int = 0
     patch_size: int = 0
     depth: int = 0
     pool: Literal["token", "both"] = "token"
-    """What is classified: the [CLS] token, or that and the mean of the patch tokens."""
+    """What of a ViT is classified: the [CLS] token, or that and the mean of the patch tokens."""
+    batch_norm: BatchNorm = "trained"
+    """Of a network that has it: trained over the batches of all processes, or kept as it was."""
 
     epochs: int = 100
     batch: int = 256
@@ -72,6 +102,8 @@ class Config:
     drop_path: float = 0.1
     label_smoothing: float = 0.1
     crop_scale: tuple[float, float] = (0.25, 1.0)
+    mirror: bool = True
+    """Mirror half of the training pictures; not for letters."""
     schedule: Literal["constant", "cosine"] = "cosine"
     layer_decay: float = 1.0
     """Each block's learning rate is that of the one behind it times this."""
@@ -83,7 +115,7 @@ class Config:
     seed: int = 0
     precision: Precision = "auto"
     weights: Literal["fp32", "fp16"] = "fp32"
-    """How teacher.safetensors is stored; the figures are of the weights as stored."""
+    """How the network is stored; the figures are of the weights as stored."""
 
     run: RunSettings = field(default_factory=RunSettings)
 
@@ -117,39 +149,47 @@ def main(argv: list[str] | None = None) -> None:
 def pretrain(config: Config, run: RunFolder) -> None:
     prepare_workers(config.run.workers, "recipes.pretrain")
     train = ShardSet(config.train)
-    fitted_N = np.arange(len(train))
+    classes, fitted_N = chosen(config, train)
     held_out, held_out_N = train, fitted_N
     if config.val:
         held_out = ShardSet(config.val)
-        held_out_N = np.arange(len(held_out))
+        if unknown := sorted(set(held_out.classes) - set(train.classes)):
+            raise ValueError(f"--val has classes that --train lacks: {', '.join(unknown[:10])}.")
+        held_out_N = np.flatnonzero(held_out.shows_any(classes))
     else:
-        is_held_out = in_validation(train.keys(), share=config.validation_share, seed=config.seed)
+        keys = [train.key(sample) for sample in fitted_N.tolist()]
+        is_held_out = in_validation(keys, share=config.validation_share, seed=config.seed)
         fitted_N, held_out_N = fitted_N[~is_held_out], fitted_N[is_held_out]
-    if unknown := sorted(set(held_out.classes) - set(train.classes)):
-        raise ValueError(f"--val has classes that --train lacks: {', '.join(unknown[:10])}.")
     if len(held_out_N) == 0:
         raise ValueError("nothing is held out to report top-1 on: give --val SHARDS, or a greater --validation-share.")
-    for shard_set in (train, held_out):
-        shard_set.check_single_objects()
-    label_of = {name: number for number, name in enumerate(train.classes)}
+    for shard_set, sample_N in ((train, fitted_N), (held_out, held_out_N)):
+        check_single_labels(shard_set, sample_N, classes)
+    label_of = labels_of(classes)
 
-    architecture = Architecture(config.model, config.image_size, config.patch_size, config.depth)
     torch.manual_seed(config.seed)
-    vit = ViT(architecture.build(drop_path=config.drop_path))
-    size = vit.backbone.patch_embed.img_size[0]
-    model = Classifier(vit, len(train.classes), config.pool)
+    given = first_weights(config)
+    architecture, trunk = given.architecture, given.trunk
+    size, width, flops = config.image_size or DEFAULT_SIZE, 0, 0
+    if isinstance(trunk, VisionTransformer):
+        size, width, trunk = trunk.patch_embed.img_size[0], trunk.embed_dim, ViT(trunk)
+        flops = trained_flops(trunk.requires_grad_(True), size)
+    elif config.pool == "both":
+        raise ValueError(f"--pool both is about a ViT's tokens, and {architecture.model} has none: leave it out.")
+    model = Classifier(trunk.requires_grad_(True), len(classes), config.pool)
+    model = prepare_batch_norm(model, config.batch_norm, config.run)
     check_batch(config.batch, config.run)
     check_launch()
     if config.ema and zero.stage_asked_for() == 3:
         raise ValueError("--ema needs whole weights, which ZeRO-3 shares out: launch with zero2.yaml, or leave it out.")
-    precision = run.resolved("precision") or choose_precision(config.precision, vit.width)
+    precision = run.resolved("precision") or choose_precision(config.precision, width)
+    set_recompute(model.trunk, config.run)
     setup = Setup.begin(run, precision, LEAVES)
     accelerator = setup.accelerator
-    parameters = sum(p.numel() for p in vit.parameters())
+    parameters = sum(p.numel() for p in trunk.parameters())
     accelerator.print(
-        f"pretrain: {len(fitted_N)} images of {len(train.classes)} classes of {train.manifest.dataset}; {config.model} "
-        f"with {parameters / 1e6:.1f} M parameters at {size} pixels; {accelerator.num_processes} process(es) on "
-        f"{accelerator.device.type}, precision {precision}, JPEGs by {jpeg_decoder()}"
+        f"pretrain: {len(fitted_N)} images of {len(classes)} classes of {train.manifest.dataset}; {architecture.model} "
+        f"with {parameters / 1e6:.1f} M parameters at {size} pixels, {given.report}; {accelerator.num_processes} "
+        f"process(es) on {accelerator.device.type}, precision {precision}, JPEGs by {jpeg_decoder()}"
     )
     began = time.monotonic()
     plan = train.plan(fitted_N, config.batch, config.seed)
@@ -158,7 +198,6 @@ def pretrain(config: Config, run: RunFolder) -> None:
     state, ema = nn.ModuleDict({"model": model.train()}), copy.deepcopy(model).requires_grad_(False)
     if config.ema:
         state["ema"] = ema
-    vit.recompute = config.run.recompute
     stage = Stage(
         "pretrain",
         setup,
@@ -166,9 +205,9 @@ def pretrain(config: Config, run: RunFolder) -> None:
         optimizer=torch.optim.AdamW(groups, lr=lr),
         state=state,
         clip=config.clip,
-        stream=setup.stream(train, plan, RandomResizedCrop(size, config.crop_scale)),
-        epochs=config.epochs,
-        flops_per_image=trained_flops(vit, size),
+        stream=setup.stream(train, plan, RandomResizedCrop(size, config.crop_scale, config.mirror)),
+        steps=config.epochs * plan.batches_per_epoch,
+        flops_per_image=flops or 3 * network_flops(trunk, size),
     )
     warmup = round(config.warmup_epochs * plan.batches_per_epoch)
 
@@ -176,9 +215,9 @@ def pretrain(config: Config, run: RunFolder) -> None:
         factor = schedule(config.schedule, stage.step, total=stage.steps, warmup=warmup)
         set_schedule(stage.optimizer, lr_factor=factor, weight_decay=config.weight_decay)
         for part in stage.parts(batch):
-            class_B = classes(train, part, label_of)
+            class_B = class_numbers(train, part, label_of)
             with setup.autocast():
-                logits_BC = stage.module(to_float(part.views["image"], MEAN, STD))
+                logits_BC = stage.module(to_float(part.views["image"], given.mean, given.std))
             loss_B = F.cross_entropy(
                 logits_BC.float(), class_B, reduction="none", label_smoothing=config.label_smoothing
             )
@@ -187,14 +226,19 @@ def pretrain(config: Config, run: RunFolder) -> None:
             follow(ema, model, config.ema)
         stage.advance(batch, lr=factor * lr)
 
-    fresh = Classifier(ViT(architecture.build()), len(train.classes), config.pool)
-    model = ema if config.ema else stage.into(fresh)
+    model = with_batch_norm(ema if config.ema else stage.into(model))
     dtype = torch.float16 if config.weights == "fp16" else torch.float32
-    vit = model.vit.to(dtype).float()
+    model = model.to(dtype).float().eval()
+    bare, left = model.trunk, run / NETWORK
+    if isinstance(model.trunk, ViT):
+        bare, left = model.trunk.backbone, run / LEAVES["pretrain"]
+        if accelerator.is_main_process:
+            save_vit(left, model.trunk, architecture, mean=given.mean, std=given.std, dtype=dtype)
+    if config.pool == "token" and accelerator.is_main_process:
+        heads, names = {"classes": model.head}, {"classes": classes}
+        save_network(run / NETWORK, replace(given, trunk=bare, heads=heads, classes=names), dtype)
     stream = setup.in_order(held_out, held_out_N, Resized(size), config.batch)
-    if accelerator.is_main_process:
-        save_vit(run / "teacher.safetensors", vit, architecture, mean=MEAN, std=STD, dtype=dtype)
-    top1, top5, count = accuracy(setup, model.eval(), stream, label_of)
+    top1, top5, count = accuracy(setup, model, stream, label_of, given)
     if accelerator.is_main_process:
         results = {"top1": top1, "top5": top5, "held_out_images": count, "classes": len(label_of), "seed": config.seed}
         run.finish(results)
@@ -202,20 +246,43 @@ def pretrain(config: Config, run: RunFolder) -> None:
     accelerator.print(
         f"top-1 {top1:.3f}, top-5 {top5:.3f} on {count} held-out images; this start took "
         f"{clock(time.monotonic() - began)}; "
-        f"the teacher is {run / 'teacher.safetensors'}"
+        f"the network is {left}"
     )
 
 
+def chosen(config: Config, train: ShardSet) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """The classes to learn, and the images to learn them from."""
+    if not (config.known or config.novel or config.protocol):
+        if config.halve:
+            raise ValueError("--halve is about known classes: name them with --known, --novel or --protocol.")
+        return train.classes, np.arange(len(train))
+    protocol = named_or_half(train.classes, config.known, config.novel, config.protocol, config.seed)
+    sample_N = np.flatnonzero(protocol.is_known(train))
+    return protocol.known, halved(protocol, train, seed=config.seed)[0] if config.halve else sample_N
+
+
+def first_weights(config: Config) -> Network:
+    """What training begins with."""
+    if Path(config.model).suffix in LOCAL:
+        if config.patch_size or config.depth or config.pretrained:
+            raise ValueError(f"{config.model} knows its network: leave --patch-size, --depth and --pretrained out.")
+        return load_network(config.model, drop_path=config.drop_path)
+    architecture = Architecture(config.model, config.image_size, config.patch_size, config.depth)
+    return load_network(config.model, architecture, pretrained=config.pretrained, drop_path=config.drop_path)
+
+
 @torch.no_grad()
-def accuracy(setup: Setup, model: Classifier, stream: Stream, label_of: dict[str, int]) -> tuple[float, float, int]:
+def accuracy(
+    setup: Setup, model: Classifier, stream: Stream, label_of: dict[str, int], given: Network
+) -> tuple[float, float, int]:
     """Top-1, top-5 and the number of images judged: whole pictures, each once over all ranks."""
     accelerator = setup.accelerator
     hits = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     for batch in stream.batches():
         batch = batch.to(accelerator.device)
-        class_B = classes(stream.shard_set, batch, label_of)
+        class_B = class_numbers(stream.shard_set, batch, label_of)
         with setup.autocast():
-            logits_BC = model(to_float(batch.views["image"], MEAN, STD))
+            logits_BC = model(to_float(batch.views["image"], given.mean, given.std))
         hit_B5 = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == class_B[:, None]
         hit_B5 = hit_B5 & (batch.weight_B > 0)[:, None]
         hits += torch.stack([hit_B5[:, 0].sum(), hit_B5.sum(), batch.weight_B.sum()]).double()
@@ -223,12 +290,6 @@ def accuracy(setup: Setup, model: Classifier, stream: Stream, label_of: dict[str
     if accelerator.num_processes > 1:
         stream.budget.agree(0, len(stream.plan.sample_N) - int(count))
     return top1 / count, top5 / count, int(count)
-
-
-def classes(shard_set: ShardSet, batch: Batch, label_of: dict[str, int]) -> Tensor:
-    """The class of each image of a batch; 0 in the places of padding, which weigh nothing."""
-    labels = [0 if s == PADDING else label_of[shard_set.only_class_of(s)] for s in batch.sample_B.tolist()]
-    return torch.tensor(labels).to(batch.weight_B.device, non_blocking=True)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
+from typing import Protocol as Interface
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from bigtrain.data.plan import PADDING, Position
-from bigtrain.data.stream import Batch, Stream
+from bigtrain.data.mixture import Batches
+from bigtrain.data.stream import Batch
 from bigtrain.runtime import start, zero
 from bigtrain.runtime.checkpoint import Checkpoints
 from bigtrain.runtime.log import StageLog
@@ -20,9 +21,25 @@ from bigtrain.runtime.update import Update
 from recipes.run_setup import Setup
 
 M = TypeVar("M", bound=nn.Module)
+B = TypeVar("B", Batch, Batches)
 
 
-class Stage:
+class Source(Interface[B]):
+    """Where batches come from: a `Stream`, or a `Mixture` of several."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def images_per_step(self) -> int: ...
+    @property
+    def skipped(self) -> Counter[str]: ...
+    def from_step(self, step: int, steps: int) -> Generator[B]: ...
+    def bad(self, batch: B) -> list[int]: ...
+    def agree(self, batch: B, bad: Sequence[int]) -> None: ...
+    def keys(self, batch: B) -> list[str]: ...
+
+
+class Stage(Generic[B]):
     """One training stage of a run, which a restart takes up where it was left.
 
         for batch in stage.batches():
@@ -36,7 +53,8 @@ class Stage:
         name: of its folder of checkpoints and of its rows in the log.
         trained: the one module that learns; `stage.module` is it, prepared for this launch.
         optimizer: over parameters of `trained`.
-        stream: what is read in each of `epochs`.
+        stream: what is read.
+        steps: how many there are in all.
         clip: largest norm of the gradient; 0: not clipped.
         state: all that a checkpoint holds, where that is more than `trained`, which is then a part of it.
         flops_per_image: of a training step, for the log.
@@ -49,13 +67,14 @@ class Stage:
         *,
         trained: nn.Module,
         optimizer: torch.optim.Optimizer,
-        stream: Stream,
-        epochs: int,
+        stream: Source[B],
+        steps: int,
         clip: float = 0.0,
         state: nn.Module | None = None,
         flops_per_image: float = 0.0,
     ) -> None:
-        self.setup, self.stream, self.epochs, self.name, self.trained = setup, stream, epochs, name, trained
+        self.setup, self.steps, self.name, self.trained = setup, steps, name, trained
+        self.stream: Source[B] = stream
         accelerator, settings = setup.accelerator, setup.settings
         (state or trained).to(accelerator.device)  # before the moments are loaded beside the weights
         self.checkpoints = Checkpoints(
@@ -63,9 +82,7 @@ class Stage:
             state=state, keep=settings.keep_checkpoints, keep_every=settings.keep_every,
         )  # fmt: skip
         found = self.checkpoints.load()
-        self.start = Position(found["epoch"], found["batch"]) if found else Position()
-        self.step = stream.plan.steps_before(self.start)
-        self.steps = epochs * stream.plan.batches_per_epoch
+        self.step = found.get("step", 0)
         self.skipped_in_a_row = found.get("skipped_in_a_row", 0)
         if settings.compile:
             trained.compile()
@@ -88,21 +105,21 @@ class Stage:
             name,
             steps=self.steps,
             done=self.step,
-            images_per_step=stream.plan.global_batch,
+            images_per_step=stream.images_per_step,
             every=settings.log_every,
-            flops_per_step=flops_per_image * stream.plan.global_batch,
+            flops_per_step=flops_per_image * stream.images_per_step,
             peak_flops=setup.peak_flops(),
         )
         self.log.event("started", f"at step {self.step} of {self.steps}, {accelerator.num_processes} process(es)")
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[B]:
         """The batches that are left, on the device; torch's generator is seeded anew for each step and rank."""
-        for batch in self.stream.batches(self.start, self.epochs):
-            start.seed_step(self.stream.plan.seed, self.step, self.setup.accelerator.process_index)
+        for batch in self.stream.from_step(self.step, self.steps):
+            start.seed_step(self.stream.seed, self.step, self.setup.accelerator.process_index)
             yield batch.to(self.setup.accelerator.device)
         self.log.close()
 
-    def parts(self, batch: Batch) -> Iterator[Batch]:
+    def parts(self, batch: B) -> Iterator[B]:
         """A batch's parts of --accumulate; gradients are averaged over the processes with the last of them."""
         accelerator, parts = self.setup.accelerator, self.setup.settings.accumulate
         for number in range(parts):
@@ -122,28 +139,29 @@ class Stage:
         self.figures, self.problem = self.updates.take()
         return not self.problem
 
-    def advance(self, batch: Batch, **figures: Tensor | float) -> None:
+    def advance(self, batch: B, **figures: Tensor | float) -> None:
         """Count the step, log its figures, save when it is due; leave when any rank was asked to."""
         self.step += 1
-        skipped = self.stream.budget.by_kind
-        self.log.step(wait_s=batch.wait_s, read_bytes=batch.read_bytes, skipped=skipped, **self.figures, **figures)
+        self.log.step(
+            wait_s=batch.wait_s, read_bytes=batch.read_bytes, skipped=self.stream.skipped, **self.figures, **figures
+        )
         if self.problem:
             self._skipped(batch)
         else:
             self.skipped_in_a_row = 0
         # behind a step that was skipped the weights may be no good: saving, and so stopping, waits for the next
-        asked, bad = self.setup.stop.agreed_and_sum(len(batch.bad))
+        asked, bad = self.setup.stop.agreed_and_sums(self.stream.bad(batch))
         if self.setup.accelerator.num_processes > 1:  # a stream alone has counted them itself
-            self.stream.budget.agree(batch.position.epoch, bad)
+            self.stream.agree(batch, bad)
         if asked and not self.problem:
-            self._save(batch)
+            self._save()
             self.log.event("stopped", "when asked")
             self.log.close()
             self.setup.end_trackers()
             self.setup.stop.leave(self.step, self.name)
         self._save_is_due |= self.step % self.setup.settings.checkpoint_every == 0
         if self._save_is_due and not self.problem:
-            self._save(batch)
+            self._save()
             self._save_is_due = False
 
     @torch.no_grad()
@@ -163,17 +181,15 @@ class Stage:
         module.load_state_dict(own)
         return module.to(self.setup.accelerator.device).requires_grad_(False).eval()
 
-    def _save(self, batch: Batch) -> None:
-        state: dict[str, Any] = asdict(self.stream.plan.after(batch.position))
-        state["skipped_in_a_row"] = self.skipped_in_a_row
+    def _save(self) -> None:
+        state: dict[str, Any] = {"skipped_in_a_row": self.skipped_in_a_row}
         if self.updates.scaler:
             state["scaler"] = self.updates.scaler.state_dict()
         self.log.saved(self.checkpoints.save(self.step, state, self.module), self.step)
 
-    def _skipped(self, batch: Batch) -> None:
+    def _skipped(self, batch: B) -> None:
         """Log a step whose loss or gradient was not finite with its samples; too many in a row stop the run."""
-        here = [self.stream.shard_set.key(sample) for sample in batch.sample_B.tolist() if sample != PADDING]
-        self.log.skipped(self.problem, gather_object(here))
+        self.log.skipped(self.problem, gather_object(self.stream.keys(batch)))
         if self.updates.searches_scale(self.problem):
             return
         self.skipped_in_a_row += 1

@@ -6,12 +6,33 @@ begins its next epoch while another is still in its first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+
+import torch
 
 from bigtrain.data.plan import Position
 from bigtrain.data.stream import Batch, Stream
 
 Positions = dict[str, Position]
+
+
+class Batches(dict[str, Batch]):
+    """One batch a source, which go through a step together."""
+
+    @property
+    def wait_s(self) -> float:
+        return sum(batch.wait_s for batch in self.values())
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(batch.read_bytes for batch in self.values())
+
+    def part(self, number: int, parts: int) -> Batches:
+        return Batches((name, batch.part(number, parts)) for name, batch in self.items())
+
+    def to(self, device: torch.device) -> Batches:
+        return Batches((name, batch.to(device)) for name, batch in self.items())
 
 
 class Mixture:
@@ -34,7 +55,7 @@ class Mixture:
         """Where each source stands after these batches."""
         return {name: self.streams[name].plan.after(batch.position) for name, batch in batches.items()}
 
-    def batches(self, start: Mapping[str, Position], steps: int) -> Iterator[dict[str, Batch]]:
+    def batches(self, start: Mapping[str, Position], steps: int) -> Generator[Batches]:
         """The next `steps` steps, from where each source stands."""
         if missing := self.streams.keys() ^ start.keys():
             raise ValueError(
@@ -44,10 +65,37 @@ class Mixture:
         endless = {name: stream.batches(start[name], epochs=None) for name, stream in self.streams.items()}
         try:
             for _ in range(steps):
-                yield {name: next(batches) for name, batches in endless.items()}
+                yield Batches((name, next(batches)) for name, batches in endless.items())
         finally:
             for batches in endless.values():  # ends their workers
                 batches.close()
+
+    # what a training stage needs of a stream, of all together
+
+    def from_step(self, step: int, steps: int) -> Generator[Batches]:
+        return self.batches(self.at(step), steps - step)
+
+    @property
+    def seed(self) -> int:
+        return next(iter(self.streams.values())).seed
+
+    @property
+    def images_per_step(self) -> int:
+        return sum(stream.images_per_step for stream in self.streams.values())
+
+    @property
+    def skipped(self) -> Counter[str]:
+        return sum((stream.skipped for stream in self.streams.values()), Counter[str]())
+
+    def bad(self, batches: Mapping[str, Batch]) -> list[int]:
+        return [len(batch.bad) for batch in batches.values()]
+
+    def agree(self, batches: Mapping[str, Batch], bad: Sequence[int]) -> None:
+        for (name, batch), count in zip(batches.items(), bad, strict=True):
+            self.streams[name].agree(batch, [count])
+
+    def keys(self, batches: Mapping[str, Batch]) -> list[str]:
+        return [key for name, batch in batches.items() for key in self.streams[name].keys(batch)]
 
 
 def divided(global_batch: int, ratios: Mapping[str, float], world_size: int = 1) -> dict[str, int]:

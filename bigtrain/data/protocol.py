@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +19,28 @@ from bigtrain.data.shard_set import ShardSet
 
 # CIFAR-10's partitions of DEFEND table 5, as positions in the list of classes
 HALVES = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9), (0, 2, 4, 6, 8), (1, 3, 5, 7, 9))
-NAMED_PROTOCOLS = ("uni-class", "all-vs-one", "half-vs-half")
+NAMED_PROTOCOLS = ("uni-class", "all-vs-one", "half-vs-half", "first-half")
+Half = Literal["", "first-half", "random-half"]
 
 
 @dataclass(frozen=True)
 class Protocol:
     known: tuple[str, ...]
     novel: tuple[str, ...]
+
+    @classmethod
+    def half(cls, which: Half, classes: Sequence[str], *, seed: int = 0) -> Protocol:
+        """Half of the classes are known: the first by name (Perera & Patel 5.2), or a seeded choice.
+
+        A number before a name ("001.Black_footed_Albatross") does not count. Of an odd number the known half is the
+        smaller one.
+        """
+        if len(classes) < 2:
+            raise ValueError(f"--protocol {which} needs two classes or more, and there are {len(classes)}.")
+        ordered = sorted(classes, key=lambda name: (re.sub(r"^\d+\.", "", name), name))
+        if which == "random-half":
+            ordered = np.random.default_rng(seed).permutation(ordered).tolist()
+        return cls.of(classes, known=sorted(ordered[: len(classes) // 2]))
 
     @classmethod
     def of(cls, classes: Sequence[str], *, known: Sequence[str] = (), novel: Sequence[str] = ()) -> Protocol:
@@ -70,8 +87,10 @@ def expand(name: str, classes: Sequence[str]) -> list[Protocol]:
     """The runs behind a named protocol (DEFEND 4.1, 4.4), one `Protocol` each; tables give their mean.
 
     uni-class: each class known in turn; all-vs-one: each class novel in turn; half-vs-half: four partitions of ten
-    classes.
+    classes; first-half: one run, the first half of the classes by name (Perera & Patel 5.2).
     """
+    if name == "first-half":
+        return [Protocol.half("first-half", classes)]
     if name == "uni-class":
         return [Protocol.of(classes, known=[c]) for c in classes]
     if name == "all-vs-one":
@@ -104,6 +123,24 @@ class Parts:
     test_N: NDArray[np.int64]
 
 
+def halved(protocol: Protocol, images: ShardSet, *, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """One set for both: half of the images of each known class to train on; the others, and novel ones, to judge on.
+
+    Perera & Patel 5.2. Which half is a seeded rule by key, so that it holds for any order of the images: in each class
+    (the first of an image's known ones), by BLAKE2b("<seed>:<key>").
+    """
+    known_N = np.flatnonzero(protocol.is_known(images))
+    known = set(protocol.known)
+    by_class: dict[str, list[tuple[bytes, int]]] = {}
+    for sample in known_N.tolist():
+        name = next(c for c in images.classes_of(sample) if c in known)
+        digest = hashlib.blake2b(f"{seed}:{images.key(sample)}".encode(), digest_size=8).digest()
+        by_class.setdefault(name, []).append((digest, sample))
+    chosen = [s for members in by_class.values() for _, s in sorted(members)[: -(-len(members) // 2)]]
+    train_N = np.sort(np.array(chosen, np.int64))
+    return train_N, np.setdiff1d(np.arange(len(images)), train_N)
+
+
 def seeded_choice(sample_N: NDArray[np.int64], limit: int, seed: int) -> NDArray[np.int64]:
     """A random choice of at most `limit` samples, ascending; all of them for a limit of 0."""
     if limit == 0 or len(sample_N) <= limit:
@@ -114,7 +151,7 @@ def seeded_choice(sample_N: NDArray[np.int64], limit: int, seed: int) -> NDArray
 def split(
     protocol: Protocol,
     train: ShardSet,
-    test: ShardSet,
+    test: ShardSet | None,
     *,
     validation_share: float,
     seed: int,
@@ -123,18 +160,35 @@ def split(
 ) -> Parts:
     """Divide the images of a run; a limit takes a random choice of so many (of the test split the same for every seed).
 
+    Args:
+        test: None: the test split is in `train` too, see `halved`.
+
     Raises:
-        ValueError: nothing is left to train on, or the test split cannot be judged on.
+        ValueError: a known class has no image to train on, or the test split cannot be judged on.
     """
     if absent := [name for name in protocol.known if name not in train.classes]:
         raise ValueError(f"the known classes {', '.join(absent[:10])} are not in the training shards {train.url}.")
-    test_N = seeded_choice(np.arange(len(test)), test_limit, 0)
-    protocol.check_test(test, test_N)
-    known_N = np.flatnonzero(protocol.is_known(train))
+    if test is None:
+        known_N, test_N = halved(protocol, train, seed=seed)
+    else:
+        known_N, test_N = np.flatnonzero(protocol.is_known(train)), np.arange(len(test))
+    test_N = seeded_choice(test_N, test_limit, 0)
+    protocol.check_test(test or train, test_N)
     held_out = in_validation([train.key(s) for s in known_N.tolist()], share=validation_share, seed=seed)
-    fitted_N = known_N[~held_out]
+    fitted_N = seeded_choice(known_N[~held_out], train_limit, seed)
     if len(fitted_N) == 0:
         raise ValueError(
             f"{train.url} has no image of the known classes ({', '.join(protocol.known)}) to train on: choose others."
         )
-    return Parts(seeded_choice(fitted_N, train_limit, seed), known_N[held_out], test_N)
+    return Parts(fitted_N, known_N[held_out], test_N)
+
+
+def check_every_class(protocol: Protocol, train: ShardSet, fitted_N: NDArray[np.int64]) -> None:
+    """Refuse known classes without an image to train on: methods of several classes would not know them."""
+    shown = {name for sample in fitted_N.tolist() for name in train.classes_of(sample)}
+    if empty := [name for name in protocol.known if name not in shown]:
+        raise ValueError(
+            f"{len(empty)} of the {len(protocol.known)} known classes have no image to train on: "
+            f"{', '.join(empty[:10])}. Leave them out of --known, or give more images (--train-limit, "
+            "--validation-share)."
+        )

@@ -88,6 +88,18 @@ class ShardSet:
         is_counted = np.repeat(is_counted_N, np.diff(self._class_start_N))
         return int(np.count_nonzero(np.bincount(self._class_of_object[is_counted])))
 
+    def shared_pictures(self, other: ShardSet) -> int:
+        """How many pictures of this set are in another one too: the same places of the same shards, as views have."""
+
+        def places(shard_set: ShardSet) -> set[tuple[str, int]]:
+            files = [shard.sha256 for shard in shard_set.manifest.shards]
+            shared = {number for number, file in enumerate(files) if file in common}
+            pairs = zip(shard_set.shard_N.tolist(), shard_set._offset_N.tolist(), strict=True)
+            return {(files[number], offset) for number, offset in pairs if number in shared}
+
+        common = {s.sha256 for s in self.manifest.shards} & {s.sha256 for s in other.manifest.shards}
+        return len(places(self) & places(other)) if common else 0
+
     def check_single_objects(self) -> None:
         """Refuse a set in which an image shows no class or several: a classifier needs exactly one for each."""
         wrong_N = np.flatnonzero(np.diff(self._class_start_N) != 1)

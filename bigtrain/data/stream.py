@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -138,6 +138,39 @@ class Stream:
             self.mark(f"was done with {place}")
             self.behind_batch()
             began = time.perf_counter()
+
+    def from_step(self, step: int, steps: int) -> Generator[Batch]:
+        """Batches `step` .. `steps - 1`, counted over all epochs from 0."""
+        batches = self.batches(self.plan.position_at(step), -(-steps // self.plan.batches_per_epoch))
+        try:
+            yield from islice(batches, steps - step)
+        finally:
+            batches.close()  # ends its workers
+
+    @property
+    def seed(self) -> int:
+        return self.plan.seed
+
+    @property
+    def images_per_step(self) -> int:
+        return self.plan.global_batch
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """How many pictures were skipped on this rank, by kind of reason."""
+        return self.budget.by_kind
+
+    def bad(self, batch: Batch) -> list[int]:
+        """How many pictures of a batch this rank could not decode."""
+        return [len(batch.bad)]
+
+    def agree(self, batch: Batch, bad: Sequence[int]) -> None:
+        """Count what `bad` gave, summed over the ranks; a stream alone has counted it itself."""
+        self.budget.agree(batch.position.epoch, bad[0])
+
+    def keys(self, batch: Batch) -> list[str]:
+        """The keys of this rank's share of a batch."""
+        return [self.shard_set.key(sample) for sample in batch.sample_B.tolist() if sample != PADDING]
 
     def _pieces(self, start: Position, epochs: int | None) -> Iterator[_Piece]:
         """What each worker is to do, one piece after the other; a loader gives them to its workers in turn."""

@@ -87,14 +87,53 @@ class RandomResizedCrop:
 
     size: int
     scale: tuple[float, float] = (0.25, 1.0)
+    mirror: bool = True
 
     def __call__(self, picture: Picture, rng: np.random.Generator) -> Views:
         box = on_pixels(np.array(random_box(picture.height, picture.width, rng, self.scale)), picture)
         (image,) = picture.cut([(box, self.size)])
-        return {"image": np.ascontiguousarray(image[..., ::-1]) if rng.random() < 0.5 else image}
+        return {"image": mirrored(image, rng) if self.mirror else image}
 
     def blank(self) -> Views:
         return {"image": np.zeros((3, self.size, self.size), np.uint8)}
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """`image`: the centre, size x size, of the picture resized to `resize` x `resize`; alike, the whole picture."""
+
+    size: int
+    resize: int
+
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Views:
+        return {"image": self.cut(picture, 0.5, 0.5)}
+
+    def cut(self, picture: Picture, down: float, across: float) -> NDArray[np.uint8]:
+        """The crop that lies so far down and across, 0 .. 1; cut from the picture itself, which is sharper."""
+        share = self.size / self.resize
+        height, width = share * picture.height, share * picture.width
+        top, left = down * (picture.height - height), across * (picture.width - width)
+        (image,) = picture.cut([(on_pixels(np.array([top, left, top + height, left + width]), picture), self.size)])
+        return image
+
+    def blank(self) -> Views:
+        return {"image": np.zeros((3, self.size, self.size), np.uint8)}
+
+
+@dataclass(frozen=True)
+class RandomCrop(CentreCrop):
+    """`image`: a crop anywhere in the resized picture, mirrored half of the time (Krizhevsky et al. 2012)."""
+
+    mirror: bool = True
+
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Views:
+        image = self.cut(picture, rng.random(), rng.random())
+        return {"image": mirrored(image, rng) if self.mirror else image}
+
+
+def mirrored(image_3HW: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Half of the time."""
+    return np.ascontiguousarray(image_3HW[..., ::-1]) if rng.random() < 0.5 else image_3HW
 
 
 def whole(picture: Picture) -> Box:

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 from bigtrain.detectors.distillation import DistillationDetector
+from bigtrain.detectors.network import NetworkDetector
+from bigtrain.detectors.saved import ImageDetector
 
-DETECTORS = {DistillationDetector.method: DistillationDetector}
+DETECTORS: dict[str, type[ImageDetector]] = {kind.method: kind for kind in (DistillationDetector, NetworkDetector)}
 DETECTOR_FILE = "detector.json"
 
 
-def load_detector(path: str | Path, *, device: str | None = None) -> DistillationDetector:
+def load_detector(path: str | Path, *, device: str | None = None) -> ImageDetector:
     """Load the detector saved in a folder (RUN/detector), onto a GPU if there is one and no `device` is named.
 
     Raises:

@@ -23,8 +23,9 @@ from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
 from bigtrain.detectors.distillation import DistillationDetector
 from bigtrain.detectors.neighbours import NearestNeighbours
+from bigtrain.detectors.saved import ImageDetector
 from bigtrain.evaluation.collect import collect
-from bigtrain.evaluation.metrics import summary
+from bigtrain.evaluation.metrics import closed_set_accuracy, oscr, summary
 from bigtrain.evaluation.pictures import Shown, most_telling
 from bigtrain.evaluation.report import write_report
 
@@ -45,7 +46,7 @@ class Scored:
 def judge(
     folder: Path,
     accelerator: Accelerator,
-    detector: DistillationDetector,
+    detector: ImageDetector,
     *,
     method: str,
     protocol: Protocol,
@@ -55,6 +56,8 @@ def judge(
     plain: Mapping[str, Features],
     settings: Mapping[str, Any],
     seed: int,
+    quantile: float = 0.95,
+    classes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Score, calibrate on held-out known images, write detector/, scores.parquet and report.html into the run folder.
 
@@ -67,6 +70,9 @@ def judge(
         bank: known training images for the plain figures.
         plain: name -> features; beside the detector, nearest neighbours on each of them.
         settings: of the run, for the report.
+        quantile: share of the held-out known images that are to lie at or below the threshold.
+        classes: the names of the detector's classes, where it tells which of them a picture shows: then there are
+            `closed_set_accuracy` and `oscr` too.
 
     Returns:
         The record of results.json; the same on all ranks.
@@ -77,11 +83,16 @@ def judge(
         score_B = neighbours[name].score(plain[name](image_B3HW).float().cpu().numpy())
         return torch.from_numpy(score_B).to(accelerator.device)
 
-    scorers: dict[str, Features] = {"score": lambda image_B3HW: detector.score_tensor(image_B3HW)[0]}
+    def scored_and_classified(image_B3HW: Tensor) -> Tensor:
+        found = detector.score_tensor(image_B3HW)
+        parts = [found.score_B] + ([found.class_B.to(found.score_B)] if found.class_B is not None and classes else [])
+        return torch.stack(parts, dim=1)
+
+    scorers: dict[str, Features] = {"score": scored_and_classified}
     known_N, known = (
-        collect(accelerator, held_out, scorers) if held_out else (np.zeros(0, np.int64), {"score": np.zeros(0)})
+        collect(accelerator, held_out, scorers) if held_out else (np.zeros(0, np.int64), {"score": np.zeros((0, 1))})
     )
-    threshold = detector.calibrate(known["score"])
+    threshold = detector.calibrate(known["score"][:, 0], quantile)
     others = {name: partial(distance_to_known, name) for name in plain}
     test_N, found = collect(accelerator, test, scorers | others)
     skipped = {
@@ -89,8 +100,16 @@ def judge(
         "test": all_skipped([test]),
     }
 
-    scored = Scored(test.shard_set, "test", test_N, ~protocol.is_known(test.shard_set)[test_N], found.pop("score"))
+    answer_NA = found.pop("score")
+    scored = Scored(test.shard_set, "test", test_N, ~protocol.is_known(test.shard_set)[test_N], answer_NA[:, 0])
     figures = summary(scored.novel_N, scored.score_N, seed=seed)
+    if answer_NA.shape[1] > 1:
+        shown = [test.shard_set.classes_of(sample) for sample in test_N]
+        is_right_N = np.array([classes[int(a)] in names for a, names in zip(answer_NA[:, 1], shown, strict=True)])
+        accuracy = closed_set_accuracy(is_right_N[~scored.novel_N])
+        of_classes = {"closed_set_accuracy": accuracy, "oscr": oscr(scored.novel_N, scored.score_N, is_right_N)}
+    else:
+        of_classes = {}
     comparisons = {
         f"nearest neighbour on {name}": (score_N, summary(scored.novel_N, score_N, seed=seed))
         for name, score_N in found.items()
@@ -98,6 +117,7 @@ def judge(
     results = {
         "method": method,
         **figures,
+        **{name: estimate._asdict() for name, estimate in of_classes.items()},
         "comparisons": {name: its for name, (_, its) in comparisons.items()},
         "threshold": rates(threshold, scored),
         "dataset": test.shard_set.manifest.dataset,
@@ -111,7 +131,9 @@ def judge(
         detector.save(folder / "detector")
         parts = [scored]
         if held_out:
-            parts.append(Scored(held_out.shard_set, "held_out", known_N, np.zeros(len(known_N), bool), known["score"]))
+            parts.append(
+                Scored(held_out.shard_set, "held_out", known_N, np.zeros(len(known_N), bool), known["score"][:, 0])
+            )
         write_scores(folder / "scores.parquet", parts)
         sections = most_telling(scored.novel_N, scored.score_N)
         write_report(
@@ -172,10 +194,11 @@ def rates(threshold: float | None, test: Scored) -> dict[str, float] | None:
     }
 
 
-def pictures(test: Scored, places: list[int], detector: DistillationDetector) -> list[Shown]:
-    """The pictures at some places of the scores, with their maps."""
+def pictures(test: Scored, places: list[int], detector: ImageDetector) -> list[Shown]:
+    """The pictures at some places of the scores, with their maps where the method has them."""
     payloads = test.shard_set.read([int(test.sample_N[place]) for place in places])
     images = [Picture(payload).rgb() for payload in payloads]
+    maps = detector.score_map(images) if isinstance(detector, DistillationDetector) else [None] * len(images)
     return [
         Shown(
             key=test.shard_set.key(test.sample_N[place]),
@@ -185,5 +208,5 @@ def pictures(test: Scored, places: list[int], detector: DistillationDetector) ->
             image=image,
             score_map_hw=map_hw,
         )
-        for place, image, map_hw in zip(places, images, detector.score_map(images), strict=True)
+        for place, image, map_hw in zip(places, images, maps, strict=True)
     ]

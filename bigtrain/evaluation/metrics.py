@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.stats import norm, rankdata
+from scipy.stats import binomtest, norm, rankdata
 from sklearn.metrics import average_precision_score, roc_curve
 
 CONFIDENCE = 0.95
@@ -84,7 +84,11 @@ def auroc(novel_N: ArrayLike, score_N: ArrayLike) -> Estimate:
     says nothing (A is 0 or 1, or a class has a single image) it is Newcombe's, see `newcombe_interval`.
     """
     novel, score = checked(novel_N, score_N)
-    v10_M, v01_N = structural_components(novel, score)
+    return estimate_of(*structural_components(novel, score))
+
+
+def estimate_of(v10_M: Floats, v01_N: Floats) -> Estimate:
+    """The mean of a statistic over pairs, with DeLong's interval; see `auroc`."""
     value = float(v10_M.mean())
     m, n = len(v10_M), len(v01_N)
     if m < 2 or n < 2 or value in (0.0, 1.0):
@@ -102,6 +106,33 @@ def structural_components(novel_N: Bools, score_N: Floats) -> tuple[Floats, Floa
     v10_M = (rank_N[novel_N] - novel_rank_M) / len(known_rank_N)
     v01_N = 1 - (rank_N[~novel_N] - known_rank_N) / len(novel_rank_M)
     return v10_M, v01_N
+
+
+def closed_set_accuracy(is_right_N: ArrayLike) -> Estimate:
+    """Share of known images whose class is told rightly (Perera & Patel 5.6), with Wilson's 95 % interval."""
+    right = np.asarray(is_right_N, bool)
+    interval = binomtest(int(right.sum()), len(right)).proportion_ci(CONFIDENCE, method="wilson")
+    return Estimate(float(right.mean()), float(interval.low), float(interval.high))
+
+
+def oscr(novel_N: ArrayLike, score_N: ArrayLike, is_right_N: ArrayLike) -> Estimate:
+    """Area under the open-set classification rate curve (Dhamija, Guenther & Boult 2018), with DeLong's interval.
+
+    Over all thresholds, the share of known images that are accepted and told rightly against the share of novel ones
+    that are accepted. As a share of pairs: a known image told rightly that scores below a novel one, a tie half.
+
+    Args:
+        is_right_N: whether each image's class is told rightly; of novel images it does not matter.
+    """
+    novel, score = checked(novel_N, score_N)
+    right = np.asarray(is_right_N, bool) & ~novel
+    _, v01_N = structural_components(novel, score)
+    v01_N = v01_N * right[~novel]
+    if not right.any():
+        return Estimate(0.0, *newcombe_interval(0.0, int(novel.sum()), len(v01_N)))
+    part = novel | right
+    v10_M, _ = structural_components(novel[part], score[part])
+    return estimate_of(v10_M * (right.sum() / len(v01_N)), v01_N)
 
 
 def newcombe_interval(value: float, m: int, n: int) -> tuple[float, float]:

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from numpy.typing import ArrayLike
 
 from bigtrain.evaluation.charts import SERIES, histogram, histogram_chart, roc_chart, roc_points
 from bigtrain.evaluation.metrics import Bools, Floats, checked
+from bigtrain.evaluation.page import environment
 from bigtrain.evaluation.pictures import HEAT, Scale, Shown, data_uri, overlay, rgb, shared_scale
 
 TEMPLATE = "report.html.jinja"
@@ -79,34 +79,35 @@ def render(
     threshold = results.get("threshold")
     counts = histogram(novel_N, score_N)
     scale = shared_scale(picture for section in pictures.values() for picture in section)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(TEMPLATE).render(
-        title=title,
-        protocol=protocol_line(results, novel_N),
-        rows=table_rows(summaries),
-        figures=FIGURES,
-        prevalence={name: results["metrics"][name].get("prevalence") for name in FIGURES},
-        bootstrap=results["metrics"].get("bootstrap"),
-        by_chance=summaries[detector]["auroc"]["low"] <= 0.5 <= summaries[detector]["auroc"]["high"],
-        better=[
-            name for name in comparisons if summaries[name]["auroc"]["value"] >= summaries[detector]["auroc"]["value"]
-        ],
-        roc=roc_chart({name: roc_points(novel_N, its_N) for name, its_N in scores.items()}),
-        legend=[(number % SERIES, name, summaries[name]["auroc"]["value"]) for number, name in enumerate(scores)],
-        histogram=histogram_chart(counts, threshold=threshold),
-        histogram_counts=counts,
-        threshold=threshold,
-        threshold_rates=rates_at(threshold, novel_N, score_N),
-        sections={name: [card(picture, scale, threshold) for picture in section] for name, section in pictures.items()},
-        scale=scale,
-        heat=HEAT,
-        settings=flattened(results.get("settings", {})),
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            title=title,
+            protocol=protocol_line(results, novel_N),
+            rows=table_rows(summaries),
+            figures=FIGURES,
+            prevalence={name: results["metrics"][name].get("prevalence") for name in FIGURES},
+            bootstrap=results["metrics"].get("bootstrap"),
+            by_chance=summaries[detector]["auroc"]["low"] <= 0.5 <= summaries[detector]["auroc"]["high"],
+            better=[
+                name
+                for name in comparisons
+                if summaries[name]["auroc"]["value"] >= summaries[detector]["auroc"]["value"]
+            ],
+            roc=roc_chart({name: roc_points(novel_N, its_N) for name, its_N in scores.items()}),
+            legend=[(number % SERIES, name, summaries[name]["auroc"]["value"]) for number, name in enumerate(scores)],
+            histogram=histogram_chart(counts, threshold=threshold),
+            histogram_counts=counts,
+            threshold=threshold,
+            threshold_rates=rates_at(threshold, novel_N, score_N),
+            sections={
+                name: [card(picture, scale, threshold) for picture in section] for name, section in pictures.items()
+            },
+            scale=scale,
+            heat=HEAT,
+            settings=flattened(results.get("settings", {})),
+        )
     )
 
 

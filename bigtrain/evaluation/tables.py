@@ -14,6 +14,7 @@ from scipy.stats import t as student_t
 SWEEP_FILE = "sweep.json"
 WHAT_IS_KNOWN = ("known", "novel", "half", "category")  # an axis over whose values a table gives the mean
 IN_PERCENT = ["auroc", "aupr_in", "aupr_out", "fpr_at_95_tpr_novel", "fpr_at_95_tpr_known", "detection_error"]
+IN_PERCENT += ["closed_set_accuracy", "oscr"]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigtrain.models.backbone import trunk_width
 from bigtrain.models.vit import ViT
 
 
@@ -40,20 +41,24 @@ class Prototypes(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A ViT with a linear classifier on its [CLS] token, or on that and the mean of its patch tokens ("both").
+    """A trunk with a linear classifier: on a ViT's [CLS] token, or on that and the mean of its patch tokens ("both").
 
-    "both" makes the patch tokens carry what the classes are about, which dense methods build on.
+    "both" makes the patch tokens carry what the classes are about, which dense methods build on. Of any other trunk it
+    is on its features.
     """
 
-    def __init__(self, vit: ViT, classes: int, pool: Literal["token", "both"]) -> None:
+    def __init__(self, trunk: ViT | nn.Module, classes: int, pool: Literal["token", "both"] = "token") -> None:
         super().__init__()
-        self.vit, self.pool = vit, pool
-        self.head = nn.Linear(vit.width * (2 if pool == "both" else 1), classes)
+        self.trunk, self.pool = trunk, pool
+        width = trunk.width if isinstance(trunk, ViT) else trunk_width(trunk)
+        self.head = nn.Linear(width * (2 if pool == "both" else 1), classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        (encoded,) = self.vit(images_B3HW)
+        if not isinstance(self.trunk, ViT):
+            return self.head(self.trunk(images_B3HW))
+        (encoded,) = self.trunk(images_B3HW)
         if encoded.class_BD is None:
             return self.head(encoded.tokens_BND.mean(dim=1))
         parts = [encoded.class_BD] + ([encoded.tokens_BND.mean(dim=1)] if self.pool == "both" else [])

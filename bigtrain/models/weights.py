@@ -146,10 +146,8 @@ def _from_file(source: str, architecture: Architecture | None, attention: Backen
     about: dict[str, Any] = {}
     if path.suffix == ".safetensors":
         state, about = read_tensors(path)
-    elif path.suffix == ".npz":
-        state = from_augreg(path)
     else:
-        state = _read_pth(path)
+        state = read_weights(path)
     if about:
         try:
             stored = Architecture(**about["architecture"])
@@ -162,7 +160,7 @@ def _from_file(source: str, architecture: Architecture | None, attention: Backen
     if architecture is None:
         raise ValueError(f"{path} does not say what network it belongs to: name it, as in --arch vit_base_patch16_224.")
     vit = ViT(architecture.build(), attention=attention)
-    report = load_matching(vit.backbone, _resample_positions(state, vit), str(path))
+    report = load_matching(vit.backbone, resample_positions(state, vit.backbone), str(path))
     return Pretrained(vit, architecture, mean, std, report)
 
 
@@ -183,7 +181,10 @@ def _from_hub(name: str, architecture: Architecture | None, attention: Backend) 
     return Pretrained(vit, architecture, tuple(config["mean"]), tuple(config["std"]), report)
 
 
-def _read_pth(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .pth, read without running code in it, or of an AugReg .npz."""
+    if path.suffix == ".npz":
+        return from_augreg(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -202,16 +203,17 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _resample_positions(state: dict[str, Tensor], vit: ViT) -> dict[str, Tensor]:
-    """Fit the positions to the network's own grid where the file was trained at another image size."""
-    own, given = vit.backbone.pos_embed, state.get("pos_embed")
-    if own is None or given is None or given.ndim != 3 or given.shape[1] == own.shape[1]:
+def resample_positions(state: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
+    """Fit a ViT's positions to the network's own grid where the file was trained at another image size."""
+    own, given = getattr(net, "pos_embed", None), state.get("pos_embed")
+    if own is None or given is None or given.ndim != 3 or own.ndim != 3 or given.shape[1] == own.shape[1]:
         return state
-    prefix = 0 if vit.backbone.no_embed_class else vit.backbone.num_prefix_tokens
+    vit: Any = net
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     side = round((given.shape[1] - prefix) ** 0.5)
     if side**2 != given.shape[1] - prefix:
         return state
-    grid = list(vit.backbone.patch_embed.grid_size)
+    grid = list(vit.patch_embed.grid_size)
     resampled = resample_abs_pos_embed(given.float(), grid, [side, side], num_prefix_tokens=prefix)
     return {**state, "pos_embed": resampled}
 

@@ -1,4 +1,4 @@
-"""Losses of DEFEND: one value for each image, so that padding can be weighted away."""
+"""The papers' losses: one value for each image, so that padding can be weighted away."""
 
 from __future__ import annotations
 
@@ -105,6 +105,39 @@ def patch_distance(
     else:
         per_feature = F.smooth_l1_loss(predicted_LBND, target_LBND, reduction="none")
     return per_feature.sum(dim=-1).mean(dim=0)
+
+
+def membership_loss(logits_BC: Tensor, class_B: Tensor, *, true_class_weight: float = 5.0) -> Tensor:
+    """Membership loss, Perera & Patel, CVPR 2019, eq. 3: the true class near 1, every other class near 0.
+
+        mean_B [ w (1 - s_y)^2  +  1/(C-1) * sum_{i != y} s_i^2 ],   s = sigmoid(logits)
+
+    Args:
+        logits_BC: raw scores of B images for C >= 2 known classes.
+        class_B: the true class, 0 .. C-1.
+        true_class_weight: w, the paper's lambda.
+
+    Returns:
+        A float32 scalar >= 0.
+
+    Raises:
+        ValueError: there is one class only.
+    """
+    return membership_risk(logits_BC, class_B, true_class_weight=true_class_weight).mean()
+
+
+def membership_risk(
+    logits_BC: Tensor, class_B: Tensor, *, true_class_weight: float = 5.0, wrong_class_weight: float = 1.0
+) -> Tensor:
+    """What `membership_loss` is the mean of: float32 (B,). The authors' code weighs the other term: 1 and 5."""
+    classes = logits_BC.shape[1]
+    if classes < 2:
+        raise ValueError("the membership loss is about wrong classes too, and there is one class: name two at least.")
+    membership_BC = logits_BC.float().sigmoid()
+    is_true_BC = F.one_hot(class_B, classes).bool()
+    missed_B = (1 - membership_BC[is_true_BC]).square()
+    false_alarm_B = membership_BC.square().masked_fill(is_true_BC, 0).sum(dim=1) / (classes - 1)
+    return true_class_weight * missed_B + wrong_class_weight * false_alarm_B
 
 
 def _normalise(tokens: Tensor, normalisation: Normalisation) -> Tensor:

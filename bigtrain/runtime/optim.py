@@ -102,3 +102,5 @@ def follow(average: nn.Module, network: nn.Module, momentum: float) -> None:
     """Move an exponential moving average of a network's weights one step: m a + (1 - m) w."""
     for a, w in zip(average.parameters(), network.parameters(), strict=True):
         a.lerp_(w, 1 - momentum)
+    for kept, now in zip(average.buffers(), network.buffers(), strict=True):  # statistics of batch norm
+        kept.copy_(now)

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -43,16 +44,16 @@ class Stop:
         self.asked = True
 
     def agreed(self) -> bool:
-        return self.agreed_and_sum(0)[0]
+        return self.agreed_and_sums([])[0]
 
-    def agreed_and_sum(self, count: int) -> tuple[bool, int]:
-        """Whether any rank was asked to stop and, as the ranks talk for it anyway, the sum of their counts."""
+    def agreed_and_sums(self, counts: Sequence[int]) -> tuple[bool, list[int]]:
+        """Whether any rank was asked to stop and, as the ranks talk for it anyway, the sums of their counts."""
         asked = self.asked or self.file.exists()
         if self.accelerator.num_processes == 1:
-            return asked, count
-        both = torch.tensor([int(asked), count], device=self.accelerator.device)
-        asked_sum, count_sum = self.accelerator.reduce(both, reduction="sum").tolist()
-        return asked_sum > 0, count_sum
+            return asked, list(counts)
+        all_counts = torch.tensor([int(asked), *counts], device=self.accelerator.device)
+        asked_sum, *sums = self.accelerator.reduce(all_counts, reduction="sum").tolist()
+        return asked_sum > 0, sums
 
     def leave_if_asked(self) -> None:
         """Where there is nothing to save (while images are judged, say): call on all ranks, as often on each."""

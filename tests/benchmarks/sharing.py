@@ -102,7 +102,9 @@ def train(shards: str, out: str, depth: int, steps: int = 5) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     plan = shard_set.plan(np.arange(BATCH * steps), BATCH)
     stream = setup.stream(shard_set, plan, Resized(PIXELS))
-    stage = Stage("memory", setup, trained=model, optimizer=optimizer, stream=stream, epochs=1)
+    stage = Stage(
+        "memory", setup, trained=model, optimizer=optimizer, stream=stream, steps=stream.plan.batches_per_epoch
+    )
     at_start = resident("VmHWM") - before
     for batch in stage.batches():
         give_back_freed_memory()

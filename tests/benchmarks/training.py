@@ -46,7 +46,8 @@ from bigtrain.runtime.checkpoint import Checkpoints
 from bigtrain.runtime.config import RunSettings
 from bigtrain.runtime.optim import decay_groups, schedule, set_schedule
 from bigtrain.runtime.run_folder import RunFolder
-from recipes.pretrain import Config, classes
+from recipes.network_settings import class_numbers
+from recipes.pretrain import Config
 from recipes.run_setup import Setup
 from recipes.stage import Stage
 
@@ -88,7 +89,7 @@ def steps_of_stage(stage: Stage, label_of: dict[str, int]) -> Iterator[None]:
         factor = schedule("cosine", stage.step, total=stage.steps, warmup=0)
         set_schedule(stage.optimizer, lr_factor=factor, weight_decay=0.05)
         for part in stage.parts(batch):
-            class_B = classes(stage.stream.shard_set, part, label_of)
+            class_B = class_numbers(stage.stream.shard_set, part, label_of)
             with stage.setup.autocast():
                 logits_BC = stage.module(to_float(part.views["image"], MEAN, STD))
             loss_B = F.cross_entropy(logits_BC.float(), class_B, reduction="none")
@@ -154,12 +155,14 @@ def overhead(options: argparse.Namespace) -> None:
 
             def pairs(epochs=epochs, stream=stream) -> Iterator[tuple[Tensor, Tensor]]:
                 for batch in stream().batches(epochs=epochs):
-                    yield batch.views["image"], classes(shard_set, batch, label_of)
+                    yield batch.views["image"], class_numbers(shard_set, batch, label_of)
 
             image_N3HW, class_N = map(torch.cat, zip(*islice(pairs(), taken), strict=True))
             tensors = DataLoader(TensorDataset(image_N3HW, class_N), batch_size=batch, pin_memory=on_gpu)
             optimizer = torch.optim.AdamW(decay_groups(model.named_parameters(), base_lr=LR), lr=LR)
-            stage = Stage(name, setup, trained=model, optimizer=optimizer, stream=stream(), epochs=epochs)
+            stage = Stage(
+                name, setup, trained=model, optimizer=optimizer, stream=stream(), steps=epochs * plan.batches_per_epoch
+            )
             contenders = [
                 steps_of_stage(stage, label_of),
                 bare_steps(bare, pairs(), stage),

@@ -65,7 +65,7 @@ with user_errors("script.py"):
     net = nn.Linear(3, 1)
     stage = Stage(
         "train", setup, trained=net, optimizer=torch.optim.AdamW(net.parameters(), lr=0.1),
-        stream=setup.stream(shard_set, shard_set.plan(np.arange(48), 8), Resized(8)), epochs=1,
+        stream=setup.stream(shard_set, shard_set.plan(np.arange(48), 8), Resized(8)), steps=6,
     )
     rank, ranks = setup.accelerator.process_index, setup.accelerator.num_processes
     for batch in stage.batches():

@@ -1,0 +1,118 @@
+"""A detector on the features of a network's layer, or on the logits of its head: every method that is not DEFEND."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from bigtrain.data.views import CentreCrop, to_float
+from bigtrain.detectors import saved
+from bigtrain.detectors.contract import FeatureDetector
+from bigtrain.detectors.gaussian import GaussianMixture, Mahalanobis
+from bigtrain.detectors.knfst import KNFST, LocalKNFST
+from bigtrain.detectors.logits import MaxLogit, MaxSoftmax
+from bigtrain.detectors.neighbours import NearestNeighbours
+from bigtrain.detectors.one_class import SVDD, OneClassSVM
+from bigtrain.detectors.openmax import OpenMax
+from bigtrain.detectors.saved import ImageDetector, Scored, chosen_device, read_record
+from bigtrain.detectors.signatures import Signatures
+from bigtrain.models.backbone import Layer, Network, load_network, save_network
+from bigtrain.models.weights import save_tensors
+
+ON_FEATURES: dict[str, type[FeatureDetector]] = {
+    "nearest neighbours": NearestNeighbours,
+    "one-class SVM": OneClassSVM,
+    "SVDD": SVDD,
+    "KNFST": KNFST,
+    "local KNFST": LocalKNFST,
+    "K-extremes": Signatures,
+    "Mahalanobis": Mahalanobis,
+    "Gaussian mixture": GaussianMixture,
+}
+ON_LOGITS: dict[str, type[FeatureDetector]] = {"max logit": MaxLogit, "max softmax": MaxSoftmax, "OpenMax": OpenMax}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring(saved.Scoring):
+    resize: int
+    """The whole picture is resized to this side, and the centre of it is seen."""
+    layer: str
+    """Whose features are scored; "": the trunk's end."""
+    head: str
+    """Whose logits are scored; "": features."""
+
+
+class NetworkDetector(ImageDetector):
+    """A network, and a detector that was fitted to what it gives.
+
+    Where the network has a head of the known classes, it also says which of them a picture shows.
+    """
+
+    method: ClassVar[str] = "network"
+
+    def __init__(self, network: Network, detector: FeatureDetector, scoring: Scoring) -> None:
+        self.network, self.detector, self.scoring = network, detector, scoring
+        self.features = Layer(network.trunk.eval(), scoring.layer)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.trunk.parameters()).device
+
+    def view(self) -> CentreCrop:
+        return CentreCrop(self.scoring.image_size, self.scoring.resize)
+
+    @torch.no_grad()
+    def outputs(self, image_B3HW: Tensor) -> Tensor:
+        """What the detector is fitted to, for uint8 views: features or logits, float32."""
+        with self.autocast():
+            features = self.features(to_float(image_B3HW, self.network.mean, self.network.std))
+            head = self.scoring.head
+            return (self.network.heads[head](features) if head else features).float()
+
+    def score_tensor(self, image_B3HW: Tensor) -> Scored:
+        outputs = self.outputs(image_B3HW)
+        score_B = torch.from_numpy(self.detector.score(outputs.cpu().numpy())).to(outputs.device)
+        return Scored(score_B, class_B=outputs.argmax(dim=1) if self.scoring.head else None)
+
+    def _write(self, folder: Path) -> dict[str, Any]:
+        save_network(folder / "network.safetensors", self.network)
+        about, arrays = state_of(self.detector)
+        save_tensors(folder / "fitted.safetensors", {k: torch.from_numpy(v) for k, v in arrays.items()}, {})
+        return {"detector": about}
+
+    @classmethod
+    def load(cls, folder: Path, *, device: str | None = None) -> NetworkDetector:
+        record = read_record(folder)
+        detector = with_state(record.pop("detector"), load_file(folder / "fitted.safetensors"))
+        network = load_network(str(folder / "network.safetensors")).to(chosen_device(device))
+        return cls(network, detector, Scoring(**record))
+
+
+def state_of(detector: FeatureDetector) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A fitted detector as JSON and arrays: what its constructor was given, and what it has learned."""
+    (name,) = [name for name, kind in (ON_FEATURES | ON_LOGITS).items() if kind is type(detector)]
+    values = vars(detector)
+    learned = {key: value for key, value in values.items() if key.endswith("_")}
+    arrays = {k: np.ascontiguousarray(v) for k, v in learned.items() if isinstance(v, np.ndarray) and k != "classes_"}
+    about = {
+        "name": name,
+        "options": {key: value for key, value in values.items() if not key.endswith("_")},
+        "learned": {k: v for k, v in learned.items() if not isinstance(v, np.ndarray)}
+        | ({"classes_": detector.classes_.tolist()} if "classes_" in learned else {}),
+    }
+    return json.loads(json.dumps(about)), arrays
+
+
+def with_state(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> FeatureDetector:
+    """The detector that `state_of` wrote down."""
+    detector = (ON_FEATURES | ON_LOGITS)[about["name"]](**about["options"])
+    for name, value in (about["learned"] | arrays).items():
+        setattr(detector, name, np.asarray(value) if name == "classes_" else value)
+    return detector
