@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import Tensor
 
@@ -69,12 +70,22 @@ class NetworkDetector(ImageDetector):
         return CentreCrop(self.scoring.image_size, self.scoring.resize)
 
     @torch.no_grad()
-    def outputs(self, image_B3HW: Tensor) -> Tensor:
-        """What the detector is fitted to, for uint8 views: features or logits, float32."""
+    def features_of(self, image_B3HW: Tensor) -> Tensor:
+        """The layer's features for uint8 views, float32."""
         with self.autocast():
-            features = self.features(to_float(image_B3HW, self.network.mean, self.network.std))
-            head = self.scoring.head
-            return (self.network.heads[head](features) if head else features).float()
+            return self.features(to_float(image_B3HW, self.network.mean, self.network.std)).float()
+
+    @torch.no_grad()
+    def outputs(self, image_B3HW: Tensor) -> Tensor:
+        """What the detector is fitted to, for uint8 views: features, or the head's logits of them; float32."""
+        features_BD = self.features_of(image_B3HW)
+        return self.network.heads[self.scoring.head](features_BD) if self.scoring.head else features_BD
+
+    @torch.no_grad()
+    def logits_of(self, features_ND: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The logits of the head for features of the trunk's end."""
+        head = self.network.heads[self.scoring.head]
+        return head(torch.from_numpy(features_ND).to(self.device)).float().cpu().numpy()
 
     def score_tensor(self, image_B3HW: Tensor) -> Scored:
         outputs = self.outputs(image_B3HW)

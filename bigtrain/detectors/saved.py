@@ -90,10 +90,9 @@ class ImageDetector:
 
     def calibrate(self, known_score_N: NDArray[np.floating], quantile: float = 0.95) -> float | None:
         """Set the threshold to a score that `quantile` of held-out known images do not exceed; None without images."""
-        if len(known_score_N) == 0:
-            return None
-        threshold = float(np.quantile(known_score_N, quantile, method="higher"))
-        self.scoring = replace(self.scoring, threshold=threshold, threshold_quantile=quantile)
+        threshold = calibrated(known_score_N, quantile)
+        if threshold is not None:
+            self.scoring = replace(self.scoring, threshold=threshold, threshold_quantile=quantile)
         return threshold
 
     def save(self, folder: Path) -> None:
@@ -108,6 +107,11 @@ class ImageDetector:
             temporary.rmdir()
         else:
             temporary.rename(folder)
+
+
+def calibrated(known_score_N: NDArray[np.floating], quantile: float) -> float | None:
+    """A score that `quantile` of held-out known images do not exceed; None without images."""
+    return float(np.quantile(known_score_N, quantile, method="higher")) if len(known_score_N) else None
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Scored:
     sample_N: NDArray[np.int64]
     novel_N: NDArray[np.bool_]
     score_N: NDArray[np.float64]
+    detector: str = ""  # its name, where a table has several
 
 
 def judge(
@@ -156,9 +157,12 @@ def all_skipped(streams: Sequence[Stream]) -> dict[str, str]:
 
 
 def write_scores(path: Path, parts: list[Scored]) -> None:
-    """Write one row an image: key, split, classes, novel, score; whole or not at all."""
+    """Write one row an image: key, split, classes, novel, score, and where there are several the detector; whole or not
+    at all."""
+    names = [("detector", pa.string())] if any(part.detector for part in parts) else []
     rows = [
         {
+            "detector": part.detector,
             "key": part.shard_set.key(sample),
             "split": part.split,
             "classes": part.shard_set.classes_of(sample),
@@ -170,6 +174,7 @@ def write_scores(path: Path, parts: list[Scored]) -> None:
     ]
     schema = pa.schema(
         [
+            *names,
             ("key", pa.string()),
             ("split", pa.string()),
             ("classes", pa.list_(pa.string())),

@@ -37,14 +37,29 @@ def read_results(folder: Path) -> list[Result]:
     """
     if (folder / SWEEP_FILE).is_file():
         rows = json.loads((folder / SWEEP_FILE).read_text())["runs"]
-        return [Result(r["name"], r["axes"], figures(folder / r["name"])) for r in rows if not r["shared"]]
+        return several([Result(r["name"], r["axes"], figures(folder / r["name"])) for r in rows if not r["shared"]])
     runs = sorted(file.parent for file in folder.glob("*/config.json"))
     if not runs:
         raise ValueError(f"{folder} holds no runs: name the folder of a sweep, or one that holds runs' folders.")
     settings = [json.loads((run / "config.json").read_text())["settings"] for run in runs]
     names = [n for n in dict.fromkeys(n for one in settings for n in one) if len({str(s.get(n)) for s in settings}) > 1]
     axes = [{name: plain(one.get(name)) for name in names} for one in settings]
-    return [Result(run.name, axis, figures(run)) for run, axis in zip(runs, axes, strict=True)]
+    return several([Result(run.name, axis, figures(run)) for run, axis in zip(runs, axes, strict=True)])
+
+
+def several(results: list[Result]) -> list[Result]:
+    """A run of several detectors as one result each, with the axis "detector"; one without figures yet as all of
+    them."""
+    names = dict.fromkeys(n for r in results if r.figures for n in r.figures.get("detectors", ()))
+    if not names:
+        return results
+    found = []
+    for result in results:
+        of_detector: Mapping[str, Any] = dict.fromkeys(names) if result.figures is None else result.figures
+        if result.figures is not None:
+            of_detector = result.figures.get("detectors") or {result.figures["method"]: result.figures}
+        found += [Result(result.name, {"detector": name, **result.axes}, f) for name, f in of_detector.items()]
+    return found
 
 
 def plain(value: Any) -> Any:

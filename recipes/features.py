@@ -1,0 +1,139 @@
+"""Features of a network for many images, extracted once: each process its own parts, kept as safetensors, reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.stream import Stream
+from bigtrain.detectors.network import NetworkDetector
+from bigtrain.models.backbone import Network
+from bigtrain.models.weights import read_tensors, save_tensors
+from bigtrain.runtime.watch import clock
+from recipes.run_setup import Setup
+
+PART = 1024  # images of a file
+LINE_EVERY_S = 10.0
+
+
+class Features(NamedTuple):
+    """Of some images in the order of the index: their numbers, float32 (N, D), and those that could not be decoded."""
+
+    sample_N: NDArray[np.int64]
+    features_ND: NDArray[np.float32]
+    skipped: dict[str, str]  # key -> why
+
+    def of(self, sample_N: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Those of these images that could be decoded, in this order."""
+        place_N = np.searchsorted(self.sample_N, sample_N).clip(max=len(self.sample_N) - 1)
+        is_there_N = self.sample_N[place_N] == sample_N
+        return sample_N[is_there_N], self.features_ND[place_N[is_there_N]]
+
+
+def fingerprint(network: Network) -> str:
+    """A digest of a network's weights and of how it is fed."""
+    digest = hashlib.sha256(json.dumps([asdict(network.architecture), network.mean, network.std]).encode())
+    for name, value in network.trunk.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def extracted(
+    folder: Path, setup: Setup, source: NetworkDetector, shard_set: ShardSet, sample_N: NDArray[np.int64]
+) -> Features:
+    """The features of these images: those that lie in the folder are read, the others computed and put there.
+
+    A folder may serve several runs: what is in it goes by the network's weights, the layer, the view, the precision and
+    the shards. Part files hold PART images, appear atomically, and are computed in batches that do not depend on the
+    number of processes, so that the features do not either. Called on all ranks.
+    """
+    own = {
+        "network": fingerprint(source.network),
+        "layer": source.scoring.layer,
+        "view": [source.scoring.image_size, source.scoring.resize],
+        "precision": source.scoring.precision,
+        "batch": source.scoring.batch,
+        "device": setup.accelerator.device.type,
+        "shards": [shard.sha256 for shard in shard_set.manifest.shards],
+        "samples": len(shard_set),
+    }
+    place = folder / hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16]
+    if setup.accelerator.is_main_process:
+        place.mkdir(parents=True, exist_ok=True)
+        for left_over in place.glob("*.tmp"):
+            left_over.unlink()
+    setup.accelerator.wait_for_everyone()
+    before = read_parts(place, with_features=False)
+    missing_N = np.setdiff1d(sample_N, before.sample_N)
+    missing_N = missing_N[[shard_set.key(sample) not in before.skipped for sample in missing_N.tolist()]]
+    setup.accelerator.wait_for_everyone()  # all have looked before anybody writes
+    parts = np.split(missing_N, range(PART, len(missing_N), PART)) if len(missing_N) else []
+    rank, world_size = setup.accelerator.process_index, setup.accelerator.num_processes
+    began = last_line = time.monotonic()
+    for first in range(0, len(parts), world_size):
+        if first + rank < len(parts):
+            compute_part(place, setup, source, shard_set, parts[first + rank])
+        setup.heartbeat.mark(f"computed features, part {first + rank} of {len(parts)}")
+        setup.stop.leave_if_asked()
+        if time.monotonic() - last_line > LINE_EVERY_S:
+            last_line = time.monotonic()
+            done = min((first + world_size) * PART, len(missing_N))
+            rate = done / (last_line - began)
+            setup.accelerator.print(
+                f"features of {shard_set.manifest.dataset}  {done}/{len(missing_N)} images  {rate:.0f} images/s  "
+                f"left {clock((len(missing_N) - done) / rate)}"
+            )
+    setup.accelerator.wait_for_everyone()
+    found = read_parts(place)
+    kept, features_ND = found.of(np.sort(sample_N))
+    wanted = {shard_set.key(sample) for sample in sample_N.tolist()}
+    return Features(kept, features_ND, {key: why for key, why in found.skipped.items() if key in wanted})
+
+
+def compute_part(
+    place: Path, setup: Setup, source: NetworkDetector, shard_set: ShardSet, sample_N: NDArray[np.int64]
+) -> None:
+    """Compute the features of some images, on this rank alone, and write them."""
+    plan = shard_set.plan(sample_N, source.scoring.batch, shuffle=False)
+    workers, mark = setup.settings.workers, setup.heartbeat.mark
+    stream = Stream(shard_set, plan, source.view(), workers=workers, mark=mark)
+    samples, features = [], []
+    for batch in stream.batches():
+        is_real_B = batch.weight_B > 0
+        outputs = source.features_of(batch.to(setup.accelerator.device).views["image"])
+        samples.append(batch.sample_B[is_real_B.numpy()])
+        features.append(outputs.cpu()[is_real_B])
+    name = f"{hashlib.sha256(sample_N.tobytes()).hexdigest()[:16]}.safetensors"
+    tensors = {"sample_N": torch.from_numpy(np.concatenate(samples)), "features_ND": torch.cat(features)}
+    save_tensors(place / name, tensors, {"skipped": stream.budget.skipped})
+
+
+def read_parts(place: Path, *, with_features: bool = True) -> Features:
+    """All that a folder holds."""
+    samples, features = [np.zeros(0, np.int64)], []
+    skipped: dict[str, str] = {}
+    for file in sorted(place.glob("*.safetensors")):
+        tensors, about = read_tensors(file)
+        samples.append(tensors["sample_N"].numpy())
+        skipped |= about["skipped"]
+        if with_features:
+            features.append(tensors["features_ND"].numpy())
+    sample_N, order_N = np.unique(np.concatenate(samples), return_index=True)
+    features_ND = np.concatenate(features)[order_N] if features else np.zeros((0, 0), np.float32)
+    return Features(sample_N, features_ND, skipped)
+
+
+def head_of(network: Network, classes: Sequence[str]) -> str:
+    """The head of a network that tells exactly these classes apart; "" where there is none."""
+    return next((name for name, names in network.classes.items() if set(names) == set(classes)), "")
