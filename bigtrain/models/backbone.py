@@ -146,7 +146,7 @@ def _from_file(path: Path, architecture: Architecture | None, drop_path: float) 
         heads[name].load_state_dict({"weight": weight.float(), "bias": state.pop(f"heads.{name}.bias").float()})
     state = {key.removeprefix("trunk."): value for key, value in state.items()}
     trunk = build_trunk(architecture, drop_path=drop_path)
-    report = load_matching(trunk, resample_positions(state, trunk), str(path))
+    report = load_matching(trunk, resample_positions(state, trunk), str(path), _classifier(architecture.model))
     return Network(trunk, architecture, mean, std, heads, classes, report)
 
 
@@ -165,8 +165,14 @@ def _from_hub(architecture: Architecture, pretrained: bool, drop_path: float) ->
             f"the weights of {name!r} cannot be had ({type(error).__name__}): check the name and the network, give a "
             f"local file ({', '.join(LOCAL)}) with --arch, or begin with random weights (--no-pretrained)."
         ) from error
-    report = load_matching(trunk, resample_positions(loaded, trunk), name)
+    report = load_matching(trunk, resample_positions(loaded, trunk), name, _classifier(name))
     return Network(trunk, architecture, mean, std, report=report)
+
+
+def _classifier(name: str) -> str:
+    """What the last layer is called in the weights of this network."""
+    config = None if name == ALEXNET else timm.get_pretrained_cfg(name)
+    return config.classifier if config and isinstance(config.classifier, str) else "classifier.6"
 
 
 def _normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -94,8 +94,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
     temporary.replace(path)
 
 
-def load_matching(module: nn.Module, state: Mapping[str, Tensor], source: str) -> str:
+def load_matching(module: nn.Module, state: Mapping[str, Tensor], source: str, classifier: str = "head") -> str:
     """Copy weights into a module, key by key, as float32; a classifier the module lacks is left out.
+
+    Args:
+        classifier: its name in this network, beside those of a ViT's.
 
     Returns:
         A line: how many keys matched, which were left out.
@@ -104,7 +107,9 @@ def load_matching(module: nn.Module, state: Mapping[str, Tensor], source: str) -
         ValueError: a key is missing or too many, or a shape differs.
     """
     own = module.state_dict()
-    left_out = sorted(key for key in state if key not in own and CLASSIFIER.match(key))
+    left_out = sorted(
+        key for key in state if key not in own and (CLASSIFIER.match(key) or key.startswith(f"{classifier}."))
+    )
     missing = sorted(key for key in own if key not in state)
     unexpected = sorted(key for key in state if key not in own and key not in left_out)
     shapes = [

@@ -1,9 +1,11 @@
 """Known and novel: from names to the images of a run."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
-from bigtrain.data.protocol import Protocol, expand, in_validation, seeded_choice, split
+from bigtrain.data.protocol import Protocol, check_every_class, expand, halved, in_validation, seeded_choice, split
 
 ANIMALS = ["cat", "dog", "emu"]
 DIGITS = list("0123456789")
@@ -134,3 +136,46 @@ def test_whether_a_sample_is_held_out_depends_on_its_key_and_the_seed_alone():
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(ValueError, match="must be at least 0 and below 1"):
         in_validation(KEYS, share=share, seed=0)
+
+
+def test_the_first_half_by_name_is_known_and_numbers_before_names_do_not_count():
+    birds = ["001.Wren", "002.Auk", "003.Owl", "004.Jay", "005.Emu"]
+    assert Protocol.half("first-half", birds) == Protocol(("002.Auk", "005.Emu"), ("001.Wren", "003.Owl", "004.Jay"))
+    assert expand("first-half", ANIMALS) == [Protocol(("cat",), ("dog", "emu"))]
+    with pytest.raises(ValueError, match="two classes or more, and there are 1"):
+        Protocol.half("first-half", ["cat"])
+
+
+def test_a_random_half_goes_by_the_seed_and_not_by_the_order_of_the_classes():
+    draws = [Protocol.half("random-half", DIGITS, seed=seed) for seed in range(20)]
+    assert len({draw.known for draw in draws}) > 15
+    assert all(len(draw.known) == 5 and sorted(draw.known + draw.novel) == DIGITS for draw in draws)
+    assert Protocol.half("random-half", DIGITS[::-1], seed=3).known == draws[3].known
+
+
+def test_one_set_serves_both_known_images_are_halved_in_each_class(write_set):
+    shown = [["cat"]] * 10 + [["dog"]] * 7 + [["emu"]] * 5
+    images = write_set([(names, b"x") for names in shown])
+    protocol = Protocol.of(ANIMALS, known=["cat", "dog"])
+    train_N, test_N = halved(protocol, images, seed=0)
+    of_class = [images.classes_of(s)[0] for s in train_N]
+    assert (of_class.count("cat"), of_class.count("dog"), of_class.count("emu")) == (5, 4, 0)
+    assert sorted([*train_N, *test_N]) == list(range(22)) and train_N.tolist() == sorted(train_N)
+    assert halved(protocol, images, seed=1)[0].tolist() != train_N.tolist()
+    parts = split(protocol, images, None, validation_share=0.3, seed=0)
+    assert sorted([*parts.fitted_N, *parts.held_out_N]) == train_N.tolist() and len(parts.held_out_N)
+    assert parts.test_N.tolist() == test_N.tolist()
+
+
+def test_which_half_goes_by_seed_and_key_alone(animals):
+    images, protocol = animals(), Protocol.of(ANIMALS, known=["dog"])
+    keys = [images.key(s) for s in range(100) if images.classes_of(s) == ["dog"]]
+    by_digest = sorted(keys, key=lambda key: hashlib.blake2b(f"7:{key}".encode(), digest_size=8).digest())
+    assert {images.key(s) for s in halved(protocol, images, seed=7)[0]} == set(by_digest[:10])
+
+
+def test_a_known_class_without_an_image_to_train_on_is_refused(write_set):
+    images = write_set([(["cat"], b"x"), (["dog"], b"x")], classes=ANIMALS)
+    protocol = Protocol(("cat", "emu"), ("dog",))
+    with pytest.raises(ValueError, match="1 of the 2 known classes have no image to train on: emu"):
+        check_every_class(protocol, images, np.array([0]))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bigtrain.data.pictures import Picture
-from bigtrain.data.views import MultiCrop, RandomResizedCrop, Resized, random_box, to_float
+from bigtrain.data.views import CentreCrop, MultiCrop, RandomCrop, RandomResizedCrop, Resized, random_box, to_float
 
 HEIGHT, WIDTH = 240, 180
 
@@ -117,3 +117,21 @@ def test_to_float_by_hand():
     found = to_float(view[None, None], mean=(0.5, 0.5, 0.2), std=(0.5, 0.25, 0.25))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found[0, 0], expected)
+
+
+def test_the_centre_crop_is_the_centre_of_the_resized_picture():
+    view = CentreCrop(28, 32)(ramp(), rng())["image"]
+    assert (view.dtype, view.shape) == (np.uint8, (3, 28, 28))
+    assert_shows(view, HEIGHT / 16, WIDTH / 16, HEIGHT * 15 / 16, WIDTH * 15 / 16)
+    np.testing.assert_array_equal(CentreCrop(32, 32)(ramp(), rng())["image"], Resized(32)(ramp(), rng())["image"])
+
+
+def test_random_crops_have_the_size_of_the_centre_lie_anywhere_and_are_mirrored_half_of_the_time():
+    views = np.stack([RandomCrop(24, 32)(ramp(), rng(seed))["image"] for seed in range(200)]).astype(float)
+    top, bottom = views[:, 0, 2].mean(axis=1), views[:, 0, -3].mean(axis=1)
+    assert bottom - top == pytest.approx(np.full(200, HEIGHT * 0.75 * 19 / 24), abs=2)
+    assert top.min() < 20 and top.max() > 65  # of 60 that it may move by, and the third row
+    is_mirrored = views[:, 1, :, 2].mean(axis=1) > views[:, 1, :, -3].mean(axis=1)
+    assert 70 < is_mirrored.sum() < 130
+    never = [RandomCrop(24, 32, mirror=False)(ramp(), rng(seed))["image"].astype(float) for seed in range(20)]
+    assert all(view[1, :, 2].mean() < view[1, :, -3].mean() for view in never)

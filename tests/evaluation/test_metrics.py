@@ -12,11 +12,13 @@ from bigtrain.evaluation.metrics import (
     aupr_out,
     auroc,
     bias_corrected_interval,
+    closed_set_accuracy,
     detection_error,
     figures_of_counts,
     fpr_at_95_tpr_known,
     fpr_at_95_tpr_novel,
     newcombe_interval,
+    oscr,
     resampled_counts,
     structural_components,
     summary,
@@ -227,3 +229,33 @@ def test_scores_that_rank_nothing_are_an_error_and_not_a_half(novel_N, score_N, 
 def test_integer_and_float32_scores_rank_like_float64():
     novel_N, score_N = simulated(30, 30, 1.0, seed=6, levels=4)
     assert auroc(novel_N, (4 * score_N).astype(np.int32)) == auroc(novel_N, score_N.astype(np.float32))
+
+
+def test_closed_set_accuracy_has_wilson_s_interval():
+    found = closed_set_accuracy([True] * 8 + [False] * 2)
+    z, n, share = 1.959964, 10, 0.8
+    centre, half = (
+        (share + z**2 / 2 / n) / (1 + z**2 / n),
+        z * np.sqrt(share * 0.2 / n + (z / 2 / n) ** 2) / (1 + z**2 / n),
+    )
+    assert found == pytest.approx((0.8, centre - half, centre + half), abs=1e-6)
+
+
+def test_oscr_is_the_area_under_accepted_and_right_against_accepted_novel():
+    rng = np.random.default_rng(0)
+    novel_N = rng.random(200) < 0.4
+    score_N = rng.normal(size=200).round(1) + novel_N
+    is_right_N = rng.random(200) < 0.7
+    thresholds = [-np.inf, *np.unique(score_N)]
+    accepted_novel = [(score_N[novel_N] <= t).mean() for t in thresholds]
+    accepted_right = [((score_N <= t) & is_right_N)[~novel_N].mean() for t in thresholds]
+    found = oscr(novel_N, score_N, is_right_N)
+    assert found.value == pytest.approx(np.trapezoid(accepted_right, accepted_novel))
+    assert found.low < found.value < found.high
+
+
+def test_oscr_is_auroc_where_all_are_right_and_nothing_where_none_is():
+    rng = np.random.default_rng(0)
+    novel_N, score_N = np.arange(60) % 2 == 0, rng.normal(size=60)
+    assert oscr(novel_N, score_N, np.ones(60, bool)) == auroc(novel_N, score_N)
+    assert oscr(novel_N, score_N, np.zeros(60, bool)).value == 0

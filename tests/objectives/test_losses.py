@@ -1,11 +1,18 @@
-"""The equations of DEFEND by hand."""
+"""The losses of the papers by hand."""
 
 import math
 
 import pytest
 import torch
 
-from bigtrain.objectives.losses import align_to_crops, dense_loss, distillation_loss, patch_distance
+from bigtrain.objectives.losses import (
+    align_to_crops,
+    dense_loss,
+    distillation_loss,
+    membership_loss,
+    membership_risk,
+    patch_distance,
+)
 from bigtrain.objectives.scores import distillation_score
 
 H, W, PATCH = 8, 10, 4
@@ -168,3 +175,42 @@ def test_more_disagreement_is_a_higher_score():
     noise = torch.randn(1, 50, 9, 16, generator=torch.Generator().manual_seed(1))
     near, far = (distillation_score(teacher + size * noise, teacher)[0] for size in (0.1, 0.5))
     assert (far > near).all()
+
+
+def test_membership_loss_by_hand():
+    # s = [.5, .5, .5], true class 0:  5 (1 - .5)^2 + (.5^2 + .5^2) / 2 = 1.25 + 0.25
+    assert membership_loss(torch.zeros(1, 3), torch.tensor([0])).item() == pytest.approx(1.5)
+    # s = [.8, .5], true class 1:  2 (1 - .5)^2 + .8^2 = 0.5 + 0.64; and the mean of both
+    logits_BC = torch.tensor([[math.log(4), 0.0], [math.log(4), 0.0]])
+    found = membership_loss(logits_BC, torch.tensor([1, 0]), true_class_weight=2.0)
+    assert found.item() == pytest.approx((1.14 + 2 * 0.04 + 0.25) / 2)
+
+
+def test_the_authors_code_weighs_the_wrong_classes():
+    found_B = membership_risk(torch.zeros(1, 3), torch.tensor([0]), true_class_weight=1.0, wrong_class_weight=5.0)
+    assert found_B.tolist() == pytest.approx([0.25 + 5 * 0.25])
+
+
+def test_the_gradient_of_the_membership_loss_is_that_of_the_paper_and_of_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    logits_BC = torch.randn(4, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    class_B = torch.tensor([0, 4, 2, 2])
+    membership_loss(logits_BC, class_B, true_class_weight=3.0).backward()
+    s = logits_BC.detach().sigmoid()
+    slope = s * (1 - s)
+    by_hand = 2 / 4 * s * slope  # 2/(c-1) s s' for i != y
+    rows = torch.arange(4)
+    by_hand[rows, class_B] = (-2 * 3.0 * (1 - s) * slope)[rows, class_B]
+    torch.testing.assert_close(logits_BC.grad, by_hand / 4, atol=1e-6, rtol=1e-5)
+    step = 1e-2  # the loss is computed in float32
+    for row, column in ((0, 0), (1, 2), (3, 2)):
+        moved = [logits_BC.detach().clone() for _ in range(2)]
+        moved[0][row, column] += step
+        moved[1][row, column] -= step
+        above, below = (membership_loss(m, class_B, true_class_weight=3.0).item() for m in moved)
+        assert (above - below) / (2 * step) == pytest.approx(logits_BC.grad[row, column].item(), abs=1e-4)
+
+
+def test_one_class_has_no_wrong_ones():
+    with pytest.raises(ValueError, match="name two at least"):
+        membership_loss(torch.zeros(2, 1), torch.tensor([0, 0]))

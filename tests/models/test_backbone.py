@@ -1,0 +1,147 @@
+"""Any network as a trunk: its features at a named layer, its file, its weights from elsewhere."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from bigtrain.models.backbone import (
+    Branches,
+    Layer,
+    Network,
+    build_trunk,
+    has_batch_norm,
+    layers_of,
+    load_network,
+    network_flops,
+    save_network,
+    trunk_width,
+)
+from bigtrain.models.vit import Architecture
+
+PAPERS = [("vgg16", 4096), ("alexnet", 4096), ("resnet50", 2048), ("vit_tiny_patch16_224", 192)]
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("name", "width"), PAPERS)
+@torch.no_grad()
+def test_the_networks_of_the_papers_give_what_their_classifier_sees(name, width):
+    trunk = build_trunk(Architecture(name, image_size=64)).eval()
+    assert trunk_width(trunk) == width
+    assert trunk(IMAGES).shape == (2, width)
+
+
+@torch.no_grad()
+def test_the_trunk_s_end_is_what_timm_s_own_classifier_is_fed():
+    torch.manual_seed(0)
+    whole = timm.create_model("resnet18", num_classes=5).eval()
+    trunk = build_trunk(Architecture("resnet18")).eval()
+    trunk.load_state_dict({k: v for k, v in whole.state_dict().items() if not k.startswith("fc.")})
+    torch.testing.assert_close(whole.fc(trunk(IMAGES)), whole(IMAGES))
+
+
+@torch.no_grad()
+def test_alexnet_is_torchvision_s_up_to_fc7():
+    torch.manual_seed(0)
+    whole = torchvision.models.alexnet().eval()
+    trunk = build_trunk(Architecture("alexnet")).eval()
+    trunk.load_state_dict({k: v for k, v in whole.state_dict().items() if not k.startswith("classifier.6")})
+    torch.testing.assert_close(whole.classifier[6](trunk(IMAGES)), whole(IMAGES))
+
+
+@torch.no_grad()
+def test_a_named_layer_is_averaged_over_places_and_tokens():
+    resnet = build_trunk(Architecture("resnet18")).eval()
+    by_hand = resnet.layer2(resnet.layer1(resnet.maxpool(resnet.act1(resnet.bn1(resnet.conv1(IMAGES))))))
+    torch.testing.assert_close(Layer(resnet, "layer2")(IMAGES), by_hand.mean((2, 3)))
+    vit = build_trunk(Architecture("vit_tiny_patch16_224", 64)).eval()
+    tokens = vit.patch_embed(IMAGES)
+    tokens = vit.blocks[0](vit.norm_pre(vit.patch_drop(vit._pos_embed(tokens))))
+    torch.testing.assert_close(Layer(vit, "blocks.0")(IMAGES), tokens.mean(1))
+    assert Layer(build_trunk(Architecture("swin_tiny_patch4_window7_224", 224)), "layers.0")(
+        torch.zeros(1, 3, 224, 224)
+    ).shape == (1, 96)
+
+
+def test_a_layer_that_does_not_exist_is_refused_with_the_list():
+    trunk = build_trunk(Architecture("resnet18"))
+    assert {"conv1", "layer1", "layer4.1.conv2", "global_pool"} <= set(layers_of(trunk))
+    with pytest.raises(ValueError, match=r"no layer 'layer9'; it has conv1, .*layer4"):
+        Layer(trunk, "layer9")
+
+
+def test_a_network_s_file_gives_it_back_with_its_heads(tmp_path):
+    torch.manual_seed(0)
+    trunk = build_trunk(Architecture("resnet18"))
+    heads, classes = {"known": nn.Linear(512, 2)}, {"known": ("ant", "bee")}
+    saved = Network(trunk, Architecture("resnet18"), (0.1,) * 3, (0.2,) * 3, heads, classes)
+    save_network(tmp_path / "network.safetensors", saved)
+    loaded = load_network(str(tmp_path / "network.safetensors"))
+    assert (loaded.architecture, loaded.mean, loaded.std) == (saved.architecture, saved.mean, saved.std)
+    assert loaded.classes == classes and not loaded.trunk.training
+    for module, other in ((trunk, loaded.trunk), (heads["known"], loaded.heads["known"])):
+        assert all(torch.equal(value, other.state_dict()[key]) for key, value in module.state_dict().items())
+    with pytest.raises(ValueError, match="holds a resnet18, and vgg16 was asked for: leave --arch out"):
+        load_network(str(tmp_path / "network.safetensors"), Architecture("vgg16"))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_of_timm_s_own_names_are_read_with_their_architecture(tmp_path, suffix):
+    torch.manual_seed(0)
+    state = timm.create_model("resnet18").state_dict()  # with the classifier of its own task
+    path = tmp_path / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    loaded = load_network(str(path), Architecture("resnet18"))
+    assert torch.equal(loaded.trunk.conv1.weight, state["conv1.weight"])
+    with pytest.raises(ValueError, match="name it, as in --arch resnet50"):
+        load_network(str(path))
+    with pytest.raises(ValueError, match="does not fit the network"):
+        load_network(str(path), Architecture("vgg16"))
+
+
+def test_what_cannot_be_had_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"no model 'resnet5000'; near it: .*alexnet"):
+        load_network("resnet5000")
+    with pytest.raises(ValueError, match="does not exist"):
+        load_network(str(tmp_path / "nothing.pth"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="weights of 'resnet18' cannot be had"):
+        load_network("resnet18")
+    assert load_network("resnet18", pretrained=False).report == "random weights"
+
+
+def test_two_branches_are_one_trunk_with_two_heads():
+    torch.manual_seed(0)
+    branches = Branches(build_trunk(Architecture("resnet18")).eval(), {"known": 3, "reference": 5}).eval()
+    images = {"known": IMAGES, "reference": torch.randn(4, 3, 64, 64)}
+    logits = branches(images)
+    assert {name: tuple(value.shape) for name, value in logits.items()} == {"known": (2, 3), "reference": (4, 5)}
+    for name, image_B3HW in images.items():
+        alone = F.linear(branches.trunk(image_B3HW), branches.heads[name].weight, branches.heads[name].bias)
+        torch.testing.assert_close(logits[name], alone, atol=1e-5, rtol=1e-4)
+    assert all(not head.bias.any() for head in branches.linear_heads().values())
+    assert 0.008 < branches.heads["reference"].weight.detach().std() < 0.012
+
+
+def test_jointly_all_heads_answer_for_each_image():
+    torch.manual_seed(0)
+    branches = Branches(build_trunk(Architecture("resnet18")).eval(), {"known": 3, "reference": 5}, joint=True).eval()
+    logits = branches({"known": IMAGES, "reference": IMAGES})
+    assert logits["known"].shape == logits["reference"].shape == (2, 8)
+    features = branches.trunk(IMAGES)
+    by_hand = torch.cat([branches.heads["known"](features), branches.heads["reference"](features)], dim=1)
+    torch.testing.assert_close(logits["known"], by_hand, atol=1e-5, rtol=1e-4)
+
+
+def test_flops_are_counted_as_products():
+    # 3 x 3 x 3 x 8 weights on 64 x 64 places, and 8 x 2 behind the mean: 2 for each multiply-add
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    assert network_flops(net, 64) == 2 * (27 * 8 * 64 * 64 + 8 * 2) and net.training
+
+
+def test_which_networks_have_batch_norm():
+    assert has_batch_norm(build_trunk(Architecture("resnet18")))
+    assert not has_batch_norm(build_trunk(Architecture("vgg16")))

@@ -1,0 +1,273 @@
+"""Deep novelty from end to end, on a few pictures and a tiny network."""
+
+import json
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import bigtrain
+from bigtrain.data.protocol import Protocol, halved
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.models.backbone import load_network
+from recipes.deep_novelty import main
+from recipes.network_settings import shared_classes
+from tests.recipes.conftest import ENVIRONMENT, ROOT, accelerate, launched
+from tests.recipes.test_pretrain import ask_to_stop, losses
+
+REFERENCE = ["sandal", "shirt", "sneaker"]
+OTHERS = ["ankle_boot", "bag", "coat", "dress", "pullover", "trouser"]
+
+
+@pytest.fixture(scope="session")
+def views(shards, tmp_path_factory):
+    """Views of the sample: `reference` shows three classes, `train` and `test` six others."""
+    folder = tmp_path_factory.mktemp("views")
+    for name, source, classes in (
+        ("reference", "train", REFERENCE),
+        ("train", "train", OTHERS),
+        ("test", "test", OTHERS),
+    ):
+        line = [sys.executable, "-m", "shards", "split", shards / source, "--classes", *classes, "--out", folder / name]
+        subprocess.run(list(map(str, line)), check=True, cwd=ROOT, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def flags(views):
+    given = {
+        "train": views / "train", "test": views / "test", "reference": views / "reference", "network": "test_resnet",
+        "image-size": 32, "resize": 36, "steps": 6, "batch": 8, "reference-batch": 4, "lr": 0.01, "score-batch": 32,
+        "test-limit": 120, "train-limit": 100, "filter-images": 40, "checkpoint-every": 2, "log-every": 1,
+    }  # fmt: skip
+    return [
+        *(part for name, value in given.items() for part in (f"--{name}", str(value))),
+        *("--no-pretrained", "--known", "ankle_boot", "bag", "coat"),
+    ]
+
+
+def results_of(run):
+    return json.loads((run / "results.json").read_text())
+
+
+def test_a_run_leaves_figures_of_both_kinds_a_detector_and_the_page_of_filters(flags, views, tmp_path, capsys):
+    run = tmp_path / "run"
+    main([*flags, "--out", str(run)])
+    results = results_of(run)
+    assert results["method"] == "deep novelty" and sorted(results["novel"]) == ["dress", "pullover", "trouser"]
+    assert 0 <= results["oscr"]["value"] <= results["closed_set_accuracy"]["value"] <= 1
+    assert set(results["comparisons"]) == {
+        "nearest neighbour on pixels", "nearest neighbour on features of the given network"
+    }  # fmt: skip
+    scores = pq.read_table(run / "scores.parquet").to_pandas()
+    held_out, threshold = scores[scores.split == "held_out"], results["threshold"]["value"]
+    assert (held_out.score > threshold).mean() <= 0.05 < (held_out.score >= threshold).mean()
+    judged = scores[scores.split == "test"].iloc[:20]
+    test = ShardSet(str(views / "test"))
+    sample_of = {test.key(s): s for s in range(len(test))}
+    detector = bigtrain.load_detector(run / "detector", device="cpu")
+    payloads = test.read([sample_of[key] for key in judged.key])
+    files = [tmp_path / f"{n}.png" for n in range(20)]
+    for file, payload in zip(files, payloads, strict=True):
+        file.write_bytes(payload)
+    np.testing.assert_allclose(detector.score(files), judged.score, rtol=1e-6)
+    network = load_network(str(run / "network.safetensors"))
+    assert dict(network.classes) == {"known": ("ankle_boot", "bag", "coat"), "reference": tuple(REFERENCE)}
+    page = (run / "filters.html").read_text()
+    assert "globally negative" in page and page.count("<figure") >= 3 * 3 * 6 and "http" not in page
+    main([*flags, "--out", str(run)])
+    assert "this run is finished" in capsys.readouterr().out
+
+
+ABLATION = {
+    "one branch": ["--branches", "one", "--membership-weight", "0"],
+    "one branch and membership": ["--branches", "one"],
+    "two branches": ["--membership-weight", "0"],
+    "Finetune(c+C)": ["--branches", "joint"],
+    "the authors' code": ["--variant", "author_code"],
+}
+
+
+@pytest.mark.parametrize("case", ABLATION)
+def test_the_ablation_of_5_4_is_settings(flags, tmp_path, case):
+    further = ABLATION[case]
+    if "one" in further:
+        place = flags.index("--reference")
+        flags = flags[:place] + flags[place + 2 :]
+    main([*flags, *further, "--steps", "2", "--out", str(tmp_path / "run")])
+    assert results_of(tmp_path / "run")["auroc"]["value"] > 0
+    heads = {"known"} if "one" in further else {"known", "reference"}
+    assert set(load_network(str(tmp_path / "run" / "network.safetensors")).heads) == heads
+
+
+def test_the_first_loss_is_eq_4_by_hand(flags, tmp_path):
+    """With heads of zeros every softmax is uniform and every sigmoid 1/2: CE = log C, membership = 5/4 + 1/4."""
+    code = (
+        "import sys, torch; from torch import nn; nn.init.normal_ = lambda weight, **_: nn.init.zeros_(weight)\n"
+        "from recipes.deep_novelty import main; main(sys.argv[1:])"
+    )
+    further = ["--steps", "1", "--ce-weight", "3", "--membership-weight", "2", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags, *further], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    by_hand = np.log(3) + 3 * np.log(3) + 2 * 1.5
+    assert losses(tmp_path / "run") == pytest.approx([by_hand], abs=1e-5)
+
+
+def test_epochs_are_passes_over_the_known_images(flags, tmp_path):
+    place = flags.index("--steps")
+    main([*flags[:place], *flags[place + 2 :], "--epochs", "2", "--out", str(tmp_path / "run")])
+    known = sum(1 for row in pq.read_table(tmp_path / "run" / "scores.parquet").to_pylist() if row["split"] == "test")
+    assert known == 120 and len(losses(tmp_path / "run")) == 2 * -(-100 // 8)
+
+
+LAUNCHES = {"DDP": ("cpu2", 2), "ZeRO-2": ("zero2", 2)}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_two_processes_train_as_one_does(flags, tmp_path, launch):
+    flags = [*flags, "--steps", "20"]
+    assert launched("deep_novelty.py", *flags, "--out", tmp_path / "one").returncode == 0
+    line = accelerate(*LAUNCHES[launch], *flags, "--out", tmp_path / "two", recipe="deep_novelty.py")
+    done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 20 and two == pytest.approx(one, abs=1e-5)
+    scores = [pq.read_table(tmp_path / name / "scores.parquet").to_pandas() for name in ("one", "two")]
+    assert scores[0].key.tolist() == scores[1].key.tolist()
+    np.testing.assert_allclose(scores[1].score, scores[0].score, atol=1e-4)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits(flags, tmp_path, processes):
+    flags = [*flags, "--steps", "30", "--workers", "1", "--accumulate", "2"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert launched("deep_novelty.py", *flags, "--out", whole, processes=processes).returncode == 0
+    threading.Thread(target=ask_to_stop, args=(stopped, 3), daemon=True).start()
+    assert launched("deep_novelty.py", *flags, "--out", stopped, processes=processes).returncode != 0
+    assert 3 <= json.loads((stopped / "stopped.json").read_text())["step"] < 30
+    done = launched("deep_novelty.py", *flags, "--out", stopped, processes=processes)
+    assert done.returncode == 0 and "continuing from" in done.stdout, done.stderr
+    for file in ("network.safetensors", "scores.parquet"):
+        assert (stopped / file).read_bytes() == (whole / file).read_bytes()
+    assert losses(stopped) == losses(whole) and len(losses(whole)) == 30
+
+
+def test_batch_norm_is_kept_or_trained(flags, tmp_path):
+    kept, trained = tmp_path / "kept", tmp_path / "trained"
+    main([*flags, "--out", str(kept)])
+    main([*flags, "--batch-norm", "trained", "--out", str(trained)])
+    means = [
+        load_network(str(run / "network.safetensors")).trunk.state_dict()["bn1.running_mean"] for run in (kept, trained)
+    ]
+    assert not means[0].any() and means[1].any()
+    done = launched("deep_novelty.py", *flags, "--batch-norm", "trained", "--out", tmp_path / "two", processes=2)
+    assert (
+        done.returncode != 0
+        and "--batch-norm frozen" in done.stderr
+        and "Traceback (most" not in done.stderr.split("deep_novelty.py: error")[0]
+    )
+
+
+def test_one_set_for_both_is_halved(views, flags, tmp_path):
+    place = flags.index("--test")
+    alone = flags[:place] + flags[place + 2 :]
+    known = alone.index("--known")
+    main(
+        [
+            *alone[:known],
+            "--no-pretrained",
+            "--protocol",
+            "first-half",
+            "--test-limit",
+            "0",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
+    results = results_of(tmp_path / "run")
+    assert results["known"] == ["ankle_boot", "bag", "coat"]
+    train = ShardSet(str(views / "train"))
+    fitted_N, test_N = halved(Protocol(("ankle_boot", "bag", "coat"), ("dress", "pullover", "trouser")), train, seed=0)
+    assert results["counts"]["known"] + results["counts"]["novel"] == len(test_N) == len(train) - len(fitted_N)
+
+
+def test_classes_in_both_are_named_by_name_and_by_synset():
+    reference = ["n02085620", "n02123045", "tench"]  # Chihuahua; tabby, tabby cat
+    assert shared_classes(["Chihuahua", "Tabby_cat", "emu", "tench"], reference) == [
+        ("Chihuahua", "n02085620"), ("Tabby_cat", "n02123045"), ("tench", "tench")
+    ]  # fmt: skip
+
+
+def test_a_reference_that_shows_known_and_novel_classes_is_told(flags, shards, views, tmp_path, capsys):
+    main(
+        [
+            *flags,
+            "--train",
+            str(views / "test"),
+            "--test",
+            str(views / "test"),
+            "--reference",
+            str(shards / "train"),
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
+    said = capsys.readouterr().out
+    assert "warning: 3 known classes are reference classes too" in said and "ankle_boot, bag, coat" in said
+    assert "warning: 3 novel classes are reference classes too" in said and "figures are too good" in said
+
+
+MISTAKES = {
+    "one known class": (["--known", "bag"], "needs at least 2; 1 was given (bag)"),
+    "the reference is the known set": (["--reference", "TRAIN"], "the reference data set must show other things"),
+    "no reference": (["--reference", ""], "--reference SHARDS is needed"),
+    "a reference of no use": (["--branches", "one"], "of no use with --branches one"),
+    "a percentile of 100": (["--threshold-percentile", "100"], "must lie between 0 and 100"),
+    "a percentile below 0": (["--threshold-percentile", "-1"], "must lie between 0 and 100"),
+    "steps and epochs": (["--epochs", "2"], "how long to train is one of them"),
+    "a view larger than the picture": (["--image-size", "64"], "smaller than --image-size 64"),
+    "a variant without effect": (["--variant", "author_code", "--branches", "joint"], "leave it out"),
+    "a batch that does not divide": (["--accumulate", "3"], "--accumulate 3 does not divide"),
+    "a class without images": (["--train-limit", "2"], "known classes have no image to train on"),
+    "no such network": (["--network", "resnet5000"], "timm has no model 'resnet5000'"),
+    "trained statistics of parts": (["--batch-norm", "trained", "--accumulate", "2"], "--accumulate would change"),
+    "two ways to say what is known": (["--protocol", "first-half"], "leave --known and --novel out"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_leaves_nothing(flags, views, tmp_path, capsys, mistake):
+    further, says = MISTAKES[mistake]
+    further = [str(views / "train") if word == "TRAIN" else word for word in further]
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, "--out", str(tmp_path / "run"), *further])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and says in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["vgg16", "alexnet"])
+def test_the_papers_own_networks_run(flags, tmp_path, name):
+    main(
+        [
+            *flags,
+            "--network",
+            name,
+            "--steps",
+            "1",
+            "--test-limit",
+            "60",
+            "--filter-images",
+            "0",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
+    assert load_network(str(tmp_path / "run" / "network.safetensors")).heads["known"].weight.shape == (3, 4096)
+    assert torch.isfinite(torch.tensor(losses(tmp_path / "run"))).all()
