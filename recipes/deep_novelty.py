@@ -47,6 +47,7 @@ from recipes.network_settings import (
     NetworkConfig,
     check_settings,
     check_single_labels,
+    check_training,
     class_numbers,
     labels_of,
     prepare_batch_norm,
@@ -174,6 +175,7 @@ def deep_novelty(config: Config, run: RunFolder) -> None:
     warnings: list[str] = []
     reference = read_reference(config, data, warnings) if config.reference else None
     given = read_network(config)
+    check_training(given.trunk, config.batch_norm, config.run)
     precision = run.resolved("precision") or choose_precision(config.precision, width=0)
     setup = Setup.begin(run, precision, LEAVES)
     accelerator = setup.accelerator
@@ -272,7 +274,7 @@ def train(config: Config, setup: Setup, data: Data, reference: ShardSet | None, 
         counts = {name: len(names) for name, names in classes.items()}
         return Branches(copy.deepcopy(given.trunk).requires_grad_(True), counts, joint=is_joint)
 
-    model = prepare_batch_norm(branches(), config.batch_norm, setup.settings).train()
+    model = prepare_batch_norm(branches(), config.batch_norm).train()
     set_recompute(model.trunk, setup.settings)
     stage = Stage(
         "train", setup,
@@ -308,7 +310,7 @@ def train(config: Config, setup: Setup, data: Data, reference: ShardSet | None, 
         stage.update()
         stage.advance(batches, lr=factor * config.lr)
 
-    trained = with_batch_norm(stage.into(prepare_batch_norm(branches(), config.batch_norm, setup.settings)))
+    trained = with_batch_norm(stage.into(prepare_batch_norm(branches(), config.batch_norm)))
     network = replace(given, trunk=trained.trunk, heads=trained.linear_heads(), classes=classes)
     if accelerator.is_main_process:
         save_network(network_file, network)

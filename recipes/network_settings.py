@@ -144,7 +144,17 @@ def read_network(config: NetworkConfig) -> Network:
     architecture = Architecture(config.arch, config.image_size) if is_named else None
     if architecture is None and not config.network.endswith(".safetensors"):
         architecture = Architecture(config.network, config.image_size)
-    return load_network(config.network, architecture, pretrained=config.pretrained)
+    torch.manual_seed(config.seed)
+    network = load_network(config.network, architecture, pretrained=config.pretrained)
+    try:
+        with torch.no_grad():
+            network.trunk(torch.zeros(1, 3, config.image_size, config.image_size))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{network.architecture.model} does not take pictures of {config.image_size} pixels ({error}): give a "
+            "larger --image-size, or the one it was trained with."
+        ) from error
+    return network
 
 
 def set_recompute(trunk: nn.Module, settings: RunSettings) -> None:
@@ -152,34 +162,32 @@ def set_recompute(trunk: nn.Module, settings: RunSettings) -> None:
     if isinstance(trunk, ViT):
         trunk.recompute = settings.recompute
     elif settings.recompute:
-        if not hasattr(trunk, "set_grad_checkpointing"):
-            raise ValueError("--recompute is not to be had for this network, which is torchvision's: leave it out.")
         trunk.set_grad_checkpointing(True)  # type: ignore[operator]
 
 
-def prepare_batch_norm(module: M, kind: BatchNorm, settings: RunSettings) -> M:
-    """Batch norm's statistics, frozen with the scale, or learned over the batches of all processes.
-
-    Raises:
-        ValueError: learned, where the number of processes or of --accumulate's parts would change them.
-    """
-    if not has_batch_norm(module):
-        return module
-    if kind == "frozen":
-        return timm.layers.freeze_batch_norm_2d(module)
+def check_training(trunk: nn.Module, batch_norm: BatchNorm, settings: RunSettings) -> None:
+    """Refuse what this network cannot be trained with, before anything is written."""
+    if settings.recompute and not isinstance(trunk, ViT) and not hasattr(trunk, "set_grad_checkpointing"):
+        raise ValueError("--recompute is not to be had for this network, which is torchvision's: leave it out.")
+    if batch_norm == "frozen" or not has_batch_norm(trunk):
+        return
     if settings.accumulate > 1:
         raise ValueError(
             "--accumulate would change what batch norm learns, which is the statistics of each part: leave it out, use "
             "--batch-norm frozen, or a network without batch norm."
         )
-    if world_size_of_launch() == 1:
-        return module
-    if device_type() != "cuda":
+    if world_size_of_launch() > 1 and device_type() != "cuda":
         raise ValueError(
             "batch norm's statistics cannot be shared among processes without GPUs, and each would learn its own: use "
             "one process, --batch-norm frozen, or a network without batch norm (such as resnet50_gn)."
         )
-    return timm.layers.convert_sync_batchnorm(module)
+
+
+def prepare_batch_norm(module: M, kind: BatchNorm) -> M:
+    """Batch norm's statistics and scale frozen, or statistics learned over the batches of all processes."""
+    if kind == "frozen":
+        return timm.layers.freeze_batch_norm_2d(module)
+    return timm.layers.convert_sync_batchnorm(module) if world_size_of_launch() > 1 else module
 
 
 def with_batch_norm(module: M) -> M:

@@ -47,6 +47,7 @@ from bigtrain.runtime.watch import clock
 from recipes.network_settings import (
     BatchNorm,
     check_single_labels,
+    check_training,
     class_numbers,
     labels_of,
     named_or_half,
@@ -176,7 +177,8 @@ def pretrain(config: Config, run: RunFolder) -> None:
     elif config.pool == "both":
         raise ValueError(f"--pool both is about a ViT's tokens, and {architecture.model} has none: leave it out.")
     model = Classifier(trunk.requires_grad_(True), len(classes), config.pool)
-    model = prepare_batch_norm(model, config.batch_norm, config.run)
+    check_training(model.trunk, config.batch_norm, config.run)
+    model = prepare_batch_norm(model, config.batch_norm)
     check_batch(config.batch, config.run)
     check_launch()
     if config.ema and zero.stage_asked_for() == 3:
