@@ -56,6 +56,7 @@ from recipes.network_settings import (
     set_recompute,
     shared_classes,
     with_batch_norm,
+    without_padding,
 )
 from recipes.run_setup import Setup, already_finished, check_batch
 from recipes.stage import Stage
@@ -261,9 +262,11 @@ def train(config: Config, setup: Setup, data: Data, reference: ShardSet | None, 
         return load_network(str(network_file)).to(accelerator.device)
     view = RandomCrop(config.image_size, config.resize, config.mirror)
     plan = data.train.plan(data.parts.fitted_N, config.batch, config.seed)
+    plan = without_padding(plan, given.trunk, config.batch_norm)
     streams, classes = {"known": setup.stream(data.train, plan, view)}, {"known": data.protocol.known}
     if reference:
         everything = reference.plan(np.arange(len(reference)), config.reference_batch, config.seed)
+        everything = without_padding(everything, given.trunk, config.batch_norm)
         streams["reference"], classes["reference"] = setup.stream(reference, everything, view), reference.classes
     label_of = {name: labels_of(names) for name, names in classes.items()}
     is_joint = config.branches == "joint"

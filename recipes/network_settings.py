@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from bigtrain.data.plan import PADDING
+from bigtrain.data.plan import PADDING, Plan
 from bigtrain.data.protocol import Half, Parts, Protocol, check_every_class, split
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Batch
@@ -181,6 +181,11 @@ def check_training(trunk: nn.Module, batch_norm: BatchNorm, settings: RunSetting
             "batch norm's statistics cannot be shared among processes without GPUs, and each would learn its own: use "
             "one process, --batch-norm frozen, or a network without batch norm (such as resnet50_gn)."
         )
+
+
+def without_padding(plan: Plan, trunk: nn.Module, batch_norm: BatchNorm) -> Plan:
+    """The plan for a network whose batch norms learn: of full batches alone."""
+    return replace(plan, drop_last=batch_norm == "trained" and has_batch_norm(trunk))
 
 
 def prepare_batch_norm(module: M, kind: BatchNorm) -> M:

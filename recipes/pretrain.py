@@ -54,6 +54,7 @@ from recipes.network_settings import (
     prepare_batch_norm,
     set_recompute,
     with_batch_norm,
+    without_padding,
 )
 from recipes.run_setup import Setup, already_finished, check_batch
 from recipes.stage import Stage
@@ -194,7 +195,7 @@ def pretrain(config: Config, run: RunFolder) -> None:
         f"process(es) on {accelerator.device.type}, precision {precision}, JPEGs by {jpeg_decoder()}"
     )
     began = time.monotonic()
-    plan = train.plan(fitted_N, config.batch, config.seed)
+    plan = without_padding(train.plan(fitted_N, config.batch, config.seed), trunk, config.batch_norm)
     lr = scaled_lr(config.lr, config.batch, config.lr_batch)
     groups = decay_groups(model.named_parameters(), base_lr=lr, layer_decay=config.layer_decay)
     state, ema = nn.ModuleDict({"model": model.train()}), copy.deepcopy(model).requires_grad_(False)

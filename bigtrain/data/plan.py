@@ -45,6 +45,8 @@ class Plan:
         seed: of the shuffling and of every sample's own random numbers.
         shuffle: False gives index order, for evaluation.
         run_length: samples of a run, at most.
+        drop_last: leave the short last batch of each epoch out, other samples in each: padding is no picture, and would
+            enter a batch norm's statistics.
     """
 
     sample_N: NDArray[np.int64]
@@ -53,6 +55,7 @@ class Plan:
     seed: int = 0
     shuffle: bool = True
     run_length: int = MAX_RUN
+    drop_last: bool = False
     _orders: dict[int, NDArray[np.int32]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,10 +63,16 @@ class Plan:
             raise ValueError("there are no samples to read: the known/novel settings leave none; choose other classes.")
         if self.global_batch < 1:
             raise ValueError(f"a global batch of {self.global_batch} was asked for; use 1 or more.")
+        if self.drop_last and len(self.sample_N) < self.global_batch:
+            raise ValueError(
+                f"there are {len(self.sample_N)} samples and a global batch of {self.global_batch}: with a batch norm "
+                f"that is trained, use a batch of {len(self.sample_N)} at most, or --batch-norm frozen."
+            )
 
     @property
     def batches_per_epoch(self) -> int:
-        return -(-len(self.sample_N) // self.global_batch)
+        full, rest = divmod(len(self.sample_N), self.global_batch)
+        return full + bool(rest and not self.drop_last)
 
     @cached_property
     def in_runs(self) -> bool:

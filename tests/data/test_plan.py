@@ -1,6 +1,7 @@
 """The order of an epoch: every sample once, the same at any world size, from any position on."""
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -232,3 +233,17 @@ def test_runs_under_way_are_taken_up_a_few_at_a_time():
         singles.append(len(needed - have))
         have |= needed | set(plan.rest_of_runs(position, slice(0, 640), since=since).tolist())
     assert singles[0] > 500 and all(count < 60 for count in singles[40:])  # about 640 / 32 runs begin at each
+
+
+@given(plans, st.integers(0, 3))
+def test_without_the_last_batch_all_are_full_and_the_samples_before_it_are_the_same(given_plan, epoch):
+    plan, _ = given_plan
+    if len(plan.sample_N) < plan.global_batch:
+        with pytest.raises(ValueError, match="--batch-norm frozen"):
+            replace(plan, drop_last=True)
+        return
+    full = list(an_epoch(replace(plan, drop_last=True), epoch))
+    whole = list(an_epoch(plan, epoch))
+    assert len(full) == len(plan.sample_N) // plan.global_batch
+    assert all(PADDING not in batch for batch in full)
+    np.testing.assert_array_equal(full, whole[: len(full)])

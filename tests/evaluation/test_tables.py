@@ -71,3 +71,17 @@ def test_a_folder_without_runs_and_an_unknown_figure_are_told(tmp_path):
     put(tmp_path, "x", 0.5)
     with pytest.raises(ValueError, match="no figure 'auruc': there are auroc"):
         table(read_results(tmp_path), "auruc")
+
+
+def test_a_run_of_several_detectors_has_a_line_for_each(tmp_path):
+    for seed, values in ((0, {"KNFST": 0.7, "OpenMax": 0.8}), (1, {"KNFST": 0.8, "OpenMax": 0.8})):
+        (tmp_path / f"s{seed}").mkdir()
+        (tmp_path / f"s{seed}" / "config.json").write_text(json.dumps({"settings": {"seed": seed}}))
+        figures = {name: {"auroc": {"value": value}} for name, value in values.items()}
+        (tmp_path / f"s{seed}" / "results.json").write_text(json.dumps({"method": "baselines", "detectors": figures}))
+    (tmp_path / "s2").mkdir()  # not finished yet
+    (tmp_path / "s2" / "config.json").write_text(json.dumps({"settings": {"seed": 2}}))
+    lines = table(read_results(tmp_path)).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:4]]
+    assert [row[0] for row in cells] == ["KNFST", "OpenMax"] and [row[1] for row in cells] == ["75.0", "80.0"]
+    assert all(row[-1] == "2 of 3" for row in cells)

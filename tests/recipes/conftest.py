@@ -16,6 +16,8 @@ from bigtrain.models.weights import save_vit
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "recipes" / "presets" / "fashion" / "sample"
+REFERENCE = ["sandal", "shirt", "sneaker"]
+OTHERS = ["ankle_boot", "bag", "coat", "dress", "pullover", "trouser"]
 ON_GPU = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
 ON_GPU |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 ENVIRONMENT = {**ON_GPU, "CUDA_VISIBLE_DEVICES": ""}  # what is said of bits and of 1e-5 is said of CPUs
@@ -29,6 +31,20 @@ def shards(tmp_path_factory):
         options = ["--root", SAMPLE, "--split", split, "--dataset", "fashion_mnist", "--out", folder / split]
         command = [sys.executable, "-m", "shards", "build", "mnist", *options, "--samples-per-shard", "500"]
         subprocess.run(list(map(str, command)), check=True, cwd=ROOT, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def views(shards, tmp_path_factory):
+    """Views of the sample: `reference` shows three classes, `train` and `test` six others."""
+    folder = tmp_path_factory.mktemp("views")
+    for name, source, classes in (
+        ("reference", "train", REFERENCE),
+        ("train", "train", OTHERS),
+        ("test", "test", OTHERS),
+    ):
+        line = [sys.executable, "-m", "shards", "split", shards / source, "--classes", *classes, "--out", folder / name]
+        subprocess.run(list(map(str, line)), check=True, cwd=ROOT, capture_output=True)
     return folder
 
 

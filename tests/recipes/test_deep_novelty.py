@@ -16,25 +16,8 @@ from bigtrain.data.shard_set import ShardSet
 from bigtrain.models.backbone import load_network
 from recipes.deep_novelty import main
 from recipes.network_settings import shared_classes
-from tests.recipes.conftest import ENVIRONMENT, ROOT, accelerate, launched
+from tests.recipes.conftest import ENVIRONMENT, REFERENCE, ROOT, accelerate, launched
 from tests.recipes.test_pretrain import ask_to_stop, losses
-
-REFERENCE = ["sandal", "shirt", "sneaker"]
-OTHERS = ["ankle_boot", "bag", "coat", "dress", "pullover", "trouser"]
-
-
-@pytest.fixture(scope="session")
-def views(shards, tmp_path_factory):
-    """Views of the sample: `reference` shows three classes, `train` and `test` six others."""
-    folder = tmp_path_factory.mktemp("views")
-    for name, source, classes in (
-        ("reference", "train", REFERENCE),
-        ("train", "train", OTHERS),
-        ("test", "test", OTHERS),
-    ):
-        line = [sys.executable, "-m", "shards", "split", shards / source, "--classes", *classes, "--out", folder / name]
-        subprocess.run(list(map(str, line)), check=True, cwd=ROOT, capture_output=True)
-    return folder
 
 
 @pytest.fixture

@@ -5,10 +5,13 @@ import subprocess
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
+from bigtrain.data.protocol import Protocol, halved
 from bigtrain.data.shard_set import ShardSet
+from bigtrain.models.backbone import load_network
 from bigtrain.models.heads import Classifier
 from bigtrain.models.vit import Architecture, ViT
 from bigtrain.models.weights import load_vit
@@ -99,6 +102,56 @@ def test_a_classifier_may_see_the_mean_of_the_patches_beside_the_class_token():
     (seen,) = vit(images)
     features = torch.cat([seen.class_BD, seen.tokens_BND.mean(dim=1)], dim=1)
     assert torch.allclose(model(images), features @ model.head.weight.T)
+
+
+CNN = ["--model", "test_resnet", "--image-size", "32", "--batch", "50", "--epochs", "2", "--warmup-epochs", "0"]
+
+
+def test_any_network_is_trained_and_then_fine_tuned_on_half_of_the_classes(shards, tmp_path, capsys):
+    train, trunk, tuned = str(shards / "train"), tmp_path / "trunk", tmp_path / "tuned"
+    pretrain.main(["--train", train, *CNN, "--log-every", "1", "--out", str(trunk)])
+    found = losses(trunk)
+    assert len(found) == 2 * (2855 // 50) and np.mean(found[-10:]) < np.mean(found[:10]) - 0.3
+    weights = trunk / "network.safetensors"
+    assert not (trunk / "teacher.safetensors").exists()
+    assert len(load_network(str(weights)).classes["classes"]) == 10
+    given = ["--model", str(weights), "--protocol", "first-half", "--halve", "--batch-norm", "frozen", "--no-mirror"]
+    pretrain.main(["--train", train, *CNN, *given, "--lr", "1e-4", "--out", str(tuned)])
+    network = load_network(str(tuned / "network.safetensors"))
+    assert network.classes["classes"] == ("ankle_boot", "bag", "coat", "dress", "pullover")
+    known = halved(Protocol(network.classes["classes"], ("x",)), ShardSet(train), seed=0)[0]
+    held_out = json.loads((tuned / "results.json").read_text())["held_out_images"]
+    assert f"pretrain: {len(known) - held_out} images of 5 classes" in capsys.readouterr().out and len(known) == 750
+    before, after = load_network(str(weights)).trunk.state_dict(), network.trunk.state_dict()
+    assert torch.equal(before["bn1.running_mean"], after["bn1.running_mean"])
+    assert not torch.equal(before["conv1.weight"], after["conv1.weight"])
+
+
+def test_a_vit_s_network_has_its_classifier_too(flags, shards, tmp_path):
+    pretrain.main([*flags, "--out", str(tmp_path / "run")])
+    network = load_network(str(tmp_path / "run" / "network.safetensors"))
+    vit = load_vit(str(tmp_path / "run" / "teacher.safetensors")).vit
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(network.trunk(images), vit(images)[0].class_BD, atol=1e-5, rtol=1e-4)
+    assert network.heads["classes"].weight.shape == (10, 192)
+
+
+MISTAKES = {
+    "halves of nothing": (["--halve"], "--halve is about known classes"),
+    "tokens of a network without": (["--pool", "both"], "--pool both is about a ViT's tokens"),
+    "a patch of a network without": (["--patch-size", "8"], "settings of a vit_*"),
+    "two ways to say what is known": (["--known", "bag", "--protocol", "first-half"], "leave --known and --novel out"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_leaves_nothing(shards, tmp_path, capsys, mistake):
+    further, says = MISTAKES[mistake]
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main(["--train", str(shards / "train"), *CNN, *further, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_held_out_is_refused_before_training(flags, tmp_path, capsys):

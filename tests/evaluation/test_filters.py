@@ -1,0 +1,52 @@
+"""Which filters are globally negative, and what the page says of them, by hand."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from bigtrain.data.stream import Stream
+from bigtrain.data.views import Resized
+from bigtrain.evaluation.filters import globally_negative, write_filters
+from tests.data.conftest import png, write_set  # noqa: F401 (a fixture)
+
+KNOWN = np.array([[1.0, -1, -2, -1], [-1, -3, -1, 2]])
+REFERENCE = np.array([[-1.0, 2, -1, 1], [1, -1, -2, 1]])
+
+
+def test_a_globally_negative_filter_speaks_against_all_known_and_for_some_reference_class():
+    assert globally_negative(KNOWN, REFERENCE).tolist() == [False, True, False, False]
+
+
+def test_activation_and_evidence_by_hand(write_set, tmp_path):  # noqa: F811
+    def stream(name, colours):
+        images = [([name], png(np.full((8, 8, 3), colour, np.uint8))) for colour in colours]
+        shard_set = write_set(images, name=name)
+        return Stream(shard_set, shard_set.plan(np.arange(len(images)), 2, shuffle=False), Resized(8))
+
+    streams = {
+        "known": stream("<b>cat", [10, 20]),
+        "novel": stream("dog", [40, 40]),
+        "reference": stream("emu", [90, 40]),
+    }
+
+    def features(image_B3HW):  # filter 0 sees a constant, filter 1 the brightness
+        grey_B = image_B3HW.float().mean(dim=(1, 2, 3))
+        return torch.stack([torch.ones_like(grey_B), grey_B, 0 * grey_B, 0 * grey_B], dim=1)
+
+    accelerator = Accelerator(cpu=True)
+    results = write_filters(
+        tmp_path / "filters.html", accelerator, streams, features,
+        known_CD=torch.from_numpy(KNOWN), reference_CD=torch.from_numpy(REFERENCE),
+        known_classes=["<b>cat", "ant"], reference_classes=["emu", "gnu"],
+    )  # fmt: skip
+    assert (results["globally_negative"], results["filters"]) == (1, 4)
+    # brightness is 10 20, 40 40, 90 40; its mean 40
+    means = {kind: figure["value"] for kind, figure in results["activation"].items()}
+    assert means == pytest.approx({"known": 15 / 40, "novel": 1, "reference": 65 / 40})
+    # class 0 answers most, 1 - brightness against -1 - 3 brightness: filter 1 takes the brightness from it
+    evidence = {kind: figure["value"] for kind, figure in results["evidence"].items()}
+    assert evidence == pytest.approx({"known": -15, "novel": -40, "reference": -65})
+    page = (tmp_path / "filters.html").read_text()
+    assert "1 of 4 filters are globally negative" in page and "<b>cat" not in page and "&lt;b&gt;cat" in page
+    assert "of the reference, most for emu" in page

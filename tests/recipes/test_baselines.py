@@ -1,0 +1,183 @@
+"""The classical detectors from end to end: features once, all of them on those, one table."""
+
+import json
+import subprocess
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import bigtrain
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.evaluation.tables import read_results, table
+from recipes import baselines, pretrain
+from recipes.baselines import main
+from tests.recipes.conftest import ENVIRONMENT, command, launched
+
+ON_FEATURES = {
+    "nearest neighbours", "one-class SVM", "SVDD", "KNFST", "local KNFST", "K-extremes", "Mahalanobis",
+    "Gaussian mixture",
+}  # fmt: skip
+KNOWN = ["ankle_boot", "bag", "coat"]
+
+
+@pytest.fixture
+def flags(views):
+    return [
+        *("--train", str(views / "train"), "--test", str(views / "test"), "--network", "test_resnet"),
+        *("--no-pretrained", "--image-size", "32", "--resize", "32", "--test-limit", "120", "--train-limit", "90"),
+        *("--score-batch", "32", "--local-neighbours", "40", "--share", "0.2", "--known", *KNOWN),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finetuned(views, tmp_path_factory):
+    """The tiny network, trained for a moment on the known classes."""
+    run = tmp_path_factory.mktemp("finetuned") / "run"
+    given = [
+        "--train",
+        views / "train",
+        "--model",
+        "test_resnet",
+        "--image-size",
+        "32",
+        "--batch",
+        "30",
+        "--epochs",
+        "2",
+    ]
+    line = command("pretrain.py", *given, "--warmup-epochs", "0", "--known", *KNOWN, "--out", run)
+    done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return run / "network.safetensors"
+
+
+def results_of(run):
+    return json.loads((run / "results.json").read_text())
+
+
+def test_one_table_has_pretrained_and_finetuned_rows(flags, finetuned, tmp_path, capsys):
+    run = tmp_path / "run"
+    main([*flags, "--finetuned", str(finetuned), "--save", "KNFST", "OpenMax", "--out", str(run)])
+    rows = results_of(run)["detectors"]
+    assert set(rows) == {f"{name} pre" for name in ON_FEATURES} | ON_FEATURES | {"max logit", "max softmax", "OpenMax"}
+    scores = pq.read_table(run / "scores.parquet").to_pandas()
+    assert (scores.groupby("detector").size() == scores.groupby("detector").size().iloc[0]).all()
+    for name, figures in rows.items():
+        own = scores[(scores.detector == name) & (scores.split == "held_out")]
+        assert (own.score > figures["threshold"]["value"]).mean() <= 0.05
+        assert ("closed_set_accuracy" in figures) == (name in ("max logit", "max softmax", "OpenMax"))
+    said = capsys.readouterr().out
+    assert "KNFST: fitted in" in said and "AUROC" in said
+    page = (run / "report.html").read_text()
+    assert page.count("<tr>") == len(rows) + 1 and "://" not in page
+    for name in ("KNFST", "OpenMax"):
+        detector = bigtrain.load_detector(run / "detectors" / name, device="cpu")
+        assert detector.scoring.threshold == rows[name]["threshold"]["value"]
+
+
+def test_saved_detectors_give_the_scores_of_the_table(flags, views, tmp_path):
+    run = tmp_path / "run"
+    main([*flags, "--detectors", "Mahalanobis", "--save", "Mahalanobis pre", "--out", str(run)])
+    detector = bigtrain.load_detector(run / "detectors" / "Mahalanobis_pre", device="cpu")
+    scores = pq.read_table(run / "scores.parquet").to_pandas()
+    judged = scores[scores.split == "test"].iloc[:8]
+    test = ShardSet(str(views / "test"))
+    files = []
+    for number, payload in enumerate(test.read([s for s in range(len(test)) if test.key(s) in set(judged.key)])):
+        files.append(tmp_path / f"{number}.png")
+        files[-1].write_bytes(payload)
+    np.testing.assert_allclose(detector.score(files), judged.score, rtol=1e-6)
+
+
+def test_two_processes_give_the_table_of_one(flags, tmp_path):
+    for processes in (1, 2):
+        done = launched("baselines.py", *flags, "--out", tmp_path / str(processes), processes=processes)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (pq.read_table(tmp_path / n / "scores.parquet").to_pandas() for n in "12")
+    assert one.drop(columns="score").equals(two.drop(columns="score"))
+    np.testing.assert_allclose(two.score, one.score, rtol=1e-5, atol=1e-5)
+
+
+def test_features_are_computed_once_and_what_is_new_is_added(flags, tmp_path, monkeypatch):
+    taken = []
+    features_of = baselines.NetworkDetector.features_of
+
+    def counted(self, image_B3HW):
+        taken.append(len(image_B3HW))
+        return features_of(self, image_B3HW)
+
+    monkeypatch.setattr(baselines.NetworkDetector, "features_of", counted)
+    shared = [*flags, "--features", str(tmp_path / "features"), "--detectors", "K-extremes", "nearest neighbours"]
+    main([*shared, "--out", str(tmp_path / "first")])
+    fitted = 90 + results_of(tmp_path / "first")["held_out_known"]
+    assert len(taken) == -(-fitted // 32) + -(-120 // 32)  # one pass, in full batches, for both detectors
+    taken.clear()
+    main([*shared, "--share", "0.5", "--out", str(tmp_path / "second")])
+    assert taken == []
+    assert (
+        results_of(tmp_path / "first")["detectors"]["nearest neighbours pre"]
+        == (results_of(tmp_path / "second")["detectors"]["nearest neighbours pre"])
+    )
+    main([*shared, "--test-limit", "150", "--out", str(tmp_path / "third")])
+    assert 0 < sum(taken) <= 160
+
+
+def test_a_table_over_runs_has_a_line_for_each_detector(flags, tmp_path):
+    for seed in (0, 1):
+        one = [*flags, "--detectors", "K-extremes", "Mahalanobis", "--seed", str(seed)]
+        main([*one, "--out", str(tmp_path / "runs" / f"s{seed}")])
+    lines = table(read_results(tmp_path / "runs")).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["K-extremes pre", "Mahalanobis pre"]
+    assert all(" .. " in line for line in lines[2:])
+
+
+def test_features_with_negative_values_get_the_rbf_kernel_and_it_is_said(flags, tmp_path, capsys):
+    vit = [
+        "--network",
+        "test_vit",
+        "--image-size",
+        "160",
+        "--resize",
+        "160",
+        "--detectors",
+        "KNFST",
+        "--test-limit",
+        "60",
+    ]
+    main([*flags, *vit, "--out", str(tmp_path / "run")])
+    assert "negative values, so the kernel is RBF" in capsys.readouterr().out
+
+
+def test_one_known_class_leaves_out_what_needs_two_and_says_so(flags, tmp_path, capsys):
+    main([*flags[: flags.index("--known")], "--known", "bag", "--out", str(tmp_path / "run")])
+    assert "OpenMax is left out: it tells known classes apart" in capsys.readouterr().out
+    assert set(results_of(tmp_path / "run")["detectors"]) == {f"{name} pre" for name in ON_FEATURES}
+
+
+MISTAKES = {
+    "no such detector": (["--detectors", "forest"], "no detector forest; there are nearest neighbours"),
+    "no such layer": (["--layer", "layer7"], "no layer 'layer7'; it has "),
+    "fine-tuned on other classes": (
+        ["--known", "bag", "dress", "--finetuned", "FINETUNED"],
+        "tells other classes apart",
+    ),
+    "a percentile of 0": (["--threshold-percentile", "0"], "must lie between 0 and 100"),
+    "a network that gives NaN": (["--network", "BROKEN"], "images are NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence(flags, finetuned, tmp_path, capsys, mistake):
+    further, says = MISTAKES[mistake]
+    further = [str(finetuned) if word == "FINETUNED" else word for word in further]
+    if "BROKEN" in further:
+        state = pretrain.load_network("test_resnet", pretrained=False).trunk.state_dict()
+        state["layer4.0.conv1.weight"] = torch.full_like(state["layer4.0.conv1.weight"], torch.nan)
+        torch.save(state, tmp_path / "broken.pth")
+        further = ["--network", str(tmp_path / "broken.pth"), "--arch", "test_resnet"]
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, "--out", str(tmp_path / "run"), *further])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and says in said and "Traceback" not in said

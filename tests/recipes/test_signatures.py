@@ -1,0 +1,104 @@
+"""Extreme value signatures from end to end, on a few pictures and a tiny network."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import bigtrain
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.stream import Stream
+from bigtrain.data.views import CentreCrop, to_float
+from bigtrain.models.backbone import Layer, load_network
+from recipes.signatures import main
+from tests.recipes.conftest import launched
+
+KNOWN = ["ankle_boot", "bag", "coat"]
+
+
+@pytest.fixture
+def flags(views):
+    return [
+        *("--train", str(views / "train"), "--test", str(views / "test"), "--network", "test_resnet"),
+        *("--no-pretrained", "--image-size", "32", "--resize", "32", "--test-limit", "120", "--train-limit", "90"),
+        *("--score-batch", "32", "--neighbours-bank", "60", "--share", "0.2", "--known", *KNOWN),
+    ]
+
+
+def test_signatures_are_those_of_the_mean_features_of_the_training_images(flags, views, tmp_path):
+    run = tmp_path / "run"
+    main([*flags, "--layer", "layer2", "--validation-share", "0", "--train-limit", "0", "--out", str(run)])
+    network = load_network(str(run / "detector" / "network.safetensors"))
+    train = ShardSet(str(views / "train"))
+    sample_N = np.flatnonzero(train.shows_any(tuple(KNOWN)))
+    features = Layer(network.trunk, "layer2")
+    means = {name: [] for name in KNOWN}
+    with torch.no_grad():
+        for batch in Stream(train, train.plan(sample_N, 50, shuffle=False), CentreCrop(32, 32)).batches():
+            seen_BD = features(to_float(batch.views["image"], network.mean, network.std))
+            for sample, feature_D in zip(batch.sample_B.tolist(), seen_BD, strict=True):
+                if sample >= 0:
+                    means[train.only_class_of(sample)].append(feature_D.double())
+    mean_CD = torch.stack([torch.stack(means[name]).mean(dim=0) for name in KNOWN])
+    detector = bigtrain.load_detector(run / "detector", device="cpu").detector
+    assert detector.classes_.tolist() == KNOWN
+    np.testing.assert_allclose(detector.mean_CD_, mean_CD, rtol=1e-4, atol=1e-6)
+    count = round(0.2 * mean_CD.shape[1])
+    strongest = np.argsort(-detector.mean_CD_, axis=1)[:, :count]
+    assert [set(np.flatnonzero(row)) for row in detector.signature_CD_] == [set(row) for row in strongest]
+    results = json.loads((run / "results.json").read_text())
+    assert results["method"] == "extreme value signatures" and results["threshold"] is None
+
+
+def test_two_processes_add_up_what_one_does(flags, tmp_path):
+    for processes in (1, 2):
+        done = launched("signatures.py", *flags, "--out", tmp_path / str(processes), processes=processes)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (bigtrain.load_detector(tmp_path / n / "detector", device="cpu").detector for n in "12")
+    np.testing.assert_allclose(two.mean_CD_, one.mean_CD_, rtol=1e-5, atol=1e-6)
+    scores = [pq.read_table(tmp_path / n / "scores.parquet").to_pandas() for n in "12"]
+    assert scores[0].key.tolist() == scores[1].key.tolist()
+    np.testing.assert_allclose(scores[1].score, scores[0].score, atol=1e-5)
+
+
+@pytest.mark.parametrize("overlap", ["weighted", "cosine"])
+def test_the_overlap_is_a_setting(flags, tmp_path, overlap):
+    main([*flags, "--overlap", overlap, "--out", str(tmp_path / "run")])
+    assert bigtrain.load_detector(tmp_path / "run" / "detector", device="cpu").detector.overlap == overlap
+
+
+def test_the_page_shows_the_matrix_shared_dimensions_and_pictures(flags, tmp_path):
+    main([*flags, "--out", str(tmp_path / "run")])
+    page = (tmp_path / "run" / "signatures.html").read_text()
+    assert "<h2>Classes and dimensions</h2>" in page and "ankle_boot and bag: " in page and "://" not in page
+    assert page.count("<figure") == (3 + 3) * 3 * 6  # pairs and classes, dimensions, pictures
+
+
+def test_one_class_is_enough(flags, tmp_path):
+    main([*flags[: flags.index("--known")], "--known", "bag", "--out", str(tmp_path / "run")])
+    page = (tmp_path / "run" / "signatures.html").read_text()
+    assert "What two classes share" not in page and "What a class has of its own" in page
+
+
+MISTAKES = {
+    "no such layer": (["--layer", "layer7"], "no layer 'layer7'; it has "),
+    "all dimensions": (["--share", "1"], "--share is 1.0"),
+    "nothing known": (["--known"], "neither of --known and --novel"),
+    "a network that gives NaN": (["--network", "BROKEN"], "images are NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence(flags, tmp_path, capsys, mistake):
+    further, says = MISTAKES[mistake]
+    if "BROKEN" in further:
+        state = load_network("test_resnet", pretrained=False).trunk.state_dict()
+        state["layer4.0.conv1.weight"] = torch.full_like(state["layer4.0.conv1.weight"], torch.nan)
+        torch.save(state, tmp_path / "broken.pth")
+        further = ["--network", str(tmp_path / "broken.pth"), "--arch", "test_resnet"]
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, "--out", str(tmp_path / "run"), *further])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and says in said and "Traceback" not in said
