@@ -1,5 +1,12 @@
 """Any network as a trunk: its features at a named layer, its file, its weights from elsewhere."""
 
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
 import pytest
 import timm
 import torch
@@ -8,6 +15,8 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
+from bigtrain.data.pictures import Picture
+from bigtrain.data.views import CentreCrop, to_float
 from bigtrain.models.backbone import (
     Branches,
     Layer,
@@ -21,7 +30,9 @@ from bigtrain.models.backbone import (
     trunk_width,
 )
 from bigtrain.models.vit import Architecture
+from tests.lite0 import lite0
 
+ROOT = Path(__file__).parents[2]
 PAPERS = [("vgg16", 4096), ("alexnet", 4096), ("resnet50", 2048), ("vit_tiny_patch16_224", 192)]
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -102,15 +113,36 @@ def test_weights_of_timm_s_own_names_are_read_with_their_architecture(tmp_path, 
         load_network(str(path), Architecture("vgg16"))
 
 
-def test_what_cannot_be_had_is_refused(tmp_path, monkeypatch):
+def test_what_cannot_be_had_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no model 'resnet5000'; near it: .*alexnet"):
         load_network("resnet5000")
     with pytest.raises(ValueError, match="does not exist"):
         load_network(str(tmp_path / "nothing.pth"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="weights of 'resnet18' cannot be had"):
-        load_network("resnet18")
     assert load_network("resnet18", pretrained=False).report == "random weights"
+    code = "from bigtrain.models.backbone import load_network; load_network('resnet18')"
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=offline, cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip().splitlines()[-1].startswith("ValueError: the weights of 'resnet18' cannot be had (")
+
+
+@pytest.mark.skipif("BIGTRAIN_TEST_DATA" not in os.environ, reason="needs real pictures")
+@torch.no_grad()
+def test_a_network_of_imagenet_knows_real_pictures():
+    """64-pixel pictures: one in four is told rightly, of 1000 classes."""
+    network = lite0()
+    wnids, view = network.classes["imagenet"], CentreCrop(128, 128)
+    pictures, shown = [], []
+    with tarfile.open(Path(os.environ["BIGTRAIN_TEST_DATA"], "tiny-imagenet-120.tar.gz")) as tar:
+        for member in tar:
+            wnid = Path(member.name).name.split("_")[0]
+            if member.isfile() and "/train/" in member.name and wnid in wnids and shown.count(wnid) < 2:
+                pictures.append(Picture(tar.extractfile(member).read()))
+                shown.append(wnid)
+            if len(shown) == 100:
+                break
+    images = torch.from_numpy(np.stack([view(picture, np.random.default_rng(0))["image"] for picture in pictures]))
+    logits = network.heads["imagenet"](network.trunk(to_float(images, network.mean, network.std)))
+    assert np.mean([wnids[n] == wnid for n, wnid in zip(logits.argmax(1).tolist(), shown, strict=True)]) > 0.15
 
 
 def test_two_branches_are_one_trunk_with_two_heads():
