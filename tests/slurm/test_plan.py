@@ -7,7 +7,7 @@ import tomllib
 import pytest
 
 from bigtrain.data.schema import read_manifest
-from recipes.defend_settings import Config
+from recipes import deep_novelty, defend_settings
 from slurm.sweep import plan, toml_value
 from tests.recipes.conftest import ROOT
 
@@ -15,6 +15,7 @@ SHIPPED = sorted((ROOT / "slurm" / "sweeps").glob("*.toml"))
 RUNS = {
     "coco_uniclass": 240, "defend_masks": 300, "defend_table1_cifar10": 210, "defend_table1_mvtec": 315,
     "defend_table2": 390, "defend_table3": 120, "defend_table4": 420, "defend_table5": 12,
+    "deep_novelty_table1": 48, "deep_novelty_table2": 9, "deep_novelty_ablation": 15,
 }  # fmt: skip
 COUNTS = {"cifar10": 10, "mnist": 10, "fashion": 10, "cifar100": 20, "voc": 20, "coco": 80}
 
@@ -157,7 +158,8 @@ def test_shipped_sweeps_have_the_runs_that_their_readme_says(file, shards, tmp_p
     monkeypatch.chdir(tmp_path)
     found = plan(file)
     assert len(found.runs) == RUNS[file.stem]
-    known = {*Config.__dataclass_fields__, "workers"}
+    config = defend_settings.Config if file.stem.startswith(("defend", "coco")) else deep_novelty.Config
+    known = {*config.__dataclass_fields__, "workers"}
     assert {name for run in found.runs for name in run.settings} <= known
     text = (ROOT / "slurm" / "sweeps" / "README.md").read_text()
     assert re.search(rf"`{file.stem}`.*\| {RUNS[file.stem]} \|", text)
