@@ -34,6 +34,7 @@ from bigtrain.detectors.signatures import Signatures
 from bigtrain.evaluation.judge import Scored, rates, write_scores
 from bigtrain.evaluation.metrics import closed_set_accuracy, oscr, summary
 from bigtrain.evaluation.page import Section, write_page
+from bigtrain.evaluation.report import FIGURES as HEADINGS
 from bigtrain.models.backbone import Network, load_network
 from bigtrain.runtime.config import Limits, check_ranges, print_if_asked, read_settings, user_errors
 from bigtrain.runtime.launch import check_launch
@@ -297,7 +298,7 @@ def interval(figure: Mapping[str, float]) -> str:
 
 def write_table(path: Path, config: Config, data: Data, table: Mapping[str, Mapping[str, Any]]) -> None:
     """One page with all rows."""
-    headings = ["detector", *FIGURES, "known flagged", "novel missed"]
+    headings = ["detector", *(HEADINGS[figure][0] for figure in FIGURES), "known flagged", "novel missed"]
     rows = []
     for name, figures in table.items():
         cells = [f"{figures[figure]['value']:.3f} {interval(figures[figure])}" for figure in FIGURES]

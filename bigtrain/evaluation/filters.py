@@ -74,7 +74,7 @@ def write_filters(
         samples = [(streams[kind].shard_set, int(s), kind) for kind, (sample_N, _) in found.items() for s in sample_N]
         sections = [summary_section(results, {kind: len(own) for kind, own in activation.items()})]
         sections += [
-            class_section(name, known[number], is_negative_D, reference, reference_classes, everything_ND, samples)
+            class_section(name, known, number, is_negative_D, reference, reference_classes, everything_ND, samples)
             for number, name in enumerate(known_classes[:CLASSES])
         ]
         lead = [
@@ -110,28 +110,35 @@ def summary_section(results: Mapping[str, Any], counts: Mapping[str, int]) -> Se
 
 def class_section(
     name: str,
-    weight_D: Floats,
+    known_CD: Floats,
+    number: int,
     is_negative_D: NDArray[np.bool_],
     reference_CD: Floats,
     reference_classes: Sequence[str],
     activation_ND: Floats,
     samples: Sequence[tuple[ShardSet, int, str]],
 ) -> Section:
-    """The filters that speak most for a class, and the globally negative ones that speak most against it."""
+    """The filters that speak most for a class, and the globally negative ones that speak most against it; where there
+    are none, those that speak against most classes."""
+    weight_D, against_D = known_CD[number], (known_CD < 0).sum(axis=0)
 
-    def strip(number: int) -> Strip:
-        strongest = np.argsort(-activation_ND[:, number], kind="stable")[:PICTURES]
+    def strip(d: int) -> Strip:
+        strongest = np.argsort(-activation_ND[:, d], kind="stable")[:PICTURES]
         cards = [
-            Card(shard_set, sample, kind, float(activation_ND[n, number]))
+            Card(shard_set, sample, kind, float(activation_ND[n, d]))
             for n in strongest
             for shard_set, sample, kind in [samples[n]]
         ]
-        mostly_for = reference_classes[int(reference_CD[:, number].argmax())]
-        return Strip(f"filter {number}, weight {weight_D[number]:+.3g}; of the reference, most for {mostly_for}", cards)
+        for_reference = reference_classes[int(reference_CD[:, d].argmax())]
+        label = f"filter {d}, weight {weight_D[d]:+.3g}, against {against_D[d]} of {len(known_CD)} known classes; "
+        return Strip(f"{label}of the reference most for {for_reference}", cards)
 
     positive = [int(d) for d in np.argsort(-weight_D)[:FILTERS] if weight_D[d] > 0]
     negative = [int(d) for d in np.argsort(weight_D) if is_negative_D[d]][:FILTERS]
-    title = "Top globally negative filters" if negative else "No filter is globally negative."
+    title = "Top globally negative filters"
+    if not negative:
+        title = "No filter is globally negative; these speak against most known classes"
+        negative = [int(d) for d in np.lexsort((weight_D, -against_D)) if (reference_CD[:, d] > 0).any()][:FILTERS]
     groups = [
         Group("Top positive filters", [strip(d) for d in positive]),
         Group(title, [strip(d) for d in negative]),

@@ -87,17 +87,22 @@ def matrix_section(has_CD: NDArray[np.bool_], classes: list[str]) -> Section:
 def pairs_section(
     has_CD: NDArray[np.bool_], mean_CD: NDArray[np.float32], classes: list[str], strip: Callable[[int], Strip]
 ) -> Section:
-    """The pairs of classes that share most, and the shared dimensions that are strongest in both."""
+    """The pairs of classes that share most, and the shared dimensions that fewest others have."""
     shared_CC = has_CD.astype(int) @ has_CD.T.astype(int)
     first, second = np.triu_indices(len(classes), 1)
     strongest = np.argsort(-shared_CC[first, second], kind="stable")[:PAIRS]
     groups = []
     for a, b in zip(first[strongest], second[strongest], strict=True):
         both_D = np.flatnonzero(has_CD[a] & has_CD[b])
-        best = both_D[np.argsort(-np.minimum(mean_CD[a, both_D], mean_CD[b, both_D]), kind="stable")[:DIMENSIONS]]
+        weaker_D = np.minimum(mean_CD[a, both_D], mean_CD[b, both_D])
+        best = both_D[np.lexsort((-weaker_D, has_CD[:, both_D].sum(axis=0)))[:DIMENSIONS]]
         title = f"{classes[a]} and {classes[b]}: {len(both_D)} of {int(has_CD[a].sum())} dimensions"
         groups.append(Group(title, [strip(int(d)) for d in best]))
-    return Section("What two classes share", ["The pairs that share most."], groups=groups)
+    return Section(
+        "What two classes share",
+        ["The pairs that share most, with those of the shared dimensions that fewest others have."],
+        groups=groups,
+    )
 
 
 def classes_section(

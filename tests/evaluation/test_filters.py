@@ -49,4 +49,4 @@ def test_activation_and_evidence_by_hand(write_set, tmp_path):  # noqa: F811
     assert evidence == pytest.approx({"known": -15, "novel": -40, "reference": -65})
     page = (tmp_path / "filters.html").read_text()
     assert "1 of 4 filters are globally negative" in page and "<b>cat" not in page and "&lt;b&gt;cat" in page
-    assert "of the reference, most for emu" in page
+    assert "of the reference most for emu" in page
