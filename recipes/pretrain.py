@@ -85,6 +85,8 @@ class Config:
     model: str = "vit_small_patch16_224"
     """A timm network, or alexnet; or a local file, whose weights training begins with. The three settings below change
     the definition of a vit_* where they are not 0."""
+    arch: str = ""
+    """The network that a local file's weights belong to; bigtrain's own files know theirs."""
     pretrained: bool = False
     """Begin with timm's weights for that name."""
     image_size: int = 0
@@ -269,7 +271,10 @@ def first_weights(config: Config) -> Network:
     if Path(config.model).suffix in LOCAL:
         if config.patch_size or config.depth or config.pretrained:
             raise ValueError(f"{config.model} knows its network: leave --patch-size, --depth and --pretrained out.")
-        return load_network(config.model, drop_path=config.drop_path)
+        architecture = Architecture(config.arch, config.image_size) if config.arch else None
+        return load_network(config.model, architecture, drop_path=config.drop_path)
+    if config.arch:
+        raise ValueError("--arch is about a local file as --model: leave it out.")
     architecture = Architecture(config.model, config.image_size, config.patch_size, config.depth)
     return load_network(config.model, architecture, pretrained=config.pretrained, drop_path=config.drop_path)
 

@@ -1,4 +1,4 @@
-"""DEFEND on a GPU: every precision trains, stops, goes on to the same bits, and leaves the detector that was judged."""
+"""On a GPU: every precision trains, stops, goes on to the same bits, and leaves the detector that was judged."""
 
 import json
 import threading
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bigtrain
-from tests.recipes.conftest import ON_GPU, launched
+from tests.recipes.conftest import ENVIRONMENT, ON_GPU, launched
 from tests.recipes.test_defend import judged_images
 from tests.recipes.test_pretrain import ask_to_stop
 
@@ -33,3 +33,30 @@ def test_a_run_on_a_gpu_is_stopped_goes_on_and_its_detector_gives_its_scores(sma
     assert detector.score(images).tolist() == judged["score"].tolist()
     for file in ("teacher.safetensors", "student.safetensors"):
         assert (run / file).read_bytes() == (whole / file).read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_deep_novelty_on_a_gpu_goes_on_to_the_same_bits_with_trained_batch_norm(views, tmp_path, precision):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    flags = ["--train", views / "train", "--test", views / "test", "--reference", views / "reference"]
+    flags += ["--network", "resnet18", "--no-pretrained", "--image-size", "64", "--resize", "72", "--steps", "40"]
+    flags += ["--known", "ankle_boot", "bag", "coat", "--batch-norm", "trained", "--precision", precision]
+    flags += ["--test-limit", "120", "--log-every", "1", "--checkpoint-every", "10", "--workers", "1"]
+    assert launched("deep_novelty.py", *flags, "--out", whole, environment=ON_GPU).returncode == 0
+    threading.Thread(target=ask_to_stop, args=(run, 6), daemon=True).start()
+    assert launched("deep_novelty.py", *flags, "--out", run, environment=ON_GPU).returncode == 85
+    done = launched("deep_novelty.py", *flags, "--out", run, environment=ON_GPU)
+    assert done.returncode == 0 and f"on cuda, precision {precision}" in done.stdout, done.stderr
+    for file in ("network.safetensors", "scores.parquet"):
+        assert (run / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_features_and_signatures_on_a_gpu_are_those_of_the_cpu(views, tmp_path):
+    flags = ["--train", views / "train", "--test", views / "test", "--network", "resnet18", "--no-pretrained"]
+    flags += ["--image-size", "64", "--resize", "64", "--known", "ankle_boot", "bag", "coat", "--precision", "fp32"]
+    flags += ["--test-limit", "120"]
+    for name, environment in (("gpu", ON_GPU), ("cpu", ENVIRONMENT)):
+        done = launched("signatures.py", *flags, "--out", tmp_path / name, environment=environment)
+        assert done.returncode == 0, done.stderr
+    means = [bigtrain.load_detector(tmp_path / n / "detector", device="cpu").detector.mean_CD_ for n in ("gpu", "cpu")]
+    torch.testing.assert_close(*map(torch.from_numpy, means), rtol=1e-3, atol=1e-4)
