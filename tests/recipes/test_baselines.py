@@ -11,8 +11,10 @@ import torch
 import bigtrain
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.evaluation.tables import read_results, table
+from bigtrain.runtime.exit_codes import STOPPED
 from recipes import baselines, pretrain
 from recipes.baselines import main
+from recipes.run_setup import Setup
 from tests.recipes.conftest import ENVIRONMENT, command, launched
 
 ON_FEATURES = {
@@ -154,6 +156,25 @@ def test_one_known_class_leaves_out_what_needs_two_and_says_so(flags, tmp_path, 
     main([*flags[: flags.index("--known")], "--known", "bag", "--out", str(tmp_path / "run")])
     assert "OpenMax is left out: it tells known classes apart" in capsys.readouterr().out
     assert set(results_of(tmp_path / "run")["detectors"]) == {f"{name} pre" for name in ON_FEATURES}
+
+
+def test_a_run_that_is_asked_to_stop_leaves_and_goes_on_to_the_same_bits(flags, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = [*flags, "--detectors", "KNFST", "Mahalanobis"]
+    main([*flags, "--out", str(whole)])
+    begin = Setup.begin
+
+    def begin_and_ask(*arguments):
+        setup = begin(*arguments)
+        (stopped / "stop").touch()
+        return setup
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(Setup, "begin", begin_and_ask)
+        main([*flags, "--out", str(stopped)])
+    assert stop.value.code == STOPPED and not (stopped / "results.json").exists()
+    main([*flags, "--out", str(stopped)])
+    assert (stopped / "scores.parquet").read_bytes() == (whole / "scores.parquet").read_bytes()
 
 
 MISTAKES = {

@@ -12,6 +12,8 @@ from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import CentreCrop, to_float
 from bigtrain.models.backbone import Layer, load_network
+from bigtrain.runtime.exit_codes import STOPPED
+from recipes.run_setup import Setup
 from recipes.signatures import main
 from tests.recipes.conftest import launched
 
@@ -80,6 +82,25 @@ def test_one_class_is_enough(flags, tmp_path):
     main([*flags[: flags.index("--known")], "--known", "bag", "--out", str(tmp_path / "run")])
     page = (tmp_path / "run" / "signatures.html").read_text()
     assert "What two classes share" not in page and "What a class has of its own" in page
+
+
+def test_a_run_that_is_asked_to_stop_leaves_and_goes_on_to_the_same_bits(flags, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = [*flags]
+    main([*flags, "--out", str(whole)])
+    begin = Setup.begin
+
+    def begin_and_ask(*arguments):
+        setup = begin(*arguments)
+        (stopped / "stop").touch()
+        return setup
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(Setup, "begin", begin_and_ask)
+        main([*flags, "--out", str(stopped)])
+    assert stop.value.code == STOPPED and not (stopped / "results.json").exists()
+    main([*flags, "--out", str(stopped)])
+    assert (stopped / "scores.parquet").read_bytes() == (whole / "scores.parquet").read_bytes()
 
 
 MISTAKES = {
