@@ -62,7 +62,8 @@ FIGURES = ("auroc", "aupr_out", "fpr_at_95_tpr_known")  # of the page and of wha
 @dataclass(frozen=True)
 class Config(NetworkConfig):
     finetuned: str = ""
-    """A network that recipes/pretrain.py has trained on the same known classes: network.safetensors of its run."""
+    """A network that recipes/pretrain.py has trained on the same known classes: network.safetensors of its run. Give
+    both the same --seed and --validation-share, or images are held out here that it was trained on."""
     layer: str = ""
     """The layer whose features are taken, by torch's name; empty: what the classifier would see."""
     detectors: tuple[str, ...] = ()
