@@ -151,7 +151,7 @@ def table(results: Sequence[Result], metric: str = "auroc") -> str:
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     text = [f"| {' | '.join(line)} |" for line in padded]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    if missing := [result.name for result in results if result.figures is None]:
+    if missing := list(dict.fromkeys(result.name for result in results if result.figures is None)):
         named = ", ".join([*missing[:20], *(["…"] if len(missing) > 20 else [])])
-        text += ["", f"{len(missing)} of {len(results)} runs are missing: {named}"]
+        text += ["", f"{len(missing)} of {len({result.name for result in results})} runs are missing: {named}"]
     return "\n".join(text)

@@ -82,6 +82,7 @@ def test_a_run_of_several_detectors_has_a_line_for_each(tmp_path):
     (tmp_path / "s2").mkdir()  # not finished yet
     (tmp_path / "s2" / "config.json").write_text(json.dumps({"settings": {"seed": 2}}))
     lines = table(read_results(tmp_path)).splitlines()
+    assert lines[-1] == "1 of 3 runs are missing: s2"
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:4]]
     assert [row[0] for row in cells] == ["KNFST", "OpenMax"] and [row[1] for row in cells] == ["75.0", "80.0"]
     assert all(row[-1] == "2 of 3" for row in cells)
