@@ -56,7 +56,7 @@ class InfiniteGradient(torch.autograd.Function):
     def backward(ctx, gradient):
         return gradient * torch.inf
 
-with user_errors("script.py"):
+def main():  # what was trained is let go of before the processes part, as in the recipes
     out, shards = sys.argv[1:]
     settings = RunSettings(out=out, log_every=1, checkpoint_every=2, keep_checkpoints=9)
     setup = Setup.begin(RunFolder(out, Config(run=settings)), "fp32", {})
@@ -78,6 +78,9 @@ with user_errors("script.py"):
         stage.backward(loss)
         stage.update()
         stage.advance(batch)
+
+with user_errors("script.py"):
+    main()
 """
 
 

@@ -58,7 +58,8 @@ def step(module, update, number, bad=""):
 
 CLIP = 0.5
 mode = sys.argv[1]
-with user_errors("script"):
+def main():  # what was trained is let go of before the processes part, as in the recipes
+    global accelerator
     accelerator = start("fp32")
     checkpoints, net, module, update, found = prepared(0 if mode == "first" else 1, mode == "on")
     rows = []
@@ -86,6 +87,9 @@ with user_errors("script"):
     if accelerator.is_main_process:
         state = {"found": found, "rows": rows, "kind": str(accelerator.distributed_type)}
         Path(f"{mode}.json").write_text(json.dumps(state))
+
+with user_errors("script"):
+    main()
 """
 
 
