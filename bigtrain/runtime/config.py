@@ -181,8 +181,8 @@ def user_errors(program: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        heartbeat.failed(interrupt)
         print(f"{program}: interrupted; the same command continues.", file=sys.stderr, flush=True)
+        heartbeat.failed(interrupt)
         raise SystemExit(INTERRUPTED) from None
     except SystemExit as stop:  # asked to, on all ranks
         traceback.clear_frames(stop.__traceback__)
@@ -192,12 +192,12 @@ def user_errors(program: str) -> Iterator[None]:
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         if os.environ.get("BIGTRAIN_TRACEBACK"):
             traceback.print_exc()
-        heartbeat.failed(error)
         # before a process group forms, all ranks of a machine find the same mistake: one of them says so
         if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
             rank = os.environ.get("RANK", "0")
             where = f" (rank {rank} on {socket.gethostname()})" if rank != "0" else ""
             print(f"{program}: error{where}: {clean(str(error))}", file=sys.stderr, flush=True)
+        heartbeat.failed(error)  # second: another rank may end of it, and the launcher then ends this one
         raise SystemExit(USER_ERROR) from None
     except BaseException as error:
         if why := heartbeat.failed(error):
