@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,9 +99,12 @@ def rows(results: Sequence[Result], metric: str) -> tuple[list[str], list[Row]]:
     """The axes but for the seed, and a row for each combination on them; where the classes that are known vary, a row
     "mean" too: the mean over them for each seed that has all, then over seeds."""
     names = [name for name in results[0].axes if name != "seed"]
+    columns = [
+        alike([result.axes[name] for result in results], [r.axes.get("seed", 0) for r in results]) for name in names
+    ]
     groups: dict[tuple[Hashable, ...], dict[Any, float | None]] = {}
-    for result in results:
-        place = tuple(result.axes[name] for name in names)
+    for result, *place_ in zip(results, *columns, strict=True):
+        place = tuple(place_)
         groups.setdefault(place, {})[result.axes.get("seed", 0)] = result.value(metric)
     found = [row_of(place, by_seed) for place, by_seed in groups.items()]
     if over := next((names.index(name) for name in WHAT_IS_KNOWN if name in names), -1) + 1:
@@ -112,6 +116,27 @@ def rows(results: Sequence[Result], metric: str) -> tuple[list[str], list[Row]]:
                 seeds = dict.fromkeys(seed for by_seed in members.values() for seed in by_seed)
                 found.append(row_of(place, {seed: mean([m.get(seed) for m in members.values()]) for seed in seeds}))
     return names, found
+
+
+def alike(values: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
+    """The values of an axis; those that name their seed, such as a network trained with it, as one: "net-{seed}".
+
+    Such a value is there with its seed alone, and its like with every other.
+    """
+    if len(set(seeds)) == 1:
+        return list(values)
+    named = [
+        re.sub(rf"(?<!\d){re.escape(str(seed))}(?!\d)", "{seed}", value) if isinstance(value, str) else value
+        for value, seed in zip(values, seeds, strict=True)
+    ]
+    seeds_of: dict[Any, set[Any]] = {}
+    for value, name, seed in zip(values, named, seeds, strict=True):
+        seeds_of.setdefault(("as it is", value), set()).add(seed)
+        seeds_of.setdefault(("named", name), set()).add(seed)
+    return [
+        name if len(seeds_of["as it is", value]) == 1 and seeds_of["named", name] == set(seeds) else value
+        for value, name in zip(values, named, strict=True)
+    ]
 
 
 def row_of(place: tuple[Hashable, ...], by_seed: Mapping[Any, float | None]) -> Row:

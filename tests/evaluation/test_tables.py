@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from bigtrain.evaluation.tables import mean_and_interval, read_results, table
+from bigtrain.evaluation.tables import mean_and_interval, read_results, rows, table
 
 
 def put(folder, name, auroc):
@@ -51,8 +51,8 @@ def test_what_is_missing_is_named_and_leaves_its_seed_out_of_the_mean(tmp_path):
         put(tmp_path, name, auroc)
     text = table(read_results(tmp_path))
     assert text.endswith("1 of 4 runs are missing: b-s1")
-    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
-    assert "1 of 2" in rows["b"] and "1 of 2" in rows["mean"] and "85.0" in rows["mean"]
+    by_name = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert "1 of 2" in by_name["b"] and "1 of 2" in by_name["mean"] and "85.0" in by_name["mean"]
 
 
 def test_without_a_sweep_runs_are_told_apart_by_their_settings(tmp_path):
@@ -86,3 +86,23 @@ def test_a_run_of_several_detectors_has_a_line_for_each(tmp_path):
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:4]]
     assert [row[0] for row in cells] == ["KNFST", "OpenMax"] and [row[1] for row in cells] == ["75.0", "80.0"]
     assert all(row[-1] == "2 of 3" for row in cells)
+
+
+def test_a_setting_that_names_the_seed_is_one_row_and_one_that_only_looks_so_is_not(tmp_path):
+    runs = {}
+    for seed in (0, 1):
+        for model in ("lite0", "lite1"):
+            name = f"{model}-s{seed}"
+            runs[name] = {"model": model, "finetuned": f"runs/s{seed}/net{seed}.safetensors", "seed": seed}
+    write_sweep(tmp_path, runs)
+    for number, name in enumerate(runs):
+        put(tmp_path, name, 0.5 + 0.1 * number)
+    names, found = rows(read_results(tmp_path), "auroc")
+    assert names == ["model", "finetuned"]
+    finetuned = "runs/s{seed}/net{seed}.safetensors"
+    assert [(row.axes, row.seeds, round(row.estimate[0], 9)) for row in found] == [
+        (("lite0", finetuned), 2, 0.6), (("lite1", finetuned), 2, 0.7),
+    ]  # fmt: skip
+    # without a seed to tell apart, a name with a 0 stays what it is
+    only = [result for result in read_results(tmp_path) if result.axes["seed"] == 0]
+    assert [row.axes[0] for row in rows(only, "auroc")[1]] == ["lite0", "lite1"]
