@@ -88,14 +88,15 @@ def test_a_job_goes_on_after_its_time_until_it_is_cancelled_and_can_be_tried_aga
     until_training(run)
     assert f" as job {job}: wait, or `bigtrain-slurm cancel " in slurm("submit", RECIPE, "--", *endless, fails=2)
     until_life(run, 2)
-    assert [row["why"] for row in events(run) if row["event"] == "requeued"] == ["the time limit"]
     until_training(run)
+    assert {row["why"] for row in events(run) if row["event"] == "requeued"} == {"the time limit"}
     ask(f"scancel {job}")
     until(lambda: "cancelled" in slurm("status", run), "cancelled")
+    lives = told(run).count("started")  # a busy machine has had more than two
     assert "nothing is running or waiting" in slurm("cancel", run)
     again = submitted(slurm("retry", run))
     assert again != job
-    until_life(run, 3)
+    until_life(run, lives + 1)
     until_training(run)
     assert "1 of 1 live jobs cancelled" in slurm("cancel", run)
     until(lambda: "cancelled" in slurm("status", run), "cancelled")
