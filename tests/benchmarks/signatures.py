@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from bigtrain.detectors.contract import checked
 from bigtrain.detectors.signatures import Signatures
 from bigtrain.models.backbone import load_network
 from bigtrain.objectives.scores import signature_novelty
@@ -44,7 +45,9 @@ def main() -> None:
     signature_CD, count = torch.from_numpy(fitted.signature_CD_), fitted.count_
 
     def fit() -> None:
-        sum_CD.index_add_(0, class_B, features_BD.double())
+        double_BD = features_BD.double()
+        checked(double_BD.numpy())
+        sum_CD.index_add_(0, class_B, double_BD)
 
     def score() -> torch.Tensor:
         return signature_novelty(features_BD, signature_CD, count)
