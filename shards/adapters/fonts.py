@@ -194,7 +194,7 @@ def name_of(path: Path) -> tuple[str, int]:
 
 
 def lacked(path: Path, characters: str) -> str:
-    """The characters that a font does not map, or maps to a glyph without ink."""
+    """The characters that a font does not map, or maps to a glyph without ink or that cannot be drawn."""
     with opened(path) as font:
         try:
             mapped = font.getBestCmap() or {}
@@ -205,7 +205,11 @@ def lacked(path: Path, characters: str) -> str:
 
 def is_blank(path: Path, character: str) -> bool:
     """Whether the box from the base line to the ends of the ink is flat, by the outline alone."""
-    left, top, right, bottom = face_of(path, 64).getbbox(character)
+    face = face_of(path, 64)
+    try:
+        left, top, right, bottom = face.getbbox(character)
+    except OSError:  # the hinting instructions of this glyph are broken
+        return True
     return top == bottom or left == right
 
 

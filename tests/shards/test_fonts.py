@@ -123,6 +123,20 @@ def test_a_font_that_lacks_a_character_is_named_or_left_out_or_the_character_is(
     assert "left out: 丁 (U+4E01)" in capsys.readouterr().err
 
 
+def test_a_font_whose_instructions_are_broken_lacks_all_characters(font, text, capsys):
+    root = font("a.ttf", "Hei", {"一": (500, 250)})
+    font("b.ttf", "Bad", {"一": (500, 250)})
+    library = pytest.importorskip("fontTools.ttLib")
+    with library.TTFont(root / "b.ttf") as read:
+        read["prep"] = library.newTable("prep")
+        read["prep"].program = pytest.importorskip("fontTools.ttLib.tables.ttProgram").Program()
+        read["prep"].program.fromBytecode(bytes(8 * [0x28]))  # which is no instruction; fewer than 8 are not looked at
+        read.save(root / "b.ttf")
+    about = fonts.about(root, "all", **OPTIONS | {"characters": text("一"), "lacking": "drop-font"})
+    assert about.classes == ["Hei Regular"]
+    assert "Bad Regular lacks 一 (U+4E00): it is left out" in capsys.readouterr().err
+
+
 def test_without_a_text_the_characters_are_those_of_gb2312_in_its_order(font):
     order = fonts.gb2312()
     assert (len(order), len(set(order)), order[0], order[3754], order[3755], order[-1]) == (6763, 6763, *"啊座亍齄")
