@@ -14,6 +14,7 @@ from scipy.stats import t as student_t
 
 SWEEP_FILE = "sweep.json"
 WHAT_IS_KNOWN = ("known", "novel", "half", "category")  # an axis over whose values a table gives the mean
+MAX_NAMED = 20
 IN_PERCENT = ["auroc", "aupr_in", "aupr_out", "fpr_at_95_tpr_novel", "fpr_at_95_tpr_known", "detection_error"]
 IN_PERCENT += ["closed_set_accuracy", "oscr"]
 
@@ -42,23 +43,28 @@ def read_results(folder: Path) -> list[Result]:
     runs = sorted(file.parent for file in folder.glob("*/config.json"))
     if not runs:
         raise ValueError(f"{folder} holds no runs: name the folder of a sweep, or one that holds runs' folders.")
+    found = [figures(run) for run in runs]
+    is_judged = [one is None or "auroc" in one or "detectors" in one for one in found]  # a network's training is not
     settings = [json.loads((run / "config.json").read_text())["settings"] for run in runs]
-    names = [n for n in dict.fromkeys(n for one in settings for n in one) if len({str(s.get(n)) for s in settings}) > 1]
-    axes = [{name: plain(one.get(name)) for name in names} for one in settings]
-    return several([Result(run.name, axis, figures(run)) for run, axis in zip(runs, axes, strict=True)])
+    told = [one for one, judged in zip(settings, is_judged, strict=True) if judged]
+    names = [n for n in dict.fromkeys(n for one in told for n in one) if len({str(s[n]) for s in told if n in s}) > 1]
+    axes = [{name: plain(one.get(name, "")) for name in names} for one in settings]
+    results = [Result(run.name, axis, one) for run, axis, one in zip(runs, axes, found, strict=True)]
+    return several(results, are_alike=len({frozenset(one) for one in told}) == 1)
 
 
-def several(results: list[Result]) -> list[Result]:
+def several(results: list[Result], *, are_alike: bool = True) -> list[Result]:
     """A run of several detectors as one result each, with the axis "detector"; one without figures yet as all of
-    them."""
+    them. Runs of unlike recipes have that axis too."""
     names = dict.fromkeys(n for r in results if r.figures for n in r.figures.get("detectors", ()))
-    if not names:
+    if not names and are_alike:
         return results
+    names = names or {"": None}
     found = []
     for result in results:
         of_detector: Mapping[str, Any] = dict.fromkeys(names) if result.figures is None else result.figures
         if result.figures is not None:
-            of_detector = result.figures.get("detectors") or {result.figures["method"]: result.figures}
+            of_detector = result.figures.get("detectors") or {result.figures.get("method", ""): result.figures}
         found += [Result(result.name, {"detector": name, **result.axes}, f) for name, f in of_detector.items()]
     return found
 
@@ -156,10 +162,15 @@ def table(results: Sequence[Result], metric: str = "auroc") -> str:
     Raises:
         ValueError: the runs have no such figure.
     """
-    if done := [result.figures for result in results if result.figures is not None]:
-        known = [name for name, value in done[0].items() if isinstance(value, dict) and "value" in value]
-        if any(not isinstance(one.get(metric), dict) or "value" not in one[metric] for one in done):
+    has_it = [r.figures is None or bool(figure_of(r.figures, metric)) for r in results]
+    if not any(result.figures and its for result, its in zip(results, has_it, strict=True)):
+        done = [result.figures for result in results if result.figures]
+        if known := dict.fromkeys(name for one in done for name in one if figure_of(one, name)):
             raise ValueError(f"the runs have no figure {metric!r}: there are {', '.join(known)}.")
+        if done:
+            raise ValueError("none of the runs was judged: their results hold no figure with an interval.")
+    without = [result for result, its in zip(results, has_it, strict=True) if not its]
+    results = [result for result, its in zip(results, has_it, strict=True) if its]
     names, found = rows(results, metric)
     scale, unit = (100.0, ", %") if metric in IN_PERCENT else (1.0, "")
     lines = [[*names, f"{metric}{unit}", "95 % interval", "seeds"]]
@@ -177,6 +188,19 @@ def table(results: Sequence[Result], metric: str = "auroc") -> str:
     text = [f"| {' | '.join(line)} |" for line in padded]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     if missing := list(dict.fromkeys(result.name for result in results if result.figures is None)):
-        named = ", ".join([*missing[:20], *(["…"] if len(missing) > 20 else [])])
-        text += ["", f"{len(missing)} of {len({result.name for result in results})} runs are missing: {named}"]
+        runs = len({result.name for result in results})
+        text += ["", f"{len(missing)} of {runs} runs are missing: {first_of(missing)}"]
+    if without:
+        named = [" ".join(filter(None, (result.name, result.axes.get("detector")))) for result in without]
+        text += ["", f"{len(without)} without {metric} are left out: {first_of(named)}"]
     return "\n".join(text)
+
+
+def first_of(names: Sequence[str]) -> str:
+    return ", ".join([*names[:MAX_NAMED], *(["…"] if len(names) > MAX_NAMED else [])])
+
+
+def figure_of(figures: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A figure with its interval, as a run's results hold it; empty where there is none of that name."""
+    found = figures.get(name)
+    return found if isinstance(found, dict) and "value" in found else {}

@@ -73,6 +73,32 @@ def test_a_folder_without_runs_and_an_unknown_figure_are_told(tmp_path):
         table(read_results(tmp_path), "auruc")
 
 
+def test_what_lacks_a_figure_is_left_out_of_its_table_by_name(tmp_path):
+    accuracy = {"max logit": {"auroc": {"value": 0.6}, "oscr": {"value": 0.4}}, "KNFST": {"auroc": {"value": 0.7}}}
+    results = {
+        "judged": {"method": "DEFEND", "auroc": {"value": 0.5}},
+        "baselines": {"method": "baselines", "detectors": accuracy},
+        "trained": {"top1": 0.3, "seed": 0},
+    }
+    for name, found in results.items():
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "results.json").write_text(json.dumps(found))
+        settings = {"seed": 0, name: 3}
+        (tmp_path / name / "config.json").write_text(json.dumps({"settings": settings}))
+    lines = table(read_results(tmp_path)).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[1:3]] == ["detector", "auroc, %"]  # no axis of the trained one
+    assert len(lines) == 2 + 3 + 2 and lines[-1] == "1 without auroc are left out: trained"
+    lines = table(read_results(tmp_path), "oscr").splitlines()
+    assert len(lines) == 2 + 1 + 2 and "| max logit" in lines[2]
+    assert lines[-1] == "3 without oscr are left out: baselines KNFST, judged DEFEND, trained"
+    with pytest.raises(ValueError, match="no figure 'top1': there are auroc, oscr"):
+        table(read_results(tmp_path), "top1")
+    for name in ("judged", "baselines"):
+        (tmp_path / name / "config.json").unlink()
+    with pytest.raises(ValueError, match="none of the runs was judged"):
+        table(read_results(tmp_path))
+
+
 def test_a_run_of_several_detectors_has_a_line_for_each(tmp_path):
     for seed, values in ((0, {"KNFST": 0.7, "OpenMax": 0.8}), (1, {"KNFST": 0.8, "OpenMax": 0.8})):
         (tmp_path / f"s{seed}").mkdir()
