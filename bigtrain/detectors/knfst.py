@@ -18,6 +18,7 @@ from bigtrain.detectors.contract import FeatureDetector, Floats, Ints, class_mea
 
 Kernel = Literal["intersection", "rbf"]
 MAX_IMAGES = 20_000  # of an exact fit, which then holds 3 x 3.2 GB
+MAX_LOCAL_IMAGES = 35_000  # of a local one, which holds as much
 COLLAPSED = 1e-6  # how far a training image may be from its class, whose distance to others is of order 1
 SMALLEST_EIGENVALUE = 1e-12
 
@@ -151,6 +152,11 @@ class LocalKNFST(_OnKernel):
 
     def _fit(self, features_ND: Floats, class_N: Ints) -> None:
         super()._fit(features_ND, class_N)
+        if len(features_ND) > MAX_LOCAL_IMAGES:
+            raise ValueError(
+                f"local KNFST on {len(features_ND)} images holds {8 * len(features_ND) ** 2 / 1e9:.0f} GB: give at most "
+                f"{MAX_LOCAL_IMAGES}, or take another detector, such as KNFST with landmarks."
+            )
         self.known_ND_, self.class_N_ = features_ND, class_N
         self.kernel_NN_ = self._kernel(features_ND, features_ND)
 

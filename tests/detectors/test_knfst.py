@@ -119,5 +119,8 @@ def test_negative_features_have_no_histogram_and_the_kernel_for_them_is_named(im
 def test_more_images_than_memory_is_made_for_are_refused_with_their_size(images, monkeypatch):
     known_ND, class_N, _ = images
     monkeypatch.setattr(knfst, "MAX_IMAGES", 40)
+    monkeypatch.setattr(knfst, "MAX_LOCAL_IMAGES", 47)
     with pytest.raises(ValueError, match="give landmarks"):
         KNFST().fit(known_ND, class_N)
+    with pytest.raises(ValueError, match="local KNFST on 48 images holds 0 GB: give at most 47"):
+        LocalKNFST().fit(known_ND, class_N)
