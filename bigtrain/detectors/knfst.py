@@ -140,7 +140,8 @@ class KNFST(_OnKernel):
 class LocalKNFST(_OnKernel):
     """KNFST on the training images nearest to each image that is scored, by kernel (Bodesheim et al., WACV 2015).
 
-    Each image scored costs k^3 / 3 operations; the kernel between the training images is held (8 n^2 bytes).
+    Each image scored costs k^3 / 3 operations; the kernel between the training images is held (8 n^2 bytes), of at
+    most MAX_LOCAL_IMAGES.
 
     Args:
         neighbours: k; 600 in Perera & Patel. As many as there are training images is KNFST.
@@ -154,8 +155,8 @@ class LocalKNFST(_OnKernel):
         super()._fit(features_ND, class_N)
         if len(features_ND) > MAX_LOCAL_IMAGES:
             raise ValueError(
-                f"local KNFST on {len(features_ND)} images holds {8 * len(features_ND) ** 2 / 1e9:.0f} GB: give at most "
-                f"{MAX_LOCAL_IMAGES}, or take another detector, such as KNFST with landmarks."
+                f"local KNFST on {len(features_ND)} images holds {8 * len(features_ND) ** 2 / 1e9:.0f} GB: give at "
+                f"most {MAX_LOCAL_IMAGES}, or take another detector, such as KNFST with landmarks."
             )
         self.known_ND_, self.class_N_ = features_ND, class_N
         self.kernel_NN_ = self._kernel(features_ND, features_ND)
