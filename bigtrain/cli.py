@@ -9,7 +9,6 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from bigtrain.runtime.exit_codes import USER_ERROR
-from bigtrain.runtime.watch import watch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a frame's lines still shows the figures
     try:
         if given.command == "watch":
+            from bigtrain.runtime.watch import watch
+
             watch(given.run, every_s=given.every, once=given.once)
         else:
             from bigtrain.evaluation.tables import read_results, table  # scipy, which a live page does without

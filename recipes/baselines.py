@@ -15,47 +15,37 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
-from bigtrain.data.pictures import jpeg_decoder
 from bigtrain.data.workers import prepare_workers
-from bigtrain.detectors.contract import FeatureDetector, checked
-from bigtrain.detectors.gaussian import GaussianMixture
-from bigtrain.detectors.knfst import KNFST, Kernel, LocalKNFST
-from bigtrain.detectors.logits import MaxLogit
-from bigtrain.detectors.network import ON_FEATURES, ON_LOGITS, NetworkDetector, Scoring
-from bigtrain.detectors.one_class import SVDD, OneClassSVM
-from bigtrain.detectors.saved import calibrated
-from bigtrain.detectors.signatures import Signatures
-from bigtrain.evaluation.judge import Scored, rates, write_scores
-from bigtrain.evaluation.metrics import closed_set_accuracy, oscr, summary
-from bigtrain.evaluation.page import Section, write_page
-from bigtrain.evaluation.report import FIGURES as HEADINGS
-from bigtrain.models.backbone import Network, load_network
-from bigtrain.runtime.config import Limits, check_ranges, print_if_asked, read_settings, user_errors
+from bigtrain.detectors.catalogue import EVERY, ON_FEATURES, ON_LOGITS, detector_class, name_of
+from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.launch import check_launch
 from bigtrain.runtime.run_folder import RunFolder
-from bigtrain.runtime.start import choose_precision
-from bigtrain.runtime.watch import clock
-from recipes.features import LINE_EVERY_S, extracted, head_of
+from bigtrain.runtime.settings import Limits, check_ranges, print_if_asked, read_settings
+from bigtrain.text import clock
 from recipes.network_settings import (
     NETWORK_LIMITS,
     Data,
     NetworkConfig,
+    check_names,
     check_settings,
     check_single_labels,
     labels_of,
     only_label,
     read_data,
-    read_network,
 )
-from recipes.run_setup import Setup, already_finished
 
-EVERY = {**ON_FEATURES, **ON_LOGITS}
+if TYPE_CHECKING:  # what needs torch is imported where it is used, behind all mistakes that can be told without
+    from bigtrain.detectors.contract import FeatureDetector
+    from bigtrain.detectors.network import NetworkDetector
+    from bigtrain.evaluation.judge import Scored
+    from bigtrain.models.backbone import Network
+    from recipes.run_setup import Setup
+
 SCORED_AT_ONCE = 256
 FIGURES = ("auroc", "aupr_out", "fpr_at_95_tpr_known")  # of the page and of what is printed
 
@@ -118,16 +108,24 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"there is no detector {', '.join(unknown)}; there are {', '.join(EVERY)}.")
         check_launch()
         run = RunFolder(config.run.out, config)
-        if not already_finished(run):
-            baselines(config, run)
+        if run.is_already_finished():
+            return
+        data = read_data(config)
+        check_single_labels(data.train, data.parts.fitted_N, data.protocol.known)
+        check_names(config)
+        baselines(config, run, data)
 
 
-def baselines(config: Config, run: RunFolder) -> None:
+def baselines(config: Config, run: RunFolder, data: Data) -> None:
     began = time.monotonic()
-    prepare_workers(config.run.workers, "recipes.baselines")
-    data = read_data(config)
+    prepare_workers(config.run.workers)
+    from bigtrain.data.pictures import jpeg_decoder
+    from bigtrain.detectors.logits import MaxLogit
+    from bigtrain.detectors.network import NetworkDetector, Scoring
+    from bigtrain.runtime.start import choose_precision
+    from recipes.run_setup import Setup
+
     parts = data.parts
-    check_single_labels(data.train, parts.fitted_N, data.protocol.known)
     networks = given_networks(config, data.protocol.known)
     precision = run.resolved("precision") or choose_precision(config.precision, width=0)
     scoring = Scoring(
@@ -149,6 +147,10 @@ def baselines(config: Config, run: RunFolder) -> None:
         seen = read_inputs(config, setup, sources[suffix], data)
         rows |= rows_of(config, seen.inputs, suffix, data, accelerator.print)
 
+    from bigtrain.detectors.saved import calibrated
+    from bigtrain.evaluation.judge import Scored, rates, write_scores
+    from bigtrain.evaluation.metrics import closed_set_accuracy, oscr, summary
+
     scores = scores_of(config, run, setup, rows)
     test = Scored(data.test, "test", seen.test_N, ~data.protocol.is_known(data.test)[seen.test_N], np.zeros(0))
     held_out = Scored(data.train, "held_out", seen.held_out_N, np.zeros(len(seen.held_out_N), bool), np.zeros(0))
@@ -163,7 +165,7 @@ def baselines(config: Config, run: RunFolder) -> None:
         threshold = calibrated(scores[name].held_out_N, config.threshold_percentile / 100)
         table[name] = summary(test.novel_N, scores[name].test_N, seed=config.seed)
         table[name]["threshold"] = rates(threshold, own[0])
-        if type(detector) in ON_LOGITS.values():
+        if name_of(detector) in ON_LOGITS:
             is_right_N = right_answers(data, inputs, test)
             table[name]["closed_set_accuracy"] = closed_set_accuracy(is_right_N[~test.novel_N])._asdict()
             table[name]["oscr"] = oscr(test.novel_N, scores[name].test_N, is_right_N)._asdict()
@@ -190,6 +192,10 @@ def baselines(config: Config, run: RunFolder) -> None:
 
 def given_networks(config: Config, known: Sequence[str]) -> dict[str, Network]:
     """The networks whose features are taken, by the suffix of their rows."""
+    from bigtrain.models.backbone import load_network
+    from recipes.features import head_of
+    from recipes.trunk import read_network
+
     given = read_network(config)
     if not config.finetuned:
         return {"" if head_of(given, known) else " pre": given}
@@ -213,6 +219,10 @@ class Seen(NamedTuple):
 
 def read_inputs(config: Config, setup: Setup, source: NetworkDetector, data: Data) -> Seen:
     """The features of all images of the run, and of a fine-tuned network the logits."""
+    from bigtrain.detectors.logits import MaxLogit
+    from bigtrain.detectors.network import NetworkDetector
+    from recipes.features import extracted, head_of
+
     folder = Path(config.features) if config.features else setup.run / "features"
     parts, known_N = data.parts, np.sort(np.concatenate([data.parts.fitted_N, data.parts.held_out_N]))
     head = head_of(source.network, data.protocol.known)
@@ -239,23 +249,24 @@ def rows_of(
 ) -> dict[str, tuple[FeatureDetector, Inputs]]:
     """The rows of one network: each detector, and what it is fitted to."""
     has_negative = bool((inputs["features"].fitted_ND < 0).any())
-    kernel: Kernel = "rbf" if has_negative else "intersection"
-    made: dict[str, FeatureDetector] = {
-        "one-class SVM": OneClassSVM(config.nu),
-        "SVDD": SVDD(config.nu),
-        "KNFST": KNFST(kernel, config.landmarks, config.seed),
-        "local KNFST": LocalKNFST(kernel, config.local_neighbours),
-        "K-extremes": Signatures(config.share),
-        "Gaussian mixture": GaussianMixture(seed=config.seed),
+    kernel = "rbf" if has_negative else "intersection"
+    options: dict[str, dict[str, Any]] = {
+        "one-class SVM": {"nu": config.nu},
+        "SVDD": {"nu": config.nu},
+        "KNFST": {"kernel": kernel, "landmarks": config.landmarks, "seed": config.seed},
+        "local KNFST": {"kernel": kernel, "neighbours": config.local_neighbours},
+        "K-extremes": {"share": config.share},
+        "Gaussian mixture": {"seed": config.seed},
     }
     rows = {}
-    for name, kind in EVERY.items():
+    for name in EVERY:
         if config.detectors and name not in config.detectors:
             continue
+        kind = detector_class(name)
         if len(data.protocol.known) < kind.fewest_classes:
             say(f"{name} is left out: it tells known classes apart, and there is one")
         elif name in ON_FEATURES:
-            rows[name + suffix] = (made.get(name) or kind(), inputs["features"])
+            rows[name + suffix] = (kind(**options.get(name, {})), inputs["features"])
         elif "logits" in inputs:
             rows[name + suffix] = (kind(), inputs["logits"])
     if has_negative and any("KNFST" in name for name in rows):
@@ -267,6 +278,10 @@ def scores_of(
     config: Config, run: RunFolder, setup: Setup, rows: Mapping[str, tuple[FeatureDetector, Inputs]]
 ) -> dict[str, Scores]:
     """Fit each row, and score the held-out and the test images; the rows are shared among the processes."""
+    from accelerate.utils import gather_object
+
+    from bigtrain.detectors.network import NetworkDetector
+
     accelerator, own = setup.accelerator, []
     for number, (name, (detector, inputs)) in enumerate(rows.items()):
         setup.heartbeat.mark(f"fits {name}")
@@ -288,6 +303,9 @@ def scores_of(
 
 def score(name: str, detector: FeatureDetector, features_ND: NDArray[np.float32]) -> NDArray[np.float64]:
     """The novelty of these images, with a line now and then: local KNFST solves an eigenproblem for each."""
+    from bigtrain.detectors.contract import checked
+    from recipes.features import LINE_EVERY_S
+
     checked(features_ND)  # all of them: in parts it would count the bad ones of one part
     began = last_line = time.monotonic()
     scores = [np.zeros(0)]
@@ -316,6 +334,9 @@ def interval(figure: Mapping[str, float]) -> str:
 
 def write_table(path: Path, config: Config, data: Data, table: Mapping[str, Mapping[str, Any]]) -> None:
     """One page with all rows."""
+    from bigtrain.evaluation.page import Section, write_page
+    from bigtrain.evaluation.report import FIGURES as HEADINGS
+
     headings = ["detector", *(HEADINGS[figure][0] for figure in FIGURES), "known flagged", "novel missed"]
     rows = []
     for name, figures in table.items():

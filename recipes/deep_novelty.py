@@ -15,51 +15,34 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
-from bigtrain.data.mixture import Mixture
-from bigtrain.data.pictures import jpeg_decoder
+from bigtrain.choices import HIGHEST_LR, BatchNorm
 from bigtrain.data.protocol import seeded_choice
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.views import CentreCrop, RandomCrop, to_float
 from bigtrain.data.workers import prepare_workers
-from bigtrain.detectors.logits import MaxLogit
-from bigtrain.detectors.neighbours import pixel_features
-from bigtrain.detectors.network import NetworkDetector, Scoring
-from bigtrain.evaluation.filters import write_filters
-from bigtrain.evaluation.judge import judge
-from bigtrain.models.backbone import Branches, Network, load_network, network_flops, save_network
-from bigtrain.objectives.losses import membership_risk
-from bigtrain.runtime.config import Limits, check_ranges, print_if_asked, read_settings, result_settings, user_errors
-from bigtrain.runtime.launch import check_launch
-from bigtrain.runtime.optim import HIGHEST_LR, set_schedule
+from bigtrain.runtime.exit import user_errors
+from bigtrain.runtime.launch import check_batch, check_launch
 from bigtrain.runtime.run_folder import RunFolder
-from bigtrain.runtime.start import choose_precision
-from bigtrain.runtime.watch import clean, clock
+from bigtrain.runtime.settings import Limits, check_ranges, print_if_asked, read_settings, result_settings
+from bigtrain.text import clean, clock
 from recipes.network_settings import (
     NETWORK_LIMITS,
-    BatchNorm,
     Data,
     NetworkConfig,
+    check_names,
     check_settings,
     check_single_labels,
-    check_training,
-    class_numbers,
     labels_of,
-    prepare_batch_norm,
     read_data,
-    read_network,
-    set_recompute,
     shared_classes,
-    with_batch_norm,
-    without_padding,
 )
-from recipes.run_setup import Setup, already_finished, check_batch
-from recipes.stage import Stage
+
+if TYPE_CHECKING:  # what needs torch is imported where it is used, behind all mistakes that can be told without
+    from bigtrain.models.backbone import Branches, Network
+    from recipes.run_setup import Setup
 
 LEAVES = {"train": "network.safetensors"}
 MAX_NAMED = 10
@@ -122,8 +105,12 @@ def main(argv: list[str] | None = None) -> None:
         check_settings(config)
         check(config)
         run = RunFolder(config.run.out, config)
-        if not already_finished(run):
-            deep_novelty(config, run)
+        if run.is_already_finished():
+            return
+        data = read_data(config, fewest_classes=2)
+        check_single_labels(data.train, data.parts.fitted_N, data.protocol.known)
+        check_names(config)
+        deep_novelty(config, run, data)
 
 
 def check(config: Config) -> None:
@@ -140,9 +127,9 @@ def check(config: Config) -> None:
     if config.variant == "author_code" and not (config.membership_weight and config.branches != "joint"):
         raise ValueError("--variant author_code is about the membership loss, which is not taken: leave it out.")
     check_launch()
-    check_batch(config.batch, config.run)
+    check_batch(config.batch, config.run.accumulate)
     if config.reference:
-        check_batch(config.reference_batch, config.run)
+        check_batch(config.reference_batch, config.run.accumulate)
 
 
 def read_reference(config: Config, data: Data, setup_print: list[str]) -> ShardSet:
@@ -168,11 +155,15 @@ def read_reference(config: Config, data: Data, setup_print: list[str]) -> ShardS
     return reference
 
 
-def deep_novelty(config: Config, run: RunFolder) -> None:
+def deep_novelty(config: Config, run: RunFolder, data: Data) -> None:
     began = time.monotonic()
-    prepare_workers(config.run.workers, "recipes.deep_novelty")
-    data = read_data(config, fewest_classes=2)
-    check_single_labels(data.train, data.parts.fitted_N, data.protocol.known)
+    prepare_workers(config.run.workers)
+    from bigtrain.data.pictures import jpeg_decoder
+    from bigtrain.data.views import CentreCrop
+    from bigtrain.runtime.start import choose_precision
+    from recipes.run_setup import Setup
+    from recipes.trunk import check_training, read_network
+
     warnings: list[str] = []
     reference = read_reference(config, data, warnings) if config.reference else None
     given = read_network(config)
@@ -196,6 +187,12 @@ def deep_novelty(config: Config, run: RunFolder) -> None:
         accelerator.print(clean(warning))
     given.to(accelerator.device)
     network = train(config, setup, data, reference, given)
+
+    from bigtrain.detectors.logits import MaxLogit
+    from bigtrain.detectors.neighbours import pixel_features
+    from bigtrain.detectors.network import NetworkDetector, Scoring
+    from bigtrain.evaluation.filters import write_filters
+    from bigtrain.evaluation.judge import judge
 
     views = CentreCrop(config.image_size, config.resize)
     scoring = Scoring(
@@ -257,6 +254,17 @@ def deep_novelty(config: Config, run: RunFolder) -> None:
 def train(config: Config, setup: Setup, data: Data, reference: ShardSet | None, given: Network) -> Network:
     """4.4: the trunk learns to tell the known classes apart and, in the other branch, the reference classes. Leaves
     network.safetensors in the run folder, which ends the stage."""
+    import torch
+    import torch.nn.functional as F
+
+    from bigtrain.data.mixture import Mixture
+    from bigtrain.data.views import RandomCrop, to_float
+    from bigtrain.models.backbone import Branches, load_network, network_flops, save_network
+    from bigtrain.objectives.losses import membership_risk
+    from bigtrain.runtime.optim import set_schedule
+    from recipes.stage import Stage
+    from recipes.trunk import class_numbers, prepare_batch_norm, set_recompute, with_batch_norm, without_padding
+
     accelerator, network_file = setup.accelerator, setup.run / LEAVES["train"]
     if network_file.is_file():
         return load_network(str(network_file)).to(accelerator.device)

@@ -14,43 +14,34 @@ import math
 import sys
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
-from bigtrain.data.masks import visible_count, visible_patches
-from bigtrain.data.pictures import jpeg_decoder
-from bigtrain.data.plan import Plan
-from bigtrain.data.protocol import Protocol, seeded_choice, split
-from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.stream import Batch
-from bigtrain.data.views import MultiCrop, Resized, to_float
+from bigtrain.data.protocol import seeded_choice
 from bigtrain.data.workers import prepare_workers
-from bigtrain.detectors.distillation import DistillationDetector, Scoring
-from bigtrain.detectors.neighbours import pixel_features, token_features
-from bigtrain.evaluation.judge import judge
-from bigtrain.models.attention import resolve_backend, torch_dtype
-from bigtrain.models.flops import trained_flops, vit_forward_flops
-from bigtrain.models.heads import DenseTuner, TokenQueue, unit_rows
-from bigtrain.models.vit import Architecture, masked_student
-from bigtrain.models.weights import Pretrained, load_vit, save_vit
-from bigtrain.objectives.losses import align_to_crops, dense_loss, distillation_loss
-from bigtrain.objectives.sinkhorn import sinkhorn
-from bigtrain.runtime.config import (
-    check_ranges,
-    print_if_asked,
-    read_settings,
-    result_settings,
-    user_errors,
-)
-from bigtrain.runtime.optim import cosine, decay_groups, follow, scaled_lr, schedule, set_schedule
+from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.run_folder import RunFolder
-from bigtrain.runtime.start import choose_precision
-from bigtrain.runtime.watch import clean, clock
-from recipes.defend_settings import LIMITS, Config, check, student_architecture
+from bigtrain.runtime.settings import check_ranges, print_if_asked, read_settings, result_settings
+from bigtrain.text import clean, clock
+from recipes.defend_settings import (
+    LIMITS,
+    Config,
+    check_networks,
+    check_settings,
+    read_data,
+    student_architecture,
+)
+from recipes.network_settings import Data
 from recipes.presets.fashion.prepare import PRESET, build_embedded_shards, with_embedded_data
-from recipes.run_setup import Setup, already_finished
-from recipes.stage import Stage
+
+if TYPE_CHECKING:  # what needs torch is imported where it is used, behind all mistakes that can be told without
+    from torch import Tensor, nn
+
+    from bigtrain.data.plan import Plan
+    from bigtrain.data.shard_set import ShardSet
+    from bigtrain.data.stream import Batch
+    from bigtrain.models.heads import TokenQueue
+    from bigtrain.models.weights import Pretrained
+    from recipes.run_setup import Setup
 
 LEAVES = {"tune": "teacher.safetensors", "distil": "student.safetensors"}  # stage -> file, in their order
 
@@ -67,32 +58,33 @@ def main(argv: list[str] | None = None) -> None:
         if not config.test or not config.run.out:
             raise ValueError("--test SHARDS and --out FOLDER are needed: what to judge on, and where the run goes.")
         run = RunFolder(config.run.out, config)
-        if already_finished(run):
+        if run.is_already_finished():
             return
         if embedded:
             build_embedded_shards()
-        defend(config, run)
+        data = read_data(config)
+        check_settings(config)
+        defend(config, run, data)
 
 
-def defend(config: Config, run: RunFolder) -> None:
+def defend(config: Config, run: RunFolder, data: Data) -> None:
     """The whole of the paper: tune, distil, judge. What an earlier start has finished is not done again."""
     began = time.monotonic()
-    prepare_workers(config.run.workers, "recipes.defend")
-    train, test = ShardSet(config.train), ShardSet(config.test)
-    classes = tuple(dict.fromkeys((*train.classes, *test.classes)))
-    protocol = Protocol.of(classes, known=config.known, novel=config.novel)
-    parts = split(
-        protocol,
-        train,
-        test,
-        validation_share=config.validation_share,
-        seed=config.seed,
-        train_limit=config.train_limit,
-        test_limit=config.test_limit,
-    )
+    prepare_workers(config.run.workers)
+    import torch
+
+    from bigtrain.data.pictures import jpeg_decoder
+    from bigtrain.data.views import Resized
+    from bigtrain.models.attention import resolve_backend, torch_dtype
+    from bigtrain.models.vit import Architecture
+    from bigtrain.models.weights import load_vit
+    from bigtrain.runtime.start import choose_precision
+    from recipes.run_setup import Setup
+
+    train, parts, protocol = data.train, data.parts, data.protocol
     given = load_vit(config.teacher, Architecture(config.arch) if config.arch else None, attention=config.attention)
     precision = run.resolved("precision") or choose_precision(config.precision, given.vit.width)
-    check(config, given, precision)
+    check_networks(config, given, precision)
     setup = Setup.begin(run, precision, LEAVES)
     accelerator = setup.accelerator
     given.vit.to(accelerator.device)
@@ -114,6 +106,10 @@ def defend(config: Config, run: RunFolder) -> None:
             accelerator.print(f"the tuned teacher: {run / LEAVES['tune']}")
             return
     student = masked_distillation(config, setup, train, fitted, teacher)
+
+    from bigtrain.detectors.distillation import DistillationDetector, Scoring
+    from bigtrain.detectors.neighbours import pixel_features, token_features
+    from bigtrain.evaluation.judge import judge
 
     scoring = Scoring(
         image_size=config.image_size,
@@ -139,7 +135,7 @@ def defend(config: Config, run: RunFolder) -> None:
         DistillationDetector(teacher, student, scoring),
         method="DEFEND" if config.tune else "masked distillation",
         protocol=protocol,
-        test=setup.in_order(test, parts.test_N, views, config.score_batch),
+        test=setup.in_order(data.test, parts.test_N, views, config.score_batch),
         held_out=setup.in_order(train, parts.held_out_N, views, config.score_batch) if len(parts.held_out_N) else None,
         bank=setup.in_order(train, bank_N, views, config.score_batch),
         plain={"pixels": pixel_features, "features of the given teacher": teacher_features},
@@ -161,6 +157,17 @@ def dense_tuning(
     config: Config, setup: Setup, train: ShardSet, fitted: Plan, given: Pretrained, prototypes: int
 ) -> Pretrained:
     """3.1: patches of one object come to agree. Leaves teacher.safetensors in the run folder, which ends the stage."""
+    import torch
+    from torch import nn
+
+    from bigtrain.data.views import MultiCrop, to_float
+    from bigtrain.models.flops import trained_flops, vit_forward_flops
+    from bigtrain.models.heads import DenseTuner, TokenQueue, unit_rows
+    from bigtrain.models.weights import load_vit, save_vit
+    from bigtrain.objectives.losses import align_to_crops, dense_loss
+    from bigtrain.runtime.optim import cosine, decay_groups, follow, scaled_lr, set_schedule
+    from recipes.stage import Stage
+
     accelerator, tuned_file = setup.accelerator, setup.run / LEAVES["tune"]
     if tuned_file.is_file():
         return load_vit(str(tuned_file), attention=config.attention, device=accelerator.device)
@@ -220,13 +227,17 @@ def dense_tuning(
     return tuned
 
 
-@torch.no_grad()
 def cluster_map(
     config: Config, setup: Setup, source: nn.Module, queue: TokenQueue, batch: Batch, given: Pretrained
 ) -> Tensor:
     """The optimal cluster map Q of each image over its patch grid (3.1), balanced over the tokens of all ranks."""
+    import torch
+
+    from bigtrain.data.views import to_float
+    from bigtrain.objectives.sinkhorn import sinkhorn
+
     accelerator = setup.accelerator
-    with setup.autocast():
+    with torch.no_grad(), setup.autocast():
         parts = (batch.part(number, config.run.accumulate) for number in range(config.run.accumulate))
         seen = [source(to_float(part.views["image"], given.mean, given.std)) for part in parts]
         z_TD = torch.cat([z_BND.flatten(0, 1) for (z_BND,), _ in seen]).float()
@@ -248,6 +259,18 @@ def cluster_map(
 
 def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: Plan, teacher: Pretrained) -> Pretrained:
     """3.2: a student from scratch predicts the teacher from half of the patches. Leaves student.safetensors."""
+    import torch
+    from torch import nn
+
+    from bigtrain.data.masks import visible_count, visible_patches
+    from bigtrain.data.views import Resized, to_float
+    from bigtrain.models.flops import trained_flops, vit_forward_flops
+    from bigtrain.models.vit import masked_student
+    from bigtrain.models.weights import Pretrained, load_vit, save_vit
+    from bigtrain.objectives.losses import distillation_loss
+    from bigtrain.runtime.optim import decay_groups, follow, scaled_lr, schedule, set_schedule
+    from recipes.stage import Stage
+
     accelerator, student_file = setup.accelerator, setup.run / LEAVES["distil"]
     if student_file.is_file():
         return load_vit(str(student_file), attention=config.attention, device=accelerator.device)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+from bigtrain.choices import HIGHEST_LR, Backend, Chosen, Distance, Keep, Normalisation, Precision, Schedule
+from bigtrain.data.protocol import Protocol, split
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.models.names import check_source, check_vit_name
+from bigtrain.runtime.launch import check_batch, check_launch, zero_stage
+from bigtrain.runtime.settings import Limits, RunSettings
+from recipes.network_settings import Data
 
-from bigtrain.data.masks import Keep
-from bigtrain.models.attention import Backend, resolve_backend, torch_dtype
-from bigtrain.models.vit import Architecture, check_image_size, check_pair, masked_student
-from bigtrain.models.weights import Pretrained
-from bigtrain.objectives.losses import Distance, Normalisation
-from bigtrain.runtime import zero
-from bigtrain.runtime.config import Limits, RunSettings
-from bigtrain.runtime.launch import check_launch
-from bigtrain.runtime.optim import HIGHEST_LR
-from bigtrain.runtime.start import Precision, device_type
-from recipes.run_setup import check_batch
+if TYPE_CHECKING:
+    from bigtrain.models.vit import Architecture
+    from bigtrain.models.weights import Pretrained
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class Config:
     distance: Distance = "squared"
     distilled_blocks: Literal[1, 3, 5] = 1
     distil_lr: float = 1e-5
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     warmup_epochs: float = 0.0
     distil_decay: float = 0.05
     drop_path: float = 0.1
@@ -127,33 +125,61 @@ LIMITS: Limits = {
 }
 
 
-def check(config: Config, given: Pretrained, precision: Literal["fp32", "bf16", "fp16"]) -> None:
-    """Refuse settings that do not fit the networks, before anything is written."""
+def read_data(config: Config) -> Data:
+    """The shard sets, what is known, and which images are for what."""
+    train, test = ShardSet(config.train), ShardSet(config.test)
+    classes = tuple(dict.fromkeys((*train.classes, *test.classes)))
+    protocol = Protocol.of(classes, known=config.known, novel=config.novel)
+    parts = split(
+        protocol, train, test,
+        validation_share=config.validation_share, seed=config.seed,
+        train_limit=config.train_limit, test_limit=config.test_limit,
+    )  # fmt: skip
+    return Data(train, test, protocol, parts)
+
+
+def check_settings(config: Config) -> None:
+    """Refuse settings that contradict each other, or that this launch or timm cannot follow."""
+    if not (config.tune or config.distil):
+        raise ValueError("--no-tune and --no-distil leave nothing to do: give one of them.")
+    if config.tune and config.prototypes == 1:
+        raise ValueError("--prototypes is 1: with one prototype every patch agrees with every other; use 2 or more.")
     check_launch()
-    if zero.stage_asked_for() == 3 and (config.ema_teacher or config.ema_student):
+    if zero_stage() == 3 and (config.ema_teacher or config.ema_student):
         raise ValueError(
             "a moving average (--ema-teacher, --ema-student) needs whole weights, which ZeRO-3 shares out among the "
             "processes: launch with recipes/accelerate/zero2.yaml, or leave it out."
         )
-    depth, device = len(given.vit.backbone.blocks), torch.device(device_type())
+    for global_batch in (config.tune_batch, config.distil_batch) if config.tune else (config.distil_batch,):
+        check_batch(global_batch, config.run.accumulate)
+    check_source(config.teacher, is_vit=True)
+    for name in filter(None, (config.arch, config.student)):
+        check_vit_name(name)
+
+
+def check_networks(config: Config, given: Pretrained, precision: Chosen) -> None:
+    """Refuse settings that do not fit the networks, before anything is written."""
+    import torch
+
+    from bigtrain.models.attention import resolve_backend, torch_dtype
+    from bigtrain.models.vit import check_image_size, check_pair, masked_student
+    from bigtrain.runtime.start import device_type
+
+    depth = len(given.vit.backbone.blocks)
     for side in (config.image_size, config.crop_size) if config.tune else (config.image_size,):
         check_image_size((side, side), given.vit.patch_size)
-    for global_batch in (config.tune_batch, config.distil_batch) if config.tune else (config.distil_batch,):
-        check_batch(global_batch, config.run)
-    if not (config.tune or config.distil):
-        raise ValueError("--no-tune and --no-distil leave nothing to do: give one of them.")
     if config.tune and config.tuned_blocks > depth:
         raise ValueError(f"--tuned-blocks is {config.tuned_blocks}, and the teacher has {depth} blocks: use 1 to that.")
-    if config.tune and config.prototypes == 1:
-        raise ValueError("--prototypes is 1: with one prototype every patch agrees with every other; use 2 or more.")
     if config.keep != "random" and config.mask_ratio > 0 and not given.vit.backbone.has_class_token:
         raise ValueError("the teacher has no [CLS] token, whose attention guides the mask: use --keep random.")
-    resolve_backend(config.attention, device, torch_dtype(precision))
+    resolve_backend(config.attention, torch.device(device_type()), torch_dtype(precision))
     with torch.device("meta"):
         check_pair(given.vit, masked_student(student_architecture(config, given)), config.distilled_blocks)
 
 
 def student_architecture(config: Config, given: Pretrained) -> Architecture:
+    from bigtrain.models.vit import Architecture
+
     if config.student:
         return Architecture(config.student, config.image_size)
     return replace(given.architecture, image_size=config.image_size)

@@ -19,7 +19,7 @@ from bigtrain.data.stream import Stream
 from bigtrain.detectors.network import NetworkDetector
 from bigtrain.models.backbone import Network
 from bigtrain.models.weights import read_tensors, save_tensors
-from bigtrain.runtime.watch import clock
+from bigtrain.text import clock
 from recipes.run_setup import Setup
 
 PART = 1024  # images of a file

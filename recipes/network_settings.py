@@ -1,32 +1,19 @@
-"""What the recipes on a network's features or logits share: their data, their network, and how a picture is seen."""
+"""What the recipes on a network's features or logits share before torch is imported: their settings and their data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field
 
 import numpy as np
-import timm.layers
-import torch
 from numpy.typing import NDArray
-from timm.data import ImageNetInfo
-from torch import Tensor, nn
 
-from bigtrain.data.plan import PADDING, Plan
+from bigtrain.choices import Precision
 from bigtrain.data.protocol import Half, Parts, Protocol, check_every_class, split
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.stream import Batch
-from bigtrain.data.views import CentreCrop
-from bigtrain.models.backbone import Network, has_batch_norm, load_network
-from bigtrain.models.vit import Architecture, ViT
-from bigtrain.runtime.config import Limits, RunSettings
-from bigtrain.runtime.launch import world_size_of_launch
-from bigtrain.runtime.start import Precision, device_type
-
-BatchNorm = Literal["frozen", "trained"]
-M = TypeVar("M", bound=nn.Module)
+from bigtrain.models.names import check_network_name, check_source
+from bigtrain.runtime.settings import Limits, RunSettings
 
 
 @dataclass(frozen=True)
@@ -85,7 +72,6 @@ class Data:
     test: ShardSet
     protocol: Protocol
     parts: Parts
-    view: CentreCrop
 
 
 def check_settings(config: NetworkConfig) -> None:
@@ -101,6 +87,13 @@ def check_settings(config: NetworkConfig) -> None:
         )
     if not config.train or not config.run.out:
         raise ValueError("--train SHARDS and --out FOLDER are needed: what to train on, and where the run goes.")
+
+
+def check_names(config: NetworkConfig) -> None:
+    """Refuse a network that timm does not have, or whose file is missing."""
+    check_source(config.network)
+    if config.arch:
+        check_network_name(config.arch)
 
 
 def read_data(config: NetworkConfig, fewest_classes: int = 1) -> Data:
@@ -124,7 +117,7 @@ def read_data(config: NetworkConfig, fewest_classes: int = 1) -> Data:
         train_limit=config.train_limit, test_limit=config.test_limit,
     )  # fmt: skip
     check_every_class(protocol, train, parts.fitted_N)
-    return Data(train, test or train, protocol, parts, CentreCrop(config.image_size, config.resize))
+    return Data(train, test or train, protocol, parts)
 
 
 def named_or_half(
@@ -138,76 +131,8 @@ def named_or_half(
     return Protocol.half(half, classes, seed=seed)
 
 
-def read_network(config: NetworkConfig) -> Network:
-    """The network that --network names, at --image-size."""
-    is_named = config.arch or ("." in config.network and config.network.rpartition(".")[2] in ("pth", "pt", "npz"))
-    architecture = Architecture(config.arch, config.image_size) if is_named else None
-    if architecture is None and not config.network.endswith(".safetensors"):
-        architecture = Architecture(config.network, config.image_size)
-    torch.manual_seed(config.seed)
-    network = load_network(config.network, architecture, pretrained=config.pretrained)
-    try:
-        with torch.no_grad():
-            network.trunk(torch.zeros(1, 3, config.image_size, config.image_size))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"{network.architecture.model} does not take pictures of {config.image_size} pixels ({error}): give a "
-            "larger --image-size, or the one it was trained with."
-        ) from error
-    return network
-
-
-def set_recompute(trunk: nn.Module, settings: RunSettings) -> None:
-    """timm's activation checkpointing, where it was asked for."""
-    if isinstance(trunk, ViT):
-        trunk.recompute = settings.recompute
-    elif settings.recompute:
-        trunk.set_grad_checkpointing(True)  # type: ignore[operator]
-
-
-def check_training(trunk: nn.Module, batch_norm: BatchNorm, settings: RunSettings) -> None:
-    """Refuse what this network cannot be trained with, before anything is written."""
-    if settings.recompute and not isinstance(trunk, ViT) and not hasattr(trunk, "set_grad_checkpointing"):
-        raise ValueError("--recompute is not to be had for this network, which is torchvision's: leave it out.")
-    if batch_norm == "frozen" or not has_batch_norm(trunk):
-        return
-    if settings.accumulate > 1:
-        raise ValueError(
-            "--accumulate would change what batch norm learns, which is the statistics of each part: leave it out, use "
-            "--batch-norm frozen, or a network without batch norm."
-        )
-    if world_size_of_launch() > 1 and device_type() != "cuda":
-        raise ValueError(
-            "batch norm's statistics cannot be shared among processes without GPUs, and each would learn its own: use "
-            "one process, --batch-norm frozen, or a network without batch norm (such as resnet50_gn)."
-        )
-
-
-def without_padding(plan: Plan, trunk: nn.Module, batch_norm: BatchNorm) -> Plan:
-    """The plan for a network whose batch norms learn: of full batches alone."""
-    return replace(plan, drop_last=batch_norm == "trained" and has_batch_norm(trunk))
-
-
-def prepare_batch_norm(module: M, kind: BatchNorm) -> M:
-    """Batch norm's statistics and scale frozen, or statistics learned over the batches of all processes."""
-    if kind == "frozen":
-        return timm.layers.freeze_batch_norm_2d(module)
-    return timm.layers.convert_sync_batchnorm(module) if world_size_of_launch() > 1 else module
-
-
-def with_batch_norm(module: M) -> M:
-    """The network that anybody's code builds, from one whose batch norms were frozen."""
-    return timm.layers.unfreeze_batch_norm_2d(module)
-
-
 def labels_of(classes: Sequence[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(classes)}
-
-
-def class_numbers(shard_set: ShardSet, batch: Batch, label_of: dict[str, int]) -> Tensor:
-    """The class of each image of a batch; 0 in the places of padding, which weigh nothing."""
-    labels = [0 if s == PADDING else only_label(shard_set, s, label_of) for s in batch.sample_B.tolist()]
-    return torch.tensor(labels).to(batch.weight_B.device, non_blocking=True)
 
 
 def only_label(shard_set: ShardSet, sample: int, label_of: dict[str, int]) -> int:
@@ -230,7 +155,9 @@ def check_single_labels(shard_set: ShardSet, sample_N: NDArray[np.int64], classe
 
 def shared_classes(names: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs of classes that mean the same, by name or, where one is a synset (n02085620), by ImageNet's name of it."""
-    info = ImageNetInfo("imagenet-21k")
+    from bigtrain.models.lean_timm import timm
+
+    info = timm.data.ImageNetInfo("imagenet-21k")
     descriptions = dict(zip(info.label_names(), info.label_descriptions(), strict=True))
 
     def meanings(name: str) -> set[str]:

@@ -17,47 +17,28 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
-from bigtrain.data.pictures import jpeg_decoder
+from bigtrain.choices import HIGHEST_LR, BatchNorm, Precision, Schedule
 from bigtrain.data.protocol import Half, halved, in_validation
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.stream import Stream
-from bigtrain.data.views import RandomResizedCrop, Resized, to_float
 from bigtrain.data.workers import prepare_workers
-from bigtrain.models.backbone import Network, load_network, network_flops, save_network
-from bigtrain.models.flops import trained_flops
-from bigtrain.models.heads import Classifier
-from bigtrain.models.vit import Architecture, ViT
-from bigtrain.models.weights import LOCAL, save_vit
-from bigtrain.runtime import zero
-from bigtrain.runtime.config import Limits, RunSettings, check_ranges, print_if_asked, read_settings, user_errors
-from bigtrain.runtime.launch import check_launch
-from bigtrain.runtime.optim import HIGHEST_LR, decay_groups, follow, scaled_lr, schedule, set_schedule
+from bigtrain.models.names import LOCAL, check_network_name, check_source
+from bigtrain.runtime.exit import user_errors
+from bigtrain.runtime.launch import check_batch, check_launch, zero_stage
 from bigtrain.runtime.run_folder import RunFolder
-from bigtrain.runtime.start import Precision, choose_precision
-from bigtrain.runtime.watch import clock
-from recipes.network_settings import (
-    BatchNorm,
-    check_single_labels,
-    check_training,
-    class_numbers,
-    labels_of,
-    named_or_half,
-    prepare_batch_norm,
-    set_recompute,
-    with_batch_norm,
-    without_padding,
-)
-from recipes.run_setup import Setup, already_finished, check_batch
-from recipes.stage import Stage
+from bigtrain.runtime.settings import Limits, RunSettings, check_ranges, print_if_asked, read_settings
+from bigtrain.text import clock
+from recipes.network_settings import check_single_labels, labels_of, named_or_half
+
+if TYPE_CHECKING:  # what needs torch is imported where it is used, behind all mistakes that can be told without
+    from bigtrain.data.stream import Stream
+    from bigtrain.models.backbone import Network
+    from bigtrain.models.heads import Classifier
+    from recipes.run_setup import Setup
 
 LEAVES = {"pretrain": "teacher.safetensors"}  # of a ViT
 NETWORK = "network.safetensors"
@@ -108,7 +89,7 @@ class Config:
     crop_scale: tuple[float, float] = (0.25, 1.0)
     mirror: bool = True
     """Mirror half of the training pictures; not for letters."""
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Schedule = "cosine"
     layer_decay: float = 1.0
     """Each block's learning rate is that of the one behind it times this."""
     lr_batch: int = 0
@@ -146,12 +127,25 @@ def main(argv: list[str] | None = None) -> None:
         if not config.train or not config.run.out:
             raise ValueError("--train SHARDS and --out FOLDER are needed: what to train on, and where the run goes.")
         run = RunFolder(config.run.out, config)
-        if not already_finished(run):
-            pretrain(config, run)
+        if run.is_already_finished():
+            return
+        images = read_images(config)
+        check_settings(config)
+        pretrain(config, run, images)
 
 
-def pretrain(config: Config, run: RunFolder) -> None:
-    prepare_workers(config.run.workers, "recipes.pretrain")
+class Images(NamedTuple):
+    """The classes to learn, the images to learn them from, and those to report top-1 and top-5 on."""
+
+    classes: tuple[str, ...]
+    train: ShardSet
+    fitted_N: NDArray[np.int64]
+    held_out: ShardSet
+    held_out_N: NDArray[np.int64]
+
+
+def read_images(config: Config) -> Images:
+    """The shard sets, and which of their images are for what."""
     train = ShardSet(config.train)
     classes, fitted_N = chosen(config, train)
     held_out, held_out_N = train, fitted_N
@@ -168,6 +162,52 @@ def pretrain(config: Config, run: RunFolder) -> None:
         raise ValueError("nothing is held out to report top-1 on: give --val SHARDS, or a greater --validation-share.")
     for shard_set, sample_N in ((train, fitted_N), (held_out, held_out_N)):
         check_single_labels(shard_set, sample_N, classes)
+    return Images(classes, train, fitted_N, held_out, held_out_N)
+
+
+def check_settings(config: Config) -> None:
+    """Refuse settings that contradict each other, or that this launch or timm cannot follow."""
+    is_file = Path(config.model).suffix in LOCAL
+    if is_file and (config.patch_size or config.depth or config.pretrained):
+        raise ValueError(f"{config.model} knows its network: leave --patch-size, --depth and --pretrained out.")
+    if config.arch and not is_file:
+        raise ValueError("--arch is about a local file as --model: leave it out.")
+    check_source(config.model)
+    if config.arch:
+        check_network_name(config.arch)
+    check_batch(config.batch, config.run.accumulate)
+    check_launch()
+    if config.ema and zero_stage() == 3:
+        raise ValueError("--ema needs whole weights, which ZeRO-3 shares out: launch with zero2.yaml, or leave it out.")
+
+
+def pretrain(config: Config, run: RunFolder, images: Images) -> None:
+    prepare_workers(config.run.workers)
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    from bigtrain.data.pictures import jpeg_decoder
+    from bigtrain.data.views import RandomResizedCrop, Resized, to_float
+    from bigtrain.models.backbone import network_flops, save_network
+    from bigtrain.models.flops import trained_flops
+    from bigtrain.models.heads import Classifier
+    from bigtrain.models.vit import VisionTransformer, ViT
+    from bigtrain.models.weights import save_vit
+    from bigtrain.runtime.optim import decay_groups, follow, scaled_lr, schedule, set_schedule
+    from bigtrain.runtime.start import choose_precision
+    from recipes.run_setup import Setup
+    from recipes.stage import Stage
+    from recipes.trunk import (
+        check_training,
+        class_numbers,
+        prepare_batch_norm,
+        set_recompute,
+        with_batch_norm,
+        without_padding,
+    )
+
+    classes, train, fitted_N, held_out, held_out_N = images
     label_of = labels_of(classes)
 
     torch.manual_seed(config.seed)
@@ -182,10 +222,6 @@ def pretrain(config: Config, run: RunFolder) -> None:
     model = Classifier(trunk.requires_grad_(True), len(classes), config.pool)
     check_training(model.trunk, config.batch_norm, config.run)
     model = prepare_batch_norm(model, config.batch_norm)
-    check_batch(config.batch, config.run)
-    check_launch()
-    if config.ema and zero.stage_asked_for() == 3:
-        raise ValueError("--ema needs whole weights, which ZeRO-3 shares out: launch with zero2.yaml, or leave it out.")
     precision = run.resolved("precision") or choose_precision(config.precision, width)
     set_recompute(model.trunk, config.run)
     setup = Setup.begin(run, precision, LEAVES)
@@ -268,28 +304,31 @@ def chosen(config: Config, train: ShardSet) -> tuple[tuple[str, ...], NDArray[np
 
 def first_weights(config: Config) -> Network:
     """What training begins with."""
+    from bigtrain.models.backbone import load_network
+    from bigtrain.models.vit import Architecture
+
     if Path(config.model).suffix in LOCAL:
-        if config.patch_size or config.depth or config.pretrained:
-            raise ValueError(f"{config.model} knows its network: leave --patch-size, --depth and --pretrained out.")
         architecture = Architecture(config.arch, config.image_size) if config.arch else None
         return load_network(config.model, architecture, drop_path=config.drop_path)
-    if config.arch:
-        raise ValueError("--arch is about a local file as --model: leave it out.")
     architecture = Architecture(config.model, config.image_size, config.patch_size, config.depth)
     return load_network(config.model, architecture, pretrained=config.pretrained, drop_path=config.drop_path)
 
 
-@torch.no_grad()
 def accuracy(
     setup: Setup, model: Classifier, stream: Stream, label_of: dict[str, int], given: Network
 ) -> tuple[float, float, int]:
     """Top-1, top-5 and the number of images judged: whole pictures, each once over all ranks."""
+    import torch
+
+    from bigtrain.data.views import to_float
+    from recipes.trunk import class_numbers
+
     accelerator = setup.accelerator
     hits = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     for batch in stream.batches():
         batch = batch.to(accelerator.device)
         class_B = class_numbers(stream.shard_set, batch, label_of)
-        with setup.autocast():
+        with torch.no_grad(), setup.autocast():
             logits_BC = model(to_float(batch.views["image"], given.mean, given.std))
         hit_B5 = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == class_B[:, None]
         hit_B5 = hit_B5 & (batch.weight_B > 0)[:, None]

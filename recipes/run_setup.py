@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,18 +14,17 @@ from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 
 from bigtrain.data.pictures import jpeg_decoder
-from bigtrain.data.plan import Plan, check_divides
+from bigtrain.data.plan import Plan
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import Transform
 from bigtrain.models.flops import peak_flops
 from bigtrain.runtime import start
-from bigtrain.runtime.config import RunSettings, result_settings
 from bigtrain.runtime.heartbeat import Heartbeat
-from bigtrain.runtime.launch import world_size_of_launch
 from bigtrain.runtime.log import show_warnings
-from bigtrain.runtime.preempt import STOPPED_FILE, Stop
+from bigtrain.runtime.preempt import Stop
 from bigtrain.runtime.run_folder import RunFolder
+from bigtrain.runtime.settings import RunSettings, result_settings
 
 
 def check_alike(settings: Mapping[str, Any]) -> None:
@@ -39,17 +37,6 @@ def check_alike(settings: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"rank 0 and rank {rank} have different settings: {pairs}. Start all with the same command."
             )
-
-
-def check_batch(global_batch: int, settings: RunSettings) -> None:
-    """Refuse a batch that does not divide among the launched processes, and each one's parts."""
-    share = global_batch // check_divides(global_batch, world_size_of_launch())
-    if share % settings.accumulate:
-        allowed = [str(parts) for parts in range(1, share + 1) if share % parts == 0]
-        raise ValueError(
-            f"--accumulate {settings.accumulate} does not divide each process's share of a batch, {share} images: use "
-            f"{', '.join(allowed[:-1])}{' or ' if allowed[:-1] else ''}{allowed[-1]}."
-        )
 
 
 @dataclass(frozen=True)
@@ -120,16 +107,6 @@ class Setup:
             return self.settings.peak_tflops * 1e12
         on_gpu = self.accelerator.device.type == "cuda"
         return peak_flops(torch.cuda.get_device_name(), self.precision) if on_gpu else None
-
-
-def already_finished(run: RunFolder) -> bool:
-    """Refuse a folder of another run; say so, once, if this one is finished."""
-    run.check()
-    if os.environ.get("RANK", "0") == "0":
-        (run / STOPPED_FILE).unlink(missing_ok=True)  # it is about an earlier start
-        if run.finished:
-            print(f"this run is finished, nothing to do: see {run.path}")
-    return run.finished
 
 
 def tracker_options(run: RunFolder) -> dict[str, dict[str, Any]]:

@@ -12,37 +12,34 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from bigtrain.data.pictures import jpeg_decoder
+from bigtrain.choices import Overlap
 from bigtrain.data.protocol import seeded_choice
 from bigtrain.data.workers import prepare_workers
-from bigtrain.detectors.contract import checked
-from bigtrain.detectors.neighbours import pixel_features
-from bigtrain.detectors.network import NetworkDetector, Scoring
-from bigtrain.detectors.signatures import Overlap, Signatures
-from bigtrain.evaluation.judge import judge
-from bigtrain.evaluation.signatures import write_signatures
-from bigtrain.runtime.config import Limits, check_ranges, print_if_asked, read_settings, result_settings, user_errors
+from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.launch import check_launch
 from bigtrain.runtime.run_folder import RunFolder
-from bigtrain.runtime.start import choose_precision
-from bigtrain.runtime.watch import clock
+from bigtrain.runtime.settings import Limits, check_ranges, print_if_asked, read_settings, result_settings
+from bigtrain.text import clock
 from recipes.network_settings import (
     NETWORK_LIMITS,
     Data,
     NetworkConfig,
+    check_names,
     check_settings,
     check_single_labels,
-    class_numbers,
     labels_of,
     read_data,
-    read_network,
 )
-from recipes.run_setup import Setup, already_finished
+
+if TYPE_CHECKING:  # what needs torch is imported where it is used, behind all mistakes that can be told without
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from bigtrain.data.views import CentreCrop
+    from bigtrain.detectors.network import NetworkDetector
+    from recipes.run_setup import Setup
 
 
 @dataclass(frozen=True)
@@ -68,16 +65,27 @@ def main(argv: list[str] | None = None) -> None:
         check_settings(config)
         check_launch()
         run = RunFolder(config.run.out, config)
-        if not already_finished(run):
-            signatures(config, run)
+        if run.is_already_finished():
+            return
+        data = read_data(config)
+        check_single_labels(data.train, data.parts.fitted_N, data.protocol.known)
+        check_names(config)
+        signatures(config, run, data)
 
 
-def signatures(config: Config, run: RunFolder) -> None:
+def signatures(config: Config, run: RunFolder, data: Data) -> None:
     began = time.monotonic()
-    prepare_workers(config.run.workers, "recipes.signatures")
-    data = read_data(config)
-    parts = data.parts
-    check_single_labels(data.train, parts.fitted_N, data.protocol.known)
+    prepare_workers(config.run.workers)
+    from bigtrain.data.pictures import jpeg_decoder
+    from bigtrain.data.views import CentreCrop
+    from bigtrain.detectors.neighbours import pixel_features
+    from bigtrain.detectors.network import NetworkDetector, Scoring
+    from bigtrain.detectors.signatures import Signatures
+    from bigtrain.runtime.start import choose_precision
+    from recipes.run_setup import Setup
+    from recipes.trunk import read_network
+
+    parts, views = data.parts, CentreCrop(config.image_size, config.resize)
     network = read_network(config)
     precision = run.resolved("precision") or choose_precision(config.precision, width=0)
     scoring = Scoring(
@@ -94,9 +102,13 @@ def signatures(config: Config, run: RunFolder) -> None:
         f"{config.layer or 'before the classifier'}; {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, precision {precision}, JPEGs by {jpeg_decoder()}"
     )
-    mean_CD = class_means(setup, data, parts.fitted_N, detector, config.score_batch)
+    mean_CD = class_means(setup, data, views, detector, config.score_batch)
     fitted = Signatures(config.share, config.overlap).from_means(mean_CD, list(data.protocol.known))
     detector = NetworkDetector(network, fitted, scoring)
+
+    from bigtrain.evaluation.judge import judge
+    from bigtrain.evaluation.signatures import write_signatures
+
     bank_N = seeded_choice(parts.fitted_N, config.neighbours_bank, config.seed)
     results = judge(
         run.path,
@@ -104,11 +116,11 @@ def signatures(config: Config, run: RunFolder) -> None:
         detector,
         method="extreme value signatures",
         protocol=data.protocol,
-        test=setup.in_order(data.test, parts.test_N, data.view, config.score_batch),
-        held_out=setup.in_order(data.train, parts.held_out_N, data.view, config.score_batch)
+        test=setup.in_order(data.test, parts.test_N, views, config.score_batch),
+        held_out=setup.in_order(data.train, parts.held_out_N, views, config.score_batch)
         if len(parts.held_out_N)
         else None,
-        bank=setup.in_order(data.train, bank_N, data.view, config.score_batch),
+        bank=setup.in_order(data.train, bank_N, views, config.score_batch),
         plain={"pixels": pixel_features, "the same features": detector.outputs},
         settings=result_settings(config),
         seed=config.seed,
@@ -118,7 +130,7 @@ def signatures(config: Config, run: RunFolder) -> None:
         run / "signatures.html",
         accelerator,
         fitted,
-        setup.in_order(data.train, bank_N, data.view, config.score_batch),
+        setup.in_order(data.train, bank_N, views, config.score_batch),
         detector.outputs,
     )
     if accelerator.is_main_process:
@@ -133,11 +145,17 @@ def signatures(config: Config, run: RunFolder) -> None:
 
 
 def class_means(
-    setup: Setup, data: Data, sample_N: NDArray[np.int64], detector: NetworkDetector, batch: int
+    setup: Setup, data: Data, views: CentreCrop, detector: NetworkDetector, batch: int
 ) -> NDArray[np.float64]:
     """The mean features of each known class, (C, D), from one pass over its images, shared among the processes."""
+    import torch
+
+    from bigtrain.detectors.contract import checked
+    from recipes.trunk import class_numbers
+
+    sample_N = data.parts.fitted_N
     device, label_of = setup.accelerator.device, labels_of(data.protocol.known)
-    stream = setup.in_order(data.train, sample_N, data.view, batch)
+    stream = setup.in_order(data.train, sample_N, views, batch)
     sum_CD = torch.zeros(0)
     count_C = torch.zeros(len(label_of), dtype=torch.float64, device=device)
     for part in stream.batches():

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigtrain.runtime.watch import Follower, clean, clock
+from bigtrain.runtime.watch import Follower
+from bigtrain.text import clean, clock
 from slurm import jobs
 from slurm.history import FOLDER, JOB_FILE, RESULTS_FILE, Job, events, is_alive
 

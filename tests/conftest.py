@@ -1,8 +1,21 @@
-"""For all tests: no test fails for being slow; servers on loopback."""
+"""For all tests: where fixtures are, how long a test may take, and that no property test fails for being slow."""
 
+import pytest
 from hypothesis import settings
 
-from tests.servers import faulty, nginx, s3, s3_server  # noqa: F401 (fixtures)
+pytest_plugins = ["tests.fixtures", "tests.hand_made", "tests.servers"]
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+LIMIT_S = {"slow": 3600, "slurm": 900, "gpu": 600}  # of the others: pyproject.toml
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-golden", action="store_true", help="write tests/golden/ anew from this code")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        limits = [limit for marker, limit in LIMIT_S.items() if item.get_closest_marker(marker)]
+        if limits and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(max(limits)))

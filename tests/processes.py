@@ -36,3 +36,21 @@ class Family:
         for pid in self.alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+
+def left_in_session(session, wait_s):
+    """The processes of a session that have not ended within so many seconds."""
+    until = time.monotonic() + wait_s
+    while (left := in_session(session)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return left
+
+
+def in_session(session):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, own_session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(own_session) == session and state != "Z":
+                found.append(int(path.parent.name))
+    return found

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.launching import ENVIRONMENT
+
 TOP = Path(__file__).parents[1]
 OURS = ("bigtrain", "recipes", "shards", "slurm")
 FILES = {str(f.relative_to(TOP)): f for top in OURS for f in sorted((TOP / top).rglob("*.py"))}
-ALL = ["bigtrain.data", "bigtrain.models", "bigtrain.objectives", "bigtrain.detectors", "bigtrain.runtime"]
+GROUND = ["bigtrain.choices", "bigtrain.text"]
+ALL = [*GROUND, "bigtrain.data", "bigtrain.models", "bigtrain.objectives", "bigtrain.detectors", "bigtrain.runtime"]
 ALL += ["bigtrain.evaluation"]
 MAY_IMPORT = {  # beside itself
     "recipes": ALL,
@@ -23,6 +26,7 @@ MAY_IMPORT = {  # beside itself
         "bigtrain.runtime.watch",
     ],
     "bigtrain.detectors": ["bigtrain.data", "bigtrain.models", "bigtrain.objectives"],
+    "bigtrain.runtime": ["bigtrain.data"],
     "bigtrain.evaluation": ["bigtrain.data", "bigtrain.objectives", "bigtrain.detectors"],
 }
 
@@ -43,7 +47,7 @@ def imported(file):
 def test_imports_point_one_way(file):
     here = file.relative_to(TOP).parts
     itself = here[0] if here[0] != "bigtrain" else ".".join(here[:2])
-    allowed = ALL if itself.endswith(".py") else [itself, *MAY_IMPORT.get(itself, [])]  # bigtrain/cli.py is the face
+    allowed = ALL if itself.endswith(".py") else [itself, *GROUND, *MAY_IMPORT.get(itself, [])]  # cli.py is the face
     for name in imported(file):
         is_allowed = any(f"{name}.".startswith(f"{a}.") or f"{a}.".startswith(f"{name}.") for a in allowed)
         assert is_allowed or name.split(".")[0] not in OURS, f"{file} imports {name}"
@@ -61,3 +65,80 @@ def test_no_module_is_named_after_one_of_the_standard_library():
 def test_import_bigtrain_is_cheap():
     code = "import sys, bigtrain, bigtrain.data.schema; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=TOP).returncode == 0
+
+
+HEAVY = {"torch", "torch._dynamo", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "xformers"}
+HEAVY |= {"sklearn", "scipy", "pandas", "tensorboard", "wandb", "numpy", "pyarrow", "PIL", "jinja2", "rich", "tyro"}
+SETTINGS = {"numpy", "pyarrow", "tyro", "rich"}
+NETWORK = {*SETTINGS, "torch", "torchvision", "timm", "accelerate", "webdataset", "tensorboard", "PIL"}
+RECIPES = ("defend", "deep_novelty", "pretrain", "signatures", "baselines")
+COMMANDS = {  # command -> what it may import
+    "bigtrain/cli.py --help": set(),
+    "bigtrain/cli.py watch --once nowhere": {"rich"},
+    "shards/__main__.py --help": {"numpy", "pyarrow", "PIL", "jinja2"},
+    "slurm/cli.py --help": {"numpy", "pyarrow", "rich"},
+    **{f"recipes/{name}.py --help": SETTINGS for name in RECIPES},
+    **{f"recipes/{name}.py --print-config": SETTINGS for name in RECIPES},
+    "recipes/defend.py --nonsense": SETTINGS,
+    "recipes/defend.py --seed -1": SETTINGS,
+    "recipes/defend.py --train nowhere --test nowhere --known a --out new": SETTINGS,
+    "recipes/defend.py --train SHARDS --test SHARDS --known cat --out new": SETTINGS,
+    "recipes/defend.py --train SHARDS --test SHARDS --known bag --out new --teacher vit_enormous": SETTINGS,
+    "recipes/defend.py --train SHARDS --test SHARDS --known bag --out new --teacher none.safetensors": SETTINGS,
+    "recipes/baselines.py --train SHARDS --known bag --out new --detectors forest": SETTINGS,
+    "recipes/baselines.py --train SHARDS --known bag --out new --network resnet5000": SETTINGS,
+    "recipes/deep_novelty.py --train SHARDS --known bag coat --reference SHARDS --out new --accumulate 3": SETTINGS,
+    "recipes/pretrain.py --train SHARDS --out new --model resnet5000": SETTINGS,
+    "recipes/defend.py --train SHARDS --test SHARDS --known bag --out RUN": SETTINGS,  # a run of other settings
+    "recipes/defend.py --train SHARDS --test SHARDS --known bag --out new --teacher TEACHER --tuned-blocks 99": NETWORK,
+    "recipes/signatures.py --train SHARDS --known bag --out new --network resnet18 --no-pretrained --layer x": NETWORK,
+}
+TELLS = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit:
+    pass
+print("\\nimported", *sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def places(shards, teacher, tmp_path_factory):
+    """What stands for the words in capitals."""
+    run = tmp_path_factory.mktemp("imports") / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"settings": {}}')
+    return {"SHARDS": shards / "train", "TEACHER": teacher, "RUN": run}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_imports_of(command, places, tmp_path):
+    """Help, settings and mistakes are answered without torch, mistakes of a network without what trains and judges."""
+    words = [str(places.get(word, word)) for word in command.split()]
+    line = [sys.executable, "-c", TELLS, str(TOP / words[0]), *words[1:]]
+    done = subprocess.run(
+        line, cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(TOP)}, capture_output=True, text=True
+    )
+    imported_modules = set(done.stdout.splitlines()[-1].split())
+    assert "imported" in imported_modules, done.stderr
+    assert not (HEAVY & imported_modules) - COMMANDS[command], done.stdout + done.stderr
+    if not command.endswith(("--help", "--print-config")):
+        assert "error" in done.stderr or "Unrecognized" in done.stderr, done.stderr
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_stream_worker_imports_no_recipe_and_no_network():
+    """What reads and decodes needs torch for its tensors and nothing that trains, judges or builds networks."""
+    code = "import sys, bigtrain.data.stream; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=TOP, env=ENVIRONMENT, capture_output=True, text=True)
+    names = {"torchvision", "timm", "accelerate", "sklearn", "scipy", "pandas", "torch._dynamo", "recipes.defend"}
+    assert "torch" in done.stdout.split() and not names & set(done.stdout.split())
+
+
+def test_load_detector_imports_no_detector_but_its_own():
+    """scikit-learn and scipy are for the classical ones."""
+    code = "import sys, bigtrain.detectors.distillation, bigtrain.detectors.network; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=TOP, env=ENVIRONMENT, capture_output=True, text=True)
+    assert "timm" in done.stdout.split() and not {"sklearn", "scipy", "pandas", "wandb"} & set(done.stdout.split())

@@ -5,12 +5,11 @@ One polarity: `visible` is True where the student sees.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Keep = Literal["attended", "unattended", "random"]
+from bigtrain.choices import Keep
+
 FLOOR = 1e-6  # in half precision attention reaches 0, and a patch must never be impossible to draw
 
 

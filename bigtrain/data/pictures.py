@@ -16,7 +16,6 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-import torchvision.io
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -112,6 +111,8 @@ def _by_simplejpeg(payload: bytes, reduce: int) -> Pixels:
 
 def _by_torchvision(payload: bytes, reduce: int) -> Pixels:
     """It decodes at full size only."""
+    import torchvision.io
+
     data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     return torchvision.io.decode_jpeg(data, mode=torchvision.io.ImageReadMode.RGB).permute(1, 2, 0).numpy()
 

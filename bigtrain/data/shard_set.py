@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,9 +51,9 @@ class ShardSet:
                 f"again with `bigtrain-shards index {url}`."
             )
         self._key_N = table["key"]  # in chunks: a single array of strings holds 2 GiB at most
-        self.shard_N: NDArray[np.int32] = table["shard"].to_numpy()
-        self._offset_N = table["image_offset"].to_numpy()
-        self._size_N = table["image_size"].to_numpy()
+        self.shard_N: NDArray[np.int32] = _numbers(table["shard"])
+        self._offset_N = _numbers(table["image_offset"])
+        self._size_N = _numbers(table["image_size"])
         self._class_start_N, self._class_of_object, self._class_names = _encoded(table["classes"])
         self._reader = self.reader()
         self._check_sizes()
@@ -185,8 +186,13 @@ def _all_within(column: pa.ChunkedArray, low: int, high: int) -> bool:
     return found["min"] is None or (low <= found["min"] and found["max"] <= high)
 
 
+def _numbers(column: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
+    """A column without gaps as an array; pyarrow's own `to_numpy` would import pandas, where there is one, first."""
+    return np.from_dlpack(column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column)
+
+
 def _encoded(classes: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[np.int32], list[str]]:
     """Lists of names as numbers: where each list starts (and the last ends), the numbers in them, the names."""
-    count_N = pc.fill_null(pc.list_value_length(classes), 0).to_numpy()
+    count_N = _numbers(pc.fill_null(pc.list_value_length(classes), 0))
     names = pc.list_flatten(classes).dictionary_encode().combine_chunks()
-    return np.concatenate([[0], np.cumsum(count_N)]), names.indices.to_numpy(), names.dictionary.to_pylist()
+    return np.concatenate([[0], np.cumsum(count_N)]), _numbers(names.indices), names.dictionary.to_pylist()

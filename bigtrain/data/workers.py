@@ -31,14 +31,14 @@ def worker_context(*preload: str) -> multiprocessing.context.BaseContext:
     return context
 
 
-def prepare_workers(workers: int, script: str) -> None:
+def prepare_workers(workers: int) -> None:
     """Start their server before anything slow is done here, so that it imports torch meanwhile.
 
-    Args:
-        script: the module that was started, by its name: each worker imports it, and finds there what it needs.
+    Each worker also imports the script that was started, as Python's `multiprocessing` has it: a script whose imports
+    are cheap costs it nothing.
     """
     if workers:
-        worker_context("bigtrain.data.stream", script)
+        worker_context("bigtrain.data.stream")
 
 
 def start_worker(worker: int) -> None:

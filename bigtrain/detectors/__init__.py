@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bigtrain.detectors.distillation import DistillationDetector
-from bigtrain.detectors.network import NetworkDetector
-from bigtrain.detectors.saved import ImageDetector
+if TYPE_CHECKING:
+    from bigtrain.detectors.saved import ImageDetector
 
-DETECTORS: dict[str, type[ImageDetector]] = {kind.method: kind for kind in (DistillationDetector, NetworkDetector)}
 DETECTOR_FILE = "detector.json"
 
 
@@ -19,10 +18,14 @@ def load_detector(path: str | Path, *, device: str | None = None) -> ImageDetect
     Raises:
         ValueError: the folder holds no detector, or one of a method this bigtrain lacks.
     """
+    from bigtrain.detectors.distillation import DistillationDetector
+    from bigtrain.detectors.network import NetworkDetector
+
+    kinds: dict[str, type[ImageDetector]] = {kind.method: kind for kind in (DistillationDetector, NetworkDetector)}
     file = Path(path) / DETECTOR_FILE
     if not file.is_file():
         raise ValueError(f"{path} holds no {DETECTOR_FILE}: give the folder `detector` of a finished run.")
     method = json.loads(file.read_text()).get("method")
-    if method not in DETECTORS:
-        raise ValueError(f"{file} is of method {method!r}; this bigtrain loads {', '.join(DETECTORS)}.")
-    return DETECTORS[method].load(Path(path), device=device)
+    if method not in kinds:
+        raise ValueError(f"{file} is of method {method!r}; this bigtrain loads {', '.join(kinds)}.")
+    return kinds[method].load(Path(path), device=device)

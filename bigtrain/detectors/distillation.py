@@ -12,12 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bigtrain.choices import Backend, Distance, Normalisation
 from bigtrain.data.views import Resized, to_float
 from bigtrain.detectors import saved
 from bigtrain.detectors.saved import Given, ImageDetector, Scored, chosen_device, read_record
-from bigtrain.models.attention import Backend
 from bigtrain.models.weights import Pretrained, load_vit, save_vit
-from bigtrain.objectives.losses import Distance, Normalisation
 from bigtrain.objectives.scores import distillation_score
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch.nn.functional as F
-from sklearn.neighbors import NearestNeighbors as Index
 from torch import Tensor
 
 from bigtrain.data.views import to_float
@@ -26,6 +25,8 @@ class NearestNeighbours(FeatureDetector):
         self.known_ND_ = features_ND
 
     def _score(self, features_ND: Floats) -> Floats:
+        from sklearn.neighbors import NearestNeighbors as Index
+
         index = Index(n_neighbors=min(self.neighbours, len(self.known_ND_)), algorithm="brute").fit(self.known_ND_)
         distance_NK, _ = index.kneighbors(features_ND)
         return np.square(distance_NK).sum(axis=1)

@@ -15,29 +15,11 @@ from torch import Tensor
 
 from bigtrain.data.views import CentreCrop, to_float
 from bigtrain.detectors import saved
+from bigtrain.detectors.catalogue import detector_class, name_of
 from bigtrain.detectors.contract import FeatureDetector
-from bigtrain.detectors.gaussian import GaussianMixture, Mahalanobis
-from bigtrain.detectors.knfst import KNFST, LocalKNFST
-from bigtrain.detectors.logits import MaxLogit, MaxSoftmax
-from bigtrain.detectors.neighbours import NearestNeighbours
-from bigtrain.detectors.one_class import SVDD, OneClassSVM
-from bigtrain.detectors.openmax import OpenMax
 from bigtrain.detectors.saved import ImageDetector, Scored, chosen_device, read_record
-from bigtrain.detectors.signatures import Signatures
 from bigtrain.models.backbone import Layer, Network, load_network, save_network
 from bigtrain.models.weights import save_tensors
-
-ON_FEATURES: dict[str, type[FeatureDetector]] = {
-    "nearest neighbours": NearestNeighbours,
-    "one-class SVM": OneClassSVM,
-    "SVDD": SVDD,
-    "KNFST": KNFST,
-    "local KNFST": LocalKNFST,
-    "K-extremes": Signatures,
-    "Mahalanobis": Mahalanobis,
-    "Gaussian mixture": GaussianMixture,
-}
-ON_LOGITS: dict[str, type[FeatureDetector]] = {"max logit": MaxLogit, "max softmax": MaxSoftmax, "OpenMax": OpenMax}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +90,11 @@ class NetworkDetector(ImageDetector):
 
 def state_of(detector: FeatureDetector) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A fitted detector as JSON and arrays: what its constructor was given, and what it has learned."""
-    (name,) = [name for name, kind in (ON_FEATURES | ON_LOGITS).items() if kind is type(detector)]
     values = vars(detector)
     learned = {key: value for key, value in values.items() if key.endswith("_")}
     arrays = {k: np.ascontiguousarray(v) for k, v in learned.items() if isinstance(v, np.ndarray) and k != "classes_"}
     about = {
-        "name": name,
+        "name": name_of(detector),
         "options": {key: value for key, value in values.items() if not key.endswith("_")},
         "learned": {k: v for k, v in learned.items() if not isinstance(v, np.ndarray)}
         | ({"classes_": detector.classes_.tolist()} if "classes_" in learned else {}),
@@ -123,7 +104,7 @@ def state_of(detector: FeatureDetector) -> tuple[dict[str, Any], dict[str, np.nd
 
 def with_state(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> FeatureDetector:
     """The detector that `state_of` wrote down."""
-    detector = (ON_FEATURES | ON_LOGITS)[about["name"]](**about["options"])
+    detector = detector_class(about["name"])(**about["options"])
     for name, value in (about["learned"] | arrays).items():
         setattr(detector, name, np.asarray(value) if name == "classes_" else value)
     return detector

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from bigtrain.choices import Chosen
 from bigtrain.data.pictures import Picture
 from bigtrain.data.views import Transform
-from bigtrain.models.attention import Precision, torch_dtype
+from bigtrain.models.attention import torch_dtype
 
 Given = Image.Image | NDArray[np.uint8] | str | Path  # a picture, open or in a file
 
@@ -27,7 +28,7 @@ class Scoring:
     """How a detector turns a picture into a score; kept in detector.json."""
 
     image_size: int
-    precision: Precision
+    precision: Chosen
     batch: int
     """Images a forward pass. Short batches are filled up: a kernel's rounding can depend on the batch's shape."""
     threshold: float | None = None

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from bigtrain.choices import Overlap
 from bigtrain.detectors.contract import FeatureDetector, Floats, Ints, class_means
 from bigtrain.objectives.scores import signature_cosine_novelty, signature_novelty, strongest
-
-Overlap = Literal["share", "weighted", "cosine"]
 
 
 class Signatures(FeatureDetector):

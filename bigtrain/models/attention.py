@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Runs = tuple[tuple[int, int], ...]
-Backend = Literal["auto", "xformers", "sdpa", "dense"]
+from bigtrain.choices import Backend, Chosen
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Runs = tuple[tuple[int, int], ...]
+
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _xformers_has_kernels() -> bool:
     return not problem
 
 
-def torch_dtype(precision: Precision) -> torch.dtype:
+def torch_dtype(precision: Chosen) -> torch.dtype:
     """What autocast computes in."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 

@@ -11,19 +11,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torchvision
-from timm.models import create_feature_extractor
-from timm.models._features_fx import get_graph_node_names
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+from bigtrain.models.hub import released_weights
+from bigtrain.models.lean_timm import timm, torchvision
+from bigtrain.models.names import ALEXNET, LOCAL, check_network_name, check_source
 from bigtrain.models.vit import Architecture
-from bigtrain.models.weights import LOCAL, load_matching, read_tensors, read_weights, resample_positions, save_tensors
+from bigtrain.models.weights import load_matching, read_tensors, read_weights, resample_positions, save_tensors
 
-ALEXNET = "alexnet"  # the one network of the papers that timm lacks
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -56,9 +54,7 @@ def build_trunk(architecture: Architecture, *, drop_path: float = 0.0) -> nn.Mod
         net = torchvision.models.alexnet()
         net.classifier[-1] = nn.Identity()
         return net
-    if not timm.is_model(name):
-        near = ", ".join([*timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]]) or "resnet50, vgg16"
-        raise ValueError(f"timm has no model {name!r}; near it: {near}; {ALEXNET} is torchvision's.")
+    check_network_name(name)
     if name.startswith(("vit_", "deit")):
         return architecture.build(drop_path=drop_path)
     if architecture.patch_size or architecture.depth:
@@ -120,8 +116,7 @@ def save_network(path: Path, network: Network, dtype: torch.dtype = torch.float3
 
 
 def _from_file(path: Path, architecture: Architecture | None, drop_path: float) -> Network:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a file of weights ({', '.join(LOCAL)}) or a timm name.")
+    check_source(str(path))
     state, about = read_tensors(path) if path.suffix == ".safetensors" else (read_weights(path), {})
     if about:
         try:
@@ -156,11 +151,8 @@ def _from_hub(architecture: Architecture, pretrained: bool, drop_path: float) ->
     if not pretrained:
         return Network(trunk, architecture, mean, std, report="random weights")
     try:
-        if name == ALEXNET:
-            loaded = torchvision.models.alexnet(weights="DEFAULT").state_dict()
-        else:
-            loaded = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-    except Exception as error:  # the hub's client, the network and timm each have errors of their own
+        loaded = released_weights(name)
+    except Exception as error:  # of many kinds
         raise ValueError(
             f"the weights of {name!r} cannot be had ({type(error).__name__}): check the name and the network, give a "
             f"local file ({', '.join(LOCAL)}) with --arch, or begin with random weights (--no-pretrained)."
@@ -200,7 +192,7 @@ class Layer(nn.Module):
             raise ValueError(f"the network has no layer {layer!r}; it has {', '.join(names)}.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that training would trace another graph
-            extractor = create_feature_extractor(trunk.eval(), {layer: "features"})
+            extractor = timm.models.create_feature_extractor(trunk.eval(), {layer: "features"})
         self.net = nn.Sequential(extractor, _Only("features"))
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
@@ -223,7 +215,7 @@ def layers_of(trunk: nn.Module) -> list[str]:
     """The layers that `Layer` can take, in the order of the network."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, nodes = get_graph_node_names(trunk.eval())
+        _, nodes = timm.models._features_fx.get_graph_node_names(trunk.eval())
     modules = dict(trunk.named_modules())
     names: dict[str, None] = {}
     for node in nodes[1:]:  # the first is the picture

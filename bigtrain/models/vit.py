@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import timm
+from bigtrain.models.lean_timm import timm  # isort: skip  # first, for what follows is timm's
+
 import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bigtrain.models.attention import Backend, Runs, attention
+from bigtrain.choices import Backend
+from bigtrain.models.attention import Runs, attention
+from bigtrain.models.names import check_vit_name
 
 
 class Encoded(NamedTuple):
@@ -43,9 +46,7 @@ class Architecture:
         Raises:
             ValueError: timm has no such model, or it is no plain ViT.
         """
-        if not timm.is_model(self.model):
-            near = ", ".join(timm.list_models(f"*{self.model.split('.')[0][:12]}*")[:5]) or "vit_base_patch16_224"
-            raise ValueError(f"timm has no model {self.model!r}; near it: {near}.")
+        check_vit_name(self.model)
         given: dict[str, Any] = {"img_size": self.image_size, "patch_size": self.patch_size, "depth": self.depth}
         given = {name: value for name, value in given.items() if value}
         refusal = f"{self.model} is no plain vision transformer: take a timm model vit_*, such as vit_base_patch16_224."

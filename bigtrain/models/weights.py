@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from bigtrain.models.attention import Backend
+from bigtrain.choices import Backend
+from bigtrain.models.hub import released_weights
+from bigtrain.models.lean_timm import timm
+from bigtrain.models.names import LOCAL, check_source
 from bigtrain.models.vit import Architecture, ViT
 
 ABOUT = "bigtrain"  # key of the metadata
 CLASSIFIER = re.compile(r"(head|head_dist|pre_logits|fc_norm|attn_pool)(\.|$)")
-LOCAL = (".safetensors", ".pth", ".pt", ".npz")
 AUGREG_MEAN = AUGREG_STD = (0.5, 0.5, 0.5)
 
 
@@ -144,8 +144,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _from_file(source: str, architecture: Architecture | None, attention: Backend) -> Pretrained:
     path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a file of weights ({', '.join(LOCAL)}) or a timm name.")
+    check_source(source)
     mean: tuple[float, ...] = AUGREG_MEAN
     std: tuple[float, ...] = AUGREG_STD
     about: dict[str, Any] = {}
@@ -176,13 +175,13 @@ def _from_hub(name: str, architecture: Architecture | None, attention: Backend) 
     vit = ViT(architecture.build(), attention=attention)
     config: Any = vit.backbone.pretrained_cfg
     try:
-        loaded = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
-    except Exception as error:  # the hub's client, the network and timm each have errors of their own
+        loaded = released_weights(name, dynamic_img_size=True)
+    except Exception as error:  # of many kinds
         raise ValueError(
             f"the weights of {name!r} cannot be had ({type(error).__name__}): check the name and the network, or give "
             f"a local file ({', '.join(LOCAL)}) as --teacher; recipes/pretrain.py trains one."
         ) from error
-    report = load_matching(vit.backbone, loaded.state_dict(), name)
+    report = load_matching(vit.backbone, loaded, name)
     return Pretrained(vit, architecture, tuple(config["mean"]), tuple(config["std"]), report)
 
 
@@ -219,7 +218,7 @@ def resample_positions(state: dict[str, Tensor], net: nn.Module) -> dict[str, Te
     if side**2 != given.shape[1] - prefix:
         return state
     grid = list(vit.patch_embed.grid_size)
-    resampled = resample_abs_pos_embed(given.float(), grid, [side, side], num_prefix_tokens=prefix)
+    resampled = timm.layers.resample_abs_pos_embed(given.float(), grid, [side, side], num_prefix_tokens=prefix)
     return {**state, "pos_embed": resampled}
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
-import torchvision  # noqa: F401  # for its operations, in torch.ops
 from torch import Tensor
 
-Normalisation = Literal["l2", "layer", "none"]
-Distance = Literal["squared", "smooth_l1"]
+from bigtrain.choices import Distance, Normalisation
 
 
 def align_to_crops(assignment_BhwK: Tensor, box_BV4: Tensor, *, patch_size: int, grid: tuple[int, int]) -> Tensor:
@@ -28,6 +24,8 @@ def align_to_crops(assignment_BhwK: Tensor, box_BV4: Tensor, *, patch_size: int,
     Returns:
         target_BVMK: M = height x width patches of each of V crops; rows of sum 1 stay so.
     """
+    import torchvision  # noqa: F401  # for its operation, in torch.ops
+
     crops = box_BV4.shape[1]
     top, left, bottom, right = box_BV4.float().unbind(-1)
     image_BV = torch.arange(len(box_BV4), device=box_BV4.device)[:, None].expand(-1, crops)

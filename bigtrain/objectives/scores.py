@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigtrain.objectives.losses import Distance, Normalisation, patch_distance
+from bigtrain.choices import Distance, Normalisation
+from bigtrain.objectives.losses import patch_distance
 
 
 def distillation_score(

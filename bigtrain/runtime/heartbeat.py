@@ -17,13 +17,12 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from typing import Any
-
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from torch.distributed import TCPStore
+from typing import TYPE_CHECKING, Any
 
 from bigtrain.runtime.exit_codes import LOST
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 VERDICT = "verdict"
 OF_COLLECTIVES = re.compile(r"connection|peer|gloo|nccl|timed out|timeout|process group", re.IGNORECASE)
@@ -49,6 +48,9 @@ class Heartbeat:
         Heartbeat.current = self
         if self.ranks == 1:
             return
+        from accelerate.utils import broadcast_object_list  # here: what ends a process imports this module
+        from torch.distributed import TCPStore
+
         address, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=max(10.0, 10 * beat_s))
         port = [0]
         if self.rank == 0:

@@ -8,10 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-from accelerate.commands.launch import launch_command_parser
-
-from bigtrain.runtime import zero
+from bigtrain.data.plan import check_divides
 
 PARENT = os.getppid()
 PR_SET_PDEATHSIG = 1
@@ -41,11 +38,20 @@ def processes_asked_for() -> int:
     """How many processes accelerate was told to start; 1 where it was not told."""
     if (arguments := arguments_of_accelerate()) is None:
         return 1
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
     told, _ = launch_command_parser().parse_known_args(arguments)
     has_default = Path(default_config_file).is_file() and not told.cpu
     if told.num_processes is None and (told.config_file or has_default):
         told.num_processes = load_config_from_file(told.config_file).num_processes
     return told.num_processes or 1
+
+
+def zero_stage() -> int:
+    """The stage of DeepSpeed ZeRO that the launcher's configuration asks for; 0: none."""
+    is_asked_for = is_on("ACCELERATE_USE_DEEPSPEED")
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if is_asked_for else 0
 
 
 def check_launch() -> None:
@@ -70,15 +76,26 @@ def check_launch() -> None:
             "this launch asks for FSDP, which is not supported (on CPUs Accelerate would silently run DDP): to share "
             "weights among processes launch with recipes/accelerate/zero3.yaml."
         )
-    if zero.asked_for() and is_on("ACCELERATE_USE_CPU"):
+    if zero_stage() and is_on("ACCELERATE_USE_CPU"):
         raise ValueError(
             "this launch asks for DeepSpeed and for ACCELERATE_USE_CPU (or --cpu), which would silently turn DeepSpeed "
             "off: leave the latter out; without a GPU DeepSpeed runs on the CPU by itself."
         )
-    if zero.asked_for() and "WORLD_SIZE" not in os.environ:
+    if zero_stage() and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "this launch asks for DeepSpeed and started no process group: launch with `accelerate launch "
             "--config_file recipes/accelerate/zero2.yaml RECIPE`."
+        )
+
+
+def check_batch(global_batch: int, accumulate: int) -> None:
+    """Refuse a batch that does not divide among the launched processes, and each one's parts."""
+    share = global_batch // check_divides(global_batch, world_size_of_launch())
+    if share % accumulate:
+        allowed = [str(parts) for parts in range(1, share + 1) if share % parts == 0]
+        raise ValueError(
+            f"--accumulate {accumulate} does not divide each process's share of a batch, {share} images: use "
+            f"{', '.join(allowed[:-1])}{' or ' if allowed[:-1] else ''}{allowed[-1]}."
         )
 
 

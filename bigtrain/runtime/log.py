@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from bigtrain.runtime.watch import clean, clock, shown
+from bigtrain.runtime.watch import shown
+from bigtrain.text import clean, clock
 
 LINE_EVERY_S = 10.0  # without a terminal
 EVENTS = ("started", "saved", "stopped", "step skipped", "failed", "finished")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import torch
 from torch import nn
 
-HIGHEST_LR = 1e30
-"""Beyond it the optimizer's own arithmetic leaves fp32."""
+from bigtrain.choices import Schedule
 
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:patch_embed|pos_embed|cls_token|reg_token|dist_token|norm_pre)(?:\.|$)")
@@ -71,7 +69,7 @@ def scaled_lr(lr: float, global_batch: int, of_batch: int) -> float:
     return lr * global_batch / of_batch if of_batch > 0 else lr
 
 
-def schedule(kind: Literal["constant", "cosine"], step: int, *, total: int, warmup: int = 0) -> float:
+def schedule(kind: Schedule, step: int, *, total: int, warmup: int = 0) -> float:
     """A factor for the learning rate at a step: warm-up, then constant or half a cosine to 0."""
     if kind == "constant":
         return (step + 1) / warmup if step < warmup else 1.0

@@ -15,11 +15,11 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
-from bigtrain.runtime.config import at_end
+from bigtrain.runtime.exit import at_end
 from bigtrain.runtime.exit_codes import INTERRUPTED, STOPPED
+from bigtrain.runtime.run_folder import STOPPED_FILE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-STOPPED_FILE = "stopped.json"  # says the same where a launcher turns every exit code into 1
 SAME_PRESS_S = 1.0  # a launcher passes the Ctrl-C on that the terminal has sent to this process too
 
 

@@ -15,10 +15,12 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from bigtrain.runtime.config import at_end, result_settings
+from bigtrain.runtime.exit import at_end
+from bigtrain.runtime.settings import result_settings
 
 CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.json"
+STOPPED_FILE = "stopped.json"  # says what its exit code does, where a launcher turns every code into 1
 LOCK_FILE = ".lock"
 NOT_OURS = (LOCK_FILE, "slurm", "events.jsonl")  # which may be there before the run: slurm/history.py
 
@@ -36,6 +38,15 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         return (self / RESULTS_FILE).is_file()
+
+    def is_already_finished(self) -> bool:
+        """Refuse a folder of another run; say so, once, if this one is finished."""
+        self.check()
+        if os.environ.get("RANK", "0") == "0":
+            (self / STOPPED_FILE).unlink(missing_ok=True)  # it is about an earlier start
+            if self.finished:
+                print(f"this run is finished, nothing to do: see {self.path}")
+        return self.finished
 
     def check(self) -> None:
         """Refuse a folder that holds another configuration's run, naming the settings that differ."""

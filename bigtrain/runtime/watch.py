@@ -21,6 +21,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from bigtrain.text import clean, clock
+
 SHOWN = {  # figures in readable units; the rest as "loss 0.1234"
     "images_per_s": "{:.0f} images/s",
     "images_per_s_per_process": "{:.0f} images/s a process",
@@ -39,13 +41,6 @@ KEPT_ROWS = 4096  # of a stage, for the curve
 def shown(numbers: Mapping[str, float]) -> str:
     """Figures as a person reads them: "loss 0.1234  72 images/s  waits for data 3 %"."""
     return "  ".join(SHOWN.get(name, name.replace("_", " ") + " {:.4g}").format(n) for name, n in numbers.items())
-
-
-def clock(seconds: float) -> str:
-    """4000 -> "1:06:40"."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 @dataclass
@@ -226,8 +221,3 @@ def told(event: Mapping[str, Any]) -> str:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def clean(text: str) -> str:
-    """Without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)

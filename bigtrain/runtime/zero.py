@@ -7,8 +7,6 @@ those of version 0.19.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,17 +20,18 @@ from torch import Tensor, nn
 BUCKET = 50_000_000  # elements reduced or gathered at once
 
 
-def asked_for() -> bool:
-    """Whether the launcher's configuration asks for DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes")
-
-
-def stage_asked_for() -> int:
-    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if asked_for() else 0
-
-
 def is_used(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def leave_shared_memory_out() -> None:
+    """Have gloo add up among the processes of a CPU, as under DDP.
+
+    DeepSpeed would first compile an operation of its own for that: it takes a compiler and some two minutes.
+    """
+    from deepspeed import ops
+
+    ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # what it would otherwise look for, operation by operation
 
 
 class Plugin(DeepSpeedPlugin):
@@ -48,8 +47,8 @@ def plugin(precision: Literal["fp32", "bf16", "fp16"], clip: float = 0.0) -> Dee
     """
     if precision == "fp16":
         raise ValueError("DeepSpeed with fp16 is not supported here: use --precision bf16 or fp32, or launch with DDP.")
-    if not torch.cuda.is_available() and not (shutil.which("ninja") and shutil.which("g++")):
-        raise ValueError("DeepSpeed on a CPU builds an operation and needs `ninja` and `g++` on the PATH.")
+    if not torch.cuda.is_available():
+        leave_shared_memory_out()
     made = Plugin(gradient_accumulation_steps=1, zero3_init_flag=False)
     config = made.deepspeed_config
     config["train_micro_batch_size_per_gpu"] = 1  # only counted with: the stream makes the batches

@@ -28,8 +28,8 @@ from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.views import Resized, to_float
 from bigtrain.models.heads import Classifier
 from bigtrain.models.vit import Architecture, ViT
-from bigtrain.runtime.config import RunSettings
 from bigtrain.runtime.run_folder import RunFolder
+from bigtrain.runtime.settings import RunSettings
 from recipes.pretrain import Config
 from recipes.run_setup import Setup
 from recipes.stage import Stage

@@ -43,9 +43,9 @@ from bigtrain.models.vit import Architecture, ViT
 from bigtrain.models.weights import AUGREG_MEAN as MEAN
 from bigtrain.models.weights import AUGREG_STD as STD
 from bigtrain.runtime.checkpoint import Checkpoints
-from bigtrain.runtime.config import RunSettings
 from bigtrain.runtime.optim import decay_groups, schedule, set_schedule
 from bigtrain.runtime.run_folder import RunFolder
+from bigtrain.runtime.settings import RunSettings
 from recipes.network_settings import class_numbers
 from recipes.pretrain import Config
 from recipes.run_setup import Setup

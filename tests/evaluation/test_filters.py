@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import Resized
 from bigtrain.evaluation.filters import globally_negative, write_filters
-from tests.data.conftest import png, write_set  # noqa: F401 (a fixture)
+from tests.hand_made import png
 
 KNOWN = np.array([[1.0, -1, -2, -1], [-1, -3, -1, 2]])
 REFERENCE = np.array([[-1.0, 2, -1, 1], [1, -1, -2, 1]])
@@ -18,7 +18,7 @@ def test_a_globally_negative_filter_speaks_against_all_known_and_for_some_refere
     assert globally_negative(KNOWN, REFERENCE).tolist() == [False, True, False, False]
 
 
-def test_activation_and_evidence_by_hand(write_set, tmp_path):  # noqa: F811
+def test_activation_and_evidence_by_hand(write_set, tmp_path):
     def stream(name, colours):
         images = [([name], png(np.full((8, 8, 3), colour, np.uint8))) for colour in colours]
         shard_set = write_set(images, name=name)

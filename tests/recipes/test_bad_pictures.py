@@ -1,18 +1,13 @@
 """A picture that cannot be decoded, in training: named, left out, and counted once in each epoch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from bigtrain.data.schema import read_index
 from shards.build import Settings, build
+from tests.launching import run
 
-TOP = Path(__file__).parents[2]
 SMALL = ["--model", "vit_tiny_patch16_224", "--image-size", "16", "--patch-size", "8", "--depth", "1", "--batch", "8"]
 
 
@@ -31,10 +26,7 @@ def test_one_of_forty_is_allowed_in_every_epoch_and_two_are_not(tmp_path, bad, c
         data[row["image_offset"] : row["image_offset"] + row["image_size"]] = bytes(row["image_size"])
     tar.write_bytes(data)
     sets = ["--train", str(tmp_path / "train"), "--val", str(tmp_path / "val"), "--out", str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, "recipes/pretrain.py", *sets, *SMALL, "--epochs", "3", "--warmup-epochs", "0"],
-        cwd=TOP, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run("pretrain.py", *sets, *SMALL, "--epochs", "3", "--warmup-epochs", "0")
     assert done.returncode == code, done.stderr
     assert ("2 of 40 pictures cannot be decoded" in done.stderr) == (bad == 2)
     assert "skipped a/00" in done.stderr

@@ -1,8 +1,5 @@
 """The classical detectors from end to end: features once, all of them on those, one table."""
 
-import json
-import subprocess
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -10,12 +7,16 @@ import torch
 
 import bigtrain
 from bigtrain.data.shard_set import ShardSet
+from bigtrain.detectors.network import NetworkDetector
 from bigtrain.evaluation.tables import read_results, table
+from bigtrain.models.backbone import load_network
 from bigtrain.runtime.exit_codes import STOPPED
-from recipes import baselines, pretrain
 from recipes.baselines import main
 from recipes.run_setup import Setup
-from tests.recipes.conftest import ENVIRONMENT, command, launched
+from tests.launching import run as started
+from tests.made_once import made_once
+from tests.runs import results as results_of
+from tests.runs import scores
 
 ON_FEATURES = {
     "nearest neighbours", "one-class SVM", "SVDD", "KNFST", "local KNFST", "K-extremes", "Mahalanobis",
@@ -36,27 +37,14 @@ def flags(views):
 @pytest.fixture(scope="module")
 def finetuned(views, tmp_path_factory):
     """The tiny network, trained for a moment on the known classes."""
-    run = tmp_path_factory.mktemp("finetuned") / "run"
-    given = [
-        "--train",
-        views / "train",
-        "--model",
-        "test_resnet",
-        "--image-size",
-        "32",
-        "--batch",
-        "30",
-        "--epochs",
-        "2",
-    ]
-    line = command("pretrain.py", *given, "--warmup-epochs", "0", "--known", *KNOWN, "--out", run)
-    done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    return run / "network.safetensors"
 
+    def make(folder):
+        given = ["--train", views / "train", "--model", "test_resnet", "--image-size", 32, "--batch", 30, "--epochs", 2]
+        known = ["--warmup-epochs", 0, "--known", *KNOWN]
+        done = started("pretrain.py", *given, *known, "--out", folder / "run")
+        assert done.returncode == 0, done.stderr
 
-def results_of(run):
-    return json.loads((run / "results.json").read_text())
+    return made_once(tmp_path_factory, "finetuned", make) / "run" / "network.safetensors"
 
 
 def test_one_table_has_pretrained_and_finetuned_rows(flags, finetuned, tmp_path, capsys):
@@ -93,24 +81,21 @@ def test_saved_detectors_give_the_scores_of_the_table(flags, views, tmp_path):
     np.testing.assert_allclose(detector.score(files), judged.score, rtol=1e-6)
 
 
-def test_two_processes_give_the_table_of_one(flags, tmp_path):
-    for processes in (1, 2):
-        done = launched("baselines.py", *flags, "--out", tmp_path / str(processes), processes=processes)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (pq.read_table(tmp_path / n / "scores.parquet").to_pandas() for n in "12")
+def test_two_processes_give_the_table_of_one(run_of_twenty_steps):
+    one, two = (scores(run_of_twenty_steps("baselines", processes)) for processes in (1, 2))
     assert one.drop(columns="score").equals(two.drop(columns="score"))
     np.testing.assert_allclose(two.score, one.score, rtol=1e-5, atol=1e-5)
 
 
 def test_features_are_computed_once_and_what_is_new_is_added(flags, tmp_path, monkeypatch):
     taken = []
-    features_of = baselines.NetworkDetector.features_of
+    features_of = NetworkDetector.features_of
 
     def counted(self, image_B3HW):
         taken.append(len(image_B3HW))
         return features_of(self, image_B3HW)
 
-    monkeypatch.setattr(baselines.NetworkDetector, "features_of", counted)
+    monkeypatch.setattr(NetworkDetector, "features_of", counted)
     shared = [*flags, "--features", str(tmp_path / "features"), "--detectors", "K-extremes", "nearest neighbours"]
     main([*shared, "--out", str(tmp_path / "first")])
     fitted = 90 + results_of(tmp_path / "first")["held_out_known"]
@@ -194,7 +179,7 @@ def test_a_mistake_gets_one_sentence(flags, finetuned, tmp_path, capsys, mistake
     further, says = MISTAKES[mistake]
     further = [str(finetuned) if word == "FINETUNED" else word for word in further]
     if "BROKEN" in further:
-        state = pretrain.load_network("test_resnet", pretrained=False).trunk.state_dict()
+        state = load_network("test_resnet", pretrained=False).trunk.state_dict()
         state["layer4.0.conv1.weight"] = torch.full_like(state["layer4.0.conv1.weight"], torch.nan)
         torch.save(state, tmp_path / "broken.pth")
         further = ["--network", str(tmp_path / "broken.pth"), "--arch", "test_resnet"]

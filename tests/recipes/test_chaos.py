@@ -1,24 +1,22 @@
 """A run of two processes that is killed again and again ends with the bits of the one that was left alone."""
 
+import contextlib
 import json
+import os
 import random
-import subprocess
-import sys
+import signal
 import time
 
 import pytest
 
-from tests.processes import Family
-from tests.recipes.conftest import ENVIRONMENT, ROOT
+from tests.launching import start
+from tests.processes import in_session, left_in_session
 
 LIMIT_S = 120  # for one start
 
 
-def started(flags, run, family):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    line = [*torchrun, ROOT / "recipes" / "defend.py", *flags, "--out", run]
-    environment = {**family.environment, **ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(list(map(str, line)), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def started(flags, run):
+    return start("defend.py", *flags, "--out", run, processes=2, own_session=True)
 
 
 MOMENTS = {  # what is waited for in a start, before a further moment of chance
@@ -49,15 +47,15 @@ def is_kept(before, run):
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits_and_leaves_nothing_behind(small, tmp_path, kills):
     flags = [*small, "--train-limit", "96", "--distil-epochs", "3", "--workers", "1"]
     whole, run = tmp_path / "whole", tmp_path / "killed"
-    assert started(flags, whole, Family()).wait(LIMIT_S) == 0
+    assert started(flags, whole).result().returncode == 0
     chance = random.Random(kills)
     killed = []
     moments = ["saving", "training", "changing stage", "evaluating"]
     for number in range(kills):
         # the later moments come last, for what is past cannot be met again
         moment = moments[number * len(moments) // kills]
-        family, rows = Family(), (run / "log.jsonl").stat().st_size if (run / "log.jsonl").exists() else 0
-        process = started(flags, run, family)
+        rows = (run / "log.jsonl").stat().st_size if (run / "log.jsonl").exists() else 0
+        process = started(flags, run)
         until = time.monotonic() + LIMIT_S
         while process.poll() is None and not MOMENTS[moment](run, rows) and time.monotonic() < until:
             time.sleep(0.001)
@@ -65,15 +63,17 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits_and_leaves_nothing_b
         before = checkpoints(run)
         if process.poll() is None:
             killed.append(moment)
-        while family.alive():  # ranks as well, which launchers put in sessions of their own
-            family.kill()
-        process.wait(30)
+        for rank in process.ranks:
+            for pid in in_session(rank.pid):  # those that read for it too
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        process.result()
         assert is_kept(before, run), "a checkpoint was lost"
     assert len(killed) >= kills - 1 and "training" in killed and "saving" in killed
-    family = Family()
-    assert started(flags, run, family).wait(LIMIT_S) == 0
+    last = started(flags, run)
+    assert last.result().returncode == 0
     for name in ("teacher.safetensors", "student.safetensors", "scores.parquet"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     assert json.loads((run / "results.json").read_text()) == json.loads((whole / "results.json").read_text())
     assert not list(run.rglob("*.tmp")) and not (run / "checkpoints").exists()
-    assert not family.left_after(20)
+    assert not any(left_in_session(rank.pid, 20) for rank in last.ranks)

@@ -1,8 +1,6 @@
 """Deep novelty from end to end, on a few pictures and a tiny network."""
 
 import json
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -16,8 +14,10 @@ from bigtrain.data.shard_set import ShardSet
 from bigtrain.models.backbone import load_network
 from recipes.deep_novelty import main
 from recipes.network_settings import shared_classes
-from tests.recipes.conftest import ENVIRONMENT, REFERENCE, ROOT, accelerate, launched
-from tests.recipes.test_pretrain import ask_to_stop, losses
+from tests.fixtures import REFERENCE
+from tests.launching import run as started
+from tests.runs import ask_to_stop, losses, scores
+from tests.runs import results as results_of
 
 
 @pytest.fixture
@@ -31,10 +31,6 @@ def flags(views):
         *(part for name, value in given.items() for part in (f"--{name}", str(value))),
         *("--no-pretrained", "--known", "ankle_boot", "bag", "coat"),
     ]
-
-
-def results_of(run):
-    return json.loads((run / "results.json").read_text())
 
 
 def test_a_run_leaves_figures_of_both_kinds_a_detector_and_the_page_of_filters(flags, views, tmp_path, capsys):
@@ -89,14 +85,13 @@ def test_the_ablation_of_5_4_is_settings(flags, tmp_path, case):
 
 def test_the_first_loss_is_eq_4_by_hand(flags, tmp_path):
     """With heads of zeros every softmax is uniform and every sigmoid 1/2: CE = log C, membership = 5/4 + 1/4."""
-    code = (
-        "import sys, torch; from torch import nn; nn.init.normal_ = lambda weight, **_: nn.init.zeros_(weight)\n"
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from torch import nn; nn.init.normal_ = lambda weight, **_: nn.init.zeros_(weight)\n"
         "from recipes.deep_novelty import main; main(sys.argv[1:])"
     )
-    further = ["--steps", "1", "--ce-weight", "3", "--membership-weight", "2", "--out", str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *flags, *further], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT
-    )
+    further = ["--steps", "1", "--ce-weight", "3", "--membership-weight", "2", "--out", tmp_path / "run"]
+    done = started(script, *flags, *further)
     assert done.returncode == 0, done.stderr
     by_hand = np.log(3) + 3 * np.log(3) + 2 * 1.5
     assert losses(tmp_path / "run") == pytest.approx([by_hand], abs=1e-5)
@@ -109,32 +104,28 @@ def test_epochs_are_passes_over_the_known_images(flags, tmp_path):
     assert known == 120 and len(losses(tmp_path / "run")) == 2 * -(-100 // 8)
 
 
-LAUNCHES = {"DDP": ("cpu2", 2), "ZeRO-2": ("zero2", 2)}
-
-
-@pytest.mark.parametrize("launch", LAUNCHES)
-def test_two_processes_train_as_one_does(flags, tmp_path, launch):
-    flags = [*flags, "--steps", "20"]
-    assert launched("deep_novelty.py", *flags, "--out", tmp_path / "one").returncode == 0
-    line = accelerate(*LAUNCHES[launch], *flags, "--out", tmp_path / "two", recipe="deep_novelty.py")
-    done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == 20 and two == pytest.approx(one, abs=1e-5)
-    scores = [pq.read_table(tmp_path / name / "scores.parquet").to_pandas() for name in ("one", "two")]
-    assert scores[0].key.tolist() == scores[1].key.tolist()
-    np.testing.assert_allclose(scores[1].score, scores[0].score, atol=1e-4)
+@pytest.mark.parametrize("launch", ["DDP", "ZeRO-2"])
+def test_two_processes_train_as_one_does(twenty_steps, run_of_twenty_steps, tmp_path, launch):
+    one, two = run_of_twenty_steps("deep_novelty", 1), tmp_path / "two"
+    if launch == "DDP":
+        two = run_of_twenty_steps("deep_novelty", 2)
+    else:
+        done = started("deep_novelty.py", *twenty_steps["deep_novelty"], "--out", two, processes=2, config="zero2")
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert len(losses(one)) == 20 and losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert scores(one).key.tolist() == scores(two).key.tolist()
+    np.testing.assert_allclose(scores(two).score, scores(one).score, atol=1e-4)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_is_stopped_goes_on_to_the_same_bits(flags, tmp_path, processes):
     flags = [*flags, "--steps", "30", "--workers", "1", "--accumulate", "2", "--checkpoint-every", "10"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert launched("deep_novelty.py", *flags, "--out", whole, processes=processes).returncode == 0
+    assert started("deep_novelty.py", *flags, "--out", whole, processes=processes).returncode == 0
     threading.Thread(target=ask_to_stop, args=(stopped, 3), daemon=True).start()
-    assert launched("deep_novelty.py", *flags, "--out", stopped, processes=processes).returncode != 0
+    assert started("deep_novelty.py", *flags, "--out", stopped, processes=processes).returncode != 0
     assert 3 <= json.loads((stopped / "stopped.json").read_text())["step"] < 30
-    done = launched("deep_novelty.py", *flags, "--out", stopped, processes=processes)
+    done = started("deep_novelty.py", *flags, "--out", stopped, processes=processes)
     assert done.returncode == 0 and "continuing from" in done.stdout, done.stderr
     for file in ("network.safetensors", "scores.parquet"):
         assert (stopped / file).read_bytes() == (whole / file).read_bytes()
@@ -149,7 +140,7 @@ def test_batch_norm_is_kept_or_trained(flags, tmp_path):
         load_network(str(run / "network.safetensors")).trunk.state_dict()["bn1.running_mean"] for run in (kept, trained)
     ]
     assert not means[0].any() and means[1].any()
-    done = launched("deep_novelty.py", *flags, "--batch-norm", "trained", "--out", tmp_path / "two", processes=2)
+    done = started("deep_novelty.py", *flags, "--batch-norm", "trained", "--out", tmp_path / "two", processes=2)
     assert (
         done.returncode != 0
         and "--batch-norm frozen" in done.stderr

@@ -2,81 +2,51 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import asdict
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 import bigtrain
-from bigtrain.data.pictures import Picture
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.models.vit import Architecture
 from bigtrain.models.weights import read_tensors, save_tensors
 from recipes.defend import main
-from tests.recipes.conftest import ENVIRONMENT, ROOT, command, launched
-
-
-def scores(run):
-    return pq.read_table(run / "scores.parquet").to_pandas().set_index("key")
-
-
-def judged_images(run):
-    """The rows of the images that a run was judged on, and these images."""
-    test = ShardSet(json.loads((run / "config.json").read_text())["settings"]["test"])
-    judged = scores(run).query("split == 'test'")
-    places = [test.keys().index(key) for key in judged.index]
-    return judged, [Picture(payload).rgb() for payload in test.read(places)]
-
-
-def losses(run, stage):
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if row["stage"] == stage and "loss" in row]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, small):
-    """A run of the small settings, made by the command itself."""
-    run = tmp_path_factory.mktemp("runs") / "boot"
-    done = launched("defend.py", *small, "--out", run)
-    assert done.returncode == 0, done.stderr
-    return run, done.stdout
+from tests.fixtures import shards_made
+from tests.launching import run, start
+from tests.runs import ask_to_stop, judged_images, results, rows, scores
 
 
 def test_a_run_leaves_figures_scores_report_and_detector(finished):
-    run, said = finished
-    results = json.loads((run / "results.json").read_text())
-    assert 0 <= results["auroc"]["low"] <= results["auroc"]["value"] <= results["auroc"]["high"] <= 1
-    assert set(results["comparisons"]) == {
+    said = (finished.parent / "said").read_text()
+    figures = results(finished)
+    assert 0 <= figures["auroc"]["low"] <= figures["auroc"]["value"] <= figures["auroc"]["high"] <= 1
+    assert set(figures["comparisons"]) == {
         "nearest neighbour on pixels",
         "nearest neighbour on features of the given teacher",
     }
-    assert results["counts"]["known"] + results["counts"]["novel"] == 120
-    assert "AUROC" in said.splitlines()[-1] and str(run / "report.html") in said.splitlines()[-1]
-    assert "<svg" in (run / "report.html").read_text()
-    table = scores(run)
+    assert figures["counts"]["known"] + figures["counts"]["novel"] == 120
+    assert "AUROC" in said.splitlines()[-1] and str(finished / "report.html") in said.splitlines()[-1]
+    assert "<svg" in (finished / "report.html").read_text()
+    table = scores(finished)
     assert sorted(table["split"].unique()) == ["held_out", "test"]
     judged = table[table["split"] == "test"]
     assert len(judged) == 120 and (judged["novel"] == judged["classes"].map(lambda c: "ankle_boot" not in c)).all()
-    assert json.loads((run / "config.json").read_text())["packages"]["torch"]
+    assert json.loads((finished / "config.json").read_text())["packages"]["torch"]
 
 
 def test_the_same_command_again_says_so_and_does_nothing(finished, small):
-    run, _ = finished
-    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
-    done = launched("defend.py", *small, "--out", run)
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    done = run("defend.py", *small, "--out", finished)
     assert done.returncode == 0 and "finished" in done.stdout
-    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
 
 
 def test_the_saved_detector_gives_the_scores_of_the_run_bit_for_bit(finished):
-    run, _ = finished
-    judged, images = judged_images(run)
-    detector = bigtrain.load_detector(run / "detector", device="cpu")
+    judged, images = judged_images(finished)
+    detector = bigtrain.load_detector(finished / "detector", device="cpu")
     assert detector.score(images).tolist() == judged["score"].tolist()
     maps = detector.score_map(images[:5])
     assert maps.shape == (5, 4, 4)
@@ -85,70 +55,45 @@ def test_the_saved_detector_gives_the_scores_of_the_run_bit_for_bit(finished):
 
 @pytest.mark.parametrize("step", [("tune", 2), ("distil", 3)])
 def test_a_run_killed_and_started_again_ends_with_the_same_bits(finished, small, tmp_path, step):
-    run, _ = finished
-    killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command("defend.py", *small, "--out", killed), env=ENVIRONMENT, stdout=subprocess.DEVNULL
-    )
-    stage, count = step
-    while process.poll() is None:
-        log = killed / "log.jsonl"
-        if log.exists() and sum(f'"stage": "{stage}"' in line for line in log.read_text().splitlines()) >= count:
-            break
+    killed, (stage, count) = tmp_path / "killed", step
+    process = start("defend.py", *small, "--out", killed)
+    while process.poll() is None and sum(row["stage"] == stage for row in rows(killed)) < count:
         time.sleep(0.005)
     process.kill()
-    process.wait()
+    process.result()
     assert not (killed / "results.json").exists(), "the run ended before it could be killed"
-    done = launched("defend.py", *small, "--out", killed)
+    done = run("defend.py", *small, "--out", killed)
     assert done.returncode == 0, done.stderr
     for name in ("teacher.safetensors", "student.safetensors", "scores.parquet"):
-        assert (killed / name).read_bytes() == (run / name).read_bytes(), name
-    assert json.loads((killed / "results.json").read_text()) == json.loads((run / "results.json").read_text())
+        assert (killed / name).read_bytes() == (finished / name).read_bytes(), name
+    assert results(killed) == results(finished)
     assert not list(killed.rglob("*.tmp")) and not (killed / "checkpoints").exists()
 
 
 def test_a_run_stops_when_asked_and_goes_on(finished, small, tmp_path):
-    run, _ = finished
     folder = tmp_path / "again"
     with pytest.raises(SystemExit) as stop:
         ask_to_stop_after_first_step(small, folder)
     assert stop.value.code == 85
-    assert launched("defend.py", *small, "--out", folder).returncode == 0
-    assert (folder / "student.safetensors").read_bytes() == (run / "student.safetensors").read_bytes()
+    assert run("defend.py", *small, "--out", folder).returncode == 0
+    assert (folder / "student.safetensors").read_bytes() == (finished / "student.safetensors").read_bytes()
 
 
 def ask_to_stop_after_first_step(small, folder):
-    def ask():
-        while not (folder / "log.jsonl").exists():
-            time.sleep(0.005)
-        (folder / "stop").touch()
-
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=ask_to_stop, args=(folder, 1), daemon=True).start()
     main([*small, "--out", str(folder)])
 
 
 def test_two_processes_score_as_one_does(finished, small, tmp_path):
-    run, _ = finished
     again = tmp_path / "again"
-    shutil.copytree(run, again)
+    shutil.copytree(finished, again)
     for name in ("results.json", "report.html", "scores.parquet"):
         (again / name).unlink()
-    done = launched("defend.py", *small, "--out", again, processes=2)
+    done = run("defend.py", *small, "--out", again, processes=2)
     assert done.returncode == 0, done.stderr
-    one, two = scores(run), scores(again)
-    assert list(one.index) == list(two.index)
+    one, two = scores(finished), scores(again)
+    assert one["key"].tolist() == two["key"].tolist()
     assert (one["score"] - two["score"]).abs().max() < 1e-5
-
-
-def test_two_processes_train_as_one_does(finished, small, tmp_path):
-    flags = [*small, "--drop-path", "0"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert launched("defend.py", *flags, "--out", one).returncode == 0
-    done = launched("defend.py", *flags, "--out", two, processes=2)
-    assert done.returncode == 0, done.stderr
-    for stage in ("tune", "distil"):
-        assert len(losses(one, stage)) >= 4
-        assert losses(two, stage) == pytest.approx(losses(one, stage), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -170,25 +115,22 @@ def test_two_processes_train_as_one_does(finished, small, tmp_path):
 )
 def test_each_variant_of_the_method_runs_and_is_judged(small, tmp_path, variant):
     main([*small, "--out", str(tmp_path / "run"), "--distil-epochs", "1", *variant.split()])
-    assert 0 <= json.loads((tmp_path / "run" / "results.json").read_text())["auroc"]["value"] <= 1
+    assert 0 <= results(tmp_path / "run")["auroc"]["value"] <= 1
 
 
 def test_workers_change_no_bit(finished, small, tmp_path):
-    run, _ = finished
     main([*small, "--out", str(tmp_path / "run"), "--workers", "2"])
-    assert (tmp_path / "run" / "student.safetensors").read_bytes() == (run / "student.safetensors").read_bytes()
+    assert (tmp_path / "run" / "student.safetensors").read_bytes() == (finished / "student.safetensors").read_bytes()
 
 
 def test_a_tuned_teacher_serves_another_run(finished, small, tmp_path):
-    run, _ = finished
-    tuned = ["--no-tune", "--teacher", str(run / "teacher.safetensors")]
+    tuned = ["--no-tune", "--teacher", str(finished / "teacher.safetensors")]
     main([*small, "--out", str(tmp_path / "run"), *tuned])
-    assert (tmp_path / "run" / "student.safetensors").read_bytes() == (run / "student.safetensors").read_bytes()
+    assert (tmp_path / "run" / "student.safetensors").read_bytes() == (finished / "student.safetensors").read_bytes()
 
 
 def test_tuning_changes_the_last_two_blocks_and_nothing_else(finished, teacher):
-    run, _ = finished
-    before, after = read_tensors(teacher)[0], read_tensors(run / "teacher.safetensors")[0]
+    before, after = read_tensors(teacher)[0], read_tensors(finished / "teacher.safetensors")[0]
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed and all(key.startswith(("blocks.0.", "blocks.1.")) for key in changed)
 
@@ -204,9 +146,9 @@ def test_a_broken_picture_is_skipped_counted_and_named(small, shards, tmp_path):
     shard.write_bytes(data)
     flags = [*small, "--test", str(broken), "--test-limit", "0", "--out", str(tmp_path / "run")]
     main(flags)
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["skipped"]["train"] == {} and list(results["skipped"]["test"]) == [test.key(7)]
-    assert results["counts"]["known"] + results["counts"]["novel"] == len(test) - 1
+    figures = results(tmp_path / "run")
+    assert figures["skipped"]["train"] == {} and list(figures["skipped"]["test"]) == [test.key(7)]
+    assert figures["counts"]["known"] + figures["counts"]["novel"] == len(test) - 1
 
 
 MISTAKES = {
@@ -253,34 +195,21 @@ def test_a_test_split_without_novel_images_is_refused(small, shards, tmp_path, c
     test = ShardSet(str(shards / "test"))
     for sample in [s for s in range(200) if test.classes_of(s) == ["ankle_boot"]][:3]:
         (only_known / f"{sample}.png").write_bytes(test.read([sample])[0])
-    build = [
-        sys.executable,
-        "-m",
-        "shards",
-        "build",
-        "folder",
-        "--root",
-        only_known.parent,
-        "--out",
-        tmp_path / "known",
-    ]
-    subprocess.run(list(map(str, build)), check=True, cwd=ROOT)
+    shards_made("build", "folder", "--root", only_known.parent, "--out", tmp_path / "known")
     with pytest.raises(SystemExit) as stop:
         main([*small, "--test", str(tmp_path / "known"), "--out", str(tmp_path / "run")])
     assert stop.value.code == 2 and "no novel images" in capsys.readouterr().err
 
 
 def test_a_folder_with_another_runs_settings_is_refused_naming_them(finished, small, capsys):
-    run, _ = finished
     with pytest.raises(SystemExit) as stop:
-        main([*small, "--out", str(run), "--mask-ratio", "0.25"])
+        main([*small, "--out", str(finished), "--mask-ratio", "0.25"])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "mask_ratio (0.5 there, 0.25 here)" in said
 
 
 def test_a_finished_run_needs_neither_shards_nor_teacher_to_say_so(finished, small, shards, teacher, tmp_path, capsys):
-    run, _ = finished
-    config = json.loads((run / "config.json").read_text())
+    config = json.loads((finished / "config.json").read_text())
     config["settings"] |= {"train": "gone", "test": "gone", "teacher": "gone.safetensors"}
     moved = tmp_path / "run"
     moved.mkdir()
@@ -297,19 +226,18 @@ def test_training_shards_of_known_pictures_alone_are_enough(small, shards, tmp_p
     samples = [s for s in range(len(train)) if train.classes_of(s) == ["ankle_boot"]][:30]
     for sample, payload in zip(samples, train.read(samples), strict=True):
         (known / f"{sample}.png").write_bytes(payload)
-    build = [sys.executable, "-m", "shards", "build", "folder", "--root", known.parent, "--out", tmp_path / "shards"]
-    subprocess.run(list(map(str, build)), check=True, cwd=ROOT)
+    shards_made("build", "folder", "--root", known.parent, "--out", tmp_path / "shards")
     main([*small, "--train", str(tmp_path / "shards"), "--out", str(tmp_path / "run")])
-    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["novel"]) == 9
+    assert len(results(tmp_path / "run")["novel"]) == 9
 
 
 def test_queue_and_moving_average_go_on_with_the_same_bits(small, tmp_path):
     flags = [*small, "--queue", "64", "--ema-teacher", "--prototypes", "5"]
-    assert launched("defend.py", *flags, "--out", tmp_path / "whole").returncode == 0
+    assert run("defend.py", *flags, "--out", tmp_path / "whole").returncode == 0
     with pytest.raises(SystemExit) as stop:
         ask_to_stop_after_first_step(flags, tmp_path / "stopped")
     assert stop.value.code == 85
-    assert launched("defend.py", *flags, "--out", tmp_path / "stopped").returncode == 0
+    assert run("defend.py", *flags, "--out", tmp_path / "stopped").returncode == 0
     whole, stopped = (tmp_path / name / "teacher.safetensors" for name in ("whole", "stopped"))
     assert whole.read_bytes() == stopped.read_bytes()
 

@@ -1,15 +1,21 @@
 """On a GPU: every precision trains, stops, goes on to the same bits, and leaves the detector that was judged."""
 
 import json
+import subprocess
 import threading
 
 import pytest
 import torch
 
 import bigtrain
-from tests.recipes.conftest import ENVIRONMENT, ON_GPU, launched
-from tests.recipes.test_defend import judged_images
-from tests.recipes.test_pretrain import ask_to_stop
+from tests.launching import ENVIRONMENT, ON_GPU, command
+from tests.runs import ask_to_stop, judged_images
+
+
+def launched(recipe, *flags, environment):
+    """As a user's command: a process that has been forked may not use CUDA."""
+    return subprocess.run(command(recipe, *flags), capture_output=True, text=True, env=environment, timeout=300)
+
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

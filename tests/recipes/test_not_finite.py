@@ -1,36 +1,35 @@
 """A loss or gradient that is not finite on any rank: the step is skipped on all, and too many in a row end the run."""
 
 import json
-import subprocess
 
 import pytest
 
+from bigtrain.data import views
 from bigtrain.runtime.update import NO_GRADIENT, NO_LOSS
 from recipes import defend
-from tests.recipes.conftest import ENVIRONMENT, ROOT, accelerate
+from tests.launching import run as started
+from tests.runs import events
 
-LAUNCHES = {"one process": ("cpu", 1), "two": ("cpu2", 2), "ZeRO-2": ("zero2", 2), "ZeRO-3": ("zero3", 2)}
-
-
-def events(run, kind):
-    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return [row for row in rows if row.get("event") == kind]
+LAUNCHES = {
+    "one process": {"config": "cpu"},
+    "two": {"config": "cpu2", "processes": 2},
+    "ZeRO-2": {"config": "zero2", "processes": 2},
+    "ZeRO-3": {"config": "zero3", "processes": 2},
+}
 
 
 @pytest.mark.parametrize("launch", ["one process", "two", "ZeRO-2"])
 def test_three_in_a_row_end_the_run_with_the_interval_and_the_last_good_checkpoint(small, tmp_path, launch):
     run = tmp_path / "run"
     flags = [*small, "--no-tune", "--distil-lr", "1e20", "--out", run]  # the first step throws the weights away
-    for start in range(2):
-        done = subprocess.run(
-            accelerate(*LAUNCHES[launch], *flags), capture_output=True, text=True, env=ENVIRONMENT, timeout=200
-        )
-        assert done.returncode != 0
+    for number in range(2):
+        done = started("defend.py", *flags, **LAUNCHES[launch])
+        assert done.returncode == 2
         errors = [row for row in done.stderr.splitlines() if row.startswith("defend.py: error:")]
         says = f"the loss is not finite in 3 steps in a row, 2 to 4 of distil; their pictures are in {run}"
         assert errors and says in errors[0], done.stderr[-3000:]
         assert f"the last good checkpoint is {run}/checkpoints/distil/step-000001" in errors[0]
-        assert ("continuing from" in done.stdout) == (start == 1)
+        assert ("continuing from" in done.stdout) == (number == 1)
     skipped = events(run, "step skipped")
     assert [row["step"] for row in skipped] == [2, 3, 4]  # a start drops the rows from its first step on
     assert all(len(set(row["keys"])) == 12 for row in skipped)  # those of all ranks
@@ -42,7 +41,8 @@ import numpy as np, torch
 from torch import nn
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.views import Resized, to_float
-from bigtrain.runtime.config import RunSettings, user_errors
+from bigtrain.runtime.exit import user_errors
+from bigtrain.runtime.settings import RunSettings
 from bigtrain.runtime.run_folder import RunFolder
 from recipes.pretrain import Config
 from recipes.run_setup import Setup
@@ -89,11 +89,7 @@ def test_a_bad_loss_or_gradient_of_one_rank_skips_the_step_on_all_and_training_g
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     run = tmp_path / "run"
-    command = accelerate(*LAUNCHES[launch], run, shards / "train")
-    command[command.index(str(ROOT / "recipes" / "defend.py"))] = str(script)
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, timeout=200
-    )
+    done = started(script, run, shards / "train", **LAUNCHES[launch])
     assert done.returncode == 0, done.stderr[-3000:]
     skipped = events(run, "step skipped")
     assert [(row["step"], row["text"]) for row in skipped] == [(2, NO_LOSS), (4, NO_GRADIENT)]
@@ -114,8 +110,8 @@ def test_a_token_that_is_not_finite_spoils_one_step_and_not_the_queue(small, tmp
         calls += 1
         return defend_to_float(*arguments) * (float("nan") if calls == 3 else 1)  # the second step's whole images
 
-    defend_to_float = defend.to_float
-    monkeypatch.setattr(defend, "to_float", to_float)
+    defend_to_float = views.to_float
+    monkeypatch.setattr(views, "to_float", to_float)
     run = tmp_path / "run"
     defend.main([*small, "--queue", "64", "--tune-epochs", "2", "--out", str(run)])
     assert [(row["stage"], row["step"]) for row in events(run, "step skipped")] == [("tune", 2)]

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -16,14 +15,10 @@ from bigtrain.models.heads import Classifier
 from bigtrain.models.vit import Architecture, ViT
 from bigtrain.models.weights import load_vit
 from recipes import defend, pretrain
-from tests.recipes.conftest import ENVIRONMENT, command, launched
+from tests.launching import ENVIRONMENT, command, run
+from tests.runs import ask_to_stop, losses, results
 
 TINY = ["--model", "vit_tiny_patch16_224", "--image-size", "32", "--patch-size", "8", "--depth", "2"]
-
-
-def losses(run):
-    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 @pytest.fixture
@@ -61,36 +56,24 @@ def test_held_out_pictures_of_train_are_not_trained_on(flags, shards, tmp_path, 
     assert f"pretrain: {1000 - held_out} images" in capsys.readouterr().out
 
 
-def test_two_processes_train_as_one_does(flags, tmp_path):
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        done = launched("pretrain.py", *flags, "--drop-path", "0", "--out", out, processes=processes)
-        assert done.returncode == 0, done.stderr
-    one, two = (losses(tmp_path / name) for name in "12")
-    assert len(one) == 10 and two == pytest.approx(one, abs=1e-5)
-    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in "12"]
-    assert results[0]["held_out_images"] == results[1]["held_out_images"]
+def test_two_processes_train_as_one_does(run_of_twenty_steps):
+    one, two = (run_of_twenty_steps("pretrain", processes) for processes in (1, 2))
+    assert len(losses(one)) == 20 and losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert results(one)["held_out_images"] == results(two)["held_out_images"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_is_stopped_in_mid_epoch_goes_on_to_the_same_bits(flags, tmp_path, processes):
     flags = [*flags, "--epochs", "2", "--workers", "1", "--ema", "0.9", "--drop-path", "0.5", "--accumulate", "2"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert launched("pretrain.py", *flags, "--out", whole, processes=processes).returncode == 0
+    assert run("pretrain.py", *flags, "--out", whole, processes=processes).returncode == 0
     threading.Thread(target=ask_to_stop, args=(stopped, 2), daemon=True).start()
-    assert launched("pretrain.py", *flags, "--out", stopped, processes=processes).returncode != 0
+    assert run("pretrain.py", *flags, "--out", stopped, processes=processes).returncode != 0
     assert 2 <= json.loads((stopped / "stopped.json").read_text())["step"] < 20
-    done = launched("pretrain.py", *flags, "--out", stopped, processes=processes)
+    done = run("pretrain.py", *flags, "--out", stopped, processes=processes)
     assert done.returncode == 0 and "continuing from" in done.stdout, done.stderr
     assert (stopped / "teacher.safetensors").read_bytes() == (whole / "teacher.safetensors").read_bytes()
     assert losses(stopped) == losses(whole) and len(losses(whole)) == 20
-
-
-def ask_to_stop(run, step):
-    """Leave a file `stop` once so many steps are in the log."""
-    while not (run / "log.jsonl").exists() or len(losses(run)) < step:
-        time.sleep(0.005)
-    (run / "stop").touch()
 
 
 def test_a_classifier_may_see_the_mean_of_the_patches_beside_the_class_token():

@@ -10,39 +10,32 @@ from pathlib import Path
 import pytest
 
 from bigtrain.runtime.exit_codes import LOST
-from tests.recipes.conftest import ENVIRONMENT, ROOT, command
+from tests.launching import ENVIRONMENT, ROOT, Forked, free_port
 
 
-def bare(line_of_rank):
-    """Processes as a scheduler starts them, each on a machine of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(line_of_rank))}
+def bare(script, *flags_of_rank):
+    """Processes as a scheduler starts them, each on a machine of its own, with flags of its own."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(flags_of_rank))}
     return [
-        subprocess.Popen(
-            list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), **shared, "RANK": str(rank), "LOCAL_RANK": "0"},
+        Forked(
+            list(map(str, [ROOT / "recipes" / script, *flags])),
+            {**ENVIRONMENT, **shared, "RANK": str(rank), "LOCAL_RANK": "0"},
         )
-        for rank, line in enumerate(line_of_rank)
-    ]  # fmt: skip
+        for rank, flags in enumerate(flags_of_rank)
+    ]
 
 
 def ended(processes):
-    try:
-        said = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], said
+    codes = [process.wait() for process in processes]
+    return codes, [process.said("err") for process in processes]
 
 
 @pytest.mark.parametrize(
     ("setting", "values"), [("distil-lr", ("0.001", "0.05")), ("seed", ("0", "1")), ("log-every", ("1", "2"))]
 )
 def test_ranks_with_different_settings_are_refused(small, tmp_path, setting, values):
-    lines = [command("defend.py", *small, f"--{setting}", value, "--out", tmp_path / "run") for value in values]
-    codes, said = ended(bare(lines))
+    flags = [[*small, f"--{setting}", value, "--out", tmp_path / "run"] for value in values]
+    codes, said = ended(bare("defend.py", *flags))
     assert codes == [2, 2]
     pair = f"rank 1 have different settings: {setting.replace('-', '_')} ({values[0]} and {values[1]})"
     assert all(pair in text for text in said), said
@@ -51,9 +44,9 @@ def test_ranks_with_different_settings_are_refused(small, tmp_path, setting, val
 
 def test_a_rank_that_fails_alone_before_they_meet_says_so_and_the_one_that_waits_ends_at_ctrl_c(small, tmp_path):
     flags = [*small, "--out", tmp_path / "run"]
-    first, second = bare([command("defend.py", *flags), command("defend.py", *flags, "--train", tmp_path / "nowhere")])
-    said = second.communicate(timeout=120)[1]
-    assert second.returncode == 2 and f"error (rank 1 on {socket.gethostname()}): " in said and "nowhere" in said
+    first, second = bare("defend.py", flags, [*flags, "--train", tmp_path / "nowhere"])
+    code, said = second.wait(), second.said("err")
+    assert code == 2 and f"error (rank 1 on {socket.gethostname()}): " in said and "nowhere" in said
     time.sleep(3)
     assert first.poll() is None  # it waits for the other
     first.send_signal(signal.SIGINT)
@@ -84,7 +77,7 @@ def test_a_rank_that_hangs_inside_its_step_is_named_alone(shards, tmp_path):
     script.write_text(HANGS)
     size = "--model vit_tiny_patch16_224 --image-size 32 --patch-size 8 --depth 1 --hang-timeout-min 0.1"
     flags = [*size.split(), "--train", shards / "test", "--epochs", "1", "--batch", "100", "--out", tmp_path / "run"]
-    processes = bare([[sys.executable, script, rank, *flags] for rank in "01"])
+    processes = bare(script, *([rank, *flags] for rank in "01"))
     codes, said = ended(processes)
     assert codes == [LOST, LOST], said
     (sentence,) = [row for row in said[0].splitlines() if "error: " in row]
@@ -95,7 +88,7 @@ def test_a_rank_that_hangs_inside_its_step_is_named_alone(shards, tmp_path):
 WAITS = """
 import sys, time
 from pathlib import Path
-from bigtrain.runtime.config import user_errors
+from bigtrain.runtime.exit import user_errors
 
 with user_errors("script.py"):
     Path(sys.argv[1]).write_text("here")

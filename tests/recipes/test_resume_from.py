@@ -8,19 +8,17 @@ import torch
 
 from bigtrain.models.vit import Architecture, ViT
 from bigtrain.models.weights import save_vit
-from tests.recipes.conftest import launched
+from tests.launching import run as started
 
 RESULTS = ("teacher.safetensors", "student.safetensors", "scores.parquet")
 
 
 @pytest.fixture(scope="module")
-def whole(small, tmp_path_factory):
+def whole(finished):
     """A finished run that has kept the checkpoints of every second step."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    done = launched("defend.py", *small, "--keep-every", 2, "--out", run)
-    assert done.returncode == 0, done.stderr
-    assert [path.name for path in sorted(run.glob("checkpoints/distil/*"))] == [f"step-{n:06d}" for n in (2, 4, 6, 8)]
-    return run
+    steps = [path.name for path in sorted(finished.glob("checkpoints/distil/*"))]
+    assert steps == [f"step-{n:06d}" for n in (2, 4, 6, 8)]
+    return finished
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +46,19 @@ def test_a_new_run_goes_on_from_another_s_state(small, whole, killed, tmp_path, 
     run, name, path = tmp_path / "new", *source.partition("/")[::2]
     source = {"whole": whole, "killed": killed}[name] / path
     before = sorted(source.rglob("*"))
-    done = launched("defend.py", *small, "--resume-from", source, "--out", run)
+    done = started("defend.py", *small, "--resume-from", source, "--out", run)
     assert done.returncode == 0, done.stderr
     if continues:
         assert f"continuing from {run / 'checkpoints' / continues}" in done.stdout
     for file in RESULTS:
         assert (run / file).read_bytes() == (whole / file).read_bytes(), file
     assert sorted(source.rglob("*")) == before
-    again = launched("defend.py", *small, "--resume-from", source, "--out", run)
+    again = started("defend.py", *small, "--resume-from", source, "--out", run)
     assert again.returncode == 0 and "this run is finished" in again.stdout
 
 
 def refused(small, run, *flags):
-    done = launched("defend.py", *small, *flags, "--out", run)
+    done = started("defend.py", *small, *flags, "--out", run)
     assert done.returncode == 2, done.stderr
     (error,) = done.stderr.splitlines()
     return error
@@ -91,12 +89,12 @@ def test_a_checkpoint_of_another_network_is_refused_with_its_shapes(small, teach
     mine = tmp_path / "teacher.safetensors"
     shutil.copy(teacher, mine)
     flags = [*small, "--teacher", mine]
-    assert launched("defend.py", *flags, "--keep-every", 2, "--out", tmp_path / "old").returncode == 0
+    assert started("defend.py", *flags, "--keep-every", 2, "--out", tmp_path / "old").returncode == 0
     torch.manual_seed(1)
     architecture = Architecture("vit_small_patch16_224", image_size=32, patch_size=8, depth=2)
     save_vit(mine, ViT(architecture.build()), architecture, mean=(0.5,) * 3, std=(0.5,) * 3)
     source = tmp_path / "old" / "checkpoints" / "tune" / "step-000002"
-    error = launched("defend.py", *flags, "--resume-from", source, "--out", tmp_path / "new")
+    error = started("defend.py", *flags, "--resume-from", source, "--out", tmp_path / "new")
     assert error.returncode == 2 and "step-000002 is of another network: " in error.stderr
     assert ", 192" in error.stderr and ", 384" in error.stderr and "Traceback" not in error.stderr
 

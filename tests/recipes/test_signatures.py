@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -15,7 +14,7 @@ from bigtrain.models.backbone import Layer, load_network
 from bigtrain.runtime.exit_codes import STOPPED
 from recipes.run_setup import Setup
 from recipes.signatures import main
-from tests.recipes.conftest import launched
+from tests.runs import scores
 
 KNOWN = ["ankle_boot", "bag", "coat"]
 
@@ -54,15 +53,13 @@ def test_signatures_are_those_of_the_mean_features_of_the_training_images(flags,
     assert results["method"] == "extreme value signatures" and results["threshold"] is None
 
 
-def test_two_processes_add_up_what_one_does(flags, tmp_path):
-    for processes in (1, 2):
-        done = launched("signatures.py", *flags, "--out", tmp_path / str(processes), processes=processes)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (bigtrain.load_detector(tmp_path / n / "detector", device="cpu").detector for n in "12")
+def test_two_processes_add_up_what_one_does(run_of_twenty_steps):
+    runs = [run_of_twenty_steps("signatures", processes) for processes in (1, 2)]
+    one, two = (bigtrain.load_detector(run / "detector", device="cpu").detector for run in runs)
     np.testing.assert_allclose(two.mean_CD_, one.mean_CD_, rtol=1e-5, atol=1e-6)
-    scores = [pq.read_table(tmp_path / n / "scores.parquet").to_pandas() for n in "12"]
-    assert scores[0].key.tolist() == scores[1].key.tolist()
-    np.testing.assert_allclose(scores[1].score, scores[0].score, atol=1e-5)
+    tables = [scores(run) for run in runs]
+    assert tables[0].key.tolist() == tables[1].key.tolist()
+    np.testing.assert_allclose(tables[1].score, tables[0].score, atol=1e-5)
 
 
 @pytest.mark.parametrize("overlap", ["weighted", "cosine"])

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import Family
-from tests.recipes.conftest import ENVIRONMENT, ROOT
+from bigtrain.runtime.exit_codes import STOPPED
+from tests import launching
+from tests.launching import ENVIRONMENT, ROOT
+from tests.processes import Family, left_in_session
+from tests.runs import losses, rows
 
 RECIPE = str(ROOT / "recipes" / "defend.py")
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file"]
 LAUNCHERS = {
-    "bare": [sys.executable],
     "accelerate cpu": [*ACCELERATE, str(ROOT / "recipes/accelerate/cpu.yaml")],
     "accelerate cpu2": [*ACCELERATE, str(ROOT / "recipes/accelerate/cpu2.yaml")],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
@@ -30,27 +32,20 @@ def flags(small):
 
 
 class Start:
-    """One start of a run, in a session of its own, as a shell gives its jobs one."""
+    """One start of a run by a launcher, in a session of its own, as a shell gives its jobs one."""
 
     def __init__(self, launcher, flags, run):
         self.run, self.family = run, Family()
-        before = len(self.rows())
+        before = len(losses(run))
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without
         self.process = subprocess.Popen(
             [*LAUNCHERS[launcher], RECIPE, *flags, "--out", str(run)],
             env={**self.family.environment, **ENVIRONMENT}, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        until = time.monotonic() + 120
-        while len(self.rows()) < before + 2:
-            if self.process.poll() is not None or time.monotonic() > until:
-                self.family.kill()
-                pytest.fail("it has not begun to train: " + self.process.communicate()[1][-3000:])
-            time.sleep(0.01)
-
-    def rows(self):
-        log = self.run / "log.jsonl"
-        return [line for line in log.read_text().splitlines() if '"loss"' in line] if log.exists() else []
+        if not until_trained(run, before, self.process):
+            self.family.kill()
+            pytest.fail("it has not begun to train: " + self.process.communicate()[1][-3000:])
 
     def ranks(self):
         """The processes that train, not what launched them."""
@@ -73,38 +68,63 @@ class Start:
 
     def stopped(self):
         code, said = self.end()
-        assert (self.run / "stopped.json").exists(), said[-3000:]
-        record = json.loads((self.run / "stopped.json").read_text())
-        assert record["exit_code"] == 85 and code != 0
-        last = json.loads(self.rows()[-1])
-        assert (record["stage"], record["step"]) == (last["stage"], last["step"])
-        newest = f"step-{record['step']:06d}"
-        assert (self.run / "checkpoints" / record["stage"] / newest).is_dir()
-        return code, said
+        assert code != 0
+        has_stopped(self.run, said)
 
 
-def test_each_signal_stops_a_bare_process_with_a_code_of_its_own_and_the_next_start_goes_on(flags, tmp_path):
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        start = Start("bare", flags, tmp_path / "run")
-        start.process.send_signal(number)
-        code, said = start.stopped()
-        assert code == 85 and "stopped when asked, saved; the same command continues." in said
-        assert ("continuing from" in said) == (number != signal.SIGTERM)
-    rows = [(row["stage"], row["step"]) for row in map(json.loads, start.rows())]
-    assert len(rows) == len(set(rows)), "a step was taken twice"
+def until_trained(run, steps, process):
+    """Wait until two steps more are in the log; False if the process ends before."""
+    until = time.monotonic() + 100
+    while len(losses(run)) < steps + 2:
+        if process.poll() is not None or time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def has_stopped(run, said):
+    """The run says where it has stopped, which is its last step, and has saved there."""
+    assert (run / "stopped.json").exists(), said[-3000:]
+    record = json.loads((run / "stopped.json").read_text())
+    assert record["exit_code"] == STOPPED
+    last = [row for row in rows(run) if "loss" in row][-1]
+    assert (record["stage"], record["step"]) == (last["stage"], last["step"])
+    assert (run / "checkpoints" / record["stage"] / f"step-{record['step']:06d}").is_dir()
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, "ctrl-c"])
+def test_a_bare_process(flags, tmp_path, by):
+    """Each signal stops it with a code of its own and no process of it is left; the next start goes on."""
+    run = tmp_path / "run"
+    for number in range(2 if by == signal.SIGUSR1 else 1):
+        process = launching.start("defend.py", *flags, "--workers", 1, "--out", run, own_session=True).ranks[0]
+        assert until_trained(run, len(losses(run)), process), process.said("err")
+        if by == "ctrl-c":  # a terminal's, to all processes in front of it
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(by)
+        assert process.wait() == STOPPED
+        assert not left_in_session(process.pid, 60)
+        has_stopped(run, process.said("err"))
+        assert "stopped when asked, saved; the same command continues." in process.said("out")
+        assert ("continuing from" in process.said("out")) == (number > 0)
+    steps = [(row["stage"], row["step"]) for row in rows(run) if "loss" in row]
+    assert len(steps) == len(set(steps)), "a step was taken twice"
 
 
 SELDOM = pytest.mark.slow
 
 
-@pytest.mark.parametrize("launcher", ["accelerate cpu", "accelerate cpu2", "torchrun"])
 @pytest.mark.parametrize(
-    "number",
+    ("launcher", "number"),
     [
-        signal.SIGTERM,
-        signal.SIGUSR1,
-        pytest.param(signal.SIGINT, marks=SELDOM),
-        pytest.param(signal.SIGUSR2, marks=SELDOM),
+        ("accelerate cpu", signal.SIGTERM),
+        ("accelerate cpu2", signal.SIGUSR1),
+        ("torchrun", signal.SIGTERM),
+        pytest.param("torchrun", signal.SIGUSR1, marks=SELDOM),
+        pytest.param("accelerate cpu", signal.SIGUSR1, marks=SELDOM),
+        pytest.param("accelerate cpu2", signal.SIGTERM, marks=SELDOM),
+        *(pytest.param(name, number, marks=SELDOM) for name in LAUNCHERS for number in (signal.SIGINT, signal.SIGUSR2)),
     ],
 )
 def test_a_signal_to_the_launcher_stops_the_run(flags, tmp_path, launcher, number):
@@ -120,7 +140,7 @@ def test_ctrl_c_stops_the_run(flags, tmp_path, launcher):
     start.stopped()
 
 
-@pytest.mark.parametrize("launcher", ["accelerate cpu2", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("accelerate cpu2", marks=SELDOM), "torchrun"])
 def test_a_second_ctrl_c_leaves_at_once_though_a_rank_hangs(flags, tmp_path, launcher):
     start = Start(launcher, flags, tmp_path / "run")
     waiting, frozen = start.ranks()
@@ -139,7 +159,7 @@ def test_a_second_ctrl_c_leaves_at_once_though_a_rank_hangs(flags, tmp_path, lau
     assert not (tmp_path / "run" / "stopped.json").exists()
 
 
-@pytest.mark.parametrize("launcher", ["accelerate cpu2", "torchrun"])
+@pytest.mark.parametrize("launcher", ["accelerate cpu2", pytest.param("torchrun", marks=SELDOM)])
 def test_a_signal_to_one_rank_alone_stops_all(flags, tmp_path, launcher):
     start = Start(launcher, flags, tmp_path / "run")
     ranks = start.ranks()
@@ -148,31 +168,34 @@ def test_a_signal_to_one_rank_alone_stops_all(flags, tmp_path, launcher):
     start.stopped()
 
 
-@pytest.mark.parametrize("launcher", ["bare", "torchrun"])
-def test_a_run_that_is_asked_to_stop_while_it_judges_does_and_judges_again(small, tmp_path, launcher):
-    run, line = tmp_path / "run", [*LAUNCHERS[launcher], RECIPE, *small, "--no-tune", "--score-batch", "2"]
-    process = subprocess.Popen([*line, "--out", str(run)], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_asked_to_stop_while_it_judges(small, tmp_path, processes):
+    """It does, and judges again at the next start."""
+    run, flags = tmp_path / "run", [*small, "--no-tune", "--score-batch", "2"]
+    start = launching.start("defend.py", *flags, "--out", run, processes=processes)
     while not (run / "student.safetensors").exists():
-        assert process.poll() is None
+        assert start.poll() is None
         time.sleep(0.001)
     (run / "stop").touch()
-    assert process.wait(60) != 0 and not (run / "results.json").exists() and not (run / "stop").exists()
-    assert json.loads((run / "stopped.json").read_text())["exit_code"] == 85
-    done = subprocess.run([*line, "--out", str(run)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert start.result().returncode == STOPPED
+    assert not (run / "results.json").exists() and not (run / "stop").exists()
+    assert json.loads((run / "stopped.json").read_text())["exit_code"] == STOPPED
+    done = launching.run("defend.py", *flags, "--out", run, processes=processes)
     assert done.returncode == 0 and "AUROC" in done.stdout, done.stderr
     assert not (run / "stopped.json").exists()
 
 
 def test_what_a_start_left_when_it_stopped_is_gone_when_the_next_fails_early(flags, tmp_path):
-    start = Start("bare", flags, tmp_path / "run")
-    start.process.send_signal(signal.SIGTERM)
-    start.stopped()
-    line = [*LAUNCHERS["bare"], RECIPE, *flags, "--out", str(tmp_path / "run"), "--hang-timeout-min", "0.02"]
-    line[line.index("--train-limit") + 1] = "49"  # other settings: refused, and nothing is touched
-    assert subprocess.run(line, env=ENVIRONMENT, capture_output=True).returncode == 2
-    assert (tmp_path / "run" / "stopped.json").exists()
-    line[line.index("--train-limit") + 1] = "48"
-    line += ["--trackers", "trackio"]  # which is not installed
-    failed = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True)
+    run = tmp_path / "run"
+    start = launching.start("defend.py", *flags, "--out", run)
+    assert until_trained(run, 0, start)
+    start.send_signal(signal.SIGTERM)
+    has_stopped(run, start.result().stderr)
+    other = [*flags, "--out", run, "--hang-timeout-min", "0.02"]
+    other[other.index("--train-limit") + 1] = "49"  # other settings: refused, and nothing is touched
+    assert launching.run("defend.py", *other).returncode == 2
+    assert (run / "stopped.json").exists()
+    other[other.index("--train-limit") + 1] = "48"
+    failed = launching.run("defend.py", *other, "--trackers", "trackio")  # which is not installed
     assert failed.returncode == 2 and "trackio" in failed.stderr
-    assert not (tmp_path / "run" / "stopped.json").exists()
+    assert not (run / "stopped.json").exists()

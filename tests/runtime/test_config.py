@@ -10,8 +10,9 @@ from typing import Literal
 
 import pytest
 
-from bigtrain.runtime.config import RunSettings, overlay, print_if_asked, read_settings, result_settings, user_errors
+from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.run_folder import RunFolder, write_json
+from bigtrain.runtime.settings import RunSettings, overlay, print_if_asked, read_settings, result_settings
 
 TOP = Path(__file__).parents[2]
 

@@ -1,21 +1,17 @@
 """A rank that dies or hangs is named, and the others end in time."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from bigtrain.runtime.exit_codes import LOST
+from tests.launching import start
 
-TOP = Path(__file__).parents[2]
 SCRIPT = """
 import os, signal, sys, time, torch
-from bigtrain.runtime.config import user_errors
+from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.heartbeat import Heartbeat
 from bigtrain.runtime.start import start
 
@@ -50,25 +46,13 @@ with user_errors("recipe.py"):
 
 
 def started(folder, mode, processes=2):
-    """Bare processes, as a scheduler starts them."""
     (folder / "script.py").write_text(SCRIPT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "PYTHONPATH": str(TOP), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "script.py", mode], cwd=folder, text=True, stderr=subprocess.PIPE,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
+    return start(folder / "script.py", mode, processes=processes, folder=folder).ranks
 
 
-def ended(processes, timeout_s=90):
-    said = [process.communicate(timeout=timeout_s)[1] for process in processes]
-    return [process.returncode for process in processes], said
+def ended(processes, limit_s=90):
+    codes = [process.wait(limit_s) for process in processes]
+    return codes, [process.said("err") for process in processes]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +87,7 @@ def test_the_first_rank_is_named_too_when_it_is_frozen(tmp_path):
     first, second = started(tmp_path, "first SIGSTOP")
     codes, said = ended([second])
     first.kill()
-    first.communicate()
+    first.wait()
     assert codes == [LOST] and f"rank 0 (process {first.pid} on {socket.gethostname()}) does not answer" in said[0]
 
 
@@ -120,7 +104,7 @@ def test_a_frozen_rank_is_named_and_the_run_ends_without_it(tmp_path):
     first, second = started(tmp_path, "SIGSTOP")
     codes, said = ended([first])
     second.kill()
-    second.communicate()
+    second.wait()
     assert codes == [LOST] and f"rank 1 (process {second.pid}" in said[0]
 
 

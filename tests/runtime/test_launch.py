@@ -1,39 +1,69 @@
 """What a process can tell of its launcher before any group forms."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config import config_args
 
-TOP = Path(__file__).parents[2]
+from bigtrain.runtime import launch
+from bigtrain.runtime.launch import processes_asked_for
+from tests.launching import ENVIRONMENT, ROOT
+
 BIN = Path(sys.executable).parent
 SAYS = "from bigtrain.runtime.launch import processes_asked_for\nprint(processes_asked_for(), 'asked for')\n"
 TWO = ["--cpu", "--num_processes", "2"]
 DEFAULTS = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"
 
 
+@pytest.fixture
+def parent(monkeypatch):
+    """parent(words): this process's parent is one with such a command line."""
+    started = []
+
+    def put(*words):
+        waits = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
+        started.append(subprocess.Popen([*waits, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        started[-1].stdout.readline()
+        monkeypatch.setattr(launch, "PARENT", started[-1].pid)
+
+    yield put
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize(
-    ("launcher", "defaults", "asked"),
+    ("words", "defaults", "asked"),
     [
-        ([BIN / "accelerate-launch", *TWO], "", 2),
-        ([BIN / "accelerate", "launch", *TWO], "", 2),
-        ([sys.executable, "-m", "accelerate.commands.launch"], DEFAULTS, 2),
-        ([sys.executable, "-m", "accelerate.commands.launch", "--cpu"], DEFAULTS, 1),
-        ([sys.executable], DEFAULTS, 1),
+        (["bin/accelerate-launch", *TWO, "script.py"], "", 2),
+        (["bin/accelerate", "launch", *TWO, "script.py"], "", 2),
+        (["accelerate.commands.launch", "script.py"], DEFAULTS, 2),
+        (["accelerate.commands.launch", "--cpu", "script.py"], DEFAULTS, 1),
+        (["script.py"], DEFAULTS, 1),
+        (["launch", *TWO], "", 1),
     ],
-    ids=["script", "command", "its own file", "its own file, not used", "none"],
+    ids=["script", "command", "its own file", "its own file, not used", "none", "another launch"],
 )
-def test_how_many_processes_accelerate_was_asked_for(tmp_path, launcher, defaults, asked):
+def test_processes_asked_for(parent, monkeypatch, tmp_path, words, defaults, asked):
+    """What accelerate was told, by its command line or its own file of defaults."""
+    file = tmp_path / "default_config.yaml"
+    if defaults:
+        file.write_text(defaults)
+    monkeypatch.setattr(config_args, "default_config_file", str(file))
+    monkeypatch.setattr(config_args, "default_yaml_config_file", str(file), raising=False)
+    parent(*words)
+    assert processes_asked_for() == asked
+
+
+def test_a_real_launcher_is_recognized(tmp_path):
+    """`accelerate launch`, as it is installed, is the parent of what it starts."""
     script, home = tmp_path / "script.py", tmp_path / "home" / "accelerate"
     script.write_text(SAYS)
     home.mkdir(parents=True)
-    if defaults:
-        (home / "default_config.yaml").write_text(defaults)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "XDG_"))}
-    environment |= {"PYTHONPATH": str(TOP), "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(home.parent)}
-    done = subprocess.run(
-        list(map(str, [*launcher, script])), env=environment, capture_output=True, text=True, timeout=100
-    )
-    assert f"{asked} asked for" in done.stdout, done.stderr
+    (home / "default_config.yaml").write_text(DEFAULTS)
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "HF_HOME": str(home.parent)}
+    line = [BIN / "accelerate", "launch", script]
+    done = subprocess.run(list(map(str, line)), env=environment, capture_output=True, text=True, timeout=100)
+    assert "2 asked for" in done.stdout, done.stderr

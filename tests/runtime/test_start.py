@@ -3,11 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,13 +12,13 @@ from accelerate import Accelerator
 
 from bigtrain.models.attention import torch_dtype
 from bigtrain.runtime import start as module
-from bigtrain.runtime.exit_codes import STOPPED
+from bigtrain.runtime.exit_codes import INTERRUPTED, STOPPED
 from bigtrain.runtime.log import StageLog
 from bigtrain.runtime.preempt import SIGNALS, Stop
 from bigtrain.runtime.start import choose_precision, seed_step, start
-from bigtrain.runtime.watch import clock
-
-TOP = Path(__file__).parents[2]
+from bigtrain.text import clock
+from tests import launching
+from tests.launching import ENVIRONMENT
 
 
 @pytest.fixture(scope="module")
@@ -108,21 +104,16 @@ def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
         start("fp32")
 
 
-def launched(folder, script, *, use_cpu, timeout_s=120):
+def two_ranks(folder, script, *, use_cpu):
     (folder / "script.py").write_text(script)
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU")}
-    environment |= {"PYTHONPATH": str(TOP), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"ACCELERATE_USE_CPU": "true"} if use_cpu else {}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py"]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=timeout_s
-    )
+    environment = {**ENVIRONMENT, **({"ACCELERATE_USE_CPU": "true"} if use_cpu else {})}
+    return launching.start(folder / "script.py", processes=2, environment=environment, folder=folder).ranks
 
 
 TWO = """
 from pathlib import Path
 import os, signal, time
-from bigtrain.runtime.config import user_errors
+from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.preempt import Stop
 from bigtrain.runtime.start import start
 with user_errors("recipe.py"):
@@ -142,11 +133,12 @@ with user_errors("recipe.py"):
 
 @pytest.mark.parametrize("use_cpu", [True, False])
 def test_all_processes_agree_to_stop_once_one_was_asked(tmp_path, use_cpu):
-    done = launched(tmp_path, TWO, use_cpu=use_cpu)  # without it Accelerate alone would run two that are strangers
+    ranks = two_ranks(tmp_path, TWO, use_cpu=use_cpu)  # without it Accelerate alone would run two that are strangers
+    assert [rank.wait() for rank in ranks] == [STOPPED, STOPPED], ranks[0].said("err")
     agreed = [(tmp_path / f"agreed{rank}").read_text() for rank in range(2)]
-    assert agreed == ["[False, False, True, True]"] * 2, done.stderr
-    assert done.stdout.count("stopped when asked, saved; the same command continues.") == 1
-    assert f"exitcode  : {STOPPED}" in done.stderr
+    assert agreed == ["[False, False, True, True]"] * 2
+    said = "".join(rank.said("out") for rank in ranks)
+    assert said.count("stopped when asked, saved; the same command continues.") == 1
 
 
 @pytest.fixture
@@ -172,7 +164,7 @@ def test_a_signal_asks_for_the_stop_and_does_nothing_else(accelerator, handlers,
 IN_COLLECTIVE = """
 from pathlib import Path
 import os, signal
-from bigtrain.runtime.config import user_errors
+from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.preempt import Stop
 from bigtrain.runtime.start import start
 with user_errors("recipe.py"):
@@ -187,21 +179,16 @@ with user_errors("recipe.py"):
 
 
 def test_a_second_ctrl_c_ends_a_process_at_once_that_waits_in_a_collective(tmp_path):
-    def interrupted():
-        until = time.monotonic() + 60
-        while not (tmp_path / "pid0").exists() and time.monotonic() < until:
-            time.sleep(0.05)
-        time.sleep(1.0)
-        for _ in range(2):
-            os.kill(int((tmp_path / "pid0").read_text()), signal.SIGINT)
-            time.sleep(1.5)
-
-    thread = threading.Thread(target=interrupted)
-    thread.start()
-    done = launched(tmp_path, IN_COLLECTIVE, use_cpu=True)
-    thread.join()
-    assert "interrupted; the same command continues." in done.stderr
-    assert "exitcode  : 130" in done.stderr
+    first, second = two_ranks(tmp_path, IN_COLLECTIVE, use_cpu=True)
+    until = time.monotonic() + 60
+    while not (tmp_path / "pid0").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    for _ in range(2):
+        first.send_signal(signal.SIGINT)
+        time.sleep(1.5)
+    assert first.wait() == INTERRUPTED and "interrupted; the same command continues." in first.said("err")
+    second.kill()
 
 
 def test_a_released_stop_leaves_signals_as_they_were(accelerator, handlers, tmp_path):

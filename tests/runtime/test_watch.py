@@ -11,7 +11,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from bigtrain.runtime.watch import Follower, Stage, clean, curve, shown, watch
+from bigtrain.runtime.watch import Follower, Stage, curve, shown, watch
+from bigtrain.text import clean
 
 
 @pytest.fixture

@@ -1,22 +1,19 @@
 """DeepSpeed on two CPU processes: DDP's losses, whole weights and moments, and steps that are skipped."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-TOP = Path(__file__).parents[2]
+from tests.launching import run
+from tests.made_once import made_once
+
 SCRIPT = """
 import json, sys, torch
 from pathlib import Path
 from torch import nn
 from bigtrain.runtime import zero
 from bigtrain.runtime.checkpoint import Checkpoints
-from bigtrain.runtime.config import user_errors
+from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.start import start
 from bigtrain.runtime.update import Update
 
@@ -95,24 +92,16 @@ with user_errors("script"):
 
 def launched(folder, mode, stage, processes):
     (folder / "script.py").write_text(SCRIPT)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
-    environment |= {"PYTHONPATH": str(TOP), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if stage:
-        environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
-    else:
-        environment |= {"ACCELERATE_USE_CPU": "true"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*torchrun, "script.py", mode], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
+    config = {"processes": processes, "config": f"zero{stage}" if stage else "cpu2" if processes > 1 else "cpu"}
+    done = run(folder / "script.py", mode, folder=folder, **config)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / f"{mode}.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def by_ddp(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    return folder, launched(folder, "first", 0, 2)
+    folder = made_once(tmp_path_factory, "ddp", lambda folder: launched(folder, "first", 0, 2))
+    return folder, json.loads((folder / "first.json").read_text())
 
 
 def figures(rows):
@@ -125,7 +114,6 @@ def same(one, two):
     assert [row[2] for row in one] == [row[2] for row in two]
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed on a CPU needs g++")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_gives_ddp_s_losses_norms_and_skipped_steps_and_its_checkpoint_goes_on_anywhere(tmp_path, by_ddp, stage):
     folder, ddp = by_ddp

@@ -1,29 +1,26 @@
-"""A SLURM cluster, whatever `sinfo` shows, and what a user types. Without one the tests marked `slurm` are skipped."""
+"""Clusters: stand-ins for one, and the real one that `sinfo` shows; without it the tests marked `slurm` are skipped."""
 
 import fcntl
-import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.recipes.conftest import ENVIRONMENT, ROOT, shards, small, teacher  # noqa: F401
-
-RECIPE = str(ROOT / "recipes" / "defend.py")
-BIN = Path(sys.executable).parent
+from tests.launching import run as run_forked
+from tests.made_once import made_once
+from tests.slurm.cluster_commands import COUNTING, ask, slurm, submitted, until
+from tests.slurm.scheduler import Scheduler
 
 
 def pytest_collection_modifyitems(items):
-    if answer := no_cluster():
-        for item in items:
-            if item.get_closest_marker("slurm"):
-                item.add_marker(pytest.mark.skip(reason=answer))
+    needing = [item for item in items if item.get_closest_marker("slurm")]
+    if needing and (answer := no_cluster()):
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason=answer))
 
 
 def no_cluster():
@@ -34,75 +31,37 @@ def no_cluster():
     return "" if found.stdout.strip() else "needs a SLURM cluster: `sinfo` shows no partition"
 
 
-def slurm(*words, cwd=None, fails=None, timeout_s=600, **environment):
-    """What a user types: bigtrain-slurm and so on; its output, both streams together."""
-    command = [BIN / "bigtrain-slurm", *map(str, words)]
-    around = {**ENVIRONMENT, **environment}
-    done = subprocess.run(command, capture_output=True, text=True, env=around, cwd=cwd, timeout=timeout_s)
-    assert (done.returncode == fails) if fails else (done.returncode == 0), done.stdout + done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def scheduler(monkeypatch):
+    """Stand-ins for SLURM's commands, on which jobs live in this process; what was to happen in a life has happened."""
+    made = Scheduler(monkeypatch)
+    yield made
+    assert not made.plans, "something was to happen in a life, and did not"
 
 
-def ask(command):
-    return subprocess.run(shlex.split(command), check=True, capture_output=True, text=True).stdout.strip()
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / 'it\'s "a" run'
 
 
-def submitted(said):
-    """The id in what submit or sweep says."""
-    return said.split("job ", 1)[1].split(":")[0]
+@pytest.fixture
+def submit(run, scheduler):
+    """Submit the recipe without torch, with these options of the job and flags of its own."""
+
+    def job(*flags, options=()):
+        return submitted(slurm("submit", COUNTING, *options, "--", *flags, "--out", run))
+
+    return job
 
 
-def events(run):
-    file = run / "events.jsonl"
-    return [json.loads(row) for row in file.read_text().splitlines()] if file.exists() else []
+@pytest.fixture(scope="session")
+def counted(tmp_path_factory):
+    """What the recipe without torch leaves where nothing disturbs it."""
 
+    def make(folder):
+        subprocess.run([sys.executable, COUNTING, "--out", folder], check=True, capture_output=True)
 
-def told(run):
-    return [row["event"] for row in events(run)]
-
-
-def steps(run):
-    """How far the log is: the number of rows with a loss."""
-    file = run / "log.jsonl"
-    return sum('"loss"' in row for row in file.read_text().splitlines()) if file.exists() else 0
-
-
-def until(condition, what, wait_s=120):
-    end = time.monotonic() + wait_s
-    while not (found := condition()):
-        assert time.monotonic() < end, f"waited {wait_s} s for {what}\n{ask('squeue')}"
-        time.sleep(0.1)
-    return found
-
-
-def nodes_of(job):
-    return ask(f"scontrol show hostnames {ask(f'squeue -h -j {job} -o %N')}").split()
-
-
-def until_life(run, number):
-    until(lambda: told(run).count("started") >= number, f"life {number} of {run}: {told(run)}")
-
-
-def until_training(run):
-    """A new life has trained some steps more."""
-    lives, before = told(run).count("started"), steps(run)
-    until(lambda: steps(run) > before + 5, f"training in life {lives} of {run}: {told(run)}")
-
-
-def until_done(*runs, wait_s=240):
-    def ended():
-        for run in runs:
-            assert "failed" not in told(run), [row for row in events(run) if row["event"] == "failed"]
-        return all((run / "results.json").exists() and told(run)[-1] == "finished" for run in runs)
-
-    until(ended, f"the end of {[str(run) for run in runs]}", wait_s)
-
-
-def same_bits(one, other):
-    return all((one / name).read_bytes() == (other / name).read_bytes() for name in BITS)
-
-
-BITS = ("teacher.safetensors", "student.safetensors", "scores.parquet")
+    return made_once(tmp_path_factory, "counted", make)
 
 
 @pytest.fixture
@@ -123,7 +82,7 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def long_run(small):  # noqa: F811
+def long_run(small):
     """A run of some 20 s behind its start, that is saved now and then."""
     return [*small, "--distil-epochs", "150", "--checkpoint-every", "20", "--log-every", "1"]
 
@@ -131,16 +90,15 @@ def long_run(small):  # noqa: F811
 @pytest.fixture(scope="session")
 def undisturbed(long_run, tmp_path_factory):
     """The same run on this machine, without SLURM, by the number of processes."""
-    found = {}
 
-    def run(processes):
-        if processes not in found:
-            out = tmp_path_factory.mktemp("undisturbed") / "run"
-            slurm("submit", RECIPE, "--local", "--tasks-per-node", processes, "--", *long_run, "--out", out)
-            found[processes] = out
-        return found[processes]
+    def of(processes):
+        def make(folder):
+            done = run_forked("defend.py", *long_run, "--out", folder / "run", processes=processes)
+            assert done.returncode == 0, done.stderr
 
-    return run
+        return made_once(tmp_path_factory, f"undisturbed_{processes}", make) / "run"
+
+    return of
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from slurm import cluster
 from slurm.cluster import Cluster, explained, read_cluster
 from slurm.submit import script
-from tests.recipes.conftest import ROOT
-from tests.slurm.conftest import RECIPE, slurm
+from tests.launching import ROOT
+from tests.slurm.cluster_commands import RECIPE, slurm
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHIPPED = sorted((ROOT / "slurm" / "clusters").glob("*.toml"))
@@ -33,7 +33,8 @@ SHIPPED = sorted((ROOT / "slurm" / "clusters").glob("*.toml"))
         ),
     ],
 )  # fmt: skip
-def test_what_sbatch_gets(name, asked, further):
+def test_sbatch_script(name, asked, further):
+    """What sbatch gets."""
     text = script(asked, Path('/shared/it\'s a "$(run)"/slurm'), "dog s0;", **further)
     text = text.replace(sys.executable, "/env/bin/python")
     assert text == (GOLDEN / f"{name}.sbatch").read_text()
@@ -58,7 +59,8 @@ def test_shipped_cluster_files_are_valid(file):
         ("nodes = ", "is not valid TOML"),
     ],
 )
-def test_a_cluster_file_that_means_nothing_is_told(tmp_path, text, sentence):
+def test_wrong_cluster_file(tmp_path, text, sentence):
+    """A cluster file that means nothing is told."""
     file = tmp_path / "mine.toml"
     file.write_text(text)
     with pytest.raises(ValueError, match=re.escape(sentence)) as told:
@@ -66,7 +68,8 @@ def test_a_cluster_file_that_means_nothing_is_told(tmp_path, text, sentence):
     assert str(file) in str(told.value)
 
 
-def test_a_cluster_file_that_is_not_there_is_told(tmp_path):
+def test_missing_cluster_file(tmp_path):
+    """A cluster file that is not there is told."""
     with pytest.raises(ValueError, match=r"cannot be read .No such file or directory.: name a cluster file"):
         read_cluster(tmp_path / "none.toml")
 
@@ -82,7 +85,8 @@ def test_a_cluster_file_that_is_not_there_is_told(tmp_path):
         ("Requested node configuration is not available", "#SBATCH --gpus-per-node=9"),
     ],
 )
-def test_a_refusal_is_told_with_the_line_behind_it(monkeypatch, word, line):
+def test_refusal_by_sbatch(monkeypatch, word, line):
+    """A refusal is told with the line behind it."""
     monkeypatch.setattr(cluster.jobs, "ask", lambda *_: "low: 3 nodes of 2 CPUs, 4000 MB, (null)\n")
     asked = Cluster(partition="nowhere", account="vision", qos="long", mem_gb=1, constraint="ib", gpus_per_node=9)
     said = f"sbatch: error: {word}\nsbatch: error: Batch job submission failed: {word}\n"
@@ -90,7 +94,8 @@ def test_a_refusal_is_told_with_the_line_behind_it(monkeypatch, word, line):
     assert told.startswith(f"sbatch refuses the job: {word}. The line") and line in told and "\n" not in told
 
 
-def test_without_slurm_a_sentence_says_what_else_there_is(small, tmp_path):
-    said = slurm("submit", RECIPE, "--", *small, "--out", tmp_path / "run", fails=2, PATH="/nowhere")
+def test_without_slurm(tmp_path):
+    """Without SLURM a sentence says what else there is."""
+    said = slurm("submit", RECIPE, "--", "--out", tmp_path / "run", fails=2, PATH="/nowhere")
     assert said.startswith("bigtrain-slurm: error: there is no SLURM here (sbatch, srun, squeue, scontrol not on the")
     assert "--local" in said and not (tmp_path / "run").exists()

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from tests.slurm.conftest import (
+from tests.slurm.cluster_commands import (
     RECIPE,
     ask,
-    events,
     same_bits,
     slurm,
     submitted,
     until_done,
     until_life,
     until_training,
+    whys,
 )
 
 pytestmark = [
@@ -24,7 +24,8 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
-def test_a_job_on_a_gpu_goes_on_to_the_same_bits(long_run, tmp_path, strategy):
+def test_goes_on_to_the_same_bits(long_run, tmp_path, strategy):
+    """A job on a GPU that is told to leave goes on to the bits of a quiet run."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     flags = ["--gpus-per-node", "1", "--strategy", strategy, "--", *long_run, "--precision", "bf16", "--out"]
     slurm("submit", RECIPE, "--local", *flags, whole, CUDA_VISIBLE_DEVICES="0")
@@ -33,7 +34,7 @@ def test_a_job_on_a_gpu_goes_on_to_the_same_bits(long_run, tmp_path, strategy):
     ask(f"scancel --signal=USR2 {job}")
     until_life(run, 2)
     until_done(run)
-    assert [row["why"] for row in events(run) if row["event"] == "requeued"] == ["told to leave (SIGUSR2)"]
+    assert whys(run) == ["told to leave (SIGUSR2)"]
     said = "".join(log.read_text() for log in (run / "slurm").glob(f"{job}_0_log.out*"))
     assert "on cuda, precision bf16" in said
     assert same_bits(run, whole)

@@ -29,7 +29,8 @@ def states(monkeypatch, **known):
     monkeypatch.setattr(jobs, "states", lambda ids: {i: known[f"j{i}"] for i in ids if f"j{i}" in known})
 
 
-def test_a_job_is_read_as_it_was_written(run):
+def test_job_file(run):
+    """A job is read as it was written."""
     assert Job.read(run) == Job(
         "recipe.py", ("--known", "it's"), "/", Cluster(setup=("module load cuda",)), str(run / "slurm")
     )
@@ -38,7 +39,8 @@ def test_a_job_is_read_as_it_was_written(run):
         Job.read(run)
 
 
-def test_a_run_is_one_jobs_while_that_lives(run, monkeypatch):
+def test_owner(run, monkeypatch):
+    """A run is one job's while that lives."""
     states(monkeypatch, j1=jobs.State("RUNNING"))
     Owner(run, "1").take()
     Owner(run, "1").take()  # the same job's next life
@@ -53,7 +55,9 @@ def test_a_run_is_one_jobs_while_that_lives(run, monkeypatch):
     assert sorted(file.name for file in (run / "slurm").iterdir()) == ["job.json"]
 
 
-def test_where_nobody_can_be_asked_an_owner_is_taken_to_live(run, monkeypatch):
+def test_owner_without_slurm(run, monkeypatch):
+    """Where nobody can be asked an owner is taken to live."""
+
     def gone(ids):
         raise jobs.NoSlurmError("no")
 
@@ -63,7 +67,8 @@ def test_where_nobody_can_be_asked_an_owner_is_taken_to_live(run, monkeypatch):
         Owner(run, "2").take()
 
 
-def test_a_process_of_this_machine_that_has_ended_loses_its_run(run):
+def test_dead_local_owner(run):
+    """A process of this machine that has ended loses its run."""
     ended = subprocess.Popen(["true"])
     ended.wait()
     (run / "slurm" / "owner.json").write_text(
@@ -72,14 +77,16 @@ def test_a_process_of_this_machine_that_has_ended_loses_its_run(run):
     Owner(run, "2").take()
 
 
-def test_half_a_row_of_history_is_left_out(run):
+def test_half_a_row(run):
+    """Half a row of history is left out."""
     tell(run, "started", job="1")
     with (run / "events.jsonl").open("a") as file:
         file.write('{"event": "requ')
     assert [row["event"] for row in events(run)] == ["started"]
 
 
-def test_lives_that_got_no_further_are_counted(run):
+def test_idle_lives(run):
+    """Lives that got no further are counted."""
     for at in ("", "", "distil/step-000004", "distil/step-000008", "distil/step-000008"):
         tell(run, "started", job="1", at=at)
     tell(run, "started", job="2", at="distil/step-000008")
@@ -109,7 +116,8 @@ def test_lives_that_got_no_further_are_counted(run):
         (["submitted"], None, "lost", "it has never begun"),
     ],
 )
-def test_how_a_run_stands(run, monkeypatch, rows, state, how, told):
+def test_standing(run, monkeypatch, rows, state, how, told):
+    """How a run stands."""
     for row in rows:
         further = {"error": "ValueError: no", "rank": 3} if row == "failed" else {}
         monkeypatch.setattr(history.socket, "gethostname", lambda: "node2")
@@ -120,7 +128,8 @@ def test_how_a_run_stands(run, monkeypatch, rows, state, how, told):
     assert one.requeued == rows.count("requeued")
 
 
-def test_a_finished_run_is_done_whatever_slurm_says(run, monkeypatch):
+def test_done(run, monkeypatch):
+    """A finished run is done, whatever SLURM says."""
     states(monkeypatch)
     tell(run, "submitted", job="7")
     (run / "results.json").write_text("{}")
@@ -128,7 +137,8 @@ def test_a_finished_run_is_done_whatever_slurm_says(run, monkeypatch):
     assert one.how == "done" and outcome(run) == "finished"
 
 
-def test_a_run_that_was_killed_between_its_results_and_its_last_word_says_it_in_the_next_life(run):
+def test_last_word_in_the_next_life(run):
+    """A run that was killed between its results and its last word says it in the next life."""
     for row in ("submitted", "started"):
         tell(run, row, job="7", restarts=0)
     (run / "results.json").write_text("{}")
@@ -137,7 +147,8 @@ def test_a_run_that_was_killed_between_its_results_and_its_last_word_says_it_in_
     assert [row["event"] for row in events(run)] == ["submitted", "started", "finished"]
 
 
-def test_a_job_that_slurm_has_queued_again_is_not_queued_twice(run, monkeypatch):
+def test_not_queued_twice(run, monkeypatch):
+    """A job that SLURM has queued again is not queued twice."""
     again = []
     monkeypatch.setattr(jobs, "requeue", lambda job, delay_s: again.append((job, delay_s)))
     task = Task(run, "7", 1, 0, 1, 0, 1, "node1", on_slurm=True)
@@ -148,7 +159,8 @@ def test_a_job_that_slurm_has_queued_again_is_not_queued_twice(run, monkeypatch)
     assert again == [("7", 0)]
 
 
-def test_the_log_of_the_process_that_failed_first_comes_first(run):
+def test_order_of_logs(run):
+    """The log of the process that failed first comes first."""
     tell(run, "failed", job="7", rank=2)
     for rank in (0, 1, 2, 10):
         (run / "slurm" / f"7_{rank}_log.out").write_text(f"rank {rank}\n")
@@ -156,15 +168,16 @@ def test_the_log_of_the_process_that_failed_first_comes_first(run):
     assert status.tail(status.log_files(run, "7")[:1]) == ["rank 2"]
 
 
-def test_the_last_line_that_names_an_error_is_told():
+def test_last_error():
+    """The last line that names an error is told."""
     lines = ["Traceback (most recent call last):", "ValueError: no", "  at the end", "", "torch says goodbye"]
     assert last_error(lines) == "ValueError: no"
     assert last_error(["defend.py: error: no such class", "x"]) == "defend.py: error: no such class"
     assert last_error(["only this", " "]) == "only this" and last_error([]) == ""
 
 
-def test_time_left_is_from_the_start_and_the_limit():
-    """EndTime is now where a job is cancelled, and would say that its time is up."""
+def test_time_left():
+    """Time left is from the start and the limit: EndTime is now where a job is cancelled."""
     start = "2020-01-01T00:00:00"
     left = seconds_left({"StartTime": start, "TimeLimit": "1-02:03:04", "EndTime": start})
     more = seconds_left({"StartTime": start, "TimeLimit": "1-02:03:05", "EndTime": start})

@@ -4,43 +4,64 @@ import json
 import os
 import signal
 import subprocess
+import time
 
-from tests.slurm.conftest import BIN, ENVIRONMENT, RECIPE, events, same_bits, slurm, steps, told, until_training
+import pytest
+
+from bigtrain.cli import main as bigtrain
+from tests.launching import ENVIRONMENT, run
+from tests.processes import VARIABLE, Family
+from tests.slurm.cluster_commands import BIN, RECIPE, events, same_bits, slurm, steps, told
+
+pytestmark = pytest.mark.timeout(400)  # each process of these jobs imports torch for itself
 
 
-def test_a_local_job_is_stopped_by_ctrl_c_and_goes_on_to_the_same_bits(small, tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / 'it\'s "a" run'
-    flags = ["--tasks-per-node", "2", "--", *small, "--distil-epochs", "30", "--out"]
-    assert "AUROC" in slurm("submit", RECIPE, "--local", *flags, whole)
-    assert told(whole) == ["submitted", "started", "finished"]
-    line = [str(BIN / "bigtrain-slurm"), "submit", RECIPE, "--local", *map(str, [*flags, run])]
+@pytest.fixture
+def family():
+    """Marks the processes of local jobs, so that none outlives a test that fails."""
+    made = Family()
+    yield {VARIABLE: made.name}
+    made.kill()
+
+
+def test_ctrl_c(small, tmp_path, family):
+    """A local job of two processes is stopped by Ctrl-C and goes on to the bits of the recipe that nothing disturbs."""
+    whole, stopped = tmp_path / "whole", tmp_path / 'it\'s "a" run'
+    line = ["submit", RECIPE, "--local", "--tasks-per-node", "2", "--", *small, "--out", str(stopped)]
     restored = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    with subprocess.Popen(line, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL, **restored) as job:
-        until_training(run)
+    started = {"env": {**ENVIRONMENT, **family}, "start_new_session": True, "stdout": subprocess.DEVNULL, **restored}
+    with subprocess.Popen([BIN / "bigtrain-slurm", *line], **started) as job:
+        while steps(stopped) < 2:
+            assert job.poll() is None
+            time.sleep(0.01)
         os.killpg(job.pid, signal.SIGINT)
         assert job.wait(timeout=120) == 1
-    assert told(run)[-1] == "stopped" and 0 < steps(run) < steps(whole)
-    assert "stopped" in slurm("status", run)
-    slurm("submit", RECIPE, "--local", *flags, run)
-    assert [row["processes"] for row in events(run) if row["event"] == "started"] == [2, 2]
-    assert "done" in slurm("status", run) and same_bits(run, whole)
-    assert "is finished, nothing to do" in slurm("submit", RECIPE, "--local", *flags, run)
+    assert told(stopped) == ["submitted", "started", "stopped"] and 0 < steps(stopped) < 4 + 8
+    assert "stopped" in slurm("status", stopped)
+    assert "AUROC" in slurm(*line, **family)
+    assert told(stopped)[3:] == ["submitted", "started", "finished"]
+    assert [row["processes"] for row in events(stopped) if row["event"] == "started"] == [2, 2]
+    done = run("defend.py", *small, "--out", whole, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "done" in slurm("status", stopped) and same_bits(stopped, whole) and steps(stopped) == steps(whole)
+    assert "is finished, nothing to do" in slurm(*line)
 
 
-def test_a_local_sweep_with_a_shared_teacher_ends_in_a_table(small, tmp_path):
+def test_sweep(small, tmp_path, capsys, family):
+    """A local sweep with a shared teacher ends in a table."""
     settings = dict(zip((flag[2:].replace("-", "_") for flag in small[::2]), small[1::2], strict=True))
     del settings["known"]
     text = "\n".join(f"{n} = {json.dumps(v) if n in ('train', 'test', 'teacher') else v}" for n, v in settings.items())
-    file = tmp_path / "two.toml"
+    file, out = tmp_path / "one.toml", tmp_path / "out"
     file.write_text(
         f"""
 recipe = {json.dumps(RECIPE)}
-out = {json.dumps(str(tmp_path / "out"))}
-protocol = "uni-class"
-classes = ["ankle_boot", "bag"]
+out = {json.dumps(str(out))}
 [settings]
 tune = false
 {text}
+[axes]
+known = [["bag"]]
 [[shared]]
 name = "teacher"
 per = ["known"]
@@ -49,25 +70,22 @@ leaves = {{ teacher = "teacher.safetensors" }}
 """
     )
     before = slurm("sweep", file, "--dry-run")
-    assert "ankle_boot          known ankle_boot  after teacher-ankle_boot" in before
-    assert "4 runs in " in before and "#SBATCH --array=0-3" in before and not (tmp_path / "out").exists()
-    said = slurm("sweep", file, "--local")
-    assert said.count(": finished") == 4
-    for known in ("ankle_boot", "bag"):
-        one, tuned = tmp_path / "out" / known, tmp_path / "out" / f"teacher-{known}"
-        assert json.loads((one / "config.json").read_text())["settings"]["teacher"] == str(
-            tuned / "teacher.safetensors"
-        )
-        assert not (tuned / "student.safetensors").exists() and (one / "student.safetensors").exists()
-    assert "4 runs: 4 done" in slurm("status", tmp_path / "out")
-    table = subprocess.run(
-        [BIN / "bigtrain", "tables", tmp_path / "out"], capture_output=True, text=True, env=ENVIRONMENT, check=True
-    ).stdout
-    assert "| bag" in table and "| mean" in table and "missing" not in table
+    assert "bag          known bag  after teacher-bag" in before
+    assert "2 runs in " in before and "#SBATCH --array=0-1" in before and not out.exists()
+    assert slurm("sweep", file, "--local", **family).count(": finished") == 2
+    one, tuned = out / "bag", out / "teacher-bag"
+    resolved = json.loads((one / "config.json").read_text())["settings"]
+    assert resolved["teacher"] == str(tuned / "teacher.safetensors") and resolved["known"] == ["bag"]
+    assert not (tuned / "student.safetensors").exists() and (one / "student.safetensors").exists()
+    assert "2 runs: 2 done" in slurm("status", out)
+    assert bigtrain(["tables", str(out)]) == 0
+    table = capsys.readouterr().out
+    assert "| bag" in table and "missing" not in table
     assert "0 to run" in slurm("sweep", file, "--local")
 
 
-def test_wrong_flags_end_with_a_sentence_and_leave_nothing(small, tmp_path):
+def test_refusals(small, tmp_path):
+    """Wrong flags end with a sentence and leave nothing."""
     out = tmp_path / "run"
     assert "there is no recipe" in slurm("submit", "nowhere.py", "--local", "--", "--out", out, fails=2)
     said = slurm("submit", RECIPE, "--local", "--", *small, "--mask-ratio", "2", "--out", out, fails=2)
@@ -75,3 +93,11 @@ def test_wrong_flags_end_with_a_sentence_and_leave_nothing(small, tmp_path):
     assert "sbatch reads '%' in names" in slurm("submit", RECIPE, "--local", "--", *small, "--out", out / "%j", fails=2)
     assert "holds neither a sweep nor a submitted run" in slurm("status", tmp_path, fails=2)
     assert not out.exists()
+
+
+def test_wrong_command():
+    """The installed command ends with the exit code of a user's mistake, and says on stderr what it was."""
+    line = [BIN / "bigtrain-slurm", "submit", "nowhere.py", "--local"]
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("bigtrain-slurm: error: there is no recipe nowhere.py")

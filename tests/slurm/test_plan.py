@@ -9,7 +9,7 @@ import pytest
 from bigtrain.data.schema import read_manifest
 from recipes import deep_novelty, defend_settings
 from slurm.sweep import plan, toml_value
-from tests.recipes.conftest import ROOT
+from tests.launching import ROOT
 
 SHIPPED = sorted((ROOT / "slurm" / "sweeps").glob("*.toml"))
 RUNS = {
@@ -32,7 +32,8 @@ def sweep(tmp_path, monkeypatch):
     return of
 
 
-def test_axes_are_multiplied_and_zipped_ones_are_not(sweep):
+def test_axes(sweep):
+    """Axes are multiplied, and zipped ones are not."""
     found = sweep(
         """
 seeds = [0, 1]
@@ -66,13 +67,15 @@ crop_size = [16, 32]
         ("half-vs-half", "known", ["c0", "c1", "c2", "c3", "c4"], 4),
     ],
 )
-def test_a_protocol_becomes_a_run_for_each_split(sweep, protocol, side, first, count):
+def test_protocol(sweep, protocol, side, first, count):
+    """A protocol becomes a run for each split."""
     classes = json.dumps([f"c{number}" for number in range(10)])
     found = sweep(f'protocol = "{protocol}"\nclasses = {classes}\n[settings]\ntrain = "x"\n')
     assert len(found.runs) == count and found.runs[0].settings == {"train": "x", side: first}
 
 
-def test_a_shared_run_is_there_once_for_all_that_need_it(sweep):
+def test_shared_runs(sweep):
+    """A shared run is there once for all that need it."""
     found = sweep(
         """
 protocol = "uni-class"
@@ -101,7 +104,8 @@ leaves = { teacher = "teacher.safetensors" }
         assert run.needs == {file: needed} and run.settings["teacher"] == file
 
 
-def test_names_are_safe_and_their_own(sweep):
+def test_safe_names(sweep):
+    """Names are safe and their own."""
     names = ["a/b", "a b", "A B", "..", "-x", "ж", "$(touch gone)"]
     found = sweep(f"[axes]\nknown = {json.dumps([[name] for name in names])}\n")
     folders = [run.name for run in found.runs]
@@ -110,7 +114,8 @@ def test_names_are_safe_and_their_own(sweep):
     assert [run.settings["known"] for run in found.runs] == [[name] for name in names]
 
 
-def test_ten_thousand_runs_have_names_of_their_own(sweep):
+def test_ten_thousand_names(sweep):
+    """Ten thousand runs have names of their own."""
     classes = json.dumps([f"class {number}" for number in range(1000)])
     found = sweep(f'protocol = "uni-class"\nclasses = {classes}\nseeds = {list(range(10))}\n')
     assert len(found.runs) == len({run.name for run in found.runs}) == 10_000
@@ -135,7 +140,8 @@ def test_ten_thousand_runs_have_names_of_their_own(sweep):
         ("[cluster]\nnode = 2", "there is no setting 'node'; near it: "),
     ],
 )
-def test_a_sweep_file_that_means_nothing_is_told(sweep, text, sentence):
+def test_wrong_sweep_file(sweep, text, sentence):
+    """A sweep file that means nothing is told."""
     with pytest.raises(ValueError, match=re.escape(sentence)):
         sweep(text)
 
@@ -146,8 +152,9 @@ def test_settings_are_written_as_toml(value):
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=[file.stem for file in SHIPPED])
-def test_shipped_sweeps_have_the_runs_that_their_readme_says(file, shards, tmp_path, monkeypatch):
-    """Beside manifests with as many classes as the data sets have; every setting is one of the recipe."""
+def test_shipped_sweeps(file, shards, tmp_path, monkeypatch):
+    """Shipped sweeps have the runs that their README says, beside manifests with as many classes as the data sets have;
+    every setting is one of the recipe."""
     for name, count in COUNTS.items():
         manifest = json.loads((shards / "train" / "manifest.json").read_text())
         manifest["classes"] = [f"c{number}" for number in range(count)]

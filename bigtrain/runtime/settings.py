@@ -1,34 +1,18 @@
-"""Settings of a recipe (a dataclass, a TOML file underneath, flags on top), and the one sentence for a mistake."""
+"""Settings of a recipe: a dataclass, a TOML file underneath, flags on top. Read and checked without importing torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import gc
 import json
 import math
-import os
-import socket
-import sys
 import tomllib
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import torch.distributed as dist
-import tyro
-
-from bigtrain.runtime import heartbeat
-from bigtrain.runtime.exit_codes import INTERRUPTED, LOST, USER_ERROR
-from bigtrain.runtime.heartbeat import Heartbeat
-from bigtrain.runtime.launch import stop_with_launcher
-from bigtrain.runtime.watch import clean
-
 PRINT_CONFIG = "--print-config"
-at_end = ExitStack()  # what `user_errors` lets go of, such as the run folder's lock
 
 
 @dataclass(frozen=True)
@@ -86,6 +70,8 @@ def read_settings(
     config_class: type[C], argv: Sequence[str], preset: Path | None = None, *, description: str | None = None
 ) -> C:
     """Defaults, then `preset`, then `--config FILE.toml`, then flags."""
+    import tyro  # here: a process that only reads pictures imports the recipe too
+
     arguments = [argument for argument in argv if argument != PRINT_CONFIG]
     config: Any = config_class()
     if preset:
@@ -172,57 +158,3 @@ def result_settings(config: Any) -> dict[str, Any]:
     record = json.loads(json.dumps(dataclasses.asdict(config)))
     record.pop("run")
     return record
-
-
-@contextmanager
-def user_errors(program: str) -> Iterator[None]:
-    """End with exit code 2 and one sentence on a user's mistake; `BIGTRAIN_TRACEBACK=1` shows where it was raised."""
-    stop_with_launcher()
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        print(f"{program}: interrupted; the same command continues.", file=sys.stderr, flush=True)
-        heartbeat.failed(interrupt)
-        raise SystemExit(INTERRUPTED) from None
-    except SystemExit as stop:  # asked to, on all ranks
-        traceback.clear_frames(stop.__traceback__)
-        close_heartbeat()
-        leave_group()
-        raise
-    except (ValueError, FloatingPointError, OSError, ImportError) as error:
-        if os.environ.get("BIGTRAIN_TRACEBACK"):
-            traceback.print_exc()
-        # before a process group forms, all ranks of a machine find the same mistake: one of them says so
-        if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
-            rank = os.environ.get("RANK", "0")
-            where = f" (rank {rank} on {socket.gethostname()})" if rank != "0" else ""
-            print(f"{program}: error{where}: {clean(str(error))}", file=sys.stderr, flush=True)
-        heartbeat.failed(error)  # second: another rank may end of it, and the launcher then ends this one
-        raise SystemExit(USER_ERROR) from None
-    except BaseException as error:
-        if why := heartbeat.failed(error):
-            print(f"{program}: error: {why}", file=sys.stderr, flush=True)
-            os._exit(LOST)  # the group of the processes cannot be left in good order any more
-        raise
-    finally:
-        at_end.close()
-    close_heartbeat()
-    leave_group()
-
-
-def close_heartbeat() -> None:
-    if Heartbeat.current:
-        Heartbeat.current.close()
-        Heartbeat.current = None
-
-
-def leave_group() -> None:
-    """End the process group, where there is one, once no network is left that was trained in it.
-
-    A DistributedDataParallel that outlives its group is the last to hold it, and destroys it with Python's lock in
-    hand: should a thread of gloo still be letting go of a tensor, which takes that lock, both wait for ever (seen under
-    load). Destroyed here it does not hold the lock. Left to the exit, gloo's threads abort now and then.
-    """
-    gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -1,0 +1,60 @@
+"""Weights that others have released, from the cache or the hub; where the hub cannot be reached, that is told soon."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from torch import Tensor
+
+from bigtrain.models.lean_timm import timm, torchvision
+from bigtrain.models.names import ALEXNET
+
+WITHIN_S = 5.0
+
+
+def released_weights(name: str, **options: Any) -> dict[str, Tensor]:
+    """The state_dict of a timm network, or torchvision's AlexNet, with the weights that its name stands for.
+
+    Args:
+        options: of `timm.create_model`.
+
+    Raises:
+        Exception: they cannot be had; the hub's client, the network and timm each have errors of their own.
+    """
+    if name == ALEXNET:
+        return torchvision.models.alexnet(weights="DEFAULT").state_dict()
+    with from_cache_alone_without_hub():
+        return timm.create_model(name, pretrained=True, num_classes=0, **options).state_dict()
+
+
+@contextmanager
+def from_cache_alone_without_hub() -> Iterator[None]:
+    """Where the hub does not answer, its client looks into its cache alone; it would try again for a minute."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not hub_answers(WITHIN_S)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def hub_answers(within_s: float) -> bool:
+    """Whether the hub answers at all, asked through its client, which knows of proxies and mirrors."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    answers: list[object] = []
+
+    def ask() -> None:
+        with suppress(Exception):  # of the network, in as many kinds as there are clients
+            answers.append(get_session().head(constants.ENDPOINT, timeout=within_s))
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a host's name heeds no timeout
+    thread.start()
+    thread.join(within_s)
+    return bool(answers)

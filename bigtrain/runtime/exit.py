@@ -1,0 +1,80 @@
+"""How a process of a run ends: one sentence and exit code 2 for a user's mistake, the other ranks told, the process
+group left."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from bigtrain.runtime import heartbeat
+from bigtrain.runtime.exit_codes import INTERRUPTED, LOST, USER_ERROR
+from bigtrain.runtime.heartbeat import Heartbeat
+from bigtrain.runtime.launch import stop_with_launcher
+from bigtrain.text import clean
+
+at_end = ExitStack()  # what `user_errors` lets go of, such as the run folder's lock
+
+
+@contextmanager
+def user_errors(program: str) -> Iterator[None]:
+    """End with exit code 2 and one sentence on a user's mistake; `BIGTRAIN_TRACEBACK=1` shows where it was raised."""
+    stop_with_launcher()
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        print(f"{program}: interrupted; the same command continues.", file=sys.stderr, flush=True)
+        heartbeat.failed(interrupt)
+        raise SystemExit(INTERRUPTED) from None
+    except SystemExit as stop:  # asked to, on all ranks
+        traceback.clear_frames(stop.__traceback__)
+        close_heartbeat()
+        leave_group()
+        raise
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+        if os.environ.get("BIGTRAIN_TRACEBACK"):
+            traceback.print_exc()
+        # before a process group forms, all ranks of a machine find the same mistake: one of them says so
+        if has_group() or os.environ.get("LOCAL_RANK", "0") == "0":
+            rank = os.environ.get("RANK", "0")
+            where = f" (rank {rank} on {socket.gethostname()})" if rank != "0" else ""
+            print(f"{program}: error{where}: {clean(str(error))}", file=sys.stderr, flush=True)
+        heartbeat.failed(error)  # second: another rank may end of it, and the launcher then ends this one
+        raise SystemExit(USER_ERROR) from None
+    except BaseException as error:
+        if why := heartbeat.failed(error):
+            print(f"{program}: error: {why}", file=sys.stderr, flush=True)
+            os._exit(LOST)  # the group of the processes cannot be left in good order any more
+        raise
+    finally:
+        at_end.close()
+    close_heartbeat()
+    leave_group()
+
+
+def close_heartbeat() -> None:
+    if Heartbeat.current:
+        Heartbeat.current.close()
+        Heartbeat.current = None
+
+
+def leave_group() -> None:
+    """End the process group, where there is one, once no network is left that was trained in it.
+
+    A DistributedDataParallel that outlives its group is the last to hold it, and destroys it with Python's lock in
+    hand: should a thread of gloo still be letting go of a tensor, which takes that lock, both wait for ever (seen under
+    load). Destroyed here it does not hold the lock. Left to the exit, gloo's threads abort now and then.
+    """
+    if has_group():
+        gc.collect()
+        sys.modules["torch.distributed"].destroy_process_group()
+
+
+def has_group() -> bool:
+    """Whether this process has met others; one that has not imported torch has not."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_initialized()

@@ -1,0 +1,101 @@
+"""The processes of one job: what each finds around it, and which says what becomes of it; on stand-ins for SLURM."""
+
+import json
+import signal
+
+import pytest
+
+from slurm.ending import end
+from slurm.history import tell
+from slurm.task import MEETING_S, Task, gather, met
+from tests.slurm.cluster_commands import (
+    COUNTING,
+    events,
+    in_life,
+    slurm,
+    status,
+    told,
+)
+
+
+def test_what_a_process_finds_around_it(submit, run, scheduler):
+    """Each process of a job knows its rank, the others' number, where to meet them, its threads and its strategy."""
+    options = ["--nodes", 2, "--tasks-per-node", 2, "--cpus-per-task", 3, "--strategy", "zero2"]
+    job = submit("--holds", 1, options=options)
+    scheduler.when(in_life(run, 1), lambda: (scheduler.live(job, rank=3), scheduler.send(signal.SIGUSR2)))
+    (run / "starts-3").write_text("x")  # so that it does not hold
+    scheduler.run()
+    first, last = (json.loads((run / f"around-{rank}.json").read_text()) for rank in (0, 3))
+    port = json.loads((run / "slurm" / "meeting.json").read_text())["port"]
+    assert first == {
+        "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1",
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "3", "BIGTRAIN_LAUNCHED": "1",
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    }  # fmt: skip
+    assert {**last, "MASTER_PORT": ""} == {**first, "RANK": "3", "LOCAL_RANK": "1", "MASTER_PORT": ""}
+    assert [row["processes"] for row in events(run) if row["event"] == "started"] == [4, 4]
+
+
+def test_one_process_is_alone(submit, run, scheduler):
+    submit()
+    scheduler.run()
+    around = json.loads((run / "around-0.json").read_text())
+    assert around == {"OMP_NUM_THREADS": "1", "BIGTRAIN_LAUNCHED": "1"}
+
+
+@pytest.mark.parametrize("flags", [(), ("--deaf",)], ids=["listens", "does_not_listen"])
+def test_another_rank_fails(submit, run, scheduler, flags):
+    """Where one rank fails, the recipes of the others are ended, and status says the error of that one."""
+    job, wrong = submit("--holds", 1, *flags, "--ends", 1, "--ends-rank", 1, options=["--nodes", 2]), []
+    scheduler.when(in_life(run, 1), lambda: wrong.append(scheduler.live(job, rank=1)))
+    scheduler.run()
+    assert wrong == ["FAILED"] and told(run) == ["submitted", "started", "failed"]
+    assert scheduler.jobs[job].state == "FAILED" and ("scontrol", "requeue", job) not in scheduler.asked
+    assert status(run)[2].startswith("ValueError: it does not add up (rank 1 on ")
+    assert scheduler.children[0].returncode == (-9 if flags else 85)
+    assert "ValueError" in slurm("logs", run)
+
+
+@pytest.fixture
+def ranks(run, scheduler):
+    """Tasks of one life of a job of three processes that runs."""
+    slurm("submit", COUNTING, "--nodes", 3, "--", "--out", run)
+    job = scheduler.jobs["7"]
+    job.state, job.started = "RUNNING", scheduler.clock.now
+    tell(run, "started", job="7", restarts=0, at="")
+    return [Task(run, "7", 0, rank, 3, 0, 1, "node1", on_slurm=True) for rank in range(3)]
+
+
+def test_another_rank_decides(ranks, run, scheduler):
+    """Where rank 0 has gone without a word, the next one queues the job again, once."""
+    began = scheduler.clock.now
+    assert [end(task, 86, "", None) for task in ranks[1:]] == [0, 0]
+    assert scheduler.clock.now - began > 30
+    assert told(run)[2:] == ["requeued"] and scheduler.asked.count(("scontrol", "requeue", "7")) == 1
+
+
+@pytest.mark.parametrize("code", [86, -9])
+def test_rank_0_decides(ranks, run, scheduler, code):
+    """Where rank 0 has said what becomes of the job, the others say nothing."""
+    assert [end(task, code, "", None) for task in ranks] == [0, 0, 0]
+    assert told(run)[2:] == ["requeued"] and scheduler.asked.count(("scontrol", "requeue", "7")) == 1
+
+
+def test_first_failure_counts(ranks, run, scheduler):
+    """What the first rank says that fails is the failure: the others end because of it, or are lost."""
+    codes = [end(ranks[2], 1, "ValueError: no", None), end(ranks[1], 2, "connection closed", None)]
+    codes += [end(ranks[0], 86, "", None)]
+    assert codes == [1, 2, 2] and [row["error"] for row in events(run) if row["event"] == "failed"] == [
+        "ValueError: no"
+    ]
+    assert told(run)[2:] == ["failed"] and ("scontrol", "requeue", "7") not in scheduler.asked
+
+
+def test_where_ranks_meet(ranks, run, scheduler):
+    """Another rank waits for what rank 0 says in this life, and ends with a sentence where it sees nothing."""
+    gather(Task(run, "7", -1, 0, 3, 0, 1, "node1", on_slurm=True), 1)  # of the life before
+    scheduler.when(lambda: scheduler.clock.now > began + 20, lambda: gather(ranks[0], 1234))
+    began = scheduler.clock.now
+    assert met(ranks[1]) == 1234 and 20 < scheduler.clock.now - began < 25
+    with pytest.raises(ValueError, match=rf"rank 1 has seen no word of rank 0 in .*meeting.json for {MEETING_S} s"):
+        met(Task(run, "7", 1, 1, 3, 0, 1, "node1", on_slurm=True))

@@ -1,0 +1,255 @@
+"""Jobs that are told to leave, killed, moved, cut off and held, on stand-ins for SLURM's commands and a fast clock."""
+
+import json
+import os
+import signal
+from itertools import pairwise
+
+import pytest
+
+from slurm import life
+from slurm.life import live
+from tests.slurm.cluster_commands import (
+    events,
+    in_life,
+    same_bits,
+    slurm,
+    status,
+    steps,
+    submitted,
+    told,
+    whys,
+)
+
+LEFT = ("student.safetensors",)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_leave(submit, run, scheduler, counted, number):
+    """A job that is told to leave is queued again under its id, and goes on where it has saved to the same bits."""
+    job = submit("--holds", 1)
+    scheduler.when(in_life(run, 1), lambda: scheduler.send(number))
+    scheduler.run()
+    assert told(run) == ["submitted", "started", "requeued", "started", "finished"]
+    assert {row["job"] for row in events(run)} == {job} and whys(run) == [f"told to leave ({number.name})"]
+    assert [row["at"] for row in events(run) if row["event"] == "started"] == ["", "count/step-000003"]
+    assert ("scontrol", "requeue", job) in scheduler.asked
+    assert steps(run) == 8 and same_bits(run, counted, LEFT)
+    assert not (run / "slurm" / "owner.json").exists()
+
+
+def test_told_before_the_recipe_listens(submit, run, scheduler, counted):
+    """A signal that ends a recipe which has not begun to listen is no failure."""
+    submit()
+    scheduler.when(lambda: scheduler.children, lambda: scheduler.send(signal.SIGTERM))
+    scheduler.run()
+    assert whys(run) == ["told to leave (SIGTERM)"] and same_bits(run, counted, LEFT)
+
+
+def test_told_before_the_recipe_starts(submit, run, scheduler, monkeypatch):
+    """A job that is told to leave before its recipe has started is queued again without starting it."""
+    submit()
+    begin = life.begin
+
+    def told_meanwhile(task, job):
+        monkeypatch.setattr(life, "begin", begin)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return begin(task, job)
+
+    monkeypatch.setattr(life, "begin", told_meanwhile)
+    scheduler.run()
+    assert whys(run) == ["told to leave (SIGUSR2)"] and len(scheduler.children) == 1
+    assert told(run)[-1] == "finished"
+
+
+def test_told_before_a_life(run):
+    """A signal that submitit gets before a life has begun queues the same life again."""
+    again = life.Life(str(run)).checkpoint()
+    assert isinstance(again.function, life.Life) and again.function.run == str(run) and not again.args
+
+
+def test_time_limit(submit, run, scheduler, counted):
+    """A job is told to leave before its time is up, and goes on in its next life."""
+    submit("--holds", 2, options=["--timeout-min", 30, "--signal-delay-s", 90])
+    for number in (1, 2):
+        scheduler.when(in_life(run, number), lambda: scheduler.clock.pass_by(30 * 60 - 90))
+    scheduler.run()
+    assert whys(run) == ["the time limit"] * 2 and same_bits(run, counted, LEFT)
+
+
+def test_not_yet_the_time_limit(submit, run, scheduler):
+    """A job that is told to leave long before its time is up has not run into its limit."""
+    submit("--holds", 1)
+    scheduler.when(in_life(run, 1), lambda: (scheduler.clock.pass_by(50 * 60), scheduler.send(signal.SIGUSR2)))
+    scheduler.run()
+    assert whys(run) == ["told to leave (SIGUSR2)"]
+
+
+def test_time_limit_without_saving(submit, run, scheduler, counted):
+    """A job that does not leave in time says so in status, and goes on when it is tried again."""
+    submit("--holds", 1, "--deaf")
+    scheduler.when(in_life(run, 1), lambda: scheduler.clock.pass_by(60 * 60))
+    scheduler.run()
+    assert status(run)[0] == "failed" and "ran into its time limit before it could save" in slurm("status", run)
+    assert submitted(slurm("retry", run)) == "8"
+    scheduler.run()
+    assert status(run)[:2] == ["done", "8"] and same_bits(run, counted, LEFT) and steps(run) == 8
+
+
+def test_requeued_by_slurm(submit, run, scheduler, counted):
+    """A job that SLURM has queued again, by preemption or by an operator, is not queued twice."""
+    job = submit("--holds", 1)
+    scheduler.when(in_life(run, 1), lambda: scheduler.requeue(job))
+    scheduler.run()
+    assert whys(run) == ["by SLURM: preemption, or an operator"]
+    assert ("scontrol", "requeue", job) not in scheduler.asked and same_bits(run, counted, LEFT)
+
+
+def test_lost_node(submit, run, scheduler, counted):
+    """A life that ends without a word is found by the next, which takes the run over."""
+    job = submit("--holds", 2)
+    for number in (1, 2):
+        scheduler.when(in_life(run, number), scheduler.kill)
+    scheduler.run()
+    assert told(run) == ["submitted", "started", "lost", "started", "lost", "started", "finished"]
+    assert {row["job"] for row in events(run)} == {job}
+    assert all(why.startswith("ended without a word: its node failed") for why in whys(run))
+    assert status(run)[2] == "requeued 2 times" and same_bits(run, counted, LEFT)
+
+
+@pytest.mark.parametrize(
+    "code, why",
+    [(86, "a process of it died, hung or could not be reached"), (-9, "killed by SIGKILL"), (-11, "killed by SIGSEGV")],
+)
+def test_lost_process(submit, run, scheduler, counted, code, why):
+    """A recipe that is killed, or has lost another process, goes on at once where it has saved."""
+    submit("--ends", code, "--ends-after", 2)
+    scheduler.run()
+    assert whys(run) == [why] and [row["delay_s"] for row in events(run) if row["event"] == "requeued"] == [0]
+    assert steps(run) == 8 and same_bits(run, counted, LEFT)
+
+
+def test_idle_lives_wait(submit, run, scheduler, counted):
+    """Lives that get a run no further wait longer and longer before the next, up to ten minutes."""
+    job = submit("--ends", *[86] * 8)
+    scheduler.run()
+    delays = [15, 30, 60, 120, 240, 480, 600, 600]
+    assert [row["delay_s"] for row in events(run) if row["event"] == "requeued"] == delays
+    began = scheduler.jobs[job].began
+    waited = [after - before for before, after in pairwise(began)]
+    assert all(delay <= wait for delay, wait in zip(delays, waited, strict=True))
+    assert [c[-1] for c in scheduler.asked if c[:2] == ("scontrol", "update")] == [f"StartTime=now+{d}" for d in delays]
+    assert same_bits(run, counted, LEFT)
+
+
+def test_max_lives(submit, run, scheduler, counted):
+    """A job has at most its max_lives lives; a retry gives new ones."""
+    job = submit("--ends", 86, 86, 86, "--ends-after", 2, options=["--max-lives", 2])
+    scheduler.run()
+    assert told(run).count("started") == 2 and scheduler.jobs[job].state == "FAILED"
+    assert "the job has had its 2 lives (max_lives): `bigtrain-slurm retry` gives new ones." in status(run)[2]
+    again = submitted(slurm("retry", run))
+    scheduler.run()
+    assert status(run) == ["done", again, "requeued 1 times"] and same_bits(run, counted, LEFT)
+
+
+def test_failed(submit, run, scheduler, counted):
+    """A recipe's mistake ends its job; status says its last error, logs show the rest, and a retry goes on."""
+    job = submit("--ends", 1, "--ends-after", 2, "--error", "ZeroDivisionError: by nothing")
+    scheduler.run()
+    assert told(run) == ["submitted", "started", "failed"] and scheduler.jobs[job].state == "FAILED"
+    assert events(run)[-1]["code"] == 1 and not (run / "slurm" / "owner.json").exists()
+    assert status(run) == ["failed", job, "ZeroDivisionError: by nothing"]
+    assert "Traceback" in slurm("logs", run) and "and more words" in slurm("logs", run)
+    again = submitted(slurm("retry", run))
+    scheduler.run()
+    assert status(run) == ["done", again] and steps(run) == 8 and same_bits(run, counted, LEFT)
+    assert "1 runs: 1 done; nothing to submit again" in slurm("retry", run)
+
+
+def test_stop_file(submit, run, scheduler, counted):
+    """A file `stop` in the run's folder ends its job, which is not queued again."""
+    job = submit("--holds", 1)
+    scheduler.when(in_life(run, 1), (run / "stop").touch)
+    scheduler.run()
+    assert told(run) == ["submitted", "started", "stopped"] and scheduler.jobs[job].state == "COMPLETED"
+    assert status(run)[:2] == ["stopped", job]
+    slurm("retry", run)
+    scheduler.run()
+    assert status(run)[0] == "done" and same_bits(run, counted, LEFT)
+
+
+@pytest.mark.parametrize("by_user", [True, False], ids=["bigtrain-slurm", "scancel"])
+def test_cancelled(submit, run, scheduler, counted, by_user):
+    """A job that is cancelled saves, is not queued again, and can be tried again."""
+    job, said = submit("--holds", 1), []
+    cancel = (lambda: said.append(slurm("cancel", run))) if by_user else (lambda: scheduler.scancel(job))
+    scheduler.when(in_life(run, 1), cancel)
+    scheduler.run()
+    assert not by_user or "1 of 1 live jobs cancelled" in said[0]
+    assert told(run)[-1] == "cancelled" and status(run)[:2] == ["cancelled", job]
+    assert scheduler.jobs[job].state == "CANCELLED" and ("scontrol", "requeue", job) not in scheduler.asked
+    assert "nothing is running or waiting" in slurm("cancel", run)
+    again = submitted(slurm("retry", run))
+    assert again != job
+    scheduler.run()
+    assert status(run)[:2] == ["done", again] and same_bits(run, counted, LEFT)
+
+
+def test_held_by_another_job(submit, run, scheduler, counted):
+    """A job whose run another one holds ends with a sentence, and that one goes on."""
+    job, history, refused = submit("--holds", 1), run / "events.jsonl", []
+
+    def second():
+        before = history.read_text()
+        history.write_text("")  # so that submit does not see it
+        other = submit()
+        refused.extend([scheduler.live(other), status(run), json.loads((run / "slurm/owner.json").read_text())["job"]])
+        history.write_text(before)
+        scheduler.send(signal.SIGUSR2)
+
+    scheduler.when(in_life(run, 1), second)
+    scheduler.run()
+    end_of_it, (how, _, why), owner = refused
+    assert (end_of_it, how, owner) == ("FAILED", "failed", job) and f"the run is held by job {job} on " in why
+    assert told(run)[-1] == "finished" and events(run)[-1]["job"] == job and same_bits(run, counted, LEFT)
+
+
+def test_dead_owner_loses_the_run(submit, run, scheduler, counted):
+    """A run whose job is gone without a word is lost until it is tried again, by a job that takes it over."""
+    job = submit("--holds", 1)
+    scheduler.when(in_life(run, 1), lambda: scheduler.kill("COMPLETED"))
+    scheduler.run()
+    assert json.loads((run / "slurm" / "owner.json").read_text())["job"] == job
+    assert status(run) == ["lost", job, "its last life has ended without a word"]
+    again = submitted(slurm("retry", run))
+    scheduler.run()
+    assert status(run)[:2] == ["done", again] and same_bits(run, counted, LEFT)
+
+
+def test_cannot_be_queued_again(submit, run, scheduler, monkeypatch):
+    """A job that SLURM does not queue again has failed, and says why."""
+    submit("--ends", 86)
+    monkeypatch.setattr(scheduler, "scontrol", refuse("Requested operation is presently disabled", scheduler.scontrol))
+    scheduler.run()
+    assert status(run)[0] == "failed" and "it could not be queued again: scontrol: " in status(run)[2]
+    assert "is presently disabled" in status(run)[2]
+
+
+def refuse(why, others):
+    def scontrol(*words):
+        if words[0] == "requeue":
+            raise LookupError(why)
+        return others(*words)
+
+    return scontrol
+
+
+def test_a_folder_without_a_job_is_no_life(run, scheduler):
+    """A life whose folder says nothing of what to run ends with a sentence."""
+    run.mkdir()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SUBMITIT_EXECUTOR", "slurm")
+        patched.setenv("SLURM_JOB_ID", "7")
+        assert live(run) == 2
+    assert "holds no job of bigtrain-slurm" in events(run)[-1]["error"]
