@@ -187,12 +187,13 @@ def _all_within(column: pa.ChunkedArray, low: int, high: int) -> bool:
 
 
 def _numbers(column: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
-    """A column without gaps as an array; pyarrow's own `to_numpy` would import pandas, where there is one, first."""
+    """A column without gaps as an array; pyarrow's own `to_numpy` would first import pandas, where there is one."""
     return np.from_dlpack(column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column)
 
 
 def _encoded(classes: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[np.int32], list[str]]:
     """Lists of names as numbers: where each list starts (and the last ends), the numbers in them, the names."""
-    count_N = _numbers(pc.fill_null(pc.list_value_length(classes), 0))
+    lengths = pc.list_value_length(classes)
+    count_N = _numbers(pc.fill_null(lengths, 0) if lengths.null_count else lengths)
     names = pc.list_flatten(classes).dictionary_encode().combine_chunks()
     return np.concatenate([[0], np.cumsum(count_N)]), _numbers(names.indices), names.dictionary.to_pylist()

@@ -82,7 +82,7 @@ def measure(what: str, folder: str) -> dict[str, float]:
     before = peak_mb()
     began = time.perf_counter()
     workers = 2 if "2" in what else 0
-    prepare_workers(workers, __name__)  # as a recipe does
+    prepare_workers(workers)  # as a recipe does
     shard_set = ShardSet(folder)
     plan = Plan(np.arange(len(shard_set)), shard_set.shard_N, GLOBAL_BATCH)
     if what != "open":

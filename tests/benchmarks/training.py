@@ -46,10 +46,10 @@ from bigtrain.runtime.checkpoint import Checkpoints
 from bigtrain.runtime.optim import decay_groups, schedule, set_schedule
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import RunSettings
-from recipes.network_settings import class_numbers
 from recipes.pretrain import Config
 from recipes.run_setup import Setup
 from recipes.stage import Stage
+from recipes.trunk import class_numbers
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

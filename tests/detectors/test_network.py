@@ -13,7 +13,8 @@ import bigtrain
 from bigtrain.data.pictures import Picture
 from bigtrain.data.views import CentreCrop
 from bigtrain.detectors.logits import MaxLogit
-from bigtrain.detectors.network import ON_FEATURES, ON_LOGITS, NetworkDetector, Scoring
+from bigtrain.detectors.catalogue import EVERY, ON_FEATURES, ON_LOGITS, detector_class
+from bigtrain.detectors.network import NetworkDetector, Scoring
 from bigtrain.models.backbone import Network, build_trunk
 from bigtrain.models.vit import Architecture
 
@@ -34,10 +35,10 @@ def pictures():
     return [Image.fromarray(rng.integers(0, 256, (40 + i, 30, 3), np.uint8)) for i in range(12)]
 
 
-@pytest.mark.parametrize("name", [*ON_FEATURES, *ON_LOGITS])
+@pytest.mark.parametrize("name", EVERY)
 def test_a_loaded_detector_gives_the_same_bits(network, pictures, tmp_path, name):
     scoring = SCORING if name in ON_FEATURES else ON_HEAD
-    detector = NetworkDetector(network, (ON_FEATURES | ON_LOGITS)[name](), scoring)
+    detector = NetworkDetector(network, detector_class(name)(), scoring)
     rng = np.random.default_rng(0)
     width = 3 if name in ON_LOGITS else 512
     class_N = np.arange(30) % 3

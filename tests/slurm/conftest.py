@@ -83,8 +83,8 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def long_run(small):
-    """A run of some 20 s behind its start, that is saved now and then."""
-    return [*small, "--distil-epochs", "150", "--checkpoint-every", "20", "--log-every", "1"]
+    """A run of some 10 s behind its start, time to be disturbed in four lives, that is saved now and then."""
+    return [*small, "--distil-epochs", "75", "--checkpoint-every", "20", "--log-every", "1"]
 
 
 @pytest.fixture(scope="session")

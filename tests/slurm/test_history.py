@@ -9,7 +9,7 @@ import pytest
 
 from slurm import history, jobs, status
 from slurm.cluster import Cluster
-from slurm.ending import decide, seconds_left
+from slurm.ending import decide, end, seconds_left
 from slurm.history import Job, Owner, events, idle_lives, position, tell
 from slurm.life import begin, last_error
 from slurm.local import outcome
@@ -157,6 +157,17 @@ def test_not_queued_twice(run, monkeypatch):
         assert decide(task, 85, "", signal.SIGTERM, True) == 0
         assert (events(run)[-1]["event"], events(run)[-1]["why"]) == ("requeued", why)
     assert again == [("7", 0)]
+
+
+@pytest.mark.parametrize(
+    "code, event", [(-15, "stopped"), (85, "stopped"), (130, "stopped"), (-9, "failed"), (86, "failed")]
+)
+def test_end_of_a_local_job(run, code, event):
+    """Without SLURM a recipe that was told to leave has stopped, even by the signal itself, and one that was lost has
+    failed: nothing queues it again."""
+    task = Task(run, "local-7", 0, 0, 1, 0, 1, "127.0.0.1", on_slurm=False)
+    assert end(task, code, "", signal.SIGTERM) == (event == "failed")
+    assert [row["event"] for row in events(run)] == [event] and events(run)[0]["why"] == "told to leave (SIGTERM)"
 
 
 def test_order_of_logs(run):

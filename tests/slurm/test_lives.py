@@ -40,7 +40,7 @@ def test_told_to_leave(submit, run, scheduler, counted, number):
 
 def test_told_before_the_recipe_listens(submit, run, scheduler, counted):
     """A signal that ends a recipe which has not begun to listen is no failure."""
-    submit()
+    submit("--holds", 1)
     scheduler.when(lambda: scheduler.children, lambda: scheduler.send(signal.SIGTERM))
     scheduler.run()
     assert whys(run) == ["told to leave (SIGTERM)"] and same_bits(run, counted, LEFT)

@@ -13,10 +13,8 @@ from tests.slurm.cluster_commands import (
     submitted,
 )
 
-LEFT = ("student.safetensors",)
 
-
-def test_submitted(submit, run, scheduler, counted):
+def test_submitted(submit, run, scheduler):
     """A job waits, runs and is done, and status says how it stands."""
     job = submit("--holds", 1)
     assert status(run) == ["waiting", job, "Priority"]
