@@ -82,8 +82,11 @@ class Started:
 
     def result(self, limit_s=LIMIT_S):
         until = time.monotonic() + limit_s
-        for rank in self.ranks:
-            rank.wait(until - time.monotonic())
+        try:
+            for rank in self.ranks:
+                rank.wait(until - time.monotonic())
+        finally:
+            self.kill()
         out, err = ("".join(rank.said(stream) for rank in self.ranks) for stream in ("out", "err"))
         return subprocess.CompletedProcess(self.ranks[0].line, self.poll(), out, err)
 
@@ -131,10 +134,9 @@ class Forked:
         self.returncode = int(status) if status else -signal.SIGKILL  # nothing: its server was killed
 
     def said(self, stream):
-        """What it has written so far."""
-        file = self._files[stream]
-        file.seek(0)
-        return file.read()
+        """What it has written so far; read in place, for the process shares the file's position."""
+        number = self._files[stream].fileno()
+        return os.pread(number, os.fstat(number).st_size, 0).decode(errors="replace")
 
     def send_signal(self, number):
         if self.poll() is None:

@@ -58,6 +58,13 @@ def test_one_module_alone_imports_xformers():
     assert uses == {"bigtrain/models/attention.py"}
 
 
+def test_no_test_imports_a_test_or_a_conftest():
+    """What tests share is in modules of its own, and fixtures are there without being imported."""
+    for file in sorted((TOP / "tests").rglob("*.py")):
+        shared = [name for name in imported(file) if name.startswith("tests.")]
+        assert not [name for name in shared if ".test_" in name or "conftest" in name], file
+
+
 def test_no_module_is_named_after_one_of_the_standard_library():
     assert not {part.removesuffix(".py") for name in FILES for part in name.split("/")} & sys.stdlib_module_names
 

@@ -247,3 +247,11 @@ def test_without_the_last_batch_all_are_full_and_the_samples_before_it_are_the_s
     assert len(full) == len(plan.sample_N) // plan.global_batch
     assert all(PADDING not in batch for batch in full)
     np.testing.assert_array_equal(full, whole[: len(full)])
+
+
+def test_runs_of_one_sample():
+    """Each sample is a run of its own: whole shards of 100 do not follow one another in a lane."""
+    sample_N = np.arange(6400)
+    plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 64, run_length=1)
+    lanes = plan.order(0).reshape(plan.batches_per_epoch, 64).T
+    assert plan.in_runs and (np.diff(lanes) == 1).mean() < 0.01

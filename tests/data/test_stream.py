@@ -1,6 +1,8 @@
 """The stream: the same bits with any number of workers, at any world size and from any position."""
 
 import logging
+import warnings
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from bigtrain.data.pictures import Picture
 from bigtrain.data.plan import PADDING, Plan, Position
-from bigtrain.data.stream import Batch, ErrorBudget, Stream
+from bigtrain.data.stream import Batch, ErrorBudget, Stream, joined
 from bigtrain.data.views import MultiCrop, Resized
 
 SAMPLES, BATCH, EPOCHS = 20, 6, 2
@@ -312,3 +314,114 @@ def test_a_mistake_in_a_transform_is_not_taken_for_a_bad_picture(pictures):
 def test_a_world_size_that_does_not_divide_is_refused_before_anything_is_read(pictures):
     with pytest.raises(ValueError, match="6 does not divide among 4 processes"):
         stream(pictures, world_size=4)
+
+
+def a_batch():
+    views = {"image": torch.arange(8).view(4, 2)}
+    return Batch(Position(), 8, np.arange(4), torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.arange(10, 14), views)
+
+
+def test_parts_of_a_batch():
+    """Its second half has the second half of everything, and the halves' means add up: (3 + 5 + 7) / 8 of both."""
+    batch, value_B = a_batch(), torch.tensor([3.0, 100.0, 5.0, 7.0])
+    halves = [batch.part(number, 2) for number in range(2)]
+    assert halves[1].sample_B.tolist() == [2, 3] and halves[1].seed_B.tolist() == [12, 13]
+    assert halves[1].weight_B.tolist() == [1, 1] and halves[1].views["image"].tolist() == [[4, 5], [6, 7]]
+    means = [half.mean(value_B[2 * number :][:2], 1) for number, half in enumerate(halves)]
+    assert sum(means).item() == batch.mean(value_B, 1).item() == 15 / 8
+
+
+def test_batch_moves_whole():
+    """Views, weights and seeds go to the device; which samples they are stays here."""
+    moved = a_batch().to(torch.device("meta"))
+    assert {t.device.type for t in (moved.views["image"], moved.weight_B, moved.seed_B)} == {"meta"}
+    assert moved.sample_B.tolist() == [0, 1, 2, 3]
+
+
+def test_from_step(pictures):
+    """Steps 3, 4 and 5 of 4 an epoch are the last batch of one epoch and the first two of the next."""
+    found = [batch.position for batch in stream(pictures).from_step(3, 6)]
+    assert found == [Position(0, 3), Position(1, 0), Position(1, 1)]
+
+
+def test_marks(pictures):
+    """It tells what it is at before and behind each batch, and reads here unless workers are asked for."""
+    marks, behind = [], []
+    one = stream(pictures, batch=10, mark=marks.append, behind_batch=lambda: behind.append(len(marks)))
+    assert one.workers == 0 and len(list(one.batches())) == 2
+    of_batches = [f"{what} batch {b} of epoch 0" for b in range(2) for what in ("got", "was done with")]
+    assert marks == [f"began to read {pictures.url}", *of_batches] and behind == [3, 5]
+
+
+def test_weights_are_float32(pictures):
+    """As the losses are, so that a step's mean is not computed in double precision."""
+    assert {batch.weight_B.dtype for batch in stream(pictures).batches()} == {torch.float32}
+
+
+def test_ranks_add_up_their_bad_pictures(write_set, noise):
+    """One of 20 is allowed; one here and one of another rank are too many, and each rank says what it met itself."""
+    bad = write_set([(["a"], b"junk" if i == 3 else noise(i)) for i in range(SAMPLES)])
+    one = stream(bad, shuffle=False, rank=0, world_size=2, batch=10)
+    first, *_ = one.batches()
+    assert one.keys(first) == ["k0", "k1", "k2", "k3", "k4"] and one.bad(first) == [1]
+    assert sum(one.skipped.values()) == 1 and isinstance(one.skipped, Counter)
+    one.agree(first, [1])
+    with pytest.raises(ValueError, match=r"2 of 20 pictures cannot .* and 99 in a row, are skipped(.|\n)*k3: "):
+        one.agree(first, [1])
+
+
+def test_budget_of_a_rank_that_met_none():
+    """It stops with the others, and says that it met none itself."""
+    with pytest.raises(ValueError, match=r"2 of 50 pictures .* this process met: none"):
+        ErrorBudget(Keys(), 50).agree(0, 2)
+
+
+def test_joined_keeps_every_bit():
+    """Seeds of 64 bits and pixels of 8 are joined as what they are, into memory made for them: torch.equal is blind to
+    dtypes, and torch.cat resizes what is too small."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seed_B = joined([torch.tensor([2**60 + 1]), torch.tensor([5, 7])])
+        image_B2 = joined([torch.tensor([[1, 2]], dtype=torch.uint8), torch.tensor([[3, 255]], dtype=torch.uint8)])
+    assert seed_B.dtype == torch.int64 and seed_B.tolist() == [2**60 + 1, 5, 7]
+    assert image_B2.dtype == torch.uint8 and image_B2.tolist() == [[1, 2], [3, 255]]
+
+
+class Broken(Resized):
+    def __call__(self, picture, rng):
+        raise RuntimeError("a bug")
+
+
+def test_mistake_in_a_worker(pictures):
+    """A transform's error in another process stays what it is, with its traceback: nobody was killed."""
+    with pytest.raises(RuntimeError, match=r"Original Traceback(.|\n)*a bug"):
+        list(stream(pictures, transform=Broken(8), workers=1).batches())
+
+
+def test_workers_context(pictures, monkeypatch):
+    """Workers come from a server without threads; fork would copy this process's, and a lock that one of them holds."""
+    asked = []
+    monkeypatch.setattr("bigtrain.data.stream.worker_context", lambda *preload: asked.append(preload))
+    next(stream(pictures, workers=1).batches())
+    assert asked == [("bigtrain.data.stream",)]
+
+
+@pytest.mark.parametrize(
+    ("error", "received", "why"),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Killed.", 0, "killed, or out of memory.* Or did it never"),
+        ("DataLoader worker (pid 7) is killed by signal: Killed.", 2, r"out of memory\? Use fewer --workers\.$"),
+        ("DataLoader worker (pid 7): out of shared memory (shm)", 2, "make /dev/shm larger"),
+    ],
+)
+def test_why_a_worker_has_ended(pictures, error, received, why):
+    """Too little shared memory is told from a kill, and a kill from a start that never was."""
+
+    def loader():
+        yield from range(received)
+        raise RuntimeError(error)
+
+    found = []
+    with pytest.raises(OSError, match=why):
+        found.extend(stream(pictures, workers=1)._received(loader()))
+    assert found == [*range(received)]

@@ -12,8 +12,8 @@ from torch import nn
 import bigtrain
 from bigtrain.data.pictures import Picture
 from bigtrain.data.views import CentreCrop
-from bigtrain.detectors.logits import MaxLogit
 from bigtrain.detectors.catalogue import EVERY, ON_FEATURES, ON_LOGITS, detector_class
+from bigtrain.detectors.logits import MaxLogit
 from bigtrain.detectors.network import NetworkDetector, Scoring
 from bigtrain.models.backbone import Network, build_trunk
 from bigtrain.models.vit import Architecture

@@ -11,6 +11,7 @@ from bigtrain.evaluation.metrics import (
     aupr_in,
     aupr_out,
     auroc,
+    average_precision_of_counts,
     bias_corrected_interval,
     closed_set_accuracy,
     detection_error,
@@ -259,3 +260,29 @@ def test_oscr_is_auroc_where_all_are_right_and_nothing_where_none_is():
     novel_N, score_N = np.arange(60) % 2 == 0, rng.normal(size=60)
     assert oscr(novel_N, score_N, np.ones(60, bool)) == auroc(novel_N, score_N)
     assert oscr(novel_N, score_N, np.zeros(60, bool)).value == 0
+
+
+def test_two_images_a_class_have_delongs_interval():
+    """3 of 4 pairs won; V10 is 1/2, 1 and V01 is 1, 1/2, both of variance 1/8, so sd = sqrt(1/16 + 1/16)."""
+    logit, half_width = np.log(3), 1.959964 * np.sqrt(1 / 8) / (3 / 16)
+    expected = [0.75, 1 / (1 + np.exp(half_width - logit)), 1 / (1 + np.exp(-half_width - logit))]
+    assert auroc([False, True, False, True], [1, 2, 3, 4]) == pytest.approx(expected)
+
+
+def test_value_outside_its_resamples():
+    """Below both of two resamples it counts as below 3 of 4: z0 = -0.6745, and Phi(2 z0 + 1.96) = 0.7294."""
+    assert bias_corrected_interval(0.0, np.array([1.0, 3.0])) == pytest.approx((0, 1 + 2 * 0.7294), abs=1e-4)
+    assert bias_corrected_interval(4.0, np.array([1.0, 3.0])) == pytest.approx((3 - 2 * 0.7294, 4), abs=1e-4)
+
+
+def test_one_resample_is_refused():
+    """An interval of one resample has no width: it is said, not computed; of two it is."""
+    with pytest.raises(ValueError, match="resamples is 1: an interval needs at least 2"):
+        summary([False, True, True], [1, 2, 3], resamples=1)
+    assert summary([False, True, True], [1, 2, 3], resamples=2)["bootstrap"]["resamples"] == 2
+
+
+def test_average_precision_of_counts_by_hand():
+    """Found at the lowest score too: half of the positives at precision 1/2, half at 2/4; twice as many, the same."""
+    negative_RG, positive_RG = np.array([[1, 1, 0], [2, 2, 0]]), np.array([[1, 0, 1], [2, 0, 2]])
+    assert average_precision_of_counts(negative_RG, positive_RG).tolist() == [0.5, 0.5]

@@ -214,3 +214,15 @@ def test_the_gradient_of_the_membership_loss_is_that_of_the_paper_and_of_finite_
 def test_one_class_has_no_wrong_ones():
     with pytest.raises(ValueError, match="name two at least"):
         membership_loss(torch.zeros(2, 1), torch.tensor([0, 0]))
+
+
+def test_dense_loss_sums_prototypes():
+    """Equal logits of three prototypes cost log 3 whatever the target, with any number of crops and patches."""
+    target_BVMK = torch.rand(1, 2, 4, 3, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
+    assert dense_loss(torch.zeros(1, 2, 4, 3), target_BVMK).tolist() == pytest.approx([math.log(3)])
+
+
+def test_patch_distance_by_hand():
+    """Each token on its own unit sphere, by default: [.6, .8] to [1, 0] is .16 + .64, [0, 1] to [0, 1] nothing."""
+    one, other = torch.tensor([[[[3.0, 4.0], [0.0, 2.0]]]]), torch.tensor([[[[5.0, 0.0], [0.0, 7.0]]]])
+    assert patch_distance(one, other)[0].tolist() == pytest.approx([0.8, 0])

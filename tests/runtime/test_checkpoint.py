@@ -3,6 +3,7 @@
 import copy
 import pickle
 import resource
+import zlib
 from contextlib import contextmanager
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from bigtrain.runtime.checkpoint import Checkpoints
+from bigtrain.runtime import zero
+from bigtrain.runtime.checkpoint import Checkpoints, check_fits, checksum, damage
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +266,53 @@ def test_no_pickle_is_written_or_read(checkpoints):
     assert names(folder / "step-000010") == ["model.safetensors", "optimizer.safetensors", "state.json"]
     (folder / "step-000010" / "model.safetensors").write_bytes(pickle.dumps({"0.weight": [1.0]}))
     assert load()[0] == {}
+
+
+def test_checksum_is_of_all_blocks(tmp_path):
+    """A file is read 4 MiB at a time, and its checksum is that of its 5 MiB in one."""
+    content = bytes(range(256)) * (5 << 12)
+    (tmp_path / "file").write_bytes(content)
+    assert checksum(tmp_path / "file") == zlib.crc32(content)
+
+
+def test_folder_that_cannot_be_made(tmp_path, accelerator):
+    """Where a file is in the folder's place it is the same sentence, whatever is left to tidy up."""
+    net = nn.Linear(1, 1)
+    (tmp_path / "file").touch()
+    checkpoints = Checkpoints(tmp_path / "file", accelerator, net, torch.optim.SGD(net.parameters()))
+    with pytest.raises(OSError, match=r"checkpoint of step 10 cannot be written .*; there is none before it"):
+        checkpoints.save(10, {}, net)
+
+
+def test_part_under_zero(tmp_path, accelerator, monkeypatch):
+    """ZeRO names what it trains from the part on; kept is the whole, the part's weights as ZeRO has them."""
+    whole = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    nn.init.constant_(whole[0].weight, 3.0)
+    optimizer = torch.optim.SGD(whole[1].parameters())
+    monkeypatch.setattr(zero, "is_used", lambda accelerator: True)
+    monkeypatch.setattr(zero, "whole_weights", lambda prepared: {"weight": torch.tensor([[5.0]])})
+    monkeypatch.setattr(zero, "moments", lambda prepared: {"weight/exp_avg": torch.tensor([[7.0]])})
+    Checkpoints(tmp_path, accelerator, whole[1], optimizer, state=whole).save(1, {}, whole[1])
+
+    monkeypatch.undo()
+    again = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    optimizer = torch.optim.SGD(again[1].parameters())
+    checkpoints = Checkpoints(tmp_path, accelerator, again[1], optimizer, state=again)
+    assert checkpoints.load() == {"step": 1}
+    assert [weight.item() for weight in again.parameters()] == [3, 5]
+    checkpoints.load_moments(again[1])
+    assert optimizer.state[again[1].weight]["exp_avg"].item() == 7
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    """Weights that one side lacks are told as those of other shapes are."""
+    given, needed = {"b": torch.ones(3), "same": torch.ones(1)}, {"a": torch.ones(2), "same": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"network: b is \(3,\), here not; a is not there, here \(2,\)\. Was"):
+        check_fits(tmp_path, given, needed)
+
+
+def test_damage_names_the_error(tmp_path):
+    """A file that is not there is told apart from one that is no JSON."""
+    assert damage(tmp_path).startswith("FileNotFoundError: ")
+    (tmp_path / "state.json").write_text("{")
+    assert damage(tmp_path).startswith("JSONDecodeError: ")

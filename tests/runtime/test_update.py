@@ -1,8 +1,11 @@
 """One update: down the gradient, clipped, in parts, and not at all where something is not finite."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from bigtrain.runtime.update import NO_GRADIENT, NO_LOSS, Update
@@ -119,3 +122,56 @@ def test_a_loss_that_is_not_finite_is_no_search_for_a_scale_nor_an_overflow_at_t
         update.backward(FiniteLossInfiniteGradient.apply(weight).sum())
         update.take()
     assert update.scaler.get_scale() == 1 and not update.searches_scale(NO_GRADIENT)
+
+
+def test_norm_of_a_first_step_skipped(accelerator):
+    """No gradient was measured, so its norm is the number 0, at the first step as at the next."""
+    weight, update = one_weight(accelerator)
+    for _ in range(2):
+        update.backward(weight.sum() * torch.nan)
+        figures, problem = update.take()
+        assert (figures["gradient_norm"], problem) == (0, NO_LOSS)
+
+
+class Engine:
+    """Notes what DeepSpeed's engine is asked for."""
+
+    def __init__(self):
+        self.asked, self.optimizer = [], SimpleNamespace(overflow=False)
+
+    def set_gradient_accumulation_boundary(self, last):
+        self.asked.append(last)
+
+    def backward(self, loss):
+        self.asked.append(loss.item())
+
+    def step(self):
+        self.asked.append("step")
+
+    def get_global_grad_norm(self):
+        return 3.0
+
+
+@pytest.mark.parametrize(
+    ("losses", "overflow", "asked", "problem"),
+    [
+        ((4,), False, "[True, 4.0, 'step']", ""),
+        ((2, 4), False, "[False, 2.0, True, 4.0, 'step']", ""),
+        ((4,), True, "[True, 4.0, 'step']", NO_GRADIENT),
+        ((float("nan"), 4), False, "[]", NO_LOSS),  # nothing was begun, so there is no step to throw away
+        ((2, float("nan")), True, "[False, 2.0, True, nan, 'step']", NO_LOSS),
+    ],
+)
+def test_what_deepspeed_is_asked(losses, overflow, asked, problem):
+    """The last part ends its step, where a loss that is not finite is handed on only to spoil what was begun."""
+    engine = Engine()
+    engine.optimizer.overflow = overflow
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, gather=lambda tensor: tensor)
+    update = Update(accelerator, engine, engine.optimizer)
+    *first, last = (torch.tensor(float(loss)) for loss in losses)
+    for loss in first:
+        update.backward(loss, last=False)
+    update.backward(last)
+    figures, why = update.take()
+    assert (repr(engine.asked), why) == (asked, problem)
+    assert figures["gradient_norm"] == (3 if engine.asked else 0)

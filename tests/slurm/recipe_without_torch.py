@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 STOPPED = 85
+LONGEST_HOLD_S = 60.0  # a test that fails ends too
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 AROUND = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 AROUND += ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "BIGTRAIN_LAUNCHED")
@@ -70,7 +71,10 @@ def main():
     for step in range(begin, given.steps):
         if code is not None and step == begin + given.ends_after:
             end(code, given.error)
-        while number < given.holds and step == begin + 3 and not (asked or (out / "stop").exists()):
+        held_until = time.monotonic() + LONGEST_HOLD_S
+        while number < given.holds and step == begin + 3 and time.monotonic() < held_until:
+            if asked or (out / "stop").exists():
+                break
             time.sleep(0.002)
         if asked or (out / "stop").exists():
             (out / "stop").unlink(missing_ok=True)

@@ -194,3 +194,29 @@ def test_time_left():
     more = seconds_left({"StartTime": start, "TimeLimit": "1-02:03:05", "EndTime": start})
     assert left < 0 and more - left == pytest.approx(1, abs=0.5)
     assert seconds_left({"StartTime": start, "TimeLimit": "UNLIMITED"}) is None and seconds_left({}) is None
+
+
+def test_release_where_nobody_holds(run):
+    """A run whose owner's file is gone, or no longer JSON, is released without a word."""
+    Owner(run, "1").release()
+    (run / "slurm" / "owner.json").write_text("{")
+    Owner(run, "1").release()
+    assert (run / "slurm" / "owner.json").read_text() == "{"
+
+
+def test_broken_bytes_in_history(run):
+    """A byte that is no UTF-8 spoils neither its own row nor the next."""
+    (run / "events.jsonl").write_bytes(b'{"event": "started", "host": "\xff"}\n{"event": "requeued"}\n')
+    assert [row["event"] for row in events(run)] == ["started", "requeued"]
+
+
+def test_all_lives_idle():
+    """Where no life got any further they all count, and before the first there is none."""
+    history = [{"event": "started", "job": "1", "at": ""}] * 3
+    assert idle_lives(history, "1", "") == 3 and idle_lives(history, "2", "") == 0
+
+
+def test_job_file_is_readable(tmp_path):
+    """Letters stand as they are in job.json, for whoever looks at it."""
+    Job("recipe.py", ("--known", "Gebäck"), "/", Cluster(), "logs").write(tmp_path)
+    assert '"Gebäck"' in (tmp_path / "slurm" / "job.json").read_text()
