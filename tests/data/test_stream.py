@@ -37,7 +37,8 @@ def assert_same(one, other):
     assert torch.equal(one.weight_B, other.weight_B)
     assert torch.equal(one.seed_B, other.seed_B)
     assert one.views.keys() == other.views.keys()
-    assert all(torch.equal(one.views[name], other.views[name]) for name in one.views)
+    for name, view in one.views.items():
+        assert view.dtype == other.views[name].dtype and torch.equal(view, other.views[name])
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -187,6 +187,7 @@ def test_cancelled(submit, run, scheduler, counted, by_user):
     scheduler.when(in_life(run, 1), cancel)
     scheduler.run()
     assert not by_user or "1 of 1 live jobs cancelled" in said[0]
+    assert [row.get("why") == "by bigtrain-slurm cancel" for row in events(run)].count(True) == by_user
     assert told(run)[-1] == "cancelled" and status(run)[:2] == ["cancelled", job]
     assert scheduler.jobs[job].state == "CANCELLED" and ("scontrol", "requeue", job) not in scheduler.asked
     assert "nothing is running or waiting" in slurm("cancel", run)

@@ -81,6 +81,8 @@ def test_controller_that_does_not_answer(submit, run, scheduler):
     said = slurm("submit", COUNTING, "--", "--out", run.with_name("other"), fails=2)
     assert "bigtrain-slurm: error: sinfo: Unable to contact slurm controller" in said
     assert not run.with_name("other").exists() and status(run)[0] == "failed"
+    with pytest.raises(jobs.NoSlurmError, match="Unable to contact"):  # not: it knows nothing of the job
+        jobs.states(["7"])
 
 
 @pytest.mark.parametrize("state, how", [("CANCELLED by 1000", "cancelled"), ("OUT_OF_MEMORY", "failed"), ("", "lost")])
