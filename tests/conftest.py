@@ -14,7 +14,10 @@ def pytest_addoption(parser):
     parser.addoption("--write-golden", action="store_true", help="write tests/golden/ anew from this code")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
+    # a cluster serves one test at a time: first, so that one worker has them all and the other steals what follows
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
     for item in items:
         limits = [limit for marker, limit in LIMIT_S.items() if item.get_closest_marker(marker)]
         if limits and not item.get_closest_marker("timeout"):
