@@ -1,6 +1,7 @@
 """Clusters: stand-ins for one, and the real one that `sinfo` shows; without it the tests marked `slurm` are skipped."""
 
 import fcntl
+import logging
 import os
 import shutil
 import subprocess
@@ -35,7 +36,9 @@ def no_cluster():
 def scheduler(monkeypatch):
     """Stand-ins for SLURM's commands, on which jobs live in this process; what was to happen in a life has happened."""
     made = Scheduler(monkeypatch)
+    logging.disable(logging.INFO)  # submitit's own lines, which it says or not by what has been imported before
     yield made
+    logging.disable(logging.NOTSET)
     assert not made.plans, "something was to happen in a life, and did not"
 
 
