@@ -48,10 +48,14 @@ def processes_asked_for() -> int:
     return told.num_processes or 1
 
 
+def asks_for_deepspeed() -> bool:
+    """Whether the launcher's configuration asks for DeepSpeed."""
+    return is_on("ACCELERATE_USE_DEEPSPEED")
+
+
 def zero_stage() -> int:
-    """The stage of DeepSpeed ZeRO that the launcher's configuration asks for; 0: none."""
-    is_asked_for = is_on("ACCELERATE_USE_DEEPSPEED")
-    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if is_asked_for else 0
+    """The stage of ZeRO that the launcher's configuration asks for; 0: none, with or without DeepSpeed."""
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if asks_for_deepspeed() else 0
 
 
 def check_launch() -> None:
@@ -76,12 +80,12 @@ def check_launch() -> None:
             "this launch asks for FSDP, which is not supported (on CPUs Accelerate would silently run DDP): to share "
             "weights among processes launch with recipes/accelerate/zero3.yaml."
         )
-    if zero_stage() and is_on("ACCELERATE_USE_CPU"):
+    if asks_for_deepspeed() and is_on("ACCELERATE_USE_CPU"):
         raise ValueError(
             "this launch asks for DeepSpeed and for ACCELERATE_USE_CPU (or --cpu), which would silently turn DeepSpeed "
             "off: leave the latter out; without a GPU DeepSpeed runs on the CPU by itself."
         )
-    if zero_stage() and "WORLD_SIZE" not in os.environ:
+    if asks_for_deepspeed() and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "this launch asks for DeepSpeed and started no process group: launch with `accelerate launch "
             "--config_file recipes/accelerate/zero2.yaml RECIPE`."

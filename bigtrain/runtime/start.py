@@ -20,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from bigtrain.choices import Chosen, Precision
 from bigtrain.runtime import zero
-from bigtrain.runtime.launch import check_launch, is_on, world_size_of_launch, zero_stage
+from bigtrain.runtime.launch import asks_for_deepspeed, check_launch, is_on, world_size_of_launch
 
 MEETING_S = 30.0  # longer than processes of one launch usually take to find each other
 BF16_FROM_WIDTH = 384  # ViT-S: below it a CPU is faster in fp32
@@ -50,15 +50,15 @@ def start(
             raise ValueError(f"--trackers {tracker} is not installed: `uv sync --extra {tracker}` does it.")
     # of torch, about its own and DeepSpeed's calls: nothing that a user could mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    backend = "gloo" if zero_stage() and not torch.cuda.is_available() else None
+    backend = "gloo" if asks_for_deepspeed() and not torch.cuda.is_available() else None
     # without saying so, several processes on a machine without a GPU would not know each other
-    on_cpu = world_size_of_launch() > 1 and not torch.cuda.is_available() and not zero_stage()
+    on_cpu = world_size_of_launch() > 1 and not torch.cuda.is_available() and not asks_for_deepspeed()
     with meeting():
         accelerator = Accelerator(  # no mixed precision of Accelerate's: see `autocast`
             step_scheduler_with_optimizer=False,
             mixed_precision="no",
             cpu=on_cpu,
-            deepspeed_plugin=zero.plugin(precision) if zero_stage() else None,
+            deepspeed_plugin=zero.plugin(precision) if asks_for_deepspeed() else None,
             log_with=list(trackers) or None,
             project_dir=folder,
             kwargs_handlers=[
@@ -72,7 +72,7 @@ def start(
             "that do not know each other. Launch with `accelerate launch --config_file recipes/accelerate/ddp.yaml "
             "RECIPE` on GPUs, with cpu2.yaml on a CPU."
         )
-    if zero_stage() and not zero.is_used(accelerator):
+    if asks_for_deepspeed() and not zero.is_used(accelerator):
         raise ValueError("this launch asks for DeepSpeed, and Accelerate has turned it off: see recipes/accelerate/.")
     if accelerator.device.type == "cuda" and deterministic:
         add_in_fixed_order()

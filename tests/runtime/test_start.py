@@ -81,7 +81,9 @@ def test_precisions_by_name():
         (("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU"), "would silently turn DeepSpeed off"),
     ],
 )
-def test_a_launch_that_would_silently_be_another_is_refused(monkeypatch, asks, says):
+@pytest.mark.parametrize("stage", ["0", "2"])
+def test_a_launch_that_would_silently_be_another_is_refused(monkeypatch, asks, says, stage):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
     for variable in asks:
         monkeypatch.setenv(variable, "true")
     with pytest.raises(ValueError, match=says):
