@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from bigtrain.data.workers import prepare_workers
 from bigtrain.detectors.catalogue import EVERY, ON_FEATURES, ON_LOGITS, detector_class, name_of
+from bigtrain.models.names import check_source
 from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.launch import check_launch
 from bigtrain.runtime.run_folder import RunFolder
@@ -113,6 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         data = read_data(config)
         check_single_labels(data.train, data.parts.fitted_N, data.protocol.known)
         check_names(config)
+        if config.finetuned:
+            check_source(config.finetuned)
         baselines(config, run, data)
 
 

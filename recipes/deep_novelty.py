@@ -14,6 +14,7 @@ import copy
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -109,8 +110,9 @@ def main(argv: list[str] | None = None) -> None:
             return
         data = read_data(config, fewest_classes=2)
         check_single_labels(data.train, data.parts.fitted_N, data.protocol.known)
+        reference = read_reference(config, data) if config.reference else None
         check_names(config)
-        deep_novelty(config, run, data)
+        deep_novelty(config, run, data, reference)
 
 
 def check(config: Config) -> None:
@@ -132,8 +134,8 @@ def check(config: Config) -> None:
         check_batch(config.reference_batch, config.run.accumulate)
 
 
-def read_reference(config: Config, data: Data, setup_print: list[str]) -> ShardSet:
-    """The reference data set, which is another one; classes in both are told."""
+def read_reference(config: Config, data: Data) -> ShardSet:
+    """The reference data set, which is another one than that of known and novel classes."""
     reference = ShardSet(config.reference)
     for name, known in (("--train", data.train), ("--test", data.test)):
         if shared := reference.shared_pictures(known):
@@ -141,6 +143,12 @@ def read_reference(config: Config, data: Data, setup_print: list[str]) -> ShardS
                 f"--reference {config.reference} has {shared} pictures of {name} {known.url}: the reference data set "
                 "must show other things than the known and novel classes; `bigtrain-shards split` takes classes."
             )
+    check_single_labels(reference, np.arange(len(reference)), reference.classes)
+    return reference
+
+
+def warnings_of(data: Data, reference: ShardSet) -> Iterator[str]:
+    """What is wrong with reference classes that are known or novel ones too."""
     for kind, names in (("known", data.protocol.known), ("novel", data.protocol.novel)):
         if pairs := shared_classes(names, reference.classes):
             listed = ", ".join(a if a == b else f"{a} ({b})" for a, b in pairs[:MAX_NAMED])
@@ -150,12 +158,10 @@ def read_reference(config: Config, data: Data, setup_print: list[str]) -> ShardS
                 if kind == "known"
                 else "novel classes have been seen in training, so that the figures are too good"
             )
-            setup_print.append(f"warning: {len(pairs)} {kind} classes are reference classes too, {why}: {listed}{more}")
-    check_single_labels(reference, np.arange(len(reference)), reference.classes)
-    return reference
+            yield f"warning: {len(pairs)} {kind} classes are reference classes too, {why}: {listed}{more}"
 
 
-def deep_novelty(config: Config, run: RunFolder, data: Data) -> None:
+def deep_novelty(config: Config, run: RunFolder, data: Data, reference: ShardSet | None) -> None:
     began = time.monotonic()
     prepare_workers(config.run.workers)
     from bigtrain.data.pictures import jpeg_decoder
@@ -164,8 +170,6 @@ def deep_novelty(config: Config, run: RunFolder, data: Data) -> None:
     from recipes.run_setup import Setup
     from recipes.trunk import check_training, read_network
 
-    warnings: list[str] = []
-    reference = read_reference(config, data, warnings) if config.reference else None
     given = read_network(config)
     check_training(given.trunk, config.batch_norm, config.run)
     precision = run.resolved("precision") or choose_precision(config.precision, width=0)
@@ -183,7 +187,7 @@ def deep_novelty(config: Config, run: RunFolder, data: Data) -> None:
         + f"{given.architecture.model}, {given.report}; {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, precision {precision}, JPEGs by {jpeg_decoder()}"
     )
-    for warning in warnings:
+    for warning in warnings_of(data, reference) if reference else ():
         accelerator.print(clean(warning))
     given.to(accelerator.device)
     network = train(config, setup, data, reference, given)

@@ -95,6 +95,8 @@ COMMANDS = {  # command -> what it may import
     "recipes/baselines.py --train SHARDS --known bag --out new --detectors forest": SETTINGS,
     "recipes/baselines.py --train SHARDS --known bag --out new --network resnet5000": SETTINGS,
     "recipes/deep_novelty.py --train SHARDS --known bag coat --reference SHARDS --out new --accumulate 3": SETTINGS,
+    "recipes/baselines.py --train SHARDS --known bag --out new --finetuned none.safetensors": SETTINGS,
+    "recipes/deep_novelty.py --train SHARDS --known bag coat --out new --reference nowhere": SETTINGS,
     "recipes/pretrain.py --train SHARDS --out new --model resnet5000": SETTINGS,
     "recipes/defend.py --train SHARDS --test SHARDS --known bag --out RUN": SETTINGS,  # a run of other settings
     "recipes/defend.py --train SHARDS --test SHARDS --known bag --out new --teacher TEACHER --tuned-blocks 99": NETWORK,
