@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from bigtrain.data.workers import prepare_workers
 from bigtrain.detectors.catalogue import EVERY, ON_FEATURES, ON_LOGITS, detector_class, name_of
-from bigtrain.models.names import check_source
+from bigtrain.models.timm_names import check_source
 from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.launch import check_launch
 from bigtrain.runtime.run_folder import RunFolder

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from bigtrain.choices import HIGHEST_LR, Backend, Chosen, Distance, Keep, Normalisation, Precision, Schedule
 from bigtrain.data.protocol import Protocol, split
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.models.names import check_source, check_vit_name
+from bigtrain.models.timm_names import check_source, check_vit_name
 from bigtrain.runtime.launch import check_batch, check_launch, zero_stage
 from bigtrain.runtime.settings import Limits, RunSettings
 from recipes.network_settings import Data

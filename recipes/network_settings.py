@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bigtrain.choices import Precision
 from bigtrain.data.protocol import Half, Parts, Protocol, check_every_class, split
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.models.names import check_network_name, check_source
+from bigtrain.models.timm_names import check_network_name, check_source
 from bigtrain.runtime.settings import Limits, RunSettings
 
 

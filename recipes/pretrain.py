@@ -26,7 +26,7 @@ from bigtrain.choices import HIGHEST_LR, BatchNorm, Precision, Schedule
 from bigtrain.data.protocol import Half, halved, in_validation
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.workers import prepare_workers
-from bigtrain.models.names import LOCAL, check_network_name, check_source
+from bigtrain.models.timm_names import LOCAL, check_network_name, check_source
 from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.launch import check_batch, check_launch, zero_stage
 from bigtrain.runtime.run_folder import RunFolder

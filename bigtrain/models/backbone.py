@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bigtrain.models.hub import released_weights
 from bigtrain.models.lean_timm import timm, torchvision
-from bigtrain.models.names import ALEXNET, LOCAL, check_network_name, check_source
+from bigtrain.models.timm_names import ALEXNET, LOCAL, check_network_name, check_source
 from bigtrain.models.vit import Architecture
 from bigtrain.models.weights import load_matching, read_tensors, read_weights, resample_positions, save_tensors
 

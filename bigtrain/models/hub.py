@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bigtrain.models.lean_timm import timm, torchvision
-from bigtrain.models.names import ALEXNET
+from bigtrain.models.timm_names import ALEXNET
 
 WITHIN_S = 5.0
 

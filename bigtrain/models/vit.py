@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bigtrain.choices import Backend
 from bigtrain.models.attention import Runs, attention
-from bigtrain.models.names import check_vit_name
+from bigtrain.models.timm_names import check_vit_name
 
 
 class Encoded(NamedTuple):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from bigtrain.choices import Backend
 from bigtrain.models.hub import released_weights
 from bigtrain.models.lean_timm import timm
-from bigtrain.models.names import LOCAL, check_source
+from bigtrain.models.timm_names import LOCAL, check_source
 from bigtrain.models.vit import Architecture, ViT
 
 ABOUT = "bigtrain"  # key of the metadata
