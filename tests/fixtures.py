@@ -95,7 +95,7 @@ def finished(small, tmp_path_factory):
 @pytest.fixture(scope="session")
 def twenty_steps(shards, views, small):
     """Flags by recipe: 20 steps of each stage, and those that train nothing; the same at any number of processes."""
-    many = "--train-limit 240 --tune-batch 48 --distil-batch 48 --tune-epochs 4 --distil-epochs 4 --drop-path 0"
+    many = "--train-limit 60 --tune-epochs 4 --distil-epochs 4 --drop-path 0"
     known = ["--known", "ankle_boot", "bag", "coat"]
     given = ["--train", views / "train", "--test", views / "test", "--network", "test_resnet", "--no-pretrained"]
     given += ["--image-size", 32, "--test-limit", 120, "--score-batch", 32]

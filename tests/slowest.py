@@ -24,10 +24,12 @@ def table(report: Path) -> str:
 
 
 def main(report: str) -> None:
+    if not Path(report).is_file():
+        sys.exit(f"{report} does not exist: give what pytest --junitxml has written, once it has ended.")
     text = README.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     README.write_text(f"{before}{BEGIN}{table(Path(report))}{END}{after}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1] if len(sys.argv) > 1 else "REPORT.xml")

@@ -20,7 +20,7 @@ def launch(config, processes, *flags):
 
 @pytest.fixture(scope="module")
 def flags(twenty_steps):
-    """20 steps of 48 pictures a stage, 5 an epoch, without drop path."""
+    """20 steps of 12 pictures a stage, 5 an epoch, without drop path."""
     return twenty_steps["defend"]
 
 
