@@ -125,8 +125,7 @@ def baselines(config: Config, run: RunFolder, data: Data) -> None:
     from bigtrain.data.pictures import jpeg_decoder
     from bigtrain.detectors.logits import MaxLogit
     from bigtrain.detectors.network import NetworkDetector, Scoring
-    from bigtrain.runtime.start import choose_precision
-    from recipes.run_setup import Setup
+    from bigtrain.runtime.precision import choose_precision
 
     parts = data.parts
     networks = given_networks(config, data.protocol.known)
@@ -136,6 +135,9 @@ def baselines(config: Config, run: RunFolder, data: Data) -> None:
         layer=config.layer, head="",
     )  # fmt: skip
     sources = {suffix: NetworkDetector(network, MaxLogit(), scoring) for suffix, network in networks.items()}
+
+    from recipes.run_setup import Setup  # with Accelerate: behind what the network alone could tell
+
     setup = Setup.begin(run, precision, {})
     accelerator = setup.accelerator
     described = "; ".join(f"{n.architecture.model}{suffix}, {n.report}" for suffix, n in networks.items())

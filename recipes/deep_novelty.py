@@ -166,7 +166,7 @@ def deep_novelty(config: Config, run: RunFolder, data: Data, reference: ShardSet
     prepare_workers(config.run.workers)
     from bigtrain.data.pictures import jpeg_decoder
     from bigtrain.data.views import CentreCrop
-    from bigtrain.runtime.start import choose_precision
+    from bigtrain.runtime.precision import choose_precision
     from recipes.run_setup import Setup
     from recipes.trunk import check_training, read_network
 

@@ -78,7 +78,7 @@ def defend(config: Config, run: RunFolder, data: Data) -> None:
     from bigtrain.models.attention import resolve_backend, torch_dtype
     from bigtrain.models.vit import Architecture
     from bigtrain.models.weights import load_vit
-    from bigtrain.runtime.start import choose_precision
+    from bigtrain.runtime.precision import choose_precision
     from recipes.run_setup import Setup
 
     train, parts, protocol = data.train, data.parts, data.protocol

@@ -163,7 +163,7 @@ def check_networks(config: Config, given: Pretrained, precision: Chosen) -> None
 
     from bigtrain.models.attention import resolve_backend, torch_dtype
     from bigtrain.models.vit import check_image_size, check_pair, masked_student
-    from bigtrain.runtime.start import device_type
+    from bigtrain.runtime.precision import device_type
 
     depth = len(given.vit.backbone.blocks)
     for side in (config.image_size, config.crop_size) if config.tune else (config.image_size,):

@@ -195,7 +195,7 @@ def pretrain(config: Config, run: RunFolder, images: Images) -> None:
     from bigtrain.models.vit import VisionTransformer, ViT
     from bigtrain.models.weights import save_vit
     from bigtrain.runtime.optim import decay_groups, follow, scaled_lr, schedule, set_schedule
-    from bigtrain.runtime.start import choose_precision
+    from bigtrain.runtime.precision import choose_precision
     from recipes.run_setup import Setup
     from recipes.stage import Stage
     from recipes.trunk import (

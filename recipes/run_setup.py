@@ -22,6 +22,7 @@ from bigtrain.models.flops import peak_flops
 from bigtrain.runtime import start
 from bigtrain.runtime.heartbeat import Heartbeat
 from bigtrain.runtime.log import show_warnings
+from bigtrain.runtime.precision import autocast
 from bigtrain.runtime.preempt import Stop
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import RunSettings, result_settings
@@ -85,7 +86,7 @@ class Setup:
             tracker.finish()
 
     def autocast(self) -> torch.autocast:
-        return start.autocast(self.accelerator, self.precision)
+        return autocast(self.accelerator.device, self.precision)
 
     def stream(self, shard_set: ShardSet, plan: Plan, transform: Transform, **further: Any) -> Stream:
         """This process's share of a plan."""

@@ -81,8 +81,7 @@ def signatures(config: Config, run: RunFolder, data: Data) -> None:
     from bigtrain.detectors.neighbours import pixel_features
     from bigtrain.detectors.network import NetworkDetector, Scoring
     from bigtrain.detectors.signatures import Signatures
-    from bigtrain.runtime.start import choose_precision
-    from recipes.run_setup import Setup
+    from bigtrain.runtime.precision import choose_precision
     from recipes.trunk import read_network
 
     parts, views = data.parts, CentreCrop(config.image_size, config.resize)
@@ -93,6 +92,9 @@ def signatures(config: Config, run: RunFolder, data: Data) -> None:
         layer=config.layer, head="",
     )  # fmt: skip
     detector = NetworkDetector(network, Signatures(config.share, config.overlap), scoring)
+
+    from recipes.run_setup import Setup  # with Accelerate: behind what the network alone could tell
+
     setup = Setup.begin(run, precision, {})
     accelerator = setup.accelerator
     network.to(accelerator.device)

@@ -16,8 +16,8 @@ from bigtrain.models.backbone import Network, has_batch_norm, load_network
 from bigtrain.models.lean_timm import timm
 from bigtrain.models.vit import Architecture, ViT
 from bigtrain.runtime.launch import world_size_of_launch
+from bigtrain.runtime.precision import device_type
 from bigtrain.runtime.settings import RunSettings
-from bigtrain.runtime.start import device_type
 from recipes.network_settings import NetworkConfig, only_label
 
 M = TypeVar("M", bound=nn.Module)

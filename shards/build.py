@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Sample, Shard, read_manifest
+from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Sample, Shard
+from bigtrain.data.set_files import read_manifest
 from shards.adapters import ADAPTERS, About
 from shards.adapters.lists import few
 from shards.crew import Done, in_order

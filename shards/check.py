@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigtrain.data.schema import MANIFEST_FILE, MASK_SUFFIX, Manifest, Shard, read_index, shards_url
+from bigtrain.data.schema import MANIFEST_FILE, MASK_SUFFIX, Manifest, Shard
+from bigtrain.data.set_files import read_index, shards_url
 from shards.build import SKIPPED_FILE
 from shards.crew import Done, in_order
 from shards.given import listed, manifest_of

@@ -1,4 +1,4 @@
-"""The command `bigtrain-shards`: build, check, show, split, index."""
+"""The command `bigtrain-shards`: build, check, show, split, index; each imports what it takes, and --help nothing."""
 
 from __future__ import annotations
 
@@ -10,22 +10,17 @@ from pathlib import Path
 
 from shards.adapters import ADAPTERS
 from shards.adapters.lists import warn
-from shards.build import build
-from shards.check import check
-from shards.describe import describe
-from shards.labels import read_class_names
 from shards.options import MISTAKE, parser
-from shards.page import write_page
-from shards.place import Place
-from shards.settings import Settings, named_by_folder
-from shards.show import readable, show
-from shards.split import read_lines, split_classes, split_per_class, split_shares
 from shards.words import counted
 
 FAULTS = 1  # exit code
 
 
 def run_build(args: argparse.Namespace) -> int:
+    from shards.build import build
+    from shards.place import Place
+    from shards.settings import Settings, named_by_folder
+
     adapter = ADAPTERS[args.adapter]
     options = {flag: getattr(args, flag) for flag in (f.lstrip("-").replace("-", "_") for f in adapter.options)}
     settings = Settings(
@@ -51,6 +46,8 @@ def run_build(args: argparse.Namespace) -> int:
 
 
 def run_check(args: argparse.Namespace) -> int:
+    from shards.check import check
+
     wrong = check(args.set, quick=args.quick, workers=args.workers)
     if wrong:
         print("\n".join(wrong))
@@ -61,6 +58,9 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def run_show(args: argparse.Namespace) -> int:
+    from shards.page import write_page
+    from shards.show import readable, show
+
     if args.page is None and (args.count or args.seed is not None or args.classes):
         raise ValueError("--count, --seed and --classes choose pictures for a page: give --page too.")
     if args.page is not None:  # first, so that a mistake in what it needs prints no table
@@ -75,6 +75,8 @@ def run_show(args: argparse.Namespace) -> int:
 
 
 def run_split(args: argparse.Namespace) -> int:
+    from shards.split import read_lines, split_classes, split_per_class, split_shares
+
     if "://" in args.out:
         raise ValueError(f"--out {args.out} is a URL, and a view is two small local files: write it here, then copy.")
     out, seed = Path(args.out), args.seed or 0
@@ -100,6 +102,9 @@ def run_split(args: argparse.Namespace) -> int:
 
 
 def run_index(args: argparse.Namespace) -> int:
+    from shards.describe import describe
+    from shards.labels import read_class_names
+
     names = read_class_names(Path(args.class_names)) if args.class_names else None
     describe(
         args.folder,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from bigtrain.data.schema import MANIFEST_FILE, Manifest, read_manifest
+from bigtrain.data.schema import MANIFEST_FILE, Manifest
+from bigtrain.data.set_files import read_manifest
 from shards.place import Place
 
 SETTINGS_FILE = "build.json"  # of a build; without a manifest beside it, the build was interrupted

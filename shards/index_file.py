@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from bigtrain.data.schema import INDEX_SCHEMA
+from bigtrain.data.set_files import INDEX_SCHEMA
 
 ROWS_PER_GROUP = 65536
 

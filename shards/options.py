@@ -8,12 +8,12 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, NoReturn
 
 from shards.adapters import ADAPTERS
 from shards.labels import CLASSES_FROM
 from shards.pictures import VERIFY
-from shards.split import share
 
 MISTAKE = 2  # exit code
 MAX_NAMED = 3  # unknown arguments: a forgotten quote around photos/* gives hundreds
@@ -46,6 +46,14 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(given.split("=")[0], allowed, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         self.exit(MISTAKE, f"{self.prog}: {message}.{hint} See `{self.prog} --help`.\n")
+
+
+def share(text: str) -> tuple[str, Fraction]:
+    """Read NAME=SHARE."""
+    found = re.fullmatch(r"([A-Za-z0-9_-]+)=(0?\.\d{1,6}|1(?:\.0*)?)", text)
+    if not found or not Fraction(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=SHARE with a share from 0.000001 to 1, say val=0.1")
+    return found[1], Fraction(found[2])
 
 
 def whole_number(text: str) -> int:

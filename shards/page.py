@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageFilter, ImageOps
 
-from bigtrain.data.schema import Manifest, filesystem, read_index, shards_url
+from bigtrain.data.schema import Manifest
+from bigtrain.data.set_files import filesystem, read_index, shards_url
 from shards.durable import written_whole
 from shards.given import check_classes, manifest_of
 from shards.neighbours import Drawing, Found, read_neighbours

@@ -22,7 +22,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from bigtrain.data.schema import filesystem
+from bigtrain.data.set_files import filesystem
 from shards.durable import TEMPORARY, alone_in, space_for, written_whole
 
 ATTEMPTS = 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigtrain.data.schema import read_index, shards_url
+from bigtrain.data.set_files import read_index, shards_url
 from shards.given import manifest_of
 
 COLUMNS = ("image_size", "image_ext", "width", "height", "classes")

@@ -8,9 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import re
 import shutil
-from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -23,27 +21,13 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from bigtrain.data.schema import (
-    INDEX_FILE,
-    MANIFEST_FILE,
-    Manifest,
-    filesystem,
-    read_index,
-    shards_url,
-)
+from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest
+from bigtrain.data.set_files import filesystem, read_index, shards_url
 from shards.durable import space_for, sync_folder, written_whole
 from shards.given import check_classes, manifest_of
 
 Rows = NDArray[np.int64]
 MAX_NAMED = 3  # classes in the split of a view
-
-
-def share(text: str) -> tuple[str, Fraction]:
-    """Read NAME=SHARE."""
-    found = re.fullmatch(r"([A-Za-z0-9_-]+)=(0?\.\d{1,6}|1(?:\.0*)?)", text)
-    if not found or not Fraction(found[2]):
-        raise ArgumentTypeError(f"{text!r} is no NAME=SHARE with a share from 0.000001 to 1, say val=0.1")
-    return found[1], Fraction(found[2])
 
 
 def split_shares(url: str, out: Path, parts: Sequence[tuple[str, Fraction]], seed: int) -> dict[str, Manifest]:

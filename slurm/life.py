@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import IO
 from submitit.core.utils import DelayedSubmission
 
 from bigtrain.runtime.exit_codes import STOPPED, USER_ERROR
+from bigtrain.runtime.launch import free_port
 from slurm.ending import end
 from slurm.history import (
     LAST_WORDS,
@@ -128,9 +128,7 @@ def begin(task: Task, job: Job) -> int | None:
     if mine and mine[-1]["event"] == "started":
         why = "ended without a word: its node failed, or it was killed before it could save"
         tell(task.run, "lost", job=task.job_id, restarts=mine[-1].get("restarts"), why=why)
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = int(free.getsockname()[1])
+    port = free_port()
     task.tell("started", life=len(begun) + 1, at=position(task.run), processes=task.processes)
     gather(task, port)
     return port

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.data.protocol import expand
-from bigtrain.data.schema import read_manifest
+from bigtrain.data.set_files import read_manifest
 from slurm.cluster import Cluster, read_cluster, read_toml
 
 KEYS = {

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from bigtrain.data.schema import INDEX_SCHEMA
+from bigtrain.data.set_files import INDEX_SCHEMA
 from bigtrain.data.shard_set import ShardSet
 
 

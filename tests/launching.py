@@ -25,11 +25,14 @@ from functools import lru_cache
 from pathlib import Path
 from unittest import mock
 
+from bigtrain.runtime.launch import free_port
+
 ROOT = Path(__file__).parents[1]
 ON_GPU = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
 ON_GPU |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 ENVIRONMENT = {**ON_GPU, "CUDA_VISIBLE_DEVICES": ""}  # what is said of bits and of 1e-5 is said of CPUs
 LIMIT_S = 110.0  # a test has 120
+GRACE_S = 40.0  # longer than a rank takes to find out that another has ended
 
 
 def command(recipe, *flags):
@@ -82,14 +85,19 @@ class Started:
         return None if None in codes else next(filter(None, codes), 0)
 
     def result(self, limit_s=LIMIT_S):
+        """Wait for their end. As under a launcher, no rank outlives one that has failed, but by GRACE_S."""
         until = time.monotonic() + limit_s
-        try:
-            for rank in self.ranks:
-                rank.wait(until - time.monotonic())
-        finally:
-            self.kill()
+        living = [rank for rank in self.ranks if rank.poll() is None]
+        while living and select.select(living, [], [], max(until - time.monotonic(), 0))[0]:
+            living = [rank for rank in living if rank.poll() is None]
+            if any(rank.returncode for rank in self.ranks):
+                until = min(until, time.monotonic() + GRACE_S)
+        code = next(filter(None, (rank.returncode for rank in self.ranks)), None if living else 0)
+        self.kill()
         out, err = ("".join(rank.said(stream) for rank in self.ranks) for stream in ("out", "err"))
-        return subprocess.CompletedProcess(self.ranks[0].line, self.poll(), out, err)
+        if code is None:
+            raise TimeoutError(f"{' '.join(self.ranks[0].line)} has not ended: {err[-3000:]}")
+        return subprocess.CompletedProcess(self.ranks[0].line, code, out, err)
 
     def send_signal(self, number):
         for rank in self.ranks:
@@ -116,23 +124,22 @@ class Forked:
         finally:
             os.close(status)
 
+    def fileno(self):
+        """Something to read once it has ended."""
+        return self._status
+
     def poll(self):
-        if self.returncode is None and select.select([self._status], [], [], 0)[0]:
-            self._read_status()
+        if self.returncode is None and select.select([self], [], [], 0)[0]:
+            status = os.read(self._status, 16)
+            os.close(self._status)
+            self.returncode = int(status) if status else -signal.SIGKILL  # nothing: its server was killed
         return self.returncode
 
     def wait(self, limit_s=LIMIT_S):
-        if self.returncode is None:
-            if not select.select([self._status], [], [], max(limit_s, 0))[0]:
-                self.kill()
-                raise TimeoutError(f"{' '.join(self.line)} has not ended: {self.said('err')[-3000:]}")
-            self._read_status()
-        return self.returncode
-
-    def _read_status(self):
-        status = os.read(self._status, 16)
-        os.close(self._status)
-        self.returncode = int(status) if status else -signal.SIGKILL  # nothing: its server was killed
+        if self.poll() is None and not select.select([self], [], [], limit_s)[0]:
+            self.kill()
+            raise TimeoutError(f"{' '.join(self.line)} has not ended: {self.said('err')[-3000:]}")
+        return self.poll()
 
     def said(self, stream):
         """What it has written so far; read in place, for the process shares the file's position."""
@@ -180,12 +187,6 @@ class Server:
 def server():
     """Of this test worker, started when it is first needed."""
     return Server()
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def environment_of(config, processes, environment):

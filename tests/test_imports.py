@@ -17,12 +17,14 @@ ALL = [*GROUND, "bigtrain.data", "bigtrain.models", "bigtrain.objectives", "bigt
 ALL += ["bigtrain.evaluation"]
 MAY_IMPORT = {  # beside itself
     "recipes": ALL,
-    "shards": ["bigtrain.data.schema"],
+    "shards": ["bigtrain.data.schema", "bigtrain.data.set_files"],
     # of a run it knows what any process above it knows: exit codes, and what the log says
     "slurm": [
         "bigtrain.data.schema",
         "bigtrain.data.protocol",
+        "bigtrain.data.set_files",
         "bigtrain.runtime.exit_codes",
+        "bigtrain.runtime.launch",
         "bigtrain.runtime.watch",
     ],
     "bigtrain.detectors": ["bigtrain.data", "bigtrain.models", "bigtrain.objectives"],

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.data.fetch import PATIENCE, LocalFiles, Patience, Range, fetch, files_of
-from bigtrain.data.schema import filesystem
+from bigtrain.data.set_files import filesystem
 
 MAX_GAP_BYTES = 64 << 10  # what another request costs in bytes of the same line; headers and labels are far less
 MAX_RANGE_BYTES = 8 << 20  # longer runs are several requests, which go at once

@@ -1,4 +1,4 @@
-"""The shard contract: what a shard set holds, how it is named, and how its manifest and index are read and written.
+"""The shard contract: what a shard set holds, how it is named, and how its manifest is written.
 
 A shard set is a folder, or any fsspec URL prefix (s3://, gs://, http://, hf://), that holds
 
@@ -14,17 +14,10 @@ This module knows neither torch nor any dataset, so that `shards` and `slurm` ca
 from __future__ import annotations
 
 import json
-import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
-
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from bigtrain.data.fetch import PATIENCE, Patience, fetch_file, files_of
 
 FORMAT = "bigtrain-shards"
 VERSION = 1
@@ -33,19 +26,6 @@ INDEX_FILE = "index.parquet"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 MASK_SUFFIX = "mask.png"
 MAX_PIXELS = 89_478_485  # of a picture, 256 MiB in RGB: more is refused, as a decompression bomb (Pillow's own limit)
-
-INDEX_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("shard", pa.int32()),  # position in manifest["shards"]
-        ("image_offset", pa.int64()),  # of the image's own bytes in the tar, behind its header
-        ("image_size", pa.int64()),
-        ("image_ext", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("classes", pa.list_(pa.string())),  # distinct names, sorted; empty: nothing is annotated
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -158,59 +138,3 @@ class Manifest:
                 f"{where} is no manifest of a shard set ({type(error).__name__}: {error}): "
                 "build the shards again, or make a manifest with `bigtrain-shards index`."
             ) from error
-
-
-def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a shard set's folder or URL prefix, and the path in it, without a slash at its end.
-
-    Endpoints and credentials are the business of fsspec and its clients: for S3, AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID
-    and AWS_SECRET_ACCESS_KEY, or any option of s3fs as FSSPEC_S3_ENDPOINT_URL or in ~/.config/fsspec/*.json.
-    """
-    if url.startswith("pipe:"):
-        raise ValueError(f"{url} would run a shell command, which no address of a shard set may: give a folder or URL.")
-    fs, path = fsspec.core.url_to_fs(url)
-    return fs, path.rstrip("/")
-
-
-def shards_url(url: str, manifest: Manifest) -> str:
-    """The folder or URL prefix where the tars of the set at `url` lie: its own, unless it is a view."""
-    if not manifest.shards_at:
-        return url
-    if "://" in manifest.shards_at:
-        return manifest.shards_at
-    scheme, separator, path = url.rpartition("://")
-    return scheme + separator + posixpath.normpath(posixpath.join(path, manifest.shards_at))
-
-
-def read_manifest(url: str, patience: Patience = PATIENCE) -> Manifest:
-    """Read the manifest of the shard set at `url`; a set without one is an unfinished build or no set at all."""
-    fs, path = filesystem(url)
-    try:
-        text = fetch_file(files_of(fs, patience), f"{path}/{MANIFEST_FILE}", patience).decode(errors="replace")
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{url} holds no {MANIFEST_FILE}, so it is no finished shard set: build one from a folder of class folders "
-            f"with `bigtrain-shards build folder --root PICTURES --out {url}`, run an interrupted build again, or "
-            f"describe shards made elsewhere with `bigtrain-shards index {url}`."
-        ) from error
-    return Manifest.from_json(text, where=f"{url}/{MANIFEST_FILE}")
-
-
-def read_index(url: str, columns: Sequence[str] = tuple(INDEX_SCHEMA.names), patience: Patience = PATIENCE) -> pa.Table:
-    """Read the index of the shard set at `url`: a table of INDEX_SCHEMA, or of some of its columns."""
-    fs, path = filesystem(url)
-    advice = f"make it with `bigtrain-shards index {url}`."
-    try:
-        data = fetch_file(files_of(fs, patience), f"{path}/{INDEX_FILE}", patience)
-    except FileNotFoundError as error:
-        raise ValueError(f"{url} has no {INDEX_FILE}: {advice}") from error
-    try:
-        # from memory and in this thread: Arrow's threads on a Python file abort some interpreters at exit (arrow#34314)
-        file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
-        missing = [name for name in INDEX_SCHEMA.names if name not in file.schema_arrow.names]
-        if not missing:
-            table = file.read(list(columns), use_threads=False)
-            return table.cast(pa.schema([INDEX_SCHEMA.field(name) for name in columns]))
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{url} has no readable {INDEX_FILE} ({error}): {advice}") from error
-    raise ValueError(f"{url}/{INDEX_FILE} lacks the columns {missing}: make it again with `bigtrain-shards index`.")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bigtrain.data.fetch import PATIENCE, Patience
 from bigtrain.data.plan import MAX_RUN, Plan
 from bigtrain.data.reader import Reader
-from bigtrain.data.schema import read_index, read_manifest, shards_url
+from bigtrain.data.set_files import read_index, read_manifest, shards_url
 
 log = logging.getLogger(__name__)
 RUN_BYTES = 1 << 20  # of pictures, read at once: enough for a disk or a server to be worth the request

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
 
 from bigtrain.models.hub import released_weights
 from bigtrain.models.lean_timm import timm, torchvision
@@ -231,6 +230,8 @@ def has_batch_norm(module: nn.Module) -> bool:
 
 def network_flops(module: nn.Module, image_size: int) -> int:
     """FLOPs of one picture's forward pass, 2 for a multiply-add, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton
+
     parameter = next(module.parameters())
     was_training = module.training
     module.eval()

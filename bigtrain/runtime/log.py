@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from bigtrain.runtime.watch import shown
@@ -64,6 +63,8 @@ class StageLog:
             path = continued(folder / "log.jsonl", stage, done)
             self.before = steps_of_others(path, stage)
             self.file = path.open("a", buffering=1)
+            from torch.utils.tensorboard import SummaryWriter
+
             self.board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=done + 1)
             self.bar = tqdm(
                 total=steps, initial=done, desc=stage, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True

@@ -1,4 +1,4 @@
-"""The start of a run: processes that know each other, a precision, a seed."""
+"""The start of a run: processes that know each other, and the seed of a step."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch.distributed import DistNetworkError
 
-from bigtrain.choices import Chosen, Precision
+from bigtrain.choices import Chosen
 from bigtrain.runtime import zero
-from bigtrain.runtime.launch import asks_for_deepspeed, check_launch, is_on, world_size_of_launch
+from bigtrain.runtime.launch import asks_for_deepspeed, check_launch, world_size_of_launch
 
 MEETING_S = 30.0  # longer than processes of one launch usually take to find each other
-BF16_FROM_WIDTH = 384  # ViT-S: below it a CPU is faster in fp32
 
 
 def start(
@@ -96,6 +95,13 @@ def meeting() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the others too
     try:
         yield
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"another program listens at {address}, where the processes of this launch are to meet: choose another "
+            "port (MASTER_PORT, or --main_process_port of accelerate)."
+        ) from error
     finally:
         signal.signal(signal.SIGINT, before)
         timer.cancel()
@@ -109,40 +115,6 @@ def add_in_fixed_order() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass each
-
-
-def autocast(accelerator: Accelerator, precision: Chosen) -> torch.autocast:
-    """Mixed precision by torch alone, the same under DDP and DeepSpeed: weights stay float32."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(accelerator.device.type, dtype=dtype, enabled=precision != "fp32")
-
-
-def device_type() -> Literal["cuda", "cpu"]:
-    """The kind of device that `start` will choose."""
-    return "cuda" if torch.cuda.is_available() and not is_on("ACCELERATE_USE_CPU") else "cpu"
-
-
-def choose_precision(precision: Precision, width: int) -> Chosen:
-    """What "auto" means here: bf16 on CUDA, and on a CPU with bf16 instructions from ViT-S up; else fp32.
-
-    A rule, not a measurement, so that a restart chooses the same.
-
-    Raises:
-        ValueError: this device lacks the one that was asked for.
-    """
-    on_gpu = device_type() == "cuda"
-    if precision == "fp16" and not on_gpu:
-        raise ValueError("--precision fp16 needs a GPU, and there is none here: use fp32, bf16 or auto.")
-    if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError(
-            f"--precision bf16 is not supported by {torch.cuda.get_device_name()}: use fp16, fp32 or auto."
-        )
-    if precision != "auto":
-        return precision
-    if on_gpu:
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if has_bf16 and width >= BF16_FROM_WIDTH else "fp32"
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

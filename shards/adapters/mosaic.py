@@ -14,18 +14,18 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from bigtrain.data.schema import Box, Object, Sample, filesystem, read_index, shards_url
+from bigtrain.data.schema import Box, Object, Sample
 from shards.adapters.about import About
-from shards.given import check_classes, manifest_of
 from shards.pictures import decode
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 LAYOUT = "a finished shard set, whose pictures become the tiles"
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -68,6 +68,8 @@ class Pool:
 
 def about(root: str | Path, split: str, **options: Any) -> About:
     known, mode, count, grid = (options[name] for name in ("known", "mode", "count", "grid"))
+    from shards.given import check_classes, manifest_of
+
     manifest = manifest_of(str(root))
     check_classes(str(root), manifest, [known])
     if count < 1 or grid < 2 or (options["tile"] is not None and options["tile"] < 1):
@@ -140,6 +142,8 @@ def painted(shards_at: str, tiles: list[dict[str, Any]], grid: int, size: tuple[
 
 def tile(shards_at: str, row: dict[str, Any], size: tuple[int, int]) -> Image.Image:
     """One picture, read by its offset in the tar; the largest middle part of the tile's shape, resized if need be."""
+    from bigtrain.data.set_files import filesystem
+
     fs, path = filesystem(shards_at)
     start, end = row["image_offset"], row["image_offset"] + row["image_size"]
     try:
@@ -159,6 +163,11 @@ def tile(shards_at: str, row: dict[str, Any], size: tuple[int, int]) -> Image.Im
 
 @functools.lru_cache(maxsize=1)
 def pool_of(root: str, known: str) -> Pool:
+    import pyarrow.compute as pc
+
+    from bigtrain.data.set_files import read_index, shards_url
+    from shards.given import manifest_of
+
     manifest = manifest_of(root)
     index = read_index(root).combine_chunks()
     classes = index["classes"].combine_chunks()

@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NoReturn
-
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 
 from bigtrain.data.schema import IMAGE_EXTENSIONS, Object, Sample
 from shards.adapters.about import About
 from shards.adapters.folder import extension, stem
 from shards.adapters.lists import warn
-from shards.names import below, inside
+from shards.names import inside
 
 LAYOUT = "the folder that the paths in the table start from"
 KINDS = (".csv", ".tsv", ".parquet")
 LICENCE = "unknown"
-READING = pyarrow.csv.ReadOptions(use_threads=False)
 TRIED = 100  # pictures that are looked for before anything is written
 OUTSIDE = r"^/|(^|/)\.\.(/|$)|\\|\x00"  # of a path: it leaves the root
 PICTURE = rf"(?i)\.({'|'.join(IMAGE_EXTENSIONS)})$"
@@ -41,6 +35,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def about(root: Path, split: str, **options: Any) -> About:
     """One pass over the table, which finds what is wrong with any row."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from shards.adapters.table_rows import columns_of, rows
+
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder: --root must be {LAYOUT}.")
     table = options["table"]
@@ -80,6 +79,8 @@ def about(root: Path, split: str, **options: Any) -> About:
 
 def samples(root: Path, split: str, **options: Any) -> Iterator[Sample]:
     """Yield the pictures in the order of their rows."""
+    from shards.adapters.table_rows import rows
+
     for batch in rows(root, split, **options):
         for row in batch.to_pylist():
             path = inside(root, row["path"])
@@ -95,6 +96,8 @@ def samples(root: Path, split: str, **options: Any) -> Iterator[Sample]:
 
 def refuse(root: Path, split: str, column: str, name: str, options: dict[str, Any]) -> NoReturn:
     """Refuse a path in the table; its row is counted as people do, who count the header too."""
+    from shards.adapters.table_rows import rows
+
     table = options["table"]
     every = (row for batch in rows(root, None, **options) for row in batch.to_pylist())
     first = 1 if table.endswith(".parquet") else 2
@@ -111,97 +114,3 @@ def labels_in(cell: str, separator: str) -> list[str]:
     """The labels of a cell, each once, without spaces around."""
     parts = cell.split(separator) if separator else [cell]
     return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
-
-
-def rows(
-    root: Path,
-    split: str | None,
-    table: str,
-    path_column: str = "path",
-    label_column: str = "label",
-    separator: str = "|",
-    mask_column: str | None = None,
-    split_column: str | None = None,
-) -> Iterator[pa.RecordBatch]:
-    """Batches of the columns path, label and, where there are such, mask and split, as text, nothing for null.
-
-    Absolute paths in the root become paths from it.
-    """
-    asked = {"path": path_column, "label": label_column, "mask": mask_column, "split": split_column}
-    columns = {name: column for name, column in asked.items() if column is not None}
-    try:
-        for batch in batches_of(Path(table), list(dict.fromkeys(columns.values()))):
-            text = {name: as_text(batch[column], separator) for name, column in columns.items()}
-            text |= {name: from_root(root, text[name]) for name in ("path", "mask") if name in text}
-            part = pa.RecordBatch.from_pydict({"split": pa.nulls(batch.num_rows, pa.string()), **text})
-            yield part if split is None or split_column is None else part.filter(pc.equal(part["split"], split))
-    except pa.ArrowException as error:
-        raise ValueError(f"{table} cannot be read as a table ({error}): correct it, or save it again.") from error
-
-
-def as_text(cells: pa.Array, separator: str) -> pa.Array:
-    """Cells as text, nothing for null; those of a list, which a Parquet file may hold, one behind the other."""
-    if pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type):
-        if not separator:
-            raise ValueError("a column of lists needs a --separator: give one that no label holds.")
-        words = pa.array(cells.to_pylist(), pa.list_(pa.string()))
-        if pc.any(pc.match_substring(pc.list_flatten(words), separator)).as_py():
-            raise ValueError(f"a label holds the separator {separator!r}: give --separator another.")
-        cells = pc.binary_join(words, separator)
-    return pc.fill_null(cells.cast(pa.string()), "")
-
-
-def from_root(root: Path, paths: pa.Array) -> pa.Array:
-    """Paths from the root, a/b for ./a//b: a picture has one name."""
-    odd = pc.match_substring_regex(paths, r"^/|//|(^|/)\./")
-    if not pc.any(odd).as_py():
-        return paths
-    resolved = root.resolve()
-    plain = [
-        below(root, resolved, PurePosixPath(path).as_posix()) if is_odd else path
-        for path, is_odd in zip(paths.to_pylist(), odd.to_pylist(), strict=True)
-    ]
-    return pa.array(plain, pa.string())
-
-
-def columns_of(table: Path) -> list[str]:
-    kind = table.suffix.lower()
-    if not table.is_file() or kind not in KINDS:
-        what = f"a {table.suffix} file" if table.is_file() else "missing"
-        raise FileNotFoundError(f"--table {table} is {what}: give a {', '.join(KINDS)} file.")
-    if kind == ".parquet":
-        return list(pq.read_schema(table).names)
-    with pyarrow.csv.open_csv(table, READING, parsing(table)) as file:
-        return list(file.schema.names)
-
-
-def parsing(table: Path) -> pyarrow.csv.ParseOptions:
-    return pyarrow.csv.ParseOptions(delimiter="\t" if table.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
-
-
-def batches_of(table: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    check_columns(table, columns, columns_of(table))
-    if table.suffix.lower() == ".parquet":
-        with pq.ParquetFile(table) as file:
-            yield from file.iter_batches(columns=columns, use_threads=False)
-        return
-    as_text = pyarrow.csv.ConvertOptions(
-        include_columns=columns, column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False
-    )
-    with pyarrow.csv.open_csv(table, READING, parsing(table), as_text) as file:
-        yield from file
-
-
-def check_columns(table: Path, columns: list[str], there: list[str]) -> None:
-    separator = next((mark for mark in ";\t|" if len(there) == 1 and mark in there[0]), None)
-    if separator:
-        raise ValueError(
-            f"the columns of {table} seem to be separated by {separator!r}, for its one column is {there[0]!r}: "
-            "save it with commas as .csv, or with tabs as .tsv."
-        )
-    for column in columns:
-        if there.count(column) != 1:
-            raise ValueError(
-                f"{table} has {there.count(column) or 'no'} columns {column!r}; it has {', '.join(there)}: name "
-                "its own with --path-column, --label-column, --mask-column or --split-column."
-            )

@@ -28,7 +28,8 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bigtrain.data.schema import INDEX_FILE, INDEX_SCHEMA, MANIFEST_FILE, Manifest, Shard  # noqa: E402
+from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Shard  # noqa: E402
+from bigtrain.data.set_files import INDEX_SCHEMA  # noqa: E402
 from shards.index_file import ROWS_PER_GROUP  # noqa: E402
 
 PER_SHARD, CLASSES, GLOBAL_BATCH, RANKS = 1000, 1000, 4096, 64

@@ -30,7 +30,7 @@ from webdataset.tariterators import tarfile_to_samples
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bigtrain.data.memory import keep_freed_memory
-from bigtrain.data.schema import INDEX_SCHEMA
+from bigtrain.data.set_files import INDEX_SCHEMA
 from bigtrain.data.shard_set import ShardSet
 from tests.servers import Proxy, start_nginx, start_s3
 

@@ -18,7 +18,8 @@ from PIL import Image
 
 from bigtrain.data import fetch
 from bigtrain.data.reader import MAX_LOCAL_GAP_BYTES, Reader
-from bigtrain.data.schema import INDEX_SCHEMA, Box, Manifest, Object, Sample, Shard, read_index, read_manifest
+from bigtrain.data.schema import Box, Manifest, Object, Sample, Shard
+from bigtrain.data.set_files import INDEX_SCHEMA, read_index, read_manifest
 from bigtrain.data.shard_set import ShardSet
 
 TOP = Path(__file__).parents[2]

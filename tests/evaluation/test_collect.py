@@ -5,7 +5,7 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
-from bigtrain.data.schema import read_index
+from bigtrain.data.set_files import read_index
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import Resized

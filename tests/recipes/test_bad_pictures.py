@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigtrain.data.schema import read_index
+from bigtrain.data.set_files import read_index
 from shards.build import Settings, build
 from tests.launching import run
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launching import ENVIRONMENT, ROOT, accelerate, free_port, run, start
+from bigtrain.runtime.launch import free_port
+from tests.launching import ENVIRONMENT, ROOT, accelerate, run, start
 from tests.runs import losses
 
 

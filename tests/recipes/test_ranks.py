@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from bigtrain.runtime.exit_codes import LOST
-from tests.launching import ENVIRONMENT, ROOT, Forked, free_port
+from bigtrain.runtime.launch import free_port
+from tests.launching import ENVIRONMENT, ROOT, Forked
 
 
 def bare(script, *flags_of_rank):
@@ -51,6 +52,21 @@ def test_a_rank_that_fails_alone_before_they_meet_says_so_and_the_one_that_waits
     assert first.poll() is None  # it waits for the other
     first.send_signal(signal.SIGINT)
     assert ended([first])[0] == [-signal.SIGINT]
+
+
+def test_port_in_use(small, tmp_path):
+    """Where another program listens at the port, rank 0 says so in a sentence."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        around = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        first = Forked(
+            list(map(str, [ROOT / "recipes" / "defend.py", *small, "--out", tmp_path / "run"])),
+            {**around, "RANK": "0", "LOCAL_RANK": "0"},
+        )
+        (code,), (said,) = ended([first])
+    assert code == 2 and said.count("error") == 1 and f"another program listens at 127.0.0.1:{port}" in said, said
 
 
 HANGS = """

@@ -14,8 +14,9 @@ from bigtrain.models.attention import torch_dtype
 from bigtrain.runtime import start as module
 from bigtrain.runtime.exit_codes import INTERRUPTED, STOPPED
 from bigtrain.runtime.log import StageLog
+from bigtrain.runtime.precision import choose_precision
 from bigtrain.runtime.preempt import SIGNALS, Stop
-from bigtrain.runtime.start import choose_precision, seed_step, start
+from bigtrain.runtime.start import seed_step, start
 from bigtrain.text import clock
 from tests import launching
 from tests.launching import ENVIRONMENT

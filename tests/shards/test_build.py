@@ -18,7 +18,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from bigtrain.data.schema import Box, Object, Sample, read_index, read_manifest
+from bigtrain.data.schema import Box, Object, Sample
+from bigtrain.data.set_files import read_index, read_manifest
 from shards.check import check
 from shards.durable import alone_in
 from shards.order import keyed

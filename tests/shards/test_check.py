@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from bigtrain.data.schema import INDEX_FILE, INDEX_SCHEMA, MANIFEST_FILE, read_index, read_manifest
+from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE
+from bigtrain.data.set_files import INDEX_SCHEMA, read_index, read_manifest
 from shards.check import check
 from shards.describe import describe
 from shards.split import split_per_class

@@ -16,7 +16,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtrain.data.schema import read_index, read_manifest
+from bigtrain.data.set_files import read_index, read_manifest
 from shards.check import check
 from shards.describe import describe
 from shards.members import Digested, members

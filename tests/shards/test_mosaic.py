@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Sample, read_index, read_manifest
+from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Sample
+from bigtrain.data.set_files import read_index, read_manifest
 from shards.adapters import mosaic
 from shards.build import Settings, build
 

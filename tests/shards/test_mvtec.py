@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigtrain.data.schema import read_index
+from bigtrain.data.set_files import read_index
 from shards.adapters import mvtec, visa
 from shards.build import Settings, build
 

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from bigtrain.data.schema import INDEX_FILE, Sample, read_index
+from bigtrain.data.schema import INDEX_FILE, Sample
+from bigtrain.data.set_files import read_index
 from shards.check import check
 from shards.index_file import IndexWriter, columns_at, repeated
 from shards.order import keyed, shuffled

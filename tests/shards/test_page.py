@@ -23,7 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bigtrain.data.schema import INDEX_FILE, INDEX_SCHEMA, MANIFEST_FILE, Manifest, Shard
+from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Shard
+from bigtrain.data.set_files import INDEX_SCHEMA
 from shards.cli import main
 from shards.members import members
 from shards.page import choose, write_page

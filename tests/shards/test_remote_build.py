@@ -11,7 +11,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from bigtrain.data.schema import Manifest, read_index, read_manifest
+from bigtrain.data.schema import Manifest
+from bigtrain.data.set_files import read_index, read_manifest
 from shards.check import check
 from shards.describe import describe
 from tests.servers import Fault, use_s3

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.data.schema import read_manifest
+from bigtrain.data.set_files import read_manifest
 from shards.adapters import ADAPTERS
 from shards.cli import main
 from shards.words import counted

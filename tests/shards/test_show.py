@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigtrain.data.schema import INDEX_FILE, INDEX_SCHEMA, MANIFEST_FILE, Manifest, Shard
+from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Shard
+from bigtrain.data.set_files import INDEX_SCHEMA
 from shards.cli import main
 from shards.show import show
 

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigtrain.data.schema import INDEX_FILE, INDEX_SCHEMA, MANIFEST_FILE, Manifest, Shard, read_index, read_manifest
+from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Shard
+from bigtrain.data.set_files import INDEX_SCHEMA, read_index, read_manifest
 from bigtrain.data.shard_set import ShardSet
 from shards.check import check
 from shards.cli import main

@@ -7,7 +7,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from bigtrain.data.schema import read_index
+from bigtrain.data.set_files import read_index
 from shards.adapters import table
 from shards.build import Settings, build
 

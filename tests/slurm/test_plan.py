@@ -6,7 +6,8 @@ import tomllib
 
 import pytest
 
-from bigtrain.data.schema import Manifest, read_manifest
+from bigtrain.data.schema import Manifest
+from bigtrain.data.set_files import read_manifest
 from recipes import deep_novelty, defend_settings
 from slurm.sweep import plan, toml_value
 from tests.launching import ROOT
