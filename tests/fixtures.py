@@ -69,11 +69,11 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small(shards, teacher):
-    """Flags of a DEFEND run of a few seconds: 4 + 8 steps on 48 pictures, 120 to judge."""
+    """Flags of a DEFEND run of a few seconds: 4 + 8 steps on 24 pictures, 120 to judge."""
     flags = {
         "train": shards / "train", "test": shards / "test", "teacher": teacher, "known": "ankle_boot",
-        "image-size": 32, "crop-size": 16, "crops": 2, "train-limit": 48, "test-limit": 120,
-        "tune-epochs": 1, "tune-batch": 12, "distil-epochs": 2, "distil-batch": 12, "distil-lr": 1e-3,
+        "image-size": 32, "crop-size": 16, "crops": 2, "train-limit": 24, "test-limit": 120,
+        "tune-epochs": 1, "tune-batch": 6, "distil-epochs": 2, "distil-batch": 6, "distil-lr": 1e-3,
         "checkpoint-every": 1, "log-every": 1, "score-batch": 32,
     }  # fmt: skip
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
@@ -95,29 +95,19 @@ def finished(small, tmp_path_factory):
 @pytest.fixture(scope="session")
 def twenty_steps(shards, views, small):
     """Flags by recipe: 20 steps of each stage, and those that train nothing; the same at any number of processes."""
-    many = "--train-limit 60 --tune-epochs 4 --distil-epochs 4 --drop-path 0"
+    many = "--train-limit 30 --tune-epochs 4 --distil-epochs 4 --drop-path 0 --tune-lr 1e-6 --head-lr 1e-6 --distil-lr 1e-4"
     known = ["--known", "ankle_boot", "bag", "coat"]
     given = ["--train", views / "train", "--test", views / "test", "--network", "test_resnet", "--no-pretrained"]
     given += ["--image-size", 32, "--test-limit", 120, "--score-batch", 32]
     features = [*given, "--resize", 32, "--train-limit", 90, "--share", 0.2, *known]
-    two_branches = [
-        "--reference",
-        views / "reference",
-        "--reference-batch",
-        4,
-        "--batch",
-        8,
-        "--lr",
-        0.01,
-        "--filter-images",
-        40,
-    ]
+    two_branches = ["--reference", views / "reference", "--reference-batch", 4, "--batch", 8, "--lr", 0.002]
+    two_branches += ["--filter-images", 40]
     logged = ["--log-every", 1]
     vit = "--model vit_tiny_patch16_224 --image-size 32 --patch-size 8 --depth 2 --epochs 2 --batch 100 --drop-path 0"
     flags = {
         "defend": [*small, *many.split(), "--checkpoint-every", 100],
         "deep_novelty": [*given, "--resize", 36, "--train-limit", 100, *two_branches, "--steps", 20, *logged, *known],
-        "pretrain": ["--train", shards / "test", *vit.split(), "--warmup-epochs", 0, "--lr", 5e-4, *logged],
+        "pretrain": ["--train", shards / "test", *vit.split(), "--warmup-epochs", 0, "--lr", 5e-5, *logged],
         "signatures": [*features, "--neighbours-bank", 60],
         "baselines": [*features, "--local-neighbours", 40],
     }

@@ -26,7 +26,11 @@ PRELOADED = (
     "recipes.features",
     "recipes.stage",
     "recipes.trunk",
+    "sklearn.neighbors",
+    "torch.utils.tensorboard",
+    "tyro",
 )
+OF_DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.muon.original_muon")  # the latter imports torch's compiler
 SIGNALS = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -51,7 +55,7 @@ def serve(requests: socket.socket) -> None:
             if not text:
                 return
             request = json.loads(text)
-            for name in request["imports"]:
+            for name in OF_DEEPSPEED if request["environment"].get("ACCELERATE_USE_DEEPSPEED") == "true" else ():
                 importlib.import_module(name)
             *streams, status = handles
             pid = os.fork()

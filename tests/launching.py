@@ -68,9 +68,8 @@ def start(recipe, *flags, processes=1, config="", environment=ENVIRONMENT, folde
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
         ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     line = list(map(str, [ROOT / "recipes" / recipe, *flags]))
-    imports = ("deepspeed",) if environment.get("ACCELERATE_USE_DEEPSPEED") == "true" else ()
     where = folder or Path.cwd()
-    return Started([Forked(line, {**environment, **rank}, where, imports, own_session) for rank in ranks])
+    return Started([Forked(line, {**environment, **rank}, where, own_session) for rank in ranks])
 
 
 class Started:
@@ -110,12 +109,12 @@ class Started:
 class Forked:
     """One process, forked from the server of this test worker."""
 
-    def __init__(self, line, environment, folder=ROOT, imports=(), own_session=False):
+    def __init__(self, line, environment, folder=ROOT, own_session=False):
         self.line, self.returncode = line, None
         self._files = {name: tempfile.TemporaryFile("w+") for name in ("out", "err")}  # noqa: SIM115 (read at the end)
         self._status, status = os.pipe()
         request = {
-            "line": line, "environment": environment, "folder": str(folder), "imports": imports,
+            "line": line, "environment": environment, "folder": str(folder),
             "own_session": own_session,
         }  # fmt: skip
         try:

@@ -45,7 +45,7 @@ def is_kept(before, run):
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits_and_leaves_nothing_behind(small, tmp_path, kills):
-    flags = [*small, "--train-limit", "96", "--distil-epochs", "3", "--workers", "1"]
+    flags = [*small, "--train-limit", "48", "--distil-epochs", "3", "--workers", "1"]
     whole, run = tmp_path / "whole", tmp_path / "killed"
     assert started(flags, whole).result().returncode == 0
     chance = random.Random(kills)

@@ -119,7 +119,7 @@ def test_two_processes_train_as_one_does(twenty_steps, run_of_twenty_steps, tmp_
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_is_stopped_goes_on_to_the_same_bits(flags, tmp_path, processes):
-    flags = [*flags, "--steps", "30", "--workers", "1", "--accumulate", "2", "--checkpoint-every", "10"]
+    flags = [*flags, "--steps", "30", "--workers", 2 - processes, "--accumulate", "2", "--checkpoint-every", "10"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert started("deep_novelty.py", *flags, "--out", whole, processes=processes).returncode == 0
     threading.Thread(target=ask_to_stop, args=(stopped, 3), daemon=True).start()

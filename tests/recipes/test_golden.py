@@ -17,6 +17,9 @@ RECIPES = ("defend", "deep_novelty", "pretrain", "signatures", "baselines")
 STAGES = {"defend": ("tune", "distil"), "deep_novelty": ("train",), "pretrain": ("pretrain",)}
 
 
+ILL_CONDITIONED = ("Mahalanobis", "Gaussian mixture")  # the inverse of a covariance multiplies the features' last bits
+
+
 def found(run, recipe):
     """The losses of each stage, and the scores by detector and split, in the order of their keys."""
     record = {stage: losses(run, stage) for stage in STAGES.get(recipe, ())}
@@ -55,7 +58,8 @@ def test_golden(run_of_twenty_steps, recipe, processes, request):
     for name, values in golden.items():
         if instruction_set() == record["on"]:
             assert now[name] == values, name
-        assert now[name] == pytest.approx(values, rel=1e-6, abs=1e-6), name
+        within = 1e-4 if name.startswith(ILL_CONDITIONED) else 1e-6
+        assert now[name] == pytest.approx(values, rel=within, abs=within), name
 
 
 @pytest.mark.parametrize("recipe", STAGES)

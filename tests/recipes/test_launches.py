@@ -111,9 +111,8 @@ def stopped_in_epoch(out, stage, config, processes, flags):
 
 def test_a_run_goes_on_in_mid_epoch_with_another_number_of_processes_and_under_zero(flags, alone, tmp_path):
     out = tmp_path / "run"
-    slow = [*flags, "--workers", "1"]
-    steps = [stopped_in_epoch(out, "tune", "cpu2", 2, slow), stopped_in_epoch(out, "tune", "cpu", 1, slow)]
-    steps.append(stopped_in_epoch(out, "distil", "zero2", 3, slow))
+    steps = [stopped_in_epoch(out, "tune", "cpu2", 2, [*flags, "--workers", "1"])]
+    steps += [stopped_in_epoch(out, "tune", "cpu", 1, flags), stopped_in_epoch(out, "distil", "zero2", 3, flags)]
     assert 0 < steps[0] < steps[1] < 20 and 0 < steps[2] < 20
     done = launch("zero3", 2, *flags, "--out", out)
     assert "continuing from" in done.stdout and not (out / "stopped.json").exists()

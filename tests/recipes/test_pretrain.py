@@ -64,7 +64,7 @@ def test_two_processes_train_as_one_does(run_of_twenty_steps):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_is_stopped_in_mid_epoch_goes_on_to_the_same_bits(flags, tmp_path, processes):
-    flags = [*flags, "--epochs", "2", "--workers", "1", "--ema", "0.9", "--drop-path", "0.5", "--accumulate", "2"]
+    flags = [*flags, "--epochs", "2", "--workers", 2 - processes, "--ema", "0.9", "--drop-path", "0.5", "--accumulate", "2"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run("pretrain.py", *flags, "--out", whole, processes=processes).returncode == 0
     threading.Thread(target=ask_to_stop, args=(stopped, 2), daemon=True).start()

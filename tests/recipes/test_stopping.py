@@ -192,10 +192,10 @@ def test_what_a_start_left_when_it_stopped_is_gone_when_the_next_fails_early(fla
     start.send_signal(signal.SIGTERM)
     has_stopped(run, start.result().stderr)
     other = [*flags, "--out", run, "--hang-timeout-min", "0.02"]
-    other[other.index("--train-limit") + 1] = "49"  # other settings: refused, and nothing is touched
+    other[other.index("--train-limit") + 1] = "25"  # other settings: refused, and nothing is touched
     assert launching.run("defend.py", *other).returncode == 2
     assert (run / "stopped.json").exists()
-    other[other.index("--train-limit") + 1] = "48"
+    other[other.index("--train-limit") + 1] = "24"
     failed = launching.run("defend.py", *other, "--trackers", "trackio")  # which is not installed
     assert failed.returncode == 2 and "trackio" in failed.stderr
     assert not (run / "stopped.json").exists()
