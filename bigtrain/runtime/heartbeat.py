@@ -65,9 +65,10 @@ class Heartbeat:
         self._first = self._seen[0]
         self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
         self._thread.start()
+        self._answered = time.monotonic()
+        self._watch = threading.Thread(target=self._watch_first, name="watches rank 0", daemon=True)
         if self.rank != 0:
-            self._answered = time.monotonic()
-            threading.Thread(target=self._watch_first, name="watches rank 0", daemon=True).start()
+            self._watch.start()
 
     def mark(self, doing: str) -> None:
         """Say that the main thread has moved on, and to what; as often on each rank."""
@@ -104,6 +105,8 @@ class Heartbeat:
         self._ends.set()
         if is_first:
             self._thread.join()
+            if self.rank != 0:
+                self._watch.join()  # a thread that wakes while the interpreter ends may abort it
         return is_first
 
     def _linger(self) -> None:
@@ -154,7 +157,7 @@ class Heartbeat:
         """End where rank 0 is frozen or cut off: a call of the store then waits for ever, whatever its timeout says."""
         last = time.monotonic()
         while self._thread.is_alive():
-            time.sleep(self.beat_s)
+            self._thread.join(self.beat_s)
             now = time.monotonic()
             if now - last > min(5 * self.beat_s, self.silent_s / 2):
                 self._answered = now  # it was this rank that was frozen

@@ -8,10 +8,10 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ class RunFolder:
                 "settings": result_settings(self.config),
                 "resolved": resolved,
                 "git_sha": _git_sha(),
-                "packages": dict(sorted((d.metadata["Name"], d.version) for d in distributions())),
+                "packages": packages(),
             }
             write_json(self / CONFIG_FILE, record)
 
@@ -155,6 +155,13 @@ class RunFolder:
         for folder in [*self.path.glob("checkpoints/*"), self / "checkpoints"]:
             with suppress(OSError):  # not empty, or there is none
                 folder.rmdir()
+
+
+def packages() -> dict[str, str]:
+    """Name -> version of each package that can be imported, by its folder NAME-VERSION.dist-info: quicker than reading
+    the metadata in each."""
+    folders = [folder.stem for entry in reversed(sys.path) for folder in Path(entry).glob("*.dist-info")]
+    return dict(sorted((name, version) for name, _, version in (folder.partition("-") for folder in folders)))
 
 
 def run_and_checkpoint(source: str) -> tuple[Path, Path | None]:

@@ -15,8 +15,8 @@ from tests.processes import in_session, left_in_session
 LIMIT_S = 120  # for one start
 
 
-def started(flags, run):
-    return start("defend.py", *flags, "--out", run, processes=2, own_session=True)
+def started(flags, run, workers=0):
+    return start("defend.py", *flags, "--workers", workers, "--out", run, processes=2, own_session=True)
 
 
 MOMENTS = {  # what is waited for in a start, before a further moment of chance
@@ -45,7 +45,7 @@ def is_kept(before, run):
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits_and_leaves_nothing_behind(small, tmp_path, kills):
-    flags = [*small, "--train-limit", "48", "--distil-epochs", "3", "--workers", "1"]
+    flags = [*small, "--train-limit", "48", "--distil-epochs", "3"]
     whole, run = tmp_path / "whole", tmp_path / "killed"
     assert started(flags, whole).result().returncode == 0
     chance = random.Random(kills)
@@ -55,7 +55,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits_and_leaves_nothing_b
         # the later moments come last, for what is past cannot be met again
         moment = moments[number * len(moments) // kills]
         rows = (run / "log.jsonl").stat().st_size if (run / "log.jsonl").exists() else 0
-        process = started(flags, run)
+        process = started(flags, run, workers=number % 2)
         until = time.monotonic() + LIMIT_S
         while process.poll() is None and not MOMENTS[moment](run, rows) and time.monotonic() < until:
             time.sleep(0.001)
@@ -70,7 +70,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits_and_leaves_nothing_b
         process.result()
         assert is_kept(before, run), "a checkpoint was lost"
     assert len(killed) >= kills - 1 and "training" in killed and "saving" in killed
-    last = started(flags, run)
+    last = started(flags, run, workers=1)
     assert last.result().returncode == 0
     for name in ("teacher.safetensors", "student.safetensors", "scores.parquet"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name

@@ -227,9 +227,11 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing(flags, views, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("name", "width"), [("vgg16", 4096), ("alexnet", 4096), ("vit_tiny_patch16_224", 192)])
-def test_the_papers_own_networks_and_vits_run(flags, tmp_path, name, width):
-    further = ["--network", name, "--image-size", "64", "--resize", "64", "--steps", "1", "--train-limit", "50"]
-    main([*flags, *further, "--test-limit", "60", "--filter-images", "0", "--out", str(tmp_path / "run")])
+@pytest.mark.parametrize(
+    ("name", "pixels", "width"), [("vgg16", 32, 4096), ("alexnet", 64, 4096), ("vit_tiny_patch16_224", 32, 192)]
+)
+def test_the_papers_own_networks_and_vits_run(flags, tmp_path, name, pixels, width):
+    further = ["--network", name, "--image-size", pixels, "--resize", pixels, "--steps", "1", "--train-limit", "40"]
+    main([*flags, *map(str, further), "--test-limit", "30", "--filter-images", "0", "--out", str(tmp_path / "run")])
     assert load_network(str(tmp_path / "run" / "network.safetensors")).heads["known"].weight.shape == (3, width)
     assert torch.isfinite(torch.tensor(losses(tmp_path / "run"))).all()

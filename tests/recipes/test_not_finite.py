@@ -21,7 +21,8 @@ LAUNCHES = {
 @pytest.mark.parametrize("launch", ["one process", "two", "ZeRO-2"])
 def test_three_in_a_row_end_the_run_with_the_interval_and_the_last_good_checkpoint(small, tmp_path, launch):
     run = tmp_path / "run"
-    flags = [*small, "--no-tune", "--distil-lr", "1e20", "--out", run]  # the first step throws the weights away
+    bad = "--no-tune --distil-lr 1e20 --checkpoint-every 1"  # the first step throws the weights away
+    flags = [*small, *bad.split(), "--out", run]
     for number in range(2):
         done = started("defend.py", *flags, **LAUNCHES[launch])
         assert done.returncode == 2

@@ -40,7 +40,7 @@ def test_a_pretrained_vit_serves_as_a_teacher(flags, shards, tmp_path, small):
 
 
 def test_it_learns_and_its_figures_are_those_of_the_weights_it_leaves(flags, shards, tmp_path):
-    easy = ["--val", str(shards / "test"), "--epochs", "8", "--lr", "1e-3", "--crop-scale", "0.8", "1"]
+    easy = ["--val", str(shards / "test"), "--epochs", "8", "--lr", "1e-3", "--depth", "1", "--crop-scale", "0.8", "1"]
     pretrain.main([*flags, *easy, "--out", str(tmp_path / "run")])
     found = losses(tmp_path / "run")
     assert found[-1] < found[0] - 0.5
@@ -64,7 +64,8 @@ def test_two_processes_train_as_one_does(run_of_twenty_steps):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_is_stopped_in_mid_epoch_goes_on_to_the_same_bits(flags, tmp_path, processes):
-    flags = [*flags, "--epochs", "2", "--workers", 2 - processes, "--ema", "0.9", "--drop-path", "0.5", "--accumulate", "2"]
+    further = "--epochs 2 --depth 1 --ema 0.9 --drop-path 0.5 --accumulate 2"
+    flags = [*flags, *further.split(), "--workers", 2 - processes]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run("pretrain.py", *flags, "--out", whole, processes=processes).returncode == 0
     threading.Thread(target=ask_to_stop, args=(stopped, 2), daemon=True).start()

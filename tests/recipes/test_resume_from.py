@@ -106,4 +106,4 @@ def test_a_run_of_before_a_setting_came_is_refused_by_its_name(small, killed, tm
     del config["settings"]["distil_batch"]
     (old / "config.json").write_text(json.dumps(config))
     error = refused(small, tmp_path / "new", "--resume-from", old)
-    assert "distil_batch ('not a setting' there, 12 here)" in error
+    assert "distil_batch ('not a setting' there, 6 here)" in error

@@ -1,17 +1,19 @@
 """Settings: what lies over what, one sentence for a mistake, and the folder that holds one run."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from bigtrain.runtime.exit import user_errors
-from bigtrain.runtime.run_folder import RunFolder, write_json
+from bigtrain.runtime.run_folder import RunFolder, packages, write_json
 from bigtrain.runtime.settings import RunSettings, overlay, print_if_asked, read_settings, result_settings
 
 TOP = Path(__file__).parents[2]
@@ -163,12 +165,18 @@ def run_of(folder, **changes):
     return run
 
 
+def test_packages():
+    """They are those that importlib knows, by its own reading of their metadata."""
+    known = {re.sub("[-_.]+", "_", d.metadata["Name"]).lower(): d.version for d in distributions()}
+    assert known == {re.sub("[-_.]+", "_", name).lower(): version for name, version in packages().items()}
+
+
 def test_a_run_folder_continues_with_the_same_settings_and_refuses_others_by_name(tmp_path):
     run = run_of(tmp_path / "run", known=("a",))
     run.create()
     written = (tmp_path / "run" / "config.json").read_text()
     assert json.loads(written)["settings"]["known"] == ["a"]
-    assert "torch" in json.loads(written)["packages"]
+    assert json.loads(written)["packages"] == packages()
     again = run_of(tmp_path / "run", known=("a",), run=RunSettings(workers=4))
     again.create()
     assert (tmp_path / "run" / "config.json").read_text() == written
