@@ -77,15 +77,16 @@ def test_import_bigtrain_is_cheap():
 
 
 HEAVY = {"torch", "torch._dynamo", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "xformers"}
-HEAVY |= {"sklearn", "scipy", "pandas", "tensorboard", "wandb", "numpy", "pyarrow", "PIL", "jinja2", "rich", "tyro"}
-SETTINGS = {"numpy", "pyarrow", "tyro", "rich"}
-NETWORK = {*SETTINGS, "torch", "torchvision", "timm", "accelerate", "webdataset", "tensorboard", "PIL"}
+HEAVY |= {"sklearn", "scipy", "pandas", "tensorboard", "wandb", "numpy", "pyarrow", "fsspec", "PIL", "jinja2"}
+HEAVY |= {"rich", "tyro"}
+SETTINGS = {"numpy", "pyarrow", "fsspec", "tyro", "rich"}
+NETWORK = {*SETTINGS, "torch", "torchvision", "timm", "webdataset", "PIL"}
 RECIPES = ("defend", "deep_novelty", "pretrain", "signatures", "baselines")
 COMMANDS = {  # command -> what it may import
     "bigtrain/cli.py --help": set(),
     "bigtrain/cli.py watch --once nowhere": {"rich"},
-    "shards/__main__.py --help": {"numpy", "pyarrow", "PIL", "jinja2"},
-    "slurm/cli.py --help": {"numpy", "pyarrow", "rich"},
+    "shards/__main__.py --help": {"numpy", "PIL"},
+    "slurm/cli.py --help": {"numpy", "pyarrow", "fsspec", "rich"},
     **{f"recipes/{name}.py --help": SETTINGS for name in RECIPES},
     **{f"recipes/{name}.py --print-config": SETTINGS for name in RECIPES},
     "recipes/defend.py --nonsense": SETTINGS,
