@@ -55,19 +55,28 @@ def test_imports_point_one_way(file):
         assert is_allowed or name.split(".")[0] not in OURS, f"{file} imports {name}"
 
 
-def test_one_module_alone_imports_xformers():
+def test_xformers_in_one_module():
+    """One module alone imports xFormers."""
     uses = {name for name, file in FILES.items() if any(m.split(".")[0] == "xformers" for m in imported(file))}
     assert uses == {"bigtrain/models/attention.py"}
 
 
-def test_no_test_imports_a_test_or_a_conftest():
-    """What tests share is in modules of its own, and fixtures are there without being imported."""
+def test_no_imports_of_tests():
+    """No test imports a test or conftest: tests share modules of their own, and fixtures need no import."""
     for file in sorted((TOP / "tests").rglob("*.py")):
         shared = [name for name in imported(file) if name.startswith("tests.")]
         assert not [name for name in shared if ".test_" in name or "conftest" in name], file
 
 
-def test_no_module_is_named_after_one_of_the_standard_library():
+def test_names():
+    """Names of tests can be typed and selected; what a test requires is its docstring."""
+    for file in sorted((TOP / "tests").rglob("test_*.py")):
+        functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+        assert not [f.name for f in functions if f.name.startswith("test_") and len(f.name) > 35], file
+
+
+def test_no_stdlib_names():
+    """No module is named after one of the standard library."""
     assert not {part.removesuffix(".py") for name in FILES for part in name.split("/")} & sys.stdlib_module_names
 
 
@@ -141,16 +150,16 @@ def test_imports_of(command, places, tmp_path):
         assert not (tmp_path / "new").exists()
 
 
-def test_a_stream_worker_imports_no_recipe_and_no_network():
-    """What reads and decodes needs torch for its tensors and nothing that trains, judges or builds networks."""
+def test_stream_worker_imports():
+    """A stream worker needs torch for its tensors, and nothing that trains, judges or builds networks."""
     code = "import sys, bigtrain.data.stream; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=TOP, env=ENVIRONMENT, capture_output=True, text=True)
     names = {"torchvision", "timm", "accelerate", "sklearn", "scipy", "pandas", "torch._dynamo", "recipes.defend"}
     assert "torch" in done.stdout.split() and not names & set(done.stdout.split())
 
 
-def test_load_detector_imports_no_detector_but_its_own():
-    """scikit-learn and scipy are for the classical ones."""
+def test_load_detector_imports():
+    """Loading a detector imports none but its own: scikit-learn and SciPy are for the classical ones."""
     code = "import sys, bigtrain.detectors.distillation, bigtrain.detectors.network; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=TOP, env=ENVIRONMENT, capture_output=True, text=True)
     assert "timm" in done.stdout.split() and not {"sklearn", "scipy", "pandas", "wandb"} & set(done.stdout.split())

@@ -23,25 +23,29 @@ def attention(images=64, patches=16, seed=0, dtype=torch.float32):
 
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("patches", [1, 2, 9, 16, 196])
-def test_exactly_half_of_the_patches_are_visible(keep, patches):
+def test_half_visible(keep, patches):
+    """Exactly half of the patches are visible, rounded, and always at least one."""
     visible_BN = visible_patches(attention(32, patches), seeds(32), keep=keep)
     assert visible_BN.sum(dim=1).tolist() == [max(1, round(patches / 2))] * 32
 
 
 @pytest.mark.parametrize(("ratio", "visible"), [(0.0, 16), (0.25, 12), (0.75, 4), (0.99, 1)])
 @pytest.mark.parametrize("keep", KEEPS)
-def test_the_mask_ratio_is_the_share_that_is_hidden(ratio, visible, keep):
+def test_mask_ratio(ratio, visible, keep):
+    """The mask ratio is the share of patches that is hidden."""
     assert visible_patches(attention(), seeds(64), keep=keep, mask_ratio=ratio).sum(dim=1).tolist() == [visible] * 64
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0])
-def test_a_mask_ratio_that_leaves_nothing_is_refused(ratio):
+def test_bad_mask_ratio(ratio):
+    """A mask ratio below 0, or one that leaves nothing visible, is refused."""
     with pytest.raises(ValueError, match="at least 0 and below 1"):
         visible_patches(attention(), seeds(64), mask_ratio=ratio)
 
 
 @pytest.mark.parametrize("keep", KEEPS)
-def test_with_equal_attention_every_patch_is_visible_equally_often(keep):
+def test_equal_attention(keep):
+    """With equal attention every patch is visible equally often."""
     count, patches = 20_000, 8
     share_N = visible_patches(torch.full((count, patches), 0.125), seeds(count), keep=keep).double().mean(dim=0)
     # without replacement the counts are correlated by -1/(N-1): a chi-square with N-1 degrees after this factor
@@ -61,7 +65,8 @@ def chance_to_be_drawn(weight_N, draws):
 
 
 @pytest.mark.parametrize(("keep", "drawn"), [("attended", 2), ("unattended", 4)])
-def test_patches_are_drawn_in_proportion_to_attention_without_replacement(keep, drawn):
+def test_draw_without_replacement(keep, drawn):
+    """Patches are drawn in proportion to attention, without replacement."""
     weight_N, count = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04]), 40_000
     attention_BN = torch.from_numpy(weight_N).float().expand(count, -1) * 3  # of any scale
     visible_BN = visible_patches(attention_BN, seeds(count), keep=keep, mask_ratio=4 / 6)
@@ -70,13 +75,15 @@ def test_patches_are_drawn_in_proportion_to_attention_without_replacement(keep, 
     assert visible_BN.double().mean(dim=0).numpy() == pytest.approx(expected_N, abs=4 * (0.25 / count) ** 0.5)
 
 
-def test_random_masks_know_nothing_of_attention():
+def test_random_ignores_attention():
+    """Random masks do not depend on attention."""
     same = visible_patches(torch.ones(64, 16), seeds(64), keep="random")
     assert torch.equal(visible_patches(attention(), seeds(64), keep="random"), same)
 
 
 @pytest.mark.parametrize("keep", KEEPS)
-def test_a_mask_belongs_to_its_sample_and_not_to_its_batch(keep):
+def test_mask_per_sample(keep):
+    """A mask depends on its sample and seed, not on the batch it is drawn in."""
     attention_BN, seed_B = attention(), seeds(64)
     whole = visible_patches(attention_BN, seed_B, keep=keep)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
@@ -87,13 +94,15 @@ def test_a_mask_belongs_to_its_sample_and_not_to_its_batch(keep):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("keep", KEEPS)
-def test_attention_in_half_precision_gives_the_mask_of_its_values(keep, dtype):
+def test_half_precision(keep, dtype):
+    """Attention in half precision gives the same mask as its values in float32."""
     attention_BN = attention(dtype=dtype)
     expected = visible_patches(attention_BN.float(), seeds(64), keep=keep)
     assert torch.equal(visible_patches(attention_BN, seeds(64), keep=keep), expected)
 
 
-def test_patches_without_attention_are_drawn_last_but_can_be():
+def test_zero_attention():
+    """Patches without attention are drawn last, and evenly, but they can be drawn."""
     attention_BN = torch.zeros(2000, 8, dtype=torch.float16)
     attention_BN[:, :2] = 0.5
     visible_BN = visible_patches(attention_BN, seeds(2000))

@@ -45,7 +45,8 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_each_source_is_what_it_is_alone_through_its_own_epochs(sets, workers):
+def test_sources_as_alone(sets, workers):
+    """Each source gives the batches that it gives alone, through epochs of its own."""
     mixture = Mixture(streams(sets, workers=workers))
     mixed = list(mixture.batches(mixture.at(0), STEPS))
     assert len(mixed) == STEPS
@@ -60,7 +61,8 @@ def test_each_source_is_what_it_is_alone_through_its_own_epochs(sets, workers):
         assert sorted(seen[seen != PADDING]) == list(range(10))
 
 
-def test_from_every_step_on_the_rest_is_the_same_bits(sets):
+def test_resume(sets):
+    """Resumed at any step, the rest of the mixture is the same to the bit."""
     mixture = Mixture(streams(sets))
     whole = list(mixture.batches(mixture.at(0), STEPS))
     positions = mixture.at(0)
@@ -71,7 +73,8 @@ def test_from_every_step_on_the_rest_is_the_same_bits(sets):
         positions = mixture.after(whole[step])
 
 
-def test_the_ranks_batches_put_together_are_those_of_one_process(sets):
+def test_ranks(sets):
+    """The ranks' batches put together are those of one process."""
     mixture = Mixture(streams(sets))
     whole = mixture.batches(mixture.at(0), STEPS)
     ranks = [Mixture(streams(sets, rank=rank, world_size=2)) for rank in range(2)]
@@ -82,7 +85,8 @@ def test_the_ranks_batches_put_together_are_those_of_one_process(sets):
             assert torch.equal(batch.views["image"], images)
 
 
-def test_positions_of_other_sources_are_refused(sets):
+def test_wrong_sources(sets):
+    """Positions of other sources, and a mixture of none, are refused."""
     mixture = Mixture(streams(sets))
     with pytest.raises(ValueError, match="known, reference, and positions were given for known: reference is on one"):
         next(mixture.batches({"known": Position()}, 1))
@@ -90,7 +94,8 @@ def test_positions_of_other_sources_are_refused(sets):
         Mixture({})
 
 
-def test_a_global_batch_is_divided_by_hand():
+def test_divided_by_hand():
+    """A global batch is divided among its sources as worked out by hand."""
     assert divided(64, {"known": 3, "reference": 1}) == {"known": 48, "reference": 16}
     assert divided(10, {"a": 1, "b": 1, "c": 1}) == {"a": 4, "b": 3, "c": 3}
     assert divided(16, {"a": 2, "b": 1}, world_size=4) == {"a": 12, "b": 4}
@@ -101,7 +106,8 @@ def test_a_global_batch_is_divided_by_hand():
     world_size=st.integers(1, 8),
     ratios=st.lists(st.floats(0.01, 100), min_size=1, max_size=5),
 )
-def test_the_parts_of_a_batch_add_up_divide_and_are_near_their_ratios(shares, world_size, ratios):
+def test_divided_parts(shares, world_size, ratios):
+    """The parts of a batch add up, divide among the ranks and are near their ratios."""
     named = {str(number): ratio for number, ratio in enumerate(ratios)}
     try:
         sizes = divided(shares * world_size, named, world_size)
@@ -115,12 +121,14 @@ def test_the_parts_of_a_batch_add_up_divide_and_are_near_their_ratios(shares, wo
 
 
 @pytest.mark.parametrize("ratios", [{}, {"a": 0.0}, {"a": 1.0, "b": -1.0}, {"a": float("nan")}])
-def test_ratios_that_are_none_are_refused(ratios):
+def test_bad_ratios(ratios):
+    """Ratios that are missing, zero, negative or NaN are refused."""
     with pytest.raises(ValueError, match="must be above 0"):
         divided(8, ratios)
 
 
-def test_a_batch_too_small_for_all_sources_is_refused():
+def test_batch_too_small():
+    """A batch that is too small for all sources, or does not divide among the ranks, is refused."""
     with pytest.raises(ValueError, match="leaves nothing for b"):
         divided(4, {"a": 100, "b": 1})
     with pytest.raises(ValueError, match="does not divide among 3"):

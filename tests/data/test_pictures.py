@@ -44,21 +44,24 @@ def assert_is(payload, expected, decoder=None):
 
 @pytest.mark.parametrize("decoder", JPEG_DECODERS)
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
-def test_every_decoder_gives_the_pixels_that_pillow_gives(decoder, subsampling):
+def test_decoders_match_pillow(decoder, subsampling):
+    """Every JPEG decoder gives the pixels that Pillow gives."""
     payload = encoded(painted(), quality=90, subsampling=subsampling)
     assert_is(payload, Image.open(io.BytesIO(payload)).convert("RGB"), decoder)
 
 
 @pytest.mark.parametrize("decoder", JPEG_DECODERS)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_upright_whatever_its_exif_says(decoder, orientation):
+def test_exif_orientation(decoder, orientation):
+    """A picture is upright, whatever orientation its EXIF states."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     payload = encoded(painted(), exif=exif)
     assert_is(payload, ImageOps.exif_transpose(Image.open(io.BytesIO(payload))), decoder)
 
 
-def test_damaged_exif_is_no_damage_to_the_picture():
+def test_damaged_exif():
+    """A picture with damaged EXIF is decoded all the same."""
     payload = encoded(painted(), exif=b"Exif\0\0" + b"\xff" * 40)
     assert_is(payload, Image.open(io.BytesIO(payload)).convert("RGB"))
 
@@ -71,24 +74,28 @@ def test_grey_and_cmyk_jpegs_become_rgb(mode, decoder):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_pictures_of_every_mode_become_rgb(mode):
+def test_modes_become_rgb(mode):
+    """Pictures of every mode become RGB as Pillow converts them."""
     payload = encoded(painted().convert(mode), "TIFF")
     assert_is(payload, Image.open(io.BytesIO(payload)).convert("RGB"))
 
 
 @pytest.mark.parametrize(("kind", "maximum"), [("PNG", 65535), ("PPM", 65535), ("TIFF", 65535)])
-def test_16_bit_greys_keep_their_high_byte(kind, maximum):
+def test_16_bit_grey(kind, maximum):
+    """Greys of 16 bits keep their high byte."""
     grey = np.linspace(0, maximum, 300).astype(np.uint16).reshape(15, 20)
     shown = np.asarray(Picture(encoded(Image.fromarray(grey), kind)).rgb())
     assert np.array_equal(shown, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 
-def test_an_animation_shows_its_first_frame():
+def test_animation():
+    """An animation shows its first frame."""
     payload = encoded(Image.new("RGB", (9, 7), "red"), "GIF", save_all=True, append_images=[Image.new("RGB", (9, 7))])
     assert_is(payload, Image.new("RGB", (9, 7), "red"))
 
 
-def test_a_picture_of_a_million_by_one_has_views():
+def test_extreme_aspect_ratio():
+    """A picture of a million by one pixels still has views."""
     view = whole(Picture(encoded(Image.new("RGB", (1_000_000, 1), (10, 200, 30)), "PNG")), 16)
     assert (view == np.array([10, 200, 30]).reshape(3, 1, 1)).all()
 
@@ -112,12 +119,14 @@ def jpeg_of_size(width, height):
 
 
 @pytest.mark.parametrize("payload", [png_header(12_000, 10_000), jpeg_of_size(12_000, 10_000)], ids=["png", "jpeg"])
-def test_a_decompression_bomb_is_refused_with_its_size(payload):
+def test_decompression_bomb(payload):
+    """A decompression bomb is refused, with its size."""
     with pytest.raises(UnreadableError, match=r"too many pixels: 12000 x 10000, and at most 89478485 are decoded"):
         Picture(payload)
 
 
-def test_a_bomb_beyond_pillow_s_own_limit_is_refused_too():
+def test_bomb_beyond_pillow_limit():
+    """A bomb beyond Pillow's own limit is refused as one, too."""
     with pytest.raises(UnreadableError, match=r"too many pixels: .*10000000000"):
         Picture(png_header(100_000, 100_000))
 
@@ -135,20 +144,23 @@ def test_a_bomb_beyond_pillow_s_own_limit_is_refused_too():
     ],
     ids=["truncated jpeg", "truncated png", "empty", "three bytes", "html", "floats"],
 )
-def test_what_cannot_be_decoded_says_why(payload, kind, decoder):
+def test_undecodable(payload, kind, decoder):
+    """What cannot be decoded is refused with one of the stated kinds of reason."""
     assert kind in KINDS
     with pytest.raises(UnreadableError, match=rf"^{kind}: "):
         whole(Picture(payload, decoder), 8)
 
 
-def test_every_cut_of_a_jpeg_is_a_picture_or_a_refusal():
+def test_truncated_jpeg():
+    """A JPEG that is cut short, at whatever length, is refused as unreadable."""
     payload = encoded(painted(40, 50))
     for length in range(0, len(payload), 7):
         with pytest.raises(UnreadableError):
             whole(Picture(payload[:length]), 8)
 
 
-def test_views_are_those_of_pillow_s_bicubic_within_two_levels_or_three_where_they_enlarge():
+def test_bicubic():
+    """Views are within 2 levels of Pillow's bicubic, or within 3 where they enlarge."""
     payload = encoded(painted(), "PNG")
     boxes = [((0, 0, 90, 120), 32), ((10, 20, 61, 77), 32), ((5, 5, 8, 9), 24), ((0, 0, 32, 32), 32)]
     for view_3HW, ((top, left, bottom, right), size) in zip(Picture(payload).cut(boxes), boxes, strict=True):
@@ -158,7 +170,8 @@ def test_views_are_those_of_pillow_s_bicubic_within_two_levels_or_three_where_th
 
 
 @pytest.mark.parametrize("decoder", ["simplejpeg", "pillow"])
-def test_a_much_larger_picture_is_decoded_smaller_and_looks_the_same(decoder, monkeypatch):
+def test_reduced_decoding(decoder, monkeypatch):
+    """A JPEG much larger than its views is decoded smaller, and they look the same."""
     payload = encoded(painted(800, 1200), quality=95)
     asked = []
     decode = JPEG_DECODERS[decoder]
@@ -176,7 +189,8 @@ def test_a_much_larger_picture_is_decoded_smaller_and_looks_the_same(decoder, mo
 
 @pytest.mark.skipif("BIGTRAIN_TEST_DATA" not in os.environ, reason="BIGTRAIN_TEST_DATA names no folder of real data")
 @pytest.mark.parametrize("size", [32, 64, 224])
-def test_views_of_photographs_are_those_of_pillow_within_the_stated_tolerance(size, monkeypatch):
+def test_photographs(size, monkeypatch):
+    """Views of photographs are those of Pillow within the stated tolerance."""
     rng, reduced, means = np.random.default_rng(0), [], []
     decode = JPEG_DECODERS["simplejpeg"]
     monkeypatch.setitem(JPEG_DECODERS, "simplejpeg", lambda p, reduce: reduced.append(reduce) or decode(p, reduce))
@@ -196,19 +210,22 @@ def test_views_of_photographs_are_those_of_pillow_within_the_stated_tolerance(si
     assert (max(reduced) > 1) == (size < 224)
 
 
-def test_integers_without_a_range_are_refused_and_not_black():
+def test_32_bit_integers():
+    """Integers of 32 bits, which have no known range, are refused rather than shown as black."""
     payload = encoded(Image.fromarray(np.arange(256, dtype=np.int32).reshape(16, 16)), "TIFF")
     with pytest.raises(UnreadableError, match="unsupported: a picture of 32-bit integers"):
         whole(Picture(payload), 8)
 
 
-def test_a_picture_that_lies_upright_is_not_decoded_for_its_size(monkeypatch):
+def test_size_without_decoding(monkeypatch):
+    """A picture that is stored upright is not decoded to learn its size."""
     payload = encoded(painted(), "PNG")
     monkeypatch.setattr(PngImageFile, "load", lambda image: pytest.fail("decoded"))
     assert (Picture(payload).height, Picture(payload).width) == (90, 120)
 
 
-def test_an_open_picture_and_its_array_are_the_same_and_upright():
+def test_picture_of():
+    """An open image, turned upright by its EXIF, and its array are pictures with the same views."""
     image = painted()
     image.getexif()[0x0112] = 6
     assert Picture.of(image).height == 120
@@ -222,7 +239,9 @@ def chosen_anew():
     jpeg_decoder.cache_clear()
 
 
-def test_a_decoder_that_does_not_work_here_gives_way_to_the_next_and_is_named(chosen_anew, monkeypatch, caplog):
+def test_decoder_fallback(chosen_anew, monkeypatch, caplog):
+    """A decoder that does not work here gives way to the next, and is named in one warning."""
+
     def broken(payload, reduce):
         raise OSError("no such library")
 

@@ -40,14 +40,16 @@ def an_epoch(plan, epoch, world_size=1):
 
 
 @given(plans, st.integers(0, 5))
-def test_every_sample_is_read_exactly_once_an_epoch(given_plan, epoch):
+def test_each_sample_once(given_plan, epoch):
+    """Every sample is read exactly once an epoch."""
     plan, world_size = given_plan
     read = [s for batch in an_epoch(plan, epoch, world_size) for s in batch if s != PADDING]
     assert sorted(read) == plan.sample_N.tolist()
 
 
 @given(plans, st.integers(0, 5))
-def test_global_batches_are_the_same_at_any_world_size_that_divides_them(given_plan, epoch):
+def test_any_world_size(given_plan, epoch):
+    """Global batches are the same at any world size that divides them."""
     plan, _ = given_plan
     alone = np.stack(list(an_epoch(plan, epoch)))
     for world_size in range(2, plan.global_batch + 1):
@@ -56,7 +58,8 @@ def test_global_batches_are_the_same_at_any_world_size_that_divides_them(given_p
 
 
 @given(plans)
-def test_only_the_end_of_an_epoch_is_padded(given_plan):
+def test_padding(given_plan):
+    """Only the end of an epoch is padded, by less than a batch, and `samples_in` counts the rest."""
     plan, world_size = given_plan
     batches = np.concatenate(list(an_epoch(plan, 0, world_size)))
     padding = len(batches) - len(plan.sample_N)
@@ -69,7 +72,8 @@ def test_only_the_end_of_an_epoch_is_padded(given_plan):
 
 @settings(max_examples=30)
 @given(plans, st.integers(1, 3))
-def test_from_every_position_on_the_rest_of_the_training_is_the_same(given_plan, epochs):
+def test_resume(given_plan, epochs):
+    """From every position on, the rest of the training is the same."""
     plan, _ = given_plan
     whole = list(plan.positions(Position(), epochs))
     batches = [plan.batch(p) for p in whole]
@@ -87,7 +91,8 @@ def big_plan(seed=0, **changes):
     return Plan(sample_N, (sample_N // 10).astype(np.int32), **{"global_batch": 10, "seed": seed, **changes})
 
 
-def test_a_few_shards_are_shuffled_whole():
+def test_few_shards():
+    """A few shards are shuffled as a whole, sample by sample."""
     sample_N = np.arange(1600)
     order = Plan(sample_N, (sample_N // 100).astype(np.int32), 10).order(0)
     assert len(np.unique(order[:160] // 100)) == 16
@@ -99,7 +104,8 @@ def lanes_of(plan, epoch=0):
     return plan.order(epoch).reshape(plan.batches_per_epoch, plan.global_batch).T
 
 
-def test_in_many_shards_each_lane_takes_runs_of_one_shard_from_all_over_the_set():
+def test_many_shards():
+    """In many shards each lane takes runs of one shard each, from all over the set."""
     sample_N = np.arange(64_000)
     plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 64, run_length=8)
     lanes = lanes_of(plan)
@@ -114,7 +120,8 @@ def test_in_many_shards_each_lane_takes_runs_of_one_shard_from_all_over_the_set(
     assert not np.array_equal(lanes_of(plan), lanes_of(plan, 1))
 
 
-def test_epochs_cut_the_runs_at_other_places():
+def test_run_cuts():
+    """The runs of each epoch begin at every place within a shard: no cuts are fixed."""
     sample_N = np.arange(64_000)
     plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 64, run_length=8)
     begins = [set(lanes_of(plan, epoch)[:, 1:][np.diff(lanes_of(plan, epoch)) != 1] % 100) for epoch in range(2)]
@@ -122,7 +129,8 @@ def test_epochs_cut_the_runs_at_other_places():
 
 
 @given(plans, st.integers(0, 3), st.data())
-def test_what_is_read_ahead_is_what_follows_in_the_same_lanes(given_plan, epoch, data):
+def test_read_ahead_lanes(given_plan, epoch, data):
+    """What is read ahead is what follows later in the same lanes, nothing twice."""
     plan, _ = given_plan
     low = data.draw(st.integers(0, plan.global_batch - 1))
     lanes = slice(low, data.draw(st.integers(low + 1, plan.global_batch)))
@@ -139,7 +147,8 @@ def test_what_is_read_ahead_is_what_follows_in_the_same_lanes(given_plan, epoch,
         read |= needed | set(ahead)
 
 
-def test_reading_ahead_serves_nearly_all_samples():
+def test_read_ahead_requests():
+    """Reading ahead serves nearly all samples: little more than one request a run is left."""
     sample_N = np.arange(20_000)
     plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 8, run_length=10)
     requests, have = 0, set()
@@ -151,7 +160,8 @@ def test_reading_ahead_serves_nearly_all_samples():
     assert requests < 1.25 * 20_000 / 10
 
 
-def test_fourteen_million_samples_are_planned_in_little_memory():
+def test_memory():
+    """Fourteen million samples are planned in less than a gigabyte of memory."""
     sample_N = np.arange(14_000_000)
     plan = Plan(sample_N, (sample_N // 1000).astype(np.int32), 4096)
     tracemalloc.start()
@@ -162,7 +172,8 @@ def test_fourteen_million_samples_are_planned_in_little_memory():
     assert len(np.unique(batch // 1000)) > 3000
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_distinct_orders():
+    """Each epoch and each seed has an order of its own, the same whenever it is asked for."""
     orders = [big_plan(seed).order(epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
     for i, one in enumerate(orders):
         for other in orders[:i]:
@@ -170,17 +181,20 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert np.array_equal(big_plan(1).order(1), orders[3])
 
 
-def test_the_order_does_not_depend_on_other_epochs_asked_for_before():
+def test_order_has_no_history():
+    """The order of an epoch does not depend on which others were asked for before."""
     plan = big_plan()
     third = [plan.order(epoch) for epoch in range(8)][3]
     assert np.array_equal(big_plan().order(3), third)
 
 
-def test_without_shuffling_the_order_is_that_of_the_index():
+def test_no_shuffle():
+    """Without shuffling the order is that of the index."""
     assert np.array_equal(big_plan(shuffle=False).order(7), np.arange(1000))
 
 
-def test_a_batch_that_does_not_divide_says_which_would():
+def test_indivisible_batch():
+    """A batch that does not divide among the processes is refused, with sizes that would."""
     with pytest.raises(ValueError, match=r"10 does not divide among 3 processes: .* 3\.33 images\. Use 9 or 12"):
         big_plan().slice(Position(), 0, 3)
     with pytest.raises(ValueError, match=r"Use 4, or another number of processes"):
@@ -202,17 +216,20 @@ def splitmix64(x):
 
 
 @given(st.integers(0, 2**40), st.integers(0, 10**6), st.integers(0, 10**9))
-def test_seeds_of_samples_are_splitmix64_of_seed_epoch_and_sample(seed, epoch, sample):
+def test_sample_seeds(seed, epoch, sample):
+    """The seed of a sample is SplitMix64 of the run's seed, the epoch and the sample."""
     by_hand = splitmix64((splitmix64((splitmix64(seed) + epoch) % 2**64) + sample) % 2**64)
     assert int(sample_seeds(seed, epoch, np.array([sample]))[0]) % 2**64 == by_hand
 
 
-def test_splitmix64_is_the_published_generator():
+def test_splitmix64_reference():
+    """SplitMix64 as these tests compute it is the published generator."""
     # the first output for the seed 1234567, as in the reference implementation's tests
     assert splitmix64(1234567) == 6457827717110365317
 
 
-def test_a_sample_has_the_same_seed_in_any_batch_and_another_for_another_sample_epoch_or_seed():
+def test_sample_seeds_distinct():
+    """A sample's seed is the same in any batch; another sample, epoch or run seed gives another."""
     sample_N = np.arange(5000)
     seeds = sample_seeds(3, 1, sample_N)
     assert np.array_equal(sample_seeds(3, 1, sample_N[::-7]), seeds[::-7])
@@ -220,7 +237,8 @@ def test_a_sample_has_the_same_seed_in_any_batch_and_another_for_another_sample_
     assert len(np.unique(others)) == len(others)
 
 
-def test_runs_under_way_are_taken_up_a_few_at_a_time():
+def test_runs_under_way():
+    """After a start in mid-epoch, runs under way are taken up a few at a time, not all at once."""
     sample_N = np.arange(64_000)
     plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 640, run_length=32)
     start = Position(0, 50)
@@ -236,7 +254,8 @@ def test_runs_under_way_are_taken_up_a_few_at_a_time():
 
 
 @given(plans, st.integers(0, 3))
-def test_without_the_last_batch_all_are_full_and_the_samples_before_it_are_the_same(given_plan, epoch):
+def test_drop_last(given_plan, epoch):
+    """With `drop_last` all batches are full and else unchanged; a plan of less than one is refused."""
     plan, _ = given_plan
     if len(plan.sample_N) < plan.global_batch:
         with pytest.raises(ValueError, match="--batch-norm frozen"):

@@ -20,12 +20,14 @@ def animals(write_set):
     )
 
 
-def test_an_image_is_known_if_any_of_its_objects_is(animals):
+def test_is_known(animals):
+    """An image is known if any of its objects is."""
     known = Protocol.of(ANIMALS, known=["cat"]).is_known(animals())
     assert known.reshape(20, 5).tolist() == [[True, False, False, True, False]] * 20
 
 
-def test_naming_the_novel_side_leaves_the_rest_known():
+def test_other_side():
+    """Naming the novel classes leaves the rest known, and the other way round."""
     assert Protocol.of(ANIMALS, novel=["dog"]) == Protocol(known=("cat", "emu"), novel=("dog",))
     assert Protocol.of(ANIMALS, known=["emu", "cat", "emu"]) == Protocol(known=("emu", "cat"), novel=("dog",))
 
@@ -41,12 +43,14 @@ def test_naming_the_novel_side_leaves_the_rest_known():
         ({"novel": ANIMALS}, "all 3 classes are novel"),
     ],
 )
-def test_a_wrong_choice_of_classes_is_refused(sides, sentence):
+def test_wrong_classes(sides, sentence):
+    """A wrong choice of known or novel classes is refused, with what is wrong about it."""
     with pytest.raises(ValueError, match=sentence):
         Protocol.of(ANIMALS, **sides)
 
 
-def test_named_protocols_expand_to_their_runs():
+def test_expand():
+    """Named protocols expand to their runs."""
     assert [p.known for p in expand("uni-class", ANIMALS)] == [("cat",), ("dog",), ("emu",)]
     assert [p.novel for p in expand("all-vs-one", ANIMALS)] == [("cat",), ("dog",), ("emu",)]
     halves = ["01234", "56789", "02468", "13579"]  # DEFEND, table 5
@@ -55,7 +59,8 @@ def test_named_protocols_expand_to_their_runs():
 
 
 @pytest.mark.parametrize(("name", "classes"), [("half-vs-half", ANIMALS), ("one-vs-all", ANIMALS)])
-def test_a_protocol_that_cannot_be_is_refused(name, classes):
+def test_impossible_protocol(name, classes):
+    """An unknown protocol, or one that does not fit the classes, is refused."""
     with pytest.raises(ValueError, match=r"is defined on ten classes|there are uni-class, all-vs-one, half-vs-half"):
         expand(name, classes)
 
@@ -65,7 +70,8 @@ def divide(train, test, protocol=None, **changes):
     return split(protocol, train, test, **{"validation_share": 0.2, "seed": 0, **changes})
 
 
-def test_training_and_validation_are_the_known_images_once_and_the_test_split_is_whole(animals):
+def test_split(animals):
+    """Training and validation are the known images, each once, and the test split is whole."""
     parts = divide(animals("train"), animals("test"))
     assert not set(parts.fitted_N) & set(parts.held_out_N)
     both = sorted([*parts.fitted_N, *parts.held_out_N])
@@ -74,7 +80,8 @@ def test_training_and_validation_are_the_known_images_once_and_the_test_split_is
     assert parts.test_N.tolist() == list(range(100))
 
 
-def test_limits_choose_at_random_by_seed_and_the_test_images_are_the_same_for_every_seed(animals):
+def test_limits(animals):
+    """Limits choose training images at random by seed, and the same test images for every seed."""
     train, test = animals("train"), animals("test")
     one, again, other = (divide(train, test, seed=s, train_limit=10, test_limit=30) for s in (0, 0, 1))
     assert (len(one.fitted_N), len(one.test_N)) == (10, 30)
@@ -84,28 +91,33 @@ def test_limits_choose_at_random_by_seed_and_the_test_images_are_the_same_for_ev
     assert one.test_N.tolist() != list(range(30))
 
 
-def test_a_limit_takes_at_most_what_there_is():
+def test_limit_beyond_size():
+    """A limit takes at most what there is, and 0 is no limit."""
     assert seeded_choice(np.arange(5), 9, 0).tolist() == seeded_choice(np.arange(5), 0, 0).tolist() == list(range(5))
 
 
-def test_a_test_split_on_which_nothing_can_be_judged_is_refused(animals):
+def test_one_sided_test_split(animals):
+    """A test split without novel or without known images is refused: it can judge nothing."""
     train = animals("train")
     for side, kept in (("novel", [["cat"]]), ("known", [["dog"], []])):
         with pytest.raises(ValueError, match=f"has no {side} images among the"):
             divide(train, animals(side, kept))
 
 
-def test_a_limit_that_leaves_one_side_without_images_is_refused(animals):
+def test_limit_too_small(animals):
+    """A test limit that leaves the known or the novel side without images is refused."""
     with pytest.raises(ValueError, match=r"has no (known|novel) images among the 1 to judge on"):
         divide(animals("train"), animals("test"), test_limit=1)
 
 
-def test_a_training_split_without_known_images_is_refused(animals):
+def test_no_known_images(animals):
+    """A training split without known images is refused."""
     with pytest.raises(ValueError, match=r"no image of the known classes \(cat\) to train on"):
         divide(animals("train", [["dog"], ["emu"]]), animals("test"))
 
 
-def test_a_known_class_without_training_shards_is_refused_and_a_novel_one_is_not(animals, write_set):
+def test_class_only_in_test(animals, write_set):
+    """A class that is only in the test shards may be novel, and is refused as known."""
     test = write_set([(["gnu"], b"x"), (["cat"], b"x")], name="test")
     both, train = [*ANIMALS, "gnu"], animals("train")
     assert divide(train, test, Protocol.of(both, known=["cat"])).test_N.tolist() == [0, 1]
@@ -116,7 +128,8 @@ def test_a_known_class_without_training_shards_is_refused_and_a_novel_one_is_not
 KEYS = [f"class/{i:05d}" for i in range(4000)]
 
 
-def test_the_held_out_share_is_about_what_was_asked():
+def test_held_out_share():
+    """The held-out share is about what was asked, and a greater one includes the smaller one's samples."""
     for share in (0.0, 0.1, 0.5):
         held_out = in_validation(KEYS, share=share, seed=0)
         assert abs(held_out.mean() - share) <= 4 * (share * (1 - share) / len(KEYS)) ** 0.5
@@ -124,7 +137,8 @@ def test_the_held_out_share_is_about_what_was_asked():
     assert (high | ~low).all()  # a greater share keeps what the smaller one held out
 
 
-def test_whether_a_sample_is_held_out_depends_on_its_key_and_the_seed_alone():
+def test_held_out_by_key():
+    """Whether a sample is held out depends on its key and the seed alone."""
     held_out = dict(zip(KEYS, in_validation(KEYS, share=0.3, seed=5), strict=True))
     some = KEYS[::-3]
     assert in_validation(some, share=0.3, seed=5).tolist() == [held_out[key] for key in some]
@@ -133,12 +147,14 @@ def test_whether_a_sample_is_held_out_depends_on_its_key_and_the_seed_alone():
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 1.5])
-def test_a_share_that_is_none_is_refused(share):
+def test_bad_share(share):
+    """A held-out share below 0, or of 1 and more, is refused."""
     with pytest.raises(ValueError, match="must be at least 0 and below 1"):
         in_validation(KEYS, share=share, seed=0)
 
 
-def test_the_first_half_by_name_is_known_and_numbers_before_names_do_not_count():
+def test_first_half():
+    """The first half by name is known, and numbers before the names do not count."""
     birds = ["001.Wren", "002.Auk", "003.Owl", "004.Jay", "005.Emu"]
     assert Protocol.half("first-half", birds) == Protocol(("002.Auk", "005.Emu"), ("001.Wren", "003.Owl", "004.Jay"))
     assert expand("first-half", ANIMALS) == [Protocol(("cat",), ("dog", "emu"))]
@@ -146,14 +162,16 @@ def test_the_first_half_by_name_is_known_and_numbers_before_names_do_not_count()
         Protocol.half("first-half", ["cat"])
 
 
-def test_a_random_half_goes_by_the_seed_and_not_by_the_order_of_the_classes():
+def test_random_half():
+    """A random half depends on the seed and not on the order of the classes."""
     draws = [Protocol.half("random-half", DIGITS, seed=seed) for seed in range(20)]
     assert len({draw.known for draw in draws}) > 15
     assert all(len(draw.known) == 5 and sorted(draw.known + draw.novel) == DIGITS for draw in draws)
     assert Protocol.half("random-half", DIGITS[::-1], seed=3).known == draws[3].known
 
 
-def test_one_set_serves_both_known_images_are_halved_in_each_class(write_set):
+def test_halved(write_set):
+    """Where one set serves both, each known class is halved between training and test."""
     shown = [["cat"]] * 10 + [["dog"]] * 7 + [["emu"]] * 5
     images = write_set([(names, b"x") for names in shown])
     protocol = Protocol.of(ANIMALS, known=["cat", "dog"])
@@ -167,14 +185,16 @@ def test_one_set_serves_both_known_images_are_halved_in_each_class(write_set):
     assert parts.test_N.tolist() == test_N.tolist()
 
 
-def test_which_half_goes_by_seed_and_key_alone(animals):
+def test_halved_by_key(animals):
+    """Which half an image falls into depends on the seed and its key alone."""
     images, protocol = animals(), Protocol.of(ANIMALS, known=["dog"])
     keys = [images.key(s) for s in range(100) if images.classes_of(s) == ["dog"]]
     by_digest = sorted(keys, key=lambda key: hashlib.blake2b(f"7:{key}".encode(), digest_size=8).digest())
     assert {images.key(s) for s in halved(protocol, images, seed=7)[0]} == set(by_digest[:10])
 
 
-def test_a_known_class_without_an_image_to_train_on_is_refused(write_set):
+def test_check_every_class(write_set):
+    """A known class without an image to train on is refused by name."""
     images = write_set([(["cat"], b"x"), (["dog"], b"x")], classes=ANIMALS)
     protocol = Protocol(("cat", "emu"), ("dog",))
     with pytest.raises(ValueError, match="1 of the 2 known classes have no image to train on: emu"):

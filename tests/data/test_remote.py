@@ -67,7 +67,8 @@ def behind(request, upload, faulty, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_a_set_behind_a_server_is_the_set_on_the_disk(local, upload, kind):
+def test_same_as_local(local, upload, kind):
+    """A set behind a server is the same as the set on the disk."""
     far = ShardSet(upload(kind, local.url))
     assert far.manifest == local.manifest
     assert far.keys() == local.keys()
@@ -78,7 +79,8 @@ def test_a_set_behind_a_server_is_the_set_on_the_disk(local, upload, kind):
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_neighbours_are_one_request_and_gaps_are_not_read(local, behind, kind):
+def test_neighbours_one_request(local, behind, kind):
+    """Neighbouring samples are one request, in whatever order they are asked for, and a shard is one."""
     url, proxy = behind(kind, local.url)
     far = ShardSet(url)
     proxy.asked.clear()
@@ -107,7 +109,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("kind", "harm"), [*(("nginx", harm) for harm in FAULTS), ("s3", "all of them")])
-def test_whatever_a_server_does_no_sample_is_lost_or_doubled(local, behind, kind, harm):
+def test_server_faults(local, behind, kind, harm):
+    """Whatever a server does, no sample is lost or doubled."""
     url, proxy = behind(kind, local.url)
     far = ShardSet(url, QUICK)
     proxy.faults = list(FAULTS[harm])
@@ -117,7 +120,8 @@ def test_whatever_a_server_does_no_sample_is_lost_or_doubled(local, behind, kind
     assert not proxy.faults  # each did its harm
 
 
-def test_each_retry_is_logged_and_waits_grow(local, behind, caplog):
+def test_retries_logged(local, behind, caplog):
+    """Each retry is logged, and the waits between them grow."""
     url, proxy = behind("nginx", local.url)
     far = ShardSet(url, Patience(attempts=4, first_wait_s=0.01))
     proxy.faults = [Fault(status=503)] * 3
@@ -131,7 +135,8 @@ def test_each_retry_is_logged_and_waits_grow(local, behind, caplog):
     assert all(0.005 <= wait <= 0.015 for wait in waits)
 
 
-def test_the_waits_leave_the_runs_random_numbers_alone(local, behind):
+def test_waits_leave_rng_alone(local, behind):
+    """The random waits leave the run's own random numbers alone."""
     import random
 
     url, proxy = behind("nginx", local.url)
@@ -149,7 +154,8 @@ def test_the_waits_leave_the_runs_random_numbers_alone(local, behind):
     ("fault", "cause"),
     [(Fault(status=503), "503"), (Fault(truncate_to=100), "100 of"), (Fault(is_silent=True), "within")],
 )
-def test_a_server_that_stays_broken_stops_the_run_with_shard_key_attempts_and_cause(local, behind, kind, fault, cause):
+def test_broken_server(local, behind, kind, fault, cause):
+    """A server that stays broken stops the run, with the shard, key, number of attempts and cause."""
     url, proxy = behind(kind, local.url)
     far = ShardSet(url, Patience(attempts=2, first_wait_s=0.01, answer_s=0.5))
     proxy.faults = [fault] * 100
@@ -161,7 +167,8 @@ def test_a_server_that_stays_broken_stops_the_run_with_shard_key_attempts_and_ca
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_a_server_without_byte_ranges_is_named_at_once(local, behind, kind):
+def test_no_byte_ranges(local, behind, kind):
+    """A server without byte ranges is named at once, after a single request."""
     url, proxy = behind(kind, local.url)
     far = ShardSet(url, QUICK)
     proxy.faults = [Fault(ignores_range=True)] * 100
@@ -194,7 +201,8 @@ def test_a_refused_shard_stops_at_once(local, behind):
 
 @pytest.mark.parametrize("kind", SERVERS)
 @pytest.mark.parametrize("length", [700, 21_000])
-def test_a_shard_cut_after_the_set_was_opened_stops_at_once(local, upload, kind, length):
+def test_shard_cut_after_opening(local, upload, kind, length):
+    """A shard that is cut after the set was opened stops the read at once."""
     far = ShardSet(url := upload(kind, local.url))
     path = Path(local.url) / "000000.tar"
     change(url, path, path.read_bytes()[:length])
@@ -202,7 +210,8 @@ def test_a_shard_cut_after_the_set_was_opened_stops_at_once(local, upload, kind,
         far.read([5, 6])
 
 
-def test_a_bucket_whose_shards_changed_since_the_manifest_is_refused_at_opening(local, upload):
+def test_changed_bucket(local, upload):
+    """A bucket whose shards changed or vanished since the manifest is refused at opening."""
     url = upload("s3", local.url)
     path = Path(local.url) / "000002.tar"
     size = path.stat().st_size
@@ -215,7 +224,8 @@ def test_a_bucket_whose_shards_changed_since_the_manifest_is_refused_at_opening(
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_opening_a_set_bears_with_a_server_too(local, behind, kind):
+def test_faults_at_opening(local, behind, kind):
+    """Opening a set bears with a faulty server, too."""
     url, proxy = behind(kind, local.url)
     proxy.matching = r"manifest\.json|index\.parquet"
     proxy.faults = [Fault(status=503), Fault(cut_after=10), Fault(truncate_to=40), Fault()]
@@ -225,7 +235,8 @@ def test_opening_a_set_bears_with_a_server_too(local, behind, kind):
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_what_is_missing_or_cut_at_opening_is_said_in_a_sentence(local, upload, kind):
+def test_missing_files_at_opening(local, upload, kind):
+    """An index or manifest that is missing or cut at opening is reported in a sentence."""
     url = upload(kind, local.url)
     index = Path(local.url) / "index.parquet"
     change(url, index, index.read_bytes()[:-100])
@@ -239,12 +250,14 @@ def test_what_is_missing_or_cut_at_opening_is_said_in_a_sentence(local, upload, 
         ShardSet(url)
 
 
-def test_a_server_that_is_not_there_is_named(tmp_path):
+def test_absent_server(tmp_path):
+    """A server that is not there is named."""
     with pytest.raises(OSError, match=r"http://127.0.0.1:9/set/manifest.json cannot be read: tried 2 times"):
         ShardSet("http://127.0.0.1:9/set", Patience(attempts=2, first_wait_s=0.01))
 
 
-def test_a_view_on_the_disk_reads_its_shards_behind_a_server(local, upload, tmp_path):
+def test_shards_at(local, upload, tmp_path):
+    """A view on the disk reads its shards from behind a server."""
     url = upload("nginx", local.url)
     view = tmp_path / "view"
     shutil.copytree(local.url, view, ignore=shutil.ignore_patterns("*.tar"))
@@ -263,7 +276,8 @@ class Pictures(torch.utils.data.Dataset):
         return [reader.read(*(place[[sample]] for place in self.place_N))[0] for reader in self.readers]
 
 
-def test_workers_open_their_own_connections(local, upload):
+def test_worker_connections(local, upload):
+    """Workers open connections of their own, though their parent has some open."""
     far = [ShardSet(upload(kind, local.url)) for kind in SERVERS]
     for shard_set in far:
         shard_set.read([0])  # this process has connections open
@@ -273,7 +287,8 @@ def test_workers_open_their_own_connections(local, upload):
     assert read == [[payload, payload] for payload in local.read(range(40))]
 
 
-def test_subprocesses_find_the_same_bucket_by_the_environment(local, upload):
+def test_bucket_by_environment(local, upload):
+    """Subprocesses find the same bucket by the environment."""
     code = "import sys; from bigtrain.data.shard_set import ShardSet; print(len(ShardSet(sys.argv[1]).read([1, 2])[1]))"
     done = subprocess.run(
         [sys.executable, "-c", code, upload("s3", local.url)], cwd=TOP, capture_output=True, text=True
@@ -281,7 +296,8 @@ def test_subprocesses_find_the_same_bucket_by_the_environment(local, upload):
     assert done.stdout.strip() == str(len(local.read([2])[0])), done.stderr
 
 
-def test_runs_of_a_long_shard_are_several_requests_of_a_bounded_size(write_set, behind):
+def test_bounded_requests(write_set, behind):
+    """Runs of a long shard are read by several requests of a bounded size that do not overlap."""
     local = write_set([(["a"], bytes([i]) * (3 << 20)) for i in range(6)], per_shard=6)
     url, proxy = behind("nginx", local.url)
     far = ShardSet(url)
@@ -305,7 +321,8 @@ def change(url, path, data):
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_a_shard_built_again_with_pictures_of_other_sizes_is_not_read_under_the_old_labels(local, upload, kind):
+def test_rebuilt_shard(local, upload, kind):
+    """A shard built again with pictures of other sizes is not read under the old labels."""
     url = upload(kind, local.url)
     far = ShardSet(url)
     folder = Path(local.url)

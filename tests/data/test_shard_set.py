@@ -39,18 +39,21 @@ file_names = st.from_regex(r"[0-9A-Za-z_-]{1,12}\.tar", fullmatch=True)
         ).map(tuple),
     )
 )
-def test_a_manifest_reads_as_it_was_written(manifest):
+def test_manifest_round_trip(manifest):
+    """A manifest reads as it was written."""
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
 @pytest.mark.parametrize("file", ["../x.tar", "/etc/passwd", "a/b.tar", "..\\x.tar", "..", ""])
-def test_a_manifest_that_leads_out_of_its_folder_is_refused(file):
+def test_path_traversal(file):
+    """A manifest whose shards lead out of its folder is refused."""
     text = Manifest("pets", "train", (), "", (Shard(file, 1, 1, ""),)).to_json()
     with pytest.raises(ValueError, match="lie beside their manifest"):
         Manifest.from_json(text)
 
 
-def test_the_label_member_holds_classes_boxes_and_source():
+def test_label_member():
+    """A sample's label member holds its classes, boxes and source."""
     box = Object("dog", Box(1, 2, 3.5, 4))
     sample = Sample("k", b"", "jpg", [box, Object("cat"), Object("dog")], source="a/k.jpg")
     record = {"classes": ["cat", "dog"], "boxes": [[1, 2, 3.5, 4, "dog"]], "source": "a/k.jpg"}
@@ -66,7 +69,8 @@ def manifest_file(shard_set):
     return Path(shard_set.url) / "manifest.json"
 
 
-def test_a_manifest_of_a_newer_version_is_refused(three):
+def test_newer_manifest(three):
+    """A manifest of a newer version is refused, with the advice to install a newer bigtrain."""
     record = json.loads(manifest_file(three).read_text())
     manifest_file(three).write_text(json.dumps({**record, "version": 2}))
     with pytest.raises(ValueError, match=r"version 2.* up to version 1: install a newer bigtrain"):
@@ -80,18 +84,21 @@ def test_what_is_no_manifest_is_refused(three, text):
         ShardSet(three.url)
 
 
-def test_a_missing_manifest_names_the_command_that_builds_one(tmp_path):
+def test_missing_manifest(tmp_path):
+    """A missing manifest is refused, with the commands that make one."""
     with pytest.raises(ValueError, match=r"bigtrain-shards build folder --root PICTURES --out .*bigtrain-shards index"):
         read_manifest(str(tmp_path))
 
 
-def test_a_missing_index_names_the_command_that_makes_one(three):
+def test_missing_index(three):
+    """A missing index is refused, with the command that makes one."""
     (Path(three.url) / "index.parquet").unlink()
     with pytest.raises(ValueError, match="bigtrain-shards index"):
         ShardSet(three.url)
 
 
-def test_an_index_that_disagrees_with_the_manifest_is_refused(three):
+def test_index_disagrees(three):
+    """An index that disagrees with the manifest on the number of samples is refused."""
     manifest = three.manifest
     more = replace(manifest, shards=(*manifest.shards, Shard("x.tar", 1, 0, "")))
     manifest_file(three).write_text(more.to_json())
@@ -99,7 +106,8 @@ def test_an_index_that_disagrees_with_the_manifest_is_refused(three):
         ShardSet(three.url)
 
 
-def test_a_truncated_and_a_missing_shard_are_refused_at_once(three):
+def test_broken_shard_at_opening(three):
+    """A truncated or missing shard is refused as soon as the set is opened."""
     shard = Path(three.url) / "000001.tar"
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -110,7 +118,8 @@ def test_a_truncated_and_a_missing_shard_are_refused_at_once(three):
         ShardSet(three.url)
 
 
-def test_a_shard_that_is_cut_or_lost_during_a_run_stops_it_at_once(three):
+def test_broken_shard_in_run(three):
+    """A shard that is cut or lost during a run stops it at once, when it is next read."""
     three.read([0])  # the other shard is open
     shard = Path(three.url) / "000001.tar"
     shard.write_bytes(shard.read_bytes()[:600])
@@ -123,7 +132,8 @@ def test_a_shard_that_is_cut_or_lost_during_a_run_stops_it_at_once(three):
         fresh.read(*three.places(np.array([2])))
 
 
-def test_an_index_that_names_a_shard_which_is_not_there_is_refused(three):
+def test_index_unknown_shard(three):
+    """An index that names a shard which the manifest does not have is refused."""
     path = Path(three.url) / "index.parquet"
     rows = read_index(three.url).to_pylist()
     for wrong in (2, -1, None):
@@ -134,8 +144,8 @@ def test_an_index_that_names_a_shard_which_is_not_there_is_refused(three):
 
 @given(data=st.data())
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_samples_in_any_order_are_read_whole_and_gaps_are_not(tmp_path, data):
-    """Files of patterned bytes, and pictures anywhere in them, touching, far apart or asked for twice."""
+def test_read_any_samples(tmp_path, data):
+    """Samples anywhere, touching, far apart or asked for twice, are read whole, and large gaps are not."""
     sizes = data.draw(st.lists(st.integers(0, 300_000), min_size=1, max_size=3))
     contents = [np.random.default_rng(i).bytes(size) for i, size in enumerate(sizes)]
     for i, content in enumerate(contents):
@@ -152,7 +162,8 @@ def test_any_samples_in_any_order_are_read_whole_and_gaps_are_not(tmp_path, data
     assert reader.bytes_read <= sum(size for _, _, size in places) + MAX_LOCAL_GAP_BYTES * max(0, len(places) - 1)
 
 
-def test_one_class_in_a_hundred_costs_a_hundredth_of_the_bytes(write_set):
+def test_bytes_of_one_class(write_set):
+    """One class in a hundred costs a hundredth of the bytes, and a header of each shard."""
     rng = np.random.default_rng(0)
     shard_set = write_set([([f"c{i % 100}"], rng.bytes(2000)) for i in range(1000)], per_shard=250)
     reader = shard_set.reader()
@@ -160,7 +171,8 @@ def test_one_class_in_a_hundred_costs_a_hundredth_of_the_bytes(write_set):
     assert reader.bytes_read == 10 * 2000 + 4 * 512  # and the header of the first of each shard
 
 
-def test_a_reader_travels_small_and_closed(three):
+def test_pickle_reader(three):
+    """A pickled reader is small, is closed, and reads the same bytes where it arrives."""
     reader = three.reader()
     places = three.places(np.arange(3))
     before = reader.read(*places)
@@ -171,7 +183,8 @@ def test_a_reader_travels_small_and_closed(three):
     assert received.read(*places) == reader.read(*places) == before
 
 
-def test_the_classes_of_an_image_are_what_was_annotated(three):
+def test_classes_of(three):
+    """The classes of an image are those annotated, and `only_class_of` refuses any but one."""
     assert [three.classes_of(s) for s in range(3)] == [["a"], [], ["a", "b"]]
     assert [three.key(s) for s in range(3)] == three.keys() == ["k0", "k1", "k2"]
     assert three.only_class_of(0) == "a"
@@ -181,7 +194,8 @@ def test_the_classes_of_an_image_are_what_was_annotated(three):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_shows_any_is_what_a_search_of_each_image_finds(write_set, seed):
+def test_shows_any(write_set, seed):
+    """What `shows_any` finds is what a search of each image finds."""
     rng = np.random.default_rng(seed)
     every = list("abcdef")
     shown = [set(rng.choice(every, rng.integers(0, 4), replace=False).tolist()) for _ in range(40)]
@@ -190,12 +204,14 @@ def test_shows_any_is_what_a_search_of_each_image_finds(write_set, seed):
         assert shard_set.shows_any(wanted).tolist() == [bool(classes & set(wanted)) for classes in shown]
 
 
-def test_a_set_without_any_annotation_shows_nothing(write_set):
+def test_shows_any_unannotated(write_set):
+    """A set without any annotation shows nothing."""
     shard_set = write_set([([], b"x"), ([], b"y")], classes=["a"])
     assert shard_set.shows_any(("a",)).tolist() == [False, False]
 
 
-def test_pictures_come_back_as_their_original_bytes_from_shards_of_the_builder(tmp_path):
+def test_builder_round_trip(tmp_path):
+    """Pictures come back as their original bytes from the shards that the builder wrote."""
     originals = {}
     for name in ("cat", "dog"):
         (tmp_path / "raw" / name).mkdir(parents=True)
@@ -226,7 +242,8 @@ def remote(write_set):
     fs.rm("/bucket", recursive=True)
 
 
-def test_a_remote_set_gives_the_same_bytes(remote):
+def test_remote_bytes(remote):
+    """A set in a remote file system gives the same keys and bytes as on the disk."""
     local, far, _ = remote
     assert far.keys() == local.keys()
     order = [9, 0, 4, 4, 1]
@@ -241,7 +258,8 @@ def test_a_remote_set_gives_the_same_bytes(remote):
         ("refused", OSError, "000001.tar cannot be read: tried 6 times, at last RuntimeError: 503", 5),
     ],
 )
-def test_what_may_pass_is_tried_again_and_what_will_not_stops_at_once(remote, monkeypatch, harm, kind, cause, waits):
+def test_retry_or_stop(remote, monkeypatch, harm, kind, cause, waits):
+    """A failure that may pass is tried again with growing waits; one that will not stops at once."""
     _, far, fs = remote
     waited = []
     monkeypatch.setattr(fetch.time, "sleep", waited.append)
@@ -265,7 +283,8 @@ def forty_shards(write_set, name, classes, size=100):
     return write_set([([c], bytes(size)) for c in classes], per_shard=10, name=name)
 
 
-def test_a_run_is_about_a_megabyte_and_one_picture_where_neighbours_show_one_class(write_set, caplog):
+def test_run_length(write_set, caplog):
+    """A run is about a megabyte at most, and one picture where neighbours show one class."""
     in_order = ["a"] * 200 + ["b"] * 200
     mixed = np.random.default_rng(0).permutation(in_order).tolist()
     everything = np.arange(400)
@@ -282,7 +301,8 @@ def test_a_run_is_about_a_megabyte_and_one_picture_where_neighbours_show_one_cla
     assert shard_set.plan(everything[:200], 8).run_length == 32  # one class, and then there is nothing else
 
 
-def test_in_order_a_plan_asks_nothing_of_the_classes(write_set, caplog):
+def test_plan_in_order(write_set, caplog):
+    """A plan without shuffling keeps the index's order, and does not warn of sorted classes."""
     shard_set = forty_shards(write_set, "sorted", ["a"] * 200 + ["b"] * 200)
     assert np.array_equal(shard_set.plan(np.arange(400), 8, shuffle=False).order(0), np.arange(400))
     assert not caplog.records

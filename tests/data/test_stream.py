@@ -42,7 +42,8 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_neither_order_nor_bits(pictures, workers):
+def test_workers_same_bits(pictures, workers):
+    """Workers change neither the order nor a bit."""
     alone = list(stream(pictures).batches(epochs=EPOCHS))
     assert len(alone) == 8
     for one, other in zip(alone, stream(pictures, workers=workers).batches(epochs=EPOCHS), strict=True):
@@ -50,7 +51,8 @@ def test_workers_change_neither_order_nor_bits(pictures, workers):
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_the_ranks_batches_put_together_are_those_of_one_process(pictures, world_size):
+def test_ranks_put_together(pictures, world_size):
+    """The ranks' batches put together are those of one process."""
     streams = [stream(pictures, rank=rank, world_size=world_size) for rank in range(world_size)]
     for whole, *parts in zip(
         stream(pictures).batches(epochs=EPOCHS), *(s.batches(epochs=EPOCHS) for s in streams), strict=True
@@ -66,7 +68,8 @@ def test_the_ranks_batches_put_together_are_those_of_one_process(pictures, world
         assert_same(whole, together)
 
 
-def test_from_each_batch_on_the_rest_is_the_same_bits(pictures):
+def test_resume(pictures):
+    """Resumed at any batch, the rest is the same to the bit."""
     whole = list(stream(pictures).batches(epochs=EPOCHS))
     for step, first in enumerate(whole):
         rest = list(stream(pictures).batches(first.position, EPOCHS))
@@ -82,7 +85,8 @@ def many_shards(write_set, noise):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_in_runs_too_neither_workers_nor_ranks_nor_the_start_change_a_bit(many_shards, workers):
+def test_many_shards_same_bits(many_shards, workers):
+    """Where samples are read in runs, too, neither workers nor ranks nor the start change a bit."""
     alone = list(stream(many_shards, batch=8).batches(epochs=EPOCHS))
     assert stream(many_shards).plan.in_runs
     for epoch in range(EPOCHS):
@@ -106,9 +110,8 @@ def test_in_runs_too_neither_workers_nor_ranks_nor_the_start_change_a_bit(many_s
     start=st.integers(0, 200),
     data=st.data(),
 )
-def test_each_sample_that_a_filter_leaves_comes_once_an_epoch_with_its_own_views(
-    many_shards, global_batch, kept, run_length, start, data
-):
+def test_filtered_once(many_shards, global_batch, kept, run_length, start, data):
+    """Each sample that a filter leaves comes once an epoch, with its own views."""
     world_size = data.draw(st.sampled_from([n for n in (1, 2, 3, 4, 6) if global_batch % n == 0]))
     sample_N = np.array(sorted(kept))
     plan = Plan(sample_N, many_shards.shard_N[sample_N], global_batch, seed=7, run_length=run_length)
@@ -167,7 +170,8 @@ def test_a_batch_tells_what_it_cost(pictures):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_goes_missing_stops_the_run_with_its_name(pictures, workers):
+def test_missing_shard(pictures, workers):
+    """A shard that goes missing stops the run with its name, and without a traceback in the message."""
     one = stream(pictures, shuffle=False, workers=workers)
     (Path(pictures.url) / "000003.tar").unlink()
     with pytest.raises(OSError, match=r"000003\.tar") as stop:
@@ -175,11 +179,13 @@ def test_a_shard_that_goes_missing_stops_the_run_with_its_name(pictures, workers
     assert "Traceback" not in str(stop.value)
 
 
-def test_there_are_never_more_workers_than_places(pictures):
+def test_max_workers(pictures):
+    """There are never more workers than places in a rank's batch."""
     assert stream(pictures, workers=50, world_size=2).workers == 3
 
 
-def test_views_are_those_of_the_sample_and_differ_by_epoch(pictures):
+def test_views_differ_by_epoch(pictures):
+    """Views show their own sample, and its crops differ from epoch to epoch."""
     boxes = {}
     for batch in stream(pictures).batches(epochs=EPOCHS):
         for sample, box, image in zip(batch.sample_B, batch.views["boxes"], batch.views["image"], strict=True):
@@ -192,7 +198,8 @@ def test_views_are_those_of_the_sample_and_differ_by_epoch(pictures):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_sees_each_picture_exactly_once_in_order(pictures, world_size):
+def test_evaluation_once(pictures, world_size):
+    """Evaluation sees each picture exactly once, in order, at any world size."""
     read = []
     for rank in range(world_size):
         one = stream(pictures, shuffle=False, transform=Resized(8), rank=rank, world_size=world_size)
@@ -203,7 +210,8 @@ def test_evaluation_sees_each_picture_exactly_once_in_order(pictures, world_size
     assert sorted(read) == list(range(SAMPLES))
 
 
-def test_padding_ends_the_epoch_and_weighs_nothing(pictures):
+def test_padding(pictures):
+    """Padding ends the epoch, is blank and weighs nothing."""
     last = list(stream(pictures).batches())[-1]
     assert last.samples_in_step == 2
     assert (last.sample_B[2:] == PADDING).all()
@@ -212,7 +220,8 @@ def test_padding_ends_the_epoch_and_weighs_nothing(pictures):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_mean_of_the_ranks_means_is_the_mean_over_the_samples_of_the_step(pictures, world_size):
+def test_mean_of_ranks(pictures, world_size):
+    """The mean of the ranks' means is the mean over the samples of the step."""
     streams = [stream(pictures, rank=rank, world_size=world_size).batches() for rank in range(world_size)]
     for parts in zip(*streams, strict=True):
         means = [part.mean(torch.from_numpy(part.sample_B).double() ** 2, world_size) for part in parts]
@@ -220,7 +229,8 @@ def test_the_mean_of_the_ranks_means_is_the_mean_over_the_samples_of_the_step(pi
         assert torch.stack(means).mean().item() == pytest.approx(np.mean(real))
 
 
-def test_a_picture_that_cannot_be_decoded_is_named_and_its_place_stays(write_set, noise, caplog):
+def test_bad_picture(write_set, noise, caplog):
+    """A picture that cannot be decoded is named once; its place stays, blank and without weight."""
     samples = [(["a"], noise(i)) for i in range(SAMPLES)]
     samples[7] = (["a"], samples[7][1][:60])
     good, bad = write_set([(["a"], noise(i)) for i in range(SAMPLES)], name="good"), write_set(samples, name="bad")
@@ -243,7 +253,8 @@ def test_a_picture_that_cannot_be_decoded_is_named_and_its_place_stays(write_set
     ]  # once, not each epoch
 
 
-def test_more_than_one_percent_of_bad_pictures_stops_with_the_list(write_set, noise):
+def test_too_many_bad(write_set, noise):
+    """More than one per cent of bad pictures stop the run, with a list of them."""
     samples = [(["a"], b"junk" if i in (3, 17) else noise(i)) for i in range(SAMPLES)]
     with pytest.raises(ValueError, match=rf"2 of {SAMPLES} pictures cannot be decoded(.|\n)*k3: (.|\n)*k17: "):
         list(stream(write_set(samples), shuffle=False).batches())
@@ -263,7 +274,8 @@ def counted(budget, samples, bad):
     )
 
 
-def test_a_hundred_bad_pictures_in_a_row_stop_the_run_and_ninety_nine_do_not():
+def test_bad_in_a_row():
+    """A hundred bad pictures in a row stop the run, and ninety-nine do not."""
     budget = ErrorBudget(Keys(), 10**6)
     counted(budget, range(98), range(98))
     counted(budget, [98, PADDING, 99], [98])  # 99 in a row; padding is no picture, and 99 is good
@@ -272,7 +284,8 @@ def test_a_hundred_bad_pictures_in_a_row_stop_the_run_and_ninety_nine_do_not():
         counted(budget, [199], [199])
 
 
-def test_the_budget_is_one_percent_of_all_samples_in_each_epoch():
+def test_budget_per_epoch():
+    """The error budget is one per cent of all samples, in each epoch anew."""
     budget = ErrorBudget(Keys(), 500)
     for epoch in range(3):
         for bad in (2, 0, 3):
@@ -282,7 +295,9 @@ def test_the_budget_is_one_percent_of_all_samples_in_each_epoch():
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
-def test_a_long_run_below_the_budget_goes_on_at_any_world_size_and_one_above_it_stops(many_shards, world_size):
+def test_budget_long_run(many_shards, world_size):
+    """At any world size a long run within the error budget goes on, and one above it stops."""
+
     def run(bad):
         plan = Plan(np.arange(60), many_shards.shard_N, 4, seed=3)
         budgets = [ErrorBudget(many_shards, 60, share=0.05) for _ in range(world_size)]
@@ -303,7 +318,9 @@ def test_a_long_run_below_the_budget_goes_on_at_any_world_size_and_one_above_it_
         run([5, 7, 11, 13])
 
 
-def test_a_mistake_in_a_transform_is_not_taken_for_a_bad_picture(pictures):
+def test_mistake_in_transform(pictures):
+    """A mistake in a transform is not taken for a bad picture."""
+
     class Broken(Resized):
         def __call__(self, picture, rng):
             raise RuntimeError("a bug")
@@ -312,7 +329,8 @@ def test_a_mistake_in_a_transform_is_not_taken_for_a_bad_picture(pictures):
         list(stream(pictures, transform=Broken(8)).batches())
 
 
-def test_a_world_size_that_does_not_divide_is_refused_before_anything_is_read(pictures):
+def test_indivisible_world_size(pictures):
+    """A world size that does not divide the batch is refused before anything is read."""
     with pytest.raises(ValueError, match="6 does not divide among 4 processes"):
         stream(pictures, world_size=4)
 
@@ -359,8 +377,8 @@ def test_weights_are_float32(pictures):
     assert {batch.weight_B.dtype for batch in stream(pictures).batches()} == {torch.float32}
 
 
-def test_ranks_add_up_their_bad_pictures(write_set, noise):
-    """One of 20 is allowed; one here and one of another rank are too many, and each rank says what it met itself."""
+def test_bad_across_ranks(write_set, noise):
+    """Ranks add up bad pictures: of 20 one may be bad, two on two ranks stop each with its own list."""
     bad = write_set([(["a"], b"junk" if i == 3 else noise(i)) for i in range(SAMPLES)])
     one = stream(bad, shuffle=False, rank=0, world_size=2, batch=10)
     first, *_ = one.batches()

@@ -34,14 +34,16 @@ def assert_shows(view_3HW, top, left, bottom, right):
 
 
 @pytest.mark.parametrize(("height", "width"), [(240, 180), (60, 250), (40, 40)])
-def test_the_resized_picture_is_the_whole_one(height, width):
+def test_resized(height, width):
+    """The resized picture shows the whole picture."""
     view = Resized(32)(ramp(height, width), rng())["image"]
     assert (view.dtype, view.shape) == (np.uint8, (3, 32, 32))
     assert_shows(view, 0, 0, height, width)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_crop_shows_the_part_of_the_picture_that_its_box_names(seed):
+def test_multi_crop_boxes(seed):
+    """A crop shows the part of the picture that its box names."""
     views = MultiCrop(size=96, crop_size=24, crops=6, global_crops=2)(ramp(), rng(seed))
     assert_shows(views["image"], 0, 0, HEIGHT, WIDTH)
     for crops, boxes, count, size in (("crops", "boxes", 6, 24), ("global_crops", "global_boxes", 2, 96)):
@@ -53,7 +55,8 @@ def test_a_crop_shows_the_part_of_the_picture_that_its_box_names(seed):
 
 
 @pytest.mark.parametrize("scale", [(0.1, 0.3), (0.3, 1.0), (0.25, 0.25)])
-def test_boxes_lie_inside_and_take_the_share_of_the_area_that_was_asked(scale):
+def test_random_box(scale):
+    """Random boxes lie inside the picture, and take the share of its area that was asked for."""
     boxes = np.array([random_box(96, 96, rng(seed), scale) for seed in range(500)])
     top, left, bottom, right = boxes.T
     assert (boxes >= 0).all() and (boxes <= 96).all()
@@ -68,14 +71,16 @@ def test_boxes_lie_inside_and_take_the_share_of_the_area_that_was_asked(scale):
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 900), (900, 20), (1, 400)])
-def test_in_an_elongated_picture_the_shape_gives_way_and_the_share_stays(height, width):
+def test_elongated_picture(height, width):
+    """In an elongated picture a box's shape gives way, and its share of the area stays."""
     for seed in range(200):
         top, left, bottom, right = random_box(height, width, rng(seed), (0.25, 1.0))
         assert 0 <= top <= bottom <= height and 0 <= left <= right <= width + 1e-9
         assert 0.25 - 1e-9 <= (bottom - top) * (right - left) / (height * width) <= 1 + 1e-9
 
 
-def test_crops_lie_on_whole_pixels_even_in_the_smallest_pictures():
+def test_whole_pixels():
+    """Crops lie on whole pixels, and are not empty, even in the smallest pictures."""
     for height, width in [(1, 1), (2, 3), (28, 28)]:
         views = MultiCrop(size=16, crop_size=8, crops=50)(ramp(height, width), rng())
         edges = views["boxes"] * np.array([height, width] * 2) / 16
@@ -83,13 +88,15 @@ def test_crops_lie_on_whole_pixels_even_in_the_smallest_pictures():
         assert (views["boxes"][:, 2:] > views["boxes"][:, :2]).all() and views["boxes"].max() <= 16
 
 
-def test_crops_belong_to_the_generator_alone():
+def test_crops_by_generator():
+    """Crops depend on the random generator alone."""
     views = [MultiCrop(32, 16, 2)(ramp(), rng(seed)) for seed in (0, 0, 1)]
     assert all(np.array_equal(views[0][name], views[1][name]) for name in views[0])
     assert not np.array_equal(views[0]["boxes"], views[2]["boxes"])
 
 
-def test_random_crops_are_mirrored_half_of_the_time():
+def test_random_resized_crop():
+    """Random resized crops are mirrored half of the time, never upside down, and of all sizes."""
     mirrored, shares = 0, []
     for seed in range(300):
         view = RandomResizedCrop(16)(ramp(), rng(seed))["image"].astype(float)
@@ -102,7 +109,8 @@ def test_random_crops_are_mirrored_half_of_the_time():
 
 
 @pytest.mark.parametrize("transform", [Resized(16), MultiCrop(16, 8, 2, global_crops=1), RandomResizedCrop(16)])
-def test_the_place_of_a_missing_picture_has_the_shapes_of_the_others(transform):
+def test_blank(transform):
+    """The blank views of a missing picture have the shapes and types of the others."""
     real, blank = transform(ramp(), rng()), transform.blank()
     assert {k: (v.shape, v.dtype) for k, v in real.items()} == {k: (v.shape, v.dtype) for k, v in blank.items()}
     assert not any(v.any() for k, v in blank.items() if not k.endswith("boxes"))
@@ -119,14 +127,16 @@ def test_to_float_by_hand():
     torch.testing.assert_close(found[0, 0], expected)
 
 
-def test_the_centre_crop_is_the_centre_of_the_resized_picture():
+def test_centre_crop():
+    """The centre crop is the centre of the resized picture."""
     view = CentreCrop(28, 32)(ramp(), rng())["image"]
     assert (view.dtype, view.shape) == (np.uint8, (3, 28, 28))
     assert_shows(view, HEIGHT / 16, WIDTH / 16, HEIGHT * 15 / 16, WIDTH * 15 / 16)
     np.testing.assert_array_equal(CentreCrop(32, 32)(ramp(), rng())["image"], Resized(32)(ramp(), rng())["image"])
 
 
-def test_random_crops_have_the_size_of_the_centre_lie_anywhere_and_are_mirrored_half_of_the_time():
+def test_random_crop():
+    """Random crops have the centre crop's size, lie anywhere, and half are mirrored unless told not to."""
     views = np.stack([RandomCrop(24, 32)(ramp(), rng(seed))["image"] for seed in range(200)]).astype(float)
     top, bottom = views[:, 0, 2].mean(axis=1), views[:, 0, -3].mean(axis=1)
     assert bottom - top == pytest.approx(np.full(200, HEIGHT * 0.75 * 19 / 24), abs=2)

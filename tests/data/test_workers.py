@@ -32,13 +32,15 @@ class Deadly(Resized):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_is_killed_stops_the_run_with_a_sentence(pictures):
+def test_killed_worker(pictures):
+    """A worker that is killed stops the run with a sentence that says so."""
     with pytest.raises(OSError, match=r"a process that reads .* was it killed.* Or did it never start"):
         list(stream(pictures, Deadly(8), workers=1).batches())
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
-def test_so_does_one_that_is_killed_with_batches_waiting(pictures, number):
+def test_killed_with_queue(pictures, number):
+    """A worker that is killed while batches wait in its queue stops the run with a sentence, too."""
     others = multiprocessing.active_children()
     batches = stream(pictures, Resized(8), workers=2).batches(epochs=None)
     next(batches)
@@ -50,7 +52,8 @@ def test_so_does_one_that_is_killed_with_batches_waiting(pictures, number):
             next(batches)
 
 
-def test_signals_that_ask_the_run_to_stop_do_not_end_its_workers(pictures, tmp_path):
+def test_signals_spare_workers(pictures, tmp_path):
+    """Signals that ask the run to stop do not end its workers."""
     script = tmp_path / "run.py"
     script.write_text(
         """
@@ -92,7 +95,8 @@ class Stuck(Resized):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_stuck_worker_ends_with_its_run(pictures, tmp_path, number):
+def test_stuck_worker(pictures, tmp_path, number):
+    """A stuck worker ends with its run."""
     script = tmp_path / "run.py"
     script.write_text(
         f"""

@@ -48,7 +48,8 @@ def images(make):
 
 
 @every_detector
-def test_what_it_was_fitted_to_scores_lower_than_what_it_was_not(make, images):
+def test_novel_scores_higher(make, images):
+    """Novel images score higher than the images it was fitted to, in more than 80% of the pairs."""
     known_ND, class_N, novel_ND = images
     detector = make().fit(known_ND, class_N)
     assert isinstance(detector, FeatureDetector) and list(detector.classes_) == ["ant", "bee", "cat", "dog"]
@@ -58,7 +59,8 @@ def test_what_it_was_fitted_to_scores_lower_than_what_it_was_not(make, images):
 
 
 @every_detector
-def test_a_score_depends_on_its_image_alone_and_a_second_fit_changes_nothing(make, images):
+def test_score_independent_of_batch(make, images):
+    """A score depends on its image alone, and a second fit gives the same scores."""
     known_ND, class_N, novel_ND = images
     detector = make().fit(known_ND, class_N)
     whole_N = detector.score(novel_ND)
@@ -69,7 +71,8 @@ def test_a_score_depends_on_its_image_alone_and_a_second_fit_changes_nothing(mak
 
 
 @every_detector
-def test_the_order_of_the_training_images_does_not_matter(make, images):
+def test_training_order(make, images):
+    """The order of the training images does not matter."""
     known_ND, class_N, novel_ND = images
     order_N = np.random.default_rng(1).permutation(60)
     if make is DETECTORS["knfst_nystroem"] or make is DETECTORS["mixture"]:
@@ -79,7 +82,8 @@ def test_the_order_of_the_training_images_does_not_matter(make, images):
 
 
 @every_detector
-def test_what_is_learned_ends_in_an_underscore_and_is_numbers_and_arrays(make, images):
+def test_learned_attributes(make, images):
+    """Names of learned attributes end in an underscore, and their values are numbers and arrays."""
     known_ND, class_N, _ = images
     given = vars(make())
     learned = {name: value for name, value in vars(make().fit(known_ND, class_N)).items() if name not in given}
@@ -88,7 +92,8 @@ def test_what_is_learned_ends_in_an_underscore_and_is_numbers_and_arrays(make, i
 
 
 @every_detector
-def test_features_that_are_not_finite_are_counted_and_refused(make, images):
+def test_nonfinite_features(make, images):
+    """Images whose features are NaN or infinite are counted and refused, when fitting and when scoring."""
     known_ND, class_N, novel_ND = images
     broken_ND = known_ND.copy()
     broken_ND[[3, 7], 1] = np.nan, np.inf
@@ -113,7 +118,8 @@ def test_mistakes_are_told(make, images):
 
 
 @every_detector
-def test_one_known_class_is_enough_or_the_method_says_that_it_needs_two(make, images):
+def test_single_class(make, images):
+    """One known class is enough, or the method says that it needs two."""
     known_ND, _, novel_ND = images
     if make in (DETECTORS["openmax"], DETECTORS["knfst_nystroem"]):
         with pytest.raises(ValueError, match="at least 2"):

@@ -58,7 +58,8 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
-def test_a_loaded_detector_scores_the_same_bits(tmp_path, pictures, changes):
+def test_save_load_same_bits(tmp_path, pictures, changes):
+    """A loaded detector scores the same bits."""
     detector = a_detector(**changes)
     before, maps = detector.score(pictures), detector.score_map(pictures)
     detector.calibrate(before)
@@ -72,21 +73,24 @@ def test_a_loaded_detector_scores_the_same_bits(tmp_path, pictures, changes):
     assert before.std() > 0
 
 
-def test_a_picture_scores_the_same_bits_in_any_order_and_grouping(detector, pictures):
+def test_order_and_grouping(detector, pictures):
+    """A picture scores the same bits in any order and grouping."""
     together = detector.score(pictures)
     assert np.array_equal(detector.score(pictures[::-1]), together[::-1])
     assert np.array_equal(np.concatenate([detector.score([picture]) for picture in pictures]), together)
     assert np.array_equal(detector.score(picture for picture in pictures[3:]), together[3:])
 
 
-def test_every_forward_pass_has_the_shape_it_had_in_training(detector, pictures, monkeypatch):
+def test_fixed_batch_shape(detector, pictures, monkeypatch):
+    """Every forward pass has the shape it had in training, the last batch too."""
     shapes, score_tensor = [], detector.score_tensor
     monkeypatch.setattr(detector, "score_tensor", lambda image: [shapes.append(image.shape), score_tensor(image)][1])
     assert len(detector.score(pictures)) == 12
     assert shapes == [(5, 3, 32, 32)] * 3  # a kernel's rounding can depend on it
 
 
-def test_paths_arrays_and_pictures_are_the_same_input(detector, pictures, tmp_path):
+def test_input_kinds(detector, pictures, tmp_path):
+    """Paths, arrays and pictures are the same input, and grey is taken as RGB."""
     pictures[0].save(tmp_path / "0.png")
     inputs = [pictures[0], np.asarray(pictures[0]), tmp_path / "0.png", str(tmp_path / "0.png")]
     scores = detector.score(inputs)
@@ -95,7 +99,8 @@ def test_paths_arrays_and_pictures_are_the_same_input(detector, pictures, tmp_pa
     assert detector.score([grey, np.asarray(grey)]).tolist() == detector.score([grey.convert("RGB")] * 2).tolist()
 
 
-def test_the_score_is_the_mean_of_its_map_and_that_the_distance_of_the_networks_tokens(detector, pictures):
+def test_score_map(detector, pictures):
+    """The score is the mean of its map, and the map is the distance between the two networks' tokens."""
     scores, maps = detector.score(pictures[:2]), detector.score_map(pictures[:2])
     assert (scores.dtype, maps.shape) == (np.float64, (2, 4, 4))
     np.testing.assert_allclose(maps.mean(axis=(1, 2)), scores, rtol=1e-5)
@@ -114,12 +119,14 @@ def test_no_pictures_have_no_scores(detector):
     assert detector.score_map([]).shape == (0, 4, 4)
 
 
-def test_a_student_that_is_the_teacher_finds_nothing_novel(detector, pictures):
+def test_student_is_teacher(detector, pictures):
+    """A student that is the teacher finds nothing novel: every score is zero."""
     same = DistillationDetector(detector.teacher, detector.teacher, SCORING)
     assert not same.score(pictures).any()
 
 
-def test_the_threshold_is_a_score_that_the_quantile_does_not_exceed(detector):
+def test_threshold(detector):
+    """The threshold is one of the known scores, the first that the quantile does not exceed."""
     known = np.random.default_rng(0).permutation(np.arange(1.0, 101))
     assert detector.calibrate(known) == 96  # the quantile lies between 95 and 96
     assert (detector.scoring.threshold, detector.scoring.threshold_quantile) == (96, 0.95)
@@ -128,12 +135,14 @@ def test_the_threshold_is_a_score_that_the_quantile_does_not_exceed(detector):
     assert detector.calibrate(np.array([2.5])) == 2.5
 
 
-def test_without_held_out_images_there_is_no_threshold(detector):
+def test_threshold_without_images(detector):
+    """Without held-out images there is no threshold."""
     assert detector.calibrate(np.zeros(0)) is None
     assert detector.scoring.threshold is None
 
 
-def test_a_folder_without_a_detector_and_an_unknown_method_are_refused(detector, tmp_path):
+def test_load_refuses(detector, tmp_path):
+    """A folder without a detector and a detector of an unknown method are refused."""
     with pytest.raises(ValueError, match=r"holds no detector\.json: give the folder"):
         bigtrain.load_detector(tmp_path)
     detector.save(tmp_path / "detector")
@@ -144,7 +153,8 @@ def test_a_folder_without_a_detector_and_an_unknown_method_are_refused(detector,
         bigtrain.load_detector(tmp_path / "detector")
 
 
-def test_a_detector_holds_no_pickle_and_saving_again_replaces_it(detector, pictures, tmp_path):
+def test_saved_files(detector, pictures, tmp_path):
+    """A saved detector is JSON and safetensors, with no pickle, and saving again replaces it."""
     files = ["detector.json", "student.safetensors", "teacher.safetensors"]
     for batch in (5, 3):
         replaced = DistillationDetector(detector.teacher, detector.student, replace(SCORING, batch=batch))
@@ -154,6 +164,7 @@ def test_a_detector_holds_no_pickle_and_saving_again_replaces_it(detector, pictu
     assert [path.name for path in tmp_path.iterdir()] == ["detector"]
 
 
-def test_the_package_has_no_other_lazy_names():
+def test_lazy_names():
+    """The package's only lazy name is `load_detector`: another is an AttributeError."""
     with pytest.raises(AttributeError, match="no attribute 'load_detectors'"):
         bigtrain.load_detectors  # noqa: B018

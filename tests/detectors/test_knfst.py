@@ -20,7 +20,8 @@ def projected(detector, features_ND):
 
 
 @pytest.mark.parametrize("kernel", ["intersection", "rbf"])
-def test_each_training_class_collapses_to_a_point_and_there_are_c_minus_1_dimensions(images, kernel):
+def test_classes_collapse(images, kernel):
+    """Each training class collapses to a point, and C classes give C - 1 null dimensions."""
     known_ND, class_N, _ = images
     detector = KNFST(kernel).fit(known_ND, class_N)
     assert detector.to_null_NJ_.shape == (48, 3) and detector.point_CJ_.shape == (4, 3)
@@ -29,8 +30,8 @@ def test_each_training_class_collapses_to_a_point_and_there_are_c_minus_1_dimens
 
 
 @pytest.mark.parametrize("kernel", ["intersection", "rbf"])
-def test_scores_are_those_of_the_definition(images, kernel):
-    """Bodesheim 2013, 3.2: eigenvectors of the centred kernel, then the null space of the within-class scatter."""
+def test_bodesheim_definition(images, kernel):
+    """Scores are Bodesheim 2013, 3.2: centred kernel's eigenvectors, null space of within-class scatter."""
     known_ND, class_N, seen_ND = images
     detector = KNFST(kernel).fit(known_ND, class_N)
     n = len(known_ND)
@@ -48,14 +49,16 @@ def test_scores_are_those_of_the_definition(images, kernel):
     np.testing.assert_allclose(detector.score(seen_ND), np.linalg.norm(gaps, axis=2).min(axis=1), rtol=1e-6)
 
 
-def test_the_kernel_is_the_intersection_of_histograms(images):
+def test_intersection_kernel(images):
+    """The default kernel is the intersection of histograms that sum to one."""
     known_ND, _, seen_ND = images
     left, right = seen_ND / seen_ND.sum(axis=1, keepdims=True), known_ND / known_ND.sum(axis=1, keepdims=True)
     by_hand = np.minimum(left[:, None], right).sum(axis=2)
     np.testing.assert_allclose(KNFST()._kernel(seen_ND, known_ND), by_hand, atol=1e-14)
 
 
-def test_one_class_is_told_from_the_origin_by_hand():
+def test_one_class_by_hand():
+    """One class is told from the origin, with the scores worked out by hand."""
     # orthogonal histograms: K = I, so f(x) = k(x)' 1, the class lies at 1 and the direction's length is sqrt(2)
     detector = KNFST().fit(np.eye(3)[:2])
     # known: 1; third histogram: 0; half of each: 1/2 + 1/2
@@ -63,7 +66,8 @@ def test_one_class_is_told_from_the_origin_by_hand():
     np.testing.assert_allclose(found, np.array([0, 1, 0, 0.5]) / np.sqrt(2), atol=1e-12)
 
 
-def test_two_classes_of_one_image_each_by_hand():
+def test_two_classes_by_hand():
+    """Two classes of one image each score as worked out by hand."""
     # phi_1, phi_2 orthonormal: one direction, (phi_1 - phi_2)/sqrt(2); the classes lie at +- 1/sqrt(2)
     detector = KNFST().fit(np.eye(3)[:2], ["a", "b"])
     found = detector.score(np.array([[1.0, 0, 0], [0, 0, 1], [1, 0, 1]]))
@@ -71,13 +75,15 @@ def test_two_classes_of_one_image_each_by_hand():
 
 
 @pytest.mark.parametrize("neighbours", [48, 1000])
-def test_local_knfst_with_all_neighbours_is_knfst(images, neighbours):
+def test_local_all_neighbours(images, neighbours):
+    """Local KNFST with all images as neighbours is KNFST."""
     known_ND, class_N, seen_ND = images
     whole = KNFST().fit(known_ND, class_N).score(seen_ND)
     np.testing.assert_allclose(LocalKNFST(neighbours=neighbours).fit(known_ND, class_N).score(seen_ND), whole)
 
 
-def test_local_knfst_is_knfst_on_the_nearest(images):
+def test_local_nearest(images):
+    """Local KNFST is KNFST fitted to the nearest images alone."""
     known_ND, class_N, seen_ND = images
     local = LocalKNFST(neighbours=12).fit(known_ND, class_N)
     for row in range(3):
@@ -86,7 +92,8 @@ def test_local_knfst_is_knfst_on_the_nearest(images):
         np.testing.assert_allclose(local.score(seen_ND)[row], alone[0])
 
 
-def test_landmarks_of_all_images_are_the_exact_space_and_half_of_them_are_near(images):
+def test_landmarks(images):
+    """With all images as landmarks the space is exact; with half of them the scores correlate with it."""
     known_ND, class_N, seen_ND = images
     exact = KNFST("rbf").fit(known_ND, class_N).score(seen_ND)
     np.testing.assert_allclose(KNFST("rbf", landmarks=48).fit(known_ND, class_N).score(seen_ND), exact, rtol=1e-6)
@@ -95,7 +102,8 @@ def test_landmarks_of_all_images_are_the_exact_space_and_half_of_them_are_near(i
     assert np.corrcoef(half.score(seen_ND), exact)[0, 1] > 0.5
 
 
-def test_a_picture_in_two_classes_ties_them_and_leaves_the_others_apart(images):
+def test_image_in_two_classes(images):
+    """A picture in two classes ties them into one point, and leaves the others apart."""
     known_ND, class_N, _ = images
     twice_ND, twice_N = np.concatenate([known_ND, known_ND[:1]]), np.append(class_N, 1)  # an image of class 0
     detector = KNFST().fit(twice_ND, twice_N)
@@ -105,18 +113,21 @@ def test_a_picture_in_two_classes_ties_them_and_leaves_the_others_apart(images):
     assert detector.score(twice_ND).max() < 1e-5
 
 
-def test_classes_that_cannot_be_told_apart_are_refused():
+def test_no_null_space():
+    """Classes that cannot be told apart have no null space and are refused."""
     with pytest.raises(ValueError, match="no null space"):
         null_space_of(np.ones((4, 4)), np.array([0, 0, 1, 1]))
 
 
-def test_negative_features_have_no_histogram_and_the_kernel_for_them_is_named(images):
+def test_negative_features(images):
+    """Negative features have no histogram, and the refusal names the kernel for them."""
     known_ND, class_N, _ = images
     with pytest.raises(ValueError, match=r"48 of 48 images have negative features.*kernel='rbf'"):
         KNFST().fit(known_ND - 9, class_N)
 
 
-def test_more_images_than_memory_is_made_for_are_refused_with_their_size(images, monkeypatch):
+def test_too_many_images(images, monkeypatch):
+    """More images than memory allows are refused: KNFST names landmarks, local KNFST the size and limit."""
     known_ND, class_N, _ = images
     monkeypatch.setattr(knfst, "MAX_IMAGES", 40)
     monkeypatch.setattr(knfst, "MAX_LOCAL_IMAGES", 47)

@@ -12,7 +12,8 @@ from bigtrain.models.vit import Architecture, ViT
 from bigtrain.models.weights import Pretrained
 
 
-def test_the_score_is_the_sum_of_the_two_smallest_squared_distances_by_hand():
+def test_score_by_hand():
+    """The score is the sum of the two smallest squared distances, by hand, in float64."""
     known_ND = np.array([[0.0, 0], [3, 4], [0, 1], [10, 0]])
     scores = NearestNeighbours().fit(known_ND).score(np.array([[0.0, 0], [0, 5], [10, 0]]))
     assert scores.tolist() == pytest.approx([0 + 1, (9 + 1) + 16, 0 + (49 + 16)])
@@ -20,7 +21,8 @@ def test_the_score_is_the_sum_of_the_two_smallest_squared_distances_by_hand():
 
 
 @pytest.mark.parametrize("neighbours", [1, 2, 5])
-def test_scores_are_those_of_scikit_learn(neighbours):
+def test_scores_sklearn(neighbours):
+    """Scores are the sums of scikit-learn's squared neighbour distances."""
     rng = np.random.default_rng(0)
     known_ND, seen_ND = rng.normal(size=(50, 8)), rng.normal(size=(20, 8))
     distance_NK = Reference(n_neighbors=neighbours, algorithm="kd_tree").fit(known_ND).kneighbors(seen_ND)[0]
@@ -28,19 +30,22 @@ def test_scores_are_those_of_scikit_learn(neighbours):
     np.testing.assert_allclose(found, (distance_NK**2).sum(axis=1))
 
 
-def test_one_known_image_is_enough_and_none_is_refused():
+def test_one_or_no_image():
+    """One known image is enough, and none is refused."""
     assert NearestNeighbours(2).fit(np.array([[1.0]])).score(np.array([[4.0]])).tolist() == [9]
     with pytest.raises(ValueError, match="at least one is needed"):
         NearestNeighbours().fit(np.zeros((0, 3)))
 
 
-def test_what_was_fitted_scores_as_near_and_what_is_far_as_novel():
+def test_far_is_novel():
+    """What is like the fitted images scores as near, and what is far from them as novel."""
     rng = np.random.default_rng(0)
     index = NearestNeighbours().fit(rng.normal(size=(100, 4)))
     assert index.score(rng.normal(size=(50, 4)) + 9).min() > index.score(rng.normal(size=(50, 4))).max()
 
 
-def test_pixel_features_are_the_picture_at_32_pixels():
+def test_pixel_features():
+    """Pixel features are the picture resized to 32 x 32 pixels, scaled to 0 to 1."""
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     torch.testing.assert_close(pixel_features(images), images.flatten(1).float() / 255)
     large = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -50,7 +55,8 @@ def test_pixel_features_are_the_picture_at_32_pixels():
 
 
 @torch.no_grad()
-def test_token_features_are_the_mean_direction_of_the_patch_tokens():
+def test_token_features():
+    """Token features are the mean direction of the patch tokens, as a unit vector."""
     architecture = Architecture("vit_tiny_patch16_224", 32, 8, 1)
     torch.manual_seed(0)
     net = architecture.build().eval()

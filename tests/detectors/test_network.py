@@ -36,7 +36,8 @@ def pictures():
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_loaded_detector_gives_the_same_bits(network, pictures, tmp_path, name):
+def test_save_load_same_bits(network, pictures, tmp_path, name):
+    """With every method a loaded detector gives the same bits and threshold, and no pickle is saved."""
     scoring = SCORING if name in ON_FEATURES else ON_HEAD
     detector = NetworkDetector(network, detector_class(name)(), scoring)
     rng = np.random.default_rng(0)
@@ -56,7 +57,8 @@ def test_a_loaded_detector_gives_the_same_bits(network, pictures, tmp_path, name
     assert record["method"] == "network" and record["detector"]["name"] == name
 
 
-def test_it_sees_the_centre_of_the_picture(network, pictures):
+def test_centre_crop(network, pictures):
+    """The detector sees only the centre of the picture."""
     detector = NetworkDetector(network, MaxLogit().fit(np.zeros((1, 3))), ON_HEAD)
     assert detector.view() == CentreCrop(32, 36)
     framed = pictures[0].resize((72, 72))
@@ -65,7 +67,8 @@ def test_it_sees_the_centre_of_the_picture(network, pictures):
     np.testing.assert_array_equal(detector.score([framed]), detector.score([outside]))
 
 
-def test_it_says_which_known_class_a_picture_shows(network, pictures):
+def test_known_class(network, pictures):
+    """The detector says which known class a picture shows."""
     detector = NetworkDetector(network, MaxLogit().fit(np.zeros((1, 3))), ON_HEAD)
     view = torch.from_numpy(detector.view()(Picture.of(pictures[0]), np.random.default_rng(0))["image"])[None]
     found = detector.score_tensor(view)

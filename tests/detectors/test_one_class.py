@@ -15,7 +15,8 @@ def images():
     return rng.normal(size=(40, 5)) + 3 * (np.arange(40) % 2)[:, None], np.arange(40) % 2, rng.normal(size=(20, 5)) * 3
 
 
-def test_one_svm_a_class_and_the_best_of_them(images):
+def test_ocsvm_per_class(images):
+    """There is one SVM for each class, as scikit-learn fits it, and the best of them gives the score."""
     known_ND, class_N, seen_ND = images
     gamma = 1 / (5 * known_ND.var())
     each = []
@@ -27,7 +28,8 @@ def test_one_svm_a_class_and_the_best_of_them(images):
     np.testing.assert_allclose(found, -np.max(each, axis=0), atol=1e-8)
 
 
-def test_svdd_is_an_affine_function_of_the_one_class_svm_around_all(images):
+def test_svdd_ocsvm_affine(images):
+    """SVDD is an affine function, twice the score, of the one-class SVM fitted to all classes together."""
     known_ND, class_N, seen_ND = images
     plane = OneClassSVM(nu=0.3).fit(known_ND).score(seen_ND)
     sphere = SVDD(nu=0.3).fit(known_ND, class_N).score(seen_ND)
@@ -54,7 +56,8 @@ def test_svdd_is_the_smallest_sphere(images):
     np.testing.assert_allclose(SVDD(nu).fit(known_ND).score(seen_ND), squared_distance(seen_ND) - radius, atol=1e-4)
 
 
-def test_about_the_share_nu_of_the_known_images_is_outside():
+def test_nu_share_outside():
+    """About the share nu of the known images lies outside."""
     known_ND = np.random.default_rng(0).normal(size=(300, 3))
     for method in (OneClassSVM, SVDD):
         assert (method(nu=0.2).fit(known_ND).score(known_ND) > 1e-6).mean() == pytest.approx(0.2, abs=0.03)

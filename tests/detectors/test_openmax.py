@@ -27,7 +27,8 @@ def test_three_classes_by_hand():
     assert found == pytest.approx(np.log(share / (1 - share)))
 
 
-def test_distributions_are_those_of_scipy_on_the_tail_of_the_images_classified_rightly():
+def test_weibull_scipy():
+    """The Weibull fits are SciPy's, on the tail of each class's correctly classified images."""
     rng = np.random.default_rng(0)
     class_N = np.repeat(np.arange(3), 40)
     logits_NC = rng.normal(size=(120, 3)) + 1.5 * np.eye(3)[class_N]
@@ -49,7 +50,8 @@ def test_scores_do_not_saturate():
     assert np.isfinite(found).all() and len(set(found)) == 3
 
 
-def test_a_class_that_the_network_never_gets_right_is_told(caplog):
+def test_class_never_right(caplog):
+    """A class that the network never gets right is logged in a warning."""
     rng = np.random.default_rng(0)
     class_N = np.repeat(np.arange(3), 10)
     logits_NC = rng.normal(size=(30, 3)) + 5 * np.eye(3)[[0] * 10 + [1] * 10 + [1] * 10]
@@ -58,6 +60,7 @@ def test_a_class_that_the_network_never_gets_right_is_told(caplog):
     assert "0 image of class c is classified rightly" in caplog.text
 
 
-def test_features_that_are_no_logits_are_refused():
+def test_not_logits():
+    """Features that are not logits, one for each known class, are refused."""
     with pytest.raises(ValueError, match="one for each of the 2 known classes, and rows of 7"):
         OpenMax().fit(np.eye(7), [0, 0, 0, 1, 1, 1, 1])

@@ -17,7 +17,8 @@ def drawn(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("count", [20, 600, 20_000])
-def test_roc_points_start_and_end_where_those_of_scikit_learn_do_and_are_few(count):
+def test_roc_points(count):
+    """ROC points start and end where scikit-learn's do, are few, and keep the area under the curve."""
     novel_N, score_N = drawn(count)
     points = roc_points(novel_N, score_N)
     fpr_T, tpr_T, _ = roc_curve(novel_N, score_N)
@@ -36,7 +37,8 @@ def test_histogram_counts_every_score():
     assert (counts.edges[0], counts.edges[-1], counts.open_ended) == (score_N.min(), score_N.max(), False)
 
 
-def test_a_few_extreme_scores_do_not_squeeze_the_histogram_and_are_counted_in_its_outer_bins():
+def test_histogram_outliers():
+    """A few extreme scores do not squeeze the histogram and are counted in its outer bins."""
     novel_N, score_N = drawn(1000)
     score_N[:3] = [-1e6, 1e6, 1e6]
     counts = histogram(novel_N, score_N)
@@ -57,18 +59,21 @@ def test_a_few_extreme_scores_do_not_squeeze_the_histogram_and_are_counted_in_it
         (0, 1.6e6, ["0", "5e5", "1e6", "1.5e6"]),
     ],
 )
-def test_ticks_are_round_numbers_written_with_the_digits_they_need(low, high, labels):
+def test_tick_labels(low, high, labels):
+    """Ticks are round numbers, written with the digits they need."""
     found = tick_labels(ticks(low, high))
     assert [float(label) for label in found] == [float(label) for label in labels]
     assert all(len(label) <= 7 for label in found)
 
 
-def test_ticks_far_from_zero_stay_distinct():
+def test_ticks_far_from_zero():
+    """Ticks far from zero stay distinct."""
     found = tick_labels(ticks(123456.7, 123456.9))
     assert len(set(found)) == len(found) >= 3
 
 
-def test_the_frame_puts_the_origin_at_the_lower_left():
+def test_frame_origin():
+    """The frame puts the origin at the lower left."""
     frame = Frame(x_range=(0, 2), y_range=(0, 1))
     assert (frame.x(0), frame.y(0)) == (frame.left, frame.height - frame.bottom)
     assert (frame.x(2), frame.y(1)) == (frame.width - frame.right, frame.top)
@@ -80,7 +85,8 @@ def test_names_in_a_chart_are_escaped():
     assert "&lt;b&gt;&amp;" in chart
 
 
-def test_histogram_bars_are_shares_of_their_own_class():
+def test_histogram_shares():
+    """The histogram's bars are shares of their own class."""
     # ten known at 0, one novel at 1: both bars are 100 % high, so their tops lie at the same height
     novel_N = np.array([False] * 10 + [True])
     counts = histogram(novel_N, novel_N.astype(float))
@@ -91,7 +97,8 @@ def test_histogram_bars_are_shares_of_their_own_class():
     assert tops[0] == tops[1]
 
 
-def test_the_threshold_is_drawn_only_where_it_lies_in_the_range():
+def test_threshold_drawn():
+    """The threshold is drawn only where it lies in the range."""
     counts = histogram(*drawn(100))
     assert 'class="threshold"' in str(histogram_chart(counts, threshold=0.5))
     assert 'class="threshold"' not in str(histogram_chart(counts, threshold=50))

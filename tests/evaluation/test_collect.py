@@ -38,12 +38,14 @@ def means(shard_set):
     return collect(Accelerator(cpu=True), stream, {"mean": lambda image_B3HW: image_B3HW.float().mean(dim=(1, 2, 3))})
 
 
-def test_a_picture_that_cannot_be_decoded_is_left_out_and_counts_once(spoiled):
+def test_undecodable_left_out(spoiled):
+    """A picture that cannot be decoded is left out and counts once."""
     sample_N, values = means(spoiled(1))
     assert sample_N.tolist() == list(range(1, 20))
     assert len(values["mean"]) == 19
 
 
-def test_more_than_the_budget_allows_stop_the_evaluation(spoiled):
+def test_over_budget(spoiled):
+    """More undecodable pictures than the budget allows stop the evaluation."""
     with pytest.raises(ValueError, match="2 of 20 pictures cannot be decoded"):
         means(spoiled(2))

@@ -14,11 +14,14 @@ KNOWN = np.array([[1.0, -1, -2, -1], [-1, -3, -1, 2]])
 REFERENCE = np.array([[-1.0, 2, -1, 1], [1, -1, -2, 1]])
 
 
-def test_a_globally_negative_filter_speaks_against_all_known_and_for_some_reference_class():
+def test_globally_negative():
+    """A globally negative filter speaks against all known classes and for some reference class."""
     assert globally_negative(KNOWN, REFERENCE).tolist() == [False, True, False, False]
 
 
-def test_activation_and_evidence_by_hand(write_set, tmp_path):
+def test_activation_and_evidence(write_set, tmp_path):
+    """Activation and evidence are as worked out by hand, and the page tells them with names escaped."""
+
     def stream(name, colours):
         images = [([name], png(np.full((8, 8, 3), colour, np.uint8))) for colour in colours]
         shard_set = write_set(images, name=name)

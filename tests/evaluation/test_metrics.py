@@ -78,7 +78,8 @@ def test_detection_error_by_hand():
 
 @pytest.mark.parametrize("levels", [0, 1, 4])
 @pytest.mark.parametrize(("known", "novel"), [(50, 50), (10, 300), (301, 7)])
-def test_figures_are_those_of_scikit_learn_with_and_without_ties(known, novel, levels):
+def test_figures_as_sklearn(known, novel, levels):
+    """The figures are those of scikit-learn, with ties and without."""
     novel_N, score_N = simulated(known, novel, 1.0, seed=3, levels=levels)
     assert auroc(novel_N, score_N).value == pytest.approx(roc_auc_score(novel_N, score_N), abs=1e-12)
     assert aupr_out(novel_N, score_N).value == pytest.approx(average_precision_score(novel_N, score_N))
@@ -89,13 +90,15 @@ def test_figures_are_those_of_scikit_learn_with_and_without_ties(known, novel, l
     assert fpr_at_95_tpr_known(novel_N, score_N) == pytest.approx(fpr_T[tpr_T >= 0.95 - 1e-12].min())
 
 
-def test_flipped_scores_give_one_minus_auroc_and_the_mirrored_interval():
+def test_auroc_flipped():
+    """Flipped scores give one minus the AUROC, and the mirrored interval."""
     novel_N, score_N = simulated(40, 60, 0.7, seed=1, levels=4)
     value, low, high = auroc(novel_N, score_N)
     assert auroc(novel_N, -score_N) == pytest.approx((1 - value, 1 - high, 1 - low))
 
 
-def test_structural_components_are_those_of_all_pairs():
+def test_structural_components():
+    """The structural components are those of all pairs, and so is the AUROC's interval."""
     novel_N, score_N = simulated(30, 20, 0.5, seed=2, levels=2)
     novel_M, known_N = score_N[novel_N], score_N[~novel_N]
     won_MN = np.array([[(x > y) + 0.5 * (x == y) for y in known_N] for x in novel_M])
@@ -112,13 +115,15 @@ def test_structural_components_are_those_of_all_pairs():
 
 
 @pytest.mark.parametrize("distance", [0.0, 1.0, 2.0])
-def test_auroc_interval_holds_the_truth_about_95_times_in_100(distance):
+def test_auroc_coverage(distance):
+    """The AUROC's interval holds the truth about 95 times in 100."""
     truth = norm.cdf(distance / np.sqrt(2))
     intervals = [auroc(*simulated(60, 40, distance, seed)) for seed in range(600)]
     assert 0.925 <= np.mean([low <= truth <= high for _, low, high in intervals]) <= 0.975
 
 
-def test_perfect_separation_has_an_interval_that_narrows_with_more_images():
+def test_perfect_separation():
+    """Perfect separation has an interval, which narrows with more images."""
     few = auroc(np.repeat([False, True], 10), np.arange(20))
     many = auroc(np.repeat([False, True], 1000), np.arange(2000))
     assert few.value == few.high == many.value == many.high == 1
@@ -126,7 +131,8 @@ def test_perfect_separation_has_an_interval_that_narrows_with_more_images():
     assert auroc(np.repeat([True, False], 10), np.arange(20)) == pytest.approx((0, 0, 1 - few.low))
 
 
-def test_newcombe_interval_solves_its_equation():
+def test_newcombe_interval():
+    """Both ends of Newcombe's interval solve its equation."""
     low, high = newcombe_interval(0.8, 15, 25)
     for a in (low, high):
         spread = 1 + 19 * ((1 - a) / (2 - a) + a / (1 + a))
@@ -134,14 +140,16 @@ def test_newcombe_interval_solves_its_equation():
     assert low < 0.8 < high
 
 
-def test_a_single_novel_image_still_has_an_interval():
+def test_single_novel_image():
+    """A single novel image still has an interval."""
     value, low, high = auroc([False, False, False, True], [1, 2, 4, 3])
     assert value == pytest.approx(2 / 3)
     assert 0 < low < 0.4 and 0.9 < high < 1
 
 
 @pytest.mark.parametrize("levels", [0, 2])
-def test_bootstrap_figures_of_a_resample_are_those_of_its_images(levels):
+def test_bootstrap_figures(levels):
+    """The bootstrap's figures of a resample are those of the images it drew."""
     novel_N, score_N = simulated(40, 30, 1.0, seed=5, levels=levels)
     [(known_RG, novel_RG)] = resampled_counts(novel_N, score_N, seed=0, resamples=8)
     figures = figures_of_counts(known_RG, novel_RG)
@@ -160,21 +168,24 @@ def test_bootstrap_figures_of_a_resample_are_those_of_its_images(levels):
         assert {name: values[row] for name, values in figures.items()} == pytest.approx(expected)
 
 
-def test_resamples_draw_each_image_once_on_average_from_its_own_class():
+def test_resampled_counts():
+    """Resamples draw each image once on average, and only from its own class."""
     novel_N, score_N = np.array([False, True] * 5), np.arange(10.0)
     [(known_RG, novel_RG)] = resampled_counts(novel_N, score_N, seed=0, resamples=4000)
     assert known_RG.mean(axis=0) == pytest.approx([0, 1] * 5, abs=0.06)
     assert novel_RG.mean(axis=0) == pytest.approx([1, 0] * 5, abs=0.06)
 
 
-def test_bias_corrected_interval_without_bias_is_the_plain_percentiles():
+def test_bias_corrected_interval():
+    """Without bias the bias-corrected interval is the plain percentiles; with bias it shifts."""
     resampled_R = np.linspace(0, 1, 1001)
     assert bias_corrected_interval(0.5, resampled_R) == pytest.approx((0.025, 0.975), abs=1e-3)
     low, high = bias_corrected_interval(0.6, resampled_R)
     assert low > 0.05 and high > 0.975
 
 
-def test_summary_holds_every_figure_inside_its_interval_and_is_ready_for_json():
+def test_summary():
+    """The summary holds every figure inside its interval and is ready for JSON."""
     novel_N, score_N = simulated(200, 100, 1.0, seed=4)
     found = json.loads(json.dumps(summary(novel_N, score_N, seed=1, resamples=200)))
     assert set(found) == {*FIGURES, "counts", "bootstrap"}
@@ -186,13 +197,15 @@ def test_summary_holds_every_figure_inside_its_interval_and_is_ready_for_json():
     assert found["bootstrap"] == {"resamples": 200, "seed": 1}
 
 
-def test_summary_depends_on_the_seed_alone():
+def test_summary_seed():
+    """The summary of the same scores depends on the seed alone."""
     novel_N, score_N = simulated(60, 50, 1.0, seed=4)
     assert summary(novel_N, score_N, seed=1) == summary(novel_N, score_N, seed=1)
     assert summary(novel_N, score_N, seed=1) != summary(novel_N, score_N, seed=2)
 
 
-def test_bootstrap_interval_of_aupr_holds_the_truth_most_times():
+def test_aupr_coverage():
+    """The bootstrap interval of AUPR holds the truth most times."""
     truth = aupr_out(*simulated(200_000, 200_000, 1.0, seed=0)).value
     held = 0
     for seed in range(150):
@@ -201,7 +214,8 @@ def test_bootstrap_interval_of_aupr_holds_the_truth_most_times():
     assert 0.88 <= held / 150 <= 0.99
 
 
-def test_large_sets_get_fewer_resamples_and_say_so():
+def test_fewer_resamples():
+    """Large sets get fewer resamples, and the summary says so."""
     found = summary(*simulated(30_000, 20_000, 1.0, seed=0), resamples=1000)
     assert found["bootstrap"]["resamples"] == 400
 
@@ -221,18 +235,21 @@ def test_large_sets_get_fewer_resamples_and_say_so():
         ([0, 1], [1.0, 2.0], "must be bool"),
     ],
 )
-def test_scores_that_rank_nothing_are_an_error_and_not_a_half(novel_N, score_N, message):
+def test_scores_refused(novel_N, score_N, message):
+    """Scores that rank nothing are an error and not a half, for every figure."""
     for figure in (auroc, aupr_in, aupr_out, fpr_at_95_tpr_novel, fpr_at_95_tpr_known, detection_error, summary):
         with pytest.raises(ValueError, match=message):
             figure(novel_N, score_N)
 
 
-def test_integer_and_float32_scores_rank_like_float64():
+def test_score_dtypes():
+    """Integer and float32 scores rank like each other, as float64 would."""
     novel_N, score_N = simulated(30, 30, 1.0, seed=6, levels=4)
     assert auroc(novel_N, (4 * score_N).astype(np.int32)) == auroc(novel_N, score_N.astype(np.float32))
 
 
-def test_closed_set_accuracy_has_wilson_s_interval():
+def test_wilson_interval():
+    """Closed-set accuracy has Wilson's interval."""
     found = closed_set_accuracy([True] * 8 + [False] * 2)
     z, n, share = 1.959964, 10, 0.8
     centre, half = (
@@ -242,7 +259,8 @@ def test_closed_set_accuracy_has_wilson_s_interval():
     assert found == pytest.approx((0.8, centre - half, centre + half), abs=1e-6)
 
 
-def test_oscr_is_the_area_under_accepted_and_right_against_accepted_novel():
+def test_oscr_area():
+    """OSCR is the area under known images accepted and right against novel images accepted."""
     rng = np.random.default_rng(0)
     novel_N = rng.random(200) < 0.4
     score_N = rng.normal(size=200).round(1) + novel_N
@@ -255,15 +273,16 @@ def test_oscr_is_the_area_under_accepted_and_right_against_accepted_novel():
     assert found.low < found.value < found.high
 
 
-def test_oscr_is_auroc_where_all_are_right_and_nothing_where_none_is():
+def test_oscr_extremes():
+    """OSCR is the AUROC where all are right and zero where none is."""
     rng = np.random.default_rng(0)
     novel_N, score_N = np.arange(60) % 2 == 0, rng.normal(size=60)
     assert oscr(novel_N, score_N, np.ones(60, bool)) == auroc(novel_N, score_N)
     assert oscr(novel_N, score_N, np.zeros(60, bool)).value == 0
 
 
-def test_two_images_a_class_have_delongs_interval():
-    """3 of 4 pairs won; V10 is 1/2, 1 and V01 is 1, 1/2, both of variance 1/8, so sd = sqrt(1/16 + 1/16)."""
+def test_delong_interval():
+    """DeLong, 3 of 4 pairs won: V10 is 1/2, 1, V01 is 1, 1/2, variances 1/8, sd = sqrt(1/16 + 1/16)."""
     logit, half_width = np.log(3), 1.959964 * np.sqrt(1 / 8) / (3 / 16)
     expected = [0.75, 1 / (1 + np.exp(half_width - logit)), 1 / (1 + np.exp(-half_width - logit))]
     assert auroc([False, True, False, True], [1, 2, 3, 4]) == pytest.approx(expected)
@@ -282,7 +301,7 @@ def test_one_resample_is_refused():
     assert summary([False, True, True], [1, 2, 3], resamples=2)["bootstrap"]["resamples"] == 2
 
 
-def test_average_precision_of_counts_by_hand():
-    """Found at the lowest score too: half of the positives at precision 1/2, half at 2/4; twice as many, the same."""
+def test_average_precision():
+    """Found at the lowest score too: half at precision 1/2, half at 2/4; twice as many are the same."""
     negative_RG, positive_RG = np.array([[1, 1, 0], [2, 2, 0]]), np.array([[1, 0, 1], [2, 0, 2]])
     assert average_precision_of_counts(negative_RG, positive_RG).tolist() == [0.5, 0.5]

@@ -77,7 +77,8 @@ def written(tmp_path, **changes) -> tuple[str, Page]:
     return text, page
 
 
-def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(tmp_path):
+def test_self_contained(tmp_path):
+    """The page needs nothing from elsewhere and runs nothing."""
     text, page = written(tmp_path)
     assert "http://" not in text and "https://" not in text
     assert {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"} == set()
@@ -86,7 +87,8 @@ def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(tmp_path):
     assert "url(" not in text and "@import" not in text
 
 
-def test_the_page_says_what_was_judged_and_how_well(tmp_path):
+def test_facts_and_settings(tmp_path):
+    """The page says what was judged, against what, and with which settings."""
     _, page = written(tmp_path)
     shown = " ".join(page.text.split())
     for fact in ("Bags known", "fashion", "Bag (60 images)", "Coat, Dress (40 images)", "nearest neighbour on pixels"):
@@ -95,7 +97,8 @@ def test_the_page_says_what_was_judged_and_how_well(tmp_path):
         assert setting in shown
 
 
-def test_the_table_holds_value_and_interval_of_detector_and_comparison(tmp_path):
+def test_metrics_table(tmp_path):
+    """The table holds each figure's value and interval, of the detector and of the comparison."""
     novel_N = np.repeat([False, True], [60, 40])
     score_N = np.random.default_rng(1).normal(size=100) + novel_N
     found, other = summary(novel_N, score_N, resamples=50), summary(novel_N, -score_N, resamples=50)
@@ -109,7 +112,8 @@ def test_the_table_holds_value_and_interval_of_detector_and_comparison(tmp_path)
             assert f"{value} {low} \u2013 {high}" in shown
 
 
-def test_a_detector_that_a_comparison_beats_says_so(tmp_path):
+def test_beaten_by_comparison(tmp_path):
+    """The page says so where a comparison beats the detector, and only there."""
     novel_N = np.repeat([False, True], 20)
     poor_N, good_N = np.random.default_rng(0).normal(size=40), novel_N + np.linspace(0, 0.1, 40)
     poor, good = summary(novel_N, poor_N, resamples=10), summary(novel_N, good_N, resamples=10)
@@ -119,7 +123,8 @@ def test_a_detector_that_a_comparison_beats_says_so(tmp_path):
     assert "does no better than" not in written(tmp_path, novel_N=novel_N, **winning)[1].text
 
 
-def test_a_detector_that_cannot_be_told_from_chance_says_so(tmp_path):
+def test_chance_level(tmp_path):
+    """The page says so where the detector cannot be told from chance, and only there."""
     novel_N = np.repeat([False, True], 20)
     chance_N, good_N = np.random.default_rng(0).normal(size=40), novel_N + np.linspace(0, 0.1, 40)
     for score_N, says in ((chance_N, True), (good_N, False)):
@@ -129,7 +134,8 @@ def test_a_detector_that_cannot_be_told_from_chance_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}"])
-def test_names_from_outside_come_out_as_text(tmp_path, hostile):
+def test_names_escaped(tmp_path, hostile):
+    """Names from outside come out as text, never as markup, script or template."""
     novel_N = np.repeat([False, True], 10)
     score_N = np.arange(20.0)
     found = summary(novel_N, score_N, resamples=10)
@@ -149,7 +155,8 @@ def test_names_from_outside_come_out_as_text(tmp_path, hostile):
     assert page.text.count(hostile) >= 8
 
 
-def test_pictures_on_the_wrong_side_of_the_threshold_are_marked(tmp_path):
+def test_errors_marked(tmp_path):
+    """Pictures on the wrong side of the threshold are marked as missed or as false alarms."""
     shown = [
         picture("right-novel", novel=True, score=1.1),
         picture("missed-novel", novel=True, score=1.0),  # the threshold itself is still known
@@ -166,7 +173,8 @@ def test_pictures_on_the_wrong_side_of_the_threshold_are_marked(tmp_path):
     ]
 
 
-def test_each_picture_and_each_chart_has_a_text_alternative(tmp_path):
+def test_text_alternatives(tmp_path):
+    """Each picture and each chart has a text alternative."""
     _, page = written(tmp_path, pictures={"Most novel": [picture(), picture("b/2", side=300)]})
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(images) == 4 and all(attributes["alt"] for attributes in images)
@@ -174,14 +182,16 @@ def test_each_picture_and_each_chart_has_a_text_alternative(tmp_path):
     assert len(charts) == 2 and all(attributes["aria-label"] for attributes in charts)
 
 
-def test_pictures_without_maps_and_empty_sections_are_fine(tmp_path):
+def test_no_maps_or_pictures(tmp_path):
+    """Pictures without maps and sections without pictures are fine."""
     _, page = written(tmp_path, pictures={"Most novel": [picture(with_map=False)], "Least novel": []})
     assert [tag for tag, _ in page.tags].count("img") == 1
     assert "There are none." in page.text
     assert "Where the novelty lies" not in page.text
 
 
-def test_a_failed_write_leaves_the_old_page_and_no_remains_hide_it(tmp_path):
+def test_failed_write(tmp_path):
+    """A failed write leaves the old page as it was, and after the next one no other file remains."""
     written(tmp_path)
     before = (tmp_path / "report.html").read_bytes()
     with pytest.raises(ValueError, match="no 'metrics'"):
@@ -191,21 +201,25 @@ def test_a_failed_write_leaves_the_old_page_and_no_remains_hide_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_two_writes_of_the_same_are_the_same_bytes(tmp_path):
+def test_deterministic(tmp_path):
+    """Two writes of the same report are the same bytes."""
     assert written(tmp_path)[0] == written(tmp_path)[0]
 
 
-def test_comparison_scores_of_other_images_are_refused(tmp_path):
+def test_comparison_length(tmp_path):
+    """Comparison scores that are not one for each image are refused."""
     with pytest.raises(ValueError, match="one entry for each image"):
         written(tmp_path, comparisons={"pixels": (np.arange(99.0), {})})
 
 
-def test_a_comparison_named_like_the_detector_is_refused(tmp_path):
+def test_comparison_name(tmp_path):
+    """A comparison named like the detector is refused."""
     with pytest.raises(ValueError, match="distinct names"):
         written(tmp_path, comparisons={"distillation": (np.arange(100.0), {})})
 
 
-def test_most_telling_pictures_are_the_extremes_and_the_worst_errors():
+def test_most_telling():
+    """The most telling pictures are the extremes and the worst errors."""
     novel_N = np.array([False, False, True, True, False])
     assert most_telling(novel_N, np.array([0.1, 0.9, 0.2, 0.8, 0.5]), count=2) == {
         "Most novel": [1, 3],
@@ -215,7 +229,8 @@ def test_most_telling_pictures_are_the_extremes_and_the_worst_errors():
     }
 
 
-def test_one_scale_spans_the_maps_of_all_pictures():
+def test_shared_scale():
+    """One scale spans the maps of all pictures; without maps there is none, and a NaN is refused."""
     low, high = Shown("a", [], True, 0, rgb(Image.new("L", (4, 4))), np.zeros((2, 2))), picture()
     assert shared_scale([low, high]) == pytest.approx((0, 3), abs=0.1)
     assert shared_scale([picture(with_map=False)]) is None
@@ -223,13 +238,15 @@ def test_one_scale_spans_the_maps_of_all_pictures():
         shared_scale([Shown("a", [], True, 0, Image.new("L", (4, 4)), np.array([[np.nan]]))])
 
 
-def test_heat_ends_at_the_ends_of_its_scale():
+def test_heat_ends():
+    """The heat colours end at the ends of their scale."""
     colours = heat(np.array([[-9.0, 0.0, 1.0, 9.0]]), Scale(0.0, 1.0))
     low, high = [0x0D, 0x08, 0x87], [0xF0, 0xF9, 0x21]
     assert colours.tolist() == [[low, low, high, high]]
 
 
-def test_overlay_keeps_each_patch_a_square_of_one_colour_in_its_place():
+def test_overlay_patches():
+    """The overlay keeps each patch a square of one colour, in its place."""
     laid = np.asarray(overlay(Image.new("RGB", (28, 14)), np.array([[0.0, 0.0, 0.0, 1.0], [0.0] * 4]), Scale(0, 1)))
     height, width = laid.shape[:2]
     assert (height * 2, min(width, 168)) == (width, 168)
@@ -238,6 +255,7 @@ def test_overlay_keeps_each_patch_a_square_of_one_colour_in_its_place():
     assert bright.sum() == (height // 2) * (width // 4)
 
 
-def test_pictures_that_are_no_rgb_bytes_are_refused():
+def test_not_rgb_bytes():
+    """Pictures that are not RGB bytes are refused."""
     with pytest.raises(ValueError, match=r"float64 \(2, 2, 3\)"):
         rgb(np.zeros((2, 2, 3)))

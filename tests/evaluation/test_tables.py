@@ -30,7 +30,8 @@ def test_the_interval_is_students():
     assert mean_and_interval([0.5]) == (0.5, None, None)
 
 
-def test_the_mean_is_over_classes_for_each_seed_and_then_over_seeds(tmp_path):
+def test_mean_over_seeds(tmp_path):
+    """The mean is over classes for each seed, and then over seeds."""
     runs = {f"{known}-s{seed}": {"known": known, "seed": seed} for known in ("a", "b|c") for seed in (0, 1)}
     write_sweep(tmp_path, runs)
     for name, auroc in zip(runs, (0.8, 0.6, 0.9, 0.9), strict=True):
@@ -44,7 +45,8 @@ def test_the_mean_is_over_classes_for_each_seed_and_then_over_seeds(tmp_path):
     assert f"{100 * low:.1f} .. {100 * high:.1f}" in lines[4]
 
 
-def test_what_is_missing_is_named_and_leaves_its_seed_out_of_the_mean(tmp_path):
+def test_missing_run(tmp_path):
+    """A missing run is named and leaves its seed out of the mean."""
     runs = {f"{known}-s{seed}": {"known": known, "seed": seed} for known in ("a", "b") for seed in (0, 1)}
     write_sweep(tmp_path, runs)
     for name, auroc in (("a-s0", 0.8), ("a-s1", 0.6), ("b-s0", 0.9)):
@@ -55,7 +57,8 @@ def test_what_is_missing_is_named_and_leaves_its_seed_out_of_the_mean(tmp_path):
     assert "1 of 2" in by_name["b"] and "1 of 2" in by_name["mean"] and "85.0" in by_name["mean"]
 
 
-def test_without_a_sweep_runs_are_told_apart_by_their_settings(tmp_path):
+def test_without_sweep(tmp_path):
+    """Without a sweep, runs are told apart by the settings in which they differ."""
     for name, settings in (("one", {"known": ["a", "b"], "seed": 0}), ("two", {"known": ["a", "b"], "seed": 1})):
         put(tmp_path, name, 0.5)
         (tmp_path / name / "config.json").write_text(json.dumps({"settings": {**settings, "keep": "random"}}))
@@ -64,7 +67,8 @@ def test_without_a_sweep_runs_are_told_apart_by_their_settings(tmp_path):
     assert "| 50.0" in table(found) and "50.0 .. 50.0" in table(found)
 
 
-def test_a_folder_without_runs_and_an_unknown_figure_are_told(tmp_path):
+def test_no_runs_or_figure(tmp_path):
+    """A folder without runs and an unknown figure are refused with a sentence."""
     with pytest.raises(ValueError, match="holds no runs"):
         read_results(tmp_path)
     write_sweep(tmp_path, {"x": {"seed": 0}})
@@ -73,7 +77,8 @@ def test_a_folder_without_runs_and_an_unknown_figure_are_told(tmp_path):
         table(read_results(tmp_path), "auruc")
 
 
-def test_what_lacks_a_figure_is_left_out_of_its_table_by_name(tmp_path):
+def test_lacking_figure(tmp_path):
+    """What lacks a figure is left out of that figure's table and named below it."""
     accuracy = {"max logit": {"auroc": {"value": 0.6}, "oscr": {"value": 0.4}}, "KNFST": {"auroc": {"value": 0.7}}}
     results = {
         "judged": {"method": "DEFEND", "auroc": {"value": 0.5}},
@@ -99,7 +104,8 @@ def test_what_lacks_a_figure_is_left_out_of_its_table_by_name(tmp_path):
         table(read_results(tmp_path))
 
 
-def test_a_run_of_several_detectors_has_a_line_for_each(tmp_path):
+def test_several_detectors(tmp_path):
+    """A run of several detectors has a line for each."""
     for seed, values in ((0, {"KNFST": 0.7, "OpenMax": 0.8}), (1, {"KNFST": 0.8, "OpenMax": 0.8})):
         (tmp_path / f"s{seed}").mkdir()
         (tmp_path / f"s{seed}" / "config.json").write_text(json.dumps({"settings": {"seed": seed}}))
@@ -114,7 +120,8 @@ def test_a_run_of_several_detectors_has_a_line_for_each(tmp_path):
     assert all(row[-1] == "2 of 3" for row in cells)
 
 
-def test_a_setting_that_names_the_seed_is_one_row_and_one_that_only_looks_so_is_not(tmp_path):
+def test_seed_in_setting(tmp_path):
+    """Settings that differ only in naming the seed share a row; those that only look so do not."""
     runs = {}
     for seed in (0, 1):
         for model in ("lite0", "lite1"):

@@ -23,7 +23,8 @@ def segments(runs):
         start += length
 
 
-def test_the_dense_backend_is_the_definition():
+def test_dense_definition():
+    """The dense backend is the definition of attention, sequence by sequence and head by head."""
     q, k, v = qkv()
     out = attention(q, k, v, RUNS, backend="dense")
     for segment in segments(RUNS):
@@ -33,7 +34,8 @@ def test_the_dense_backend_is_the_definition():
 
 
 @pytest.mark.parametrize("runs", [RUNS, ((1, 32),), ((32, 1),), ((2, 7), (2, 7), (4, 1))])
-def test_sdpa_is_dense_forward_and_backward(runs):
+def test_sdpa_equals_dense(runs):
+    """SDPA equals the dense backend, forward and backward."""
     results = []
     for backend in ("sdpa", "dense"):
         leaves = qkv()
@@ -45,7 +47,8 @@ def test_sdpa_is_dense_forward_and_backward(runs):
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "dense"])
-def test_no_information_flows_between_sequences(backend):
+def test_sequences_isolated(backend):
+    """No information flows between sequences."""
     before = attention(*qkv(), RUNS, backend=backend)
     for changed in segments(RUNS):
         leaves = [x.detach().clone() for x in qkv()]
@@ -58,7 +61,8 @@ def test_no_information_flows_between_sequences(backend):
         assert not torch.allclose(after[changed], before[changed])
 
 
-def test_runs_that_do_not_add_up_are_refused():
+def test_runs_mismatch():
+    """Runs that do not add up to the packed tokens are refused."""
     with pytest.raises(ValueError, match=r"do not add up to the 32 packed tokens"):
         attention(*qkv(), ((3, 5), (1, 9)))
 
@@ -66,13 +70,15 @@ def test_runs_that_do_not_add_up_are_refused():
 @pytest.mark.parametrize(
     ("device", "dtype"), [("cpu", torch.bfloat16), ("cpu", torch.float32), ("cuda", torch.float32)]
 )
-def test_xformers_where_it_has_no_kernel_is_refused(device, dtype):
+def test_xformers_unsupported(device, dtype):
+    """Where xFormers has no kernel it is refused when named, and `auto` takes SDPA."""
     with pytest.raises(ValueError, match="it needs CUDA in bf16 or fp16: use --attention auto, or sdpa"):
         resolve_backend("xformers", torch.device(device), dtype)
     assert resolve_backend("auto", torch.device(device), dtype) == "sdpa"
 
 
-def test_the_mask_that_xformers_gets_is_that_of_the_dense_definition():
+def test_xformers_mask():
+    """The mask that xFormers gets is that of the dense definition."""
     fmha = pytest.importorskip("xformers.ops.fmha.attn_bias")
     bias_TT = fmha.BlockDiagonalMask.from_seqlens(lengths(RUNS)).materialize((TOKENS, TOKENS))
     expected_TT = torch.full((TOKENS, TOKENS), float("-inf"))
@@ -92,7 +98,8 @@ def deterministic(request):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("runs", [((4, 197), (16, 37)), ((8, 99),)])
-def test_xformers_is_dense_in_bf16_forward_and_backward(runs, deterministic):
+def test_xformers_equals_dense(runs, deterministic):
+    """In bf16 xFormers equals dense, forward and backward; when deterministic, it repeats bit by bit."""
     assert resolve_backend("auto", torch.device("cuda"), torch.bfloat16) == "xformers"
     results = []
     for backend in ("xformers", "xformers", "dense"):

@@ -39,14 +39,16 @@ IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize(("name", "width"), PAPERS)
 @torch.no_grad()
-def test_the_networks_of_the_papers_give_what_their_classifier_sees(name, width):
+def test_paper_network_widths(name, width):
+    """The networks of the papers give features as wide as what their classifier sees."""
     trunk = build_trunk(Architecture(name, image_size=64)).eval()
     assert trunk_width(trunk) == width
     assert trunk(IMAGES).shape == (2, width)
 
 
 @torch.no_grad()
-def test_the_trunk_s_end_is_what_timm_s_own_classifier_is_fed():
+def test_trunk_equals_timm():
+    """The end of the trunk is what timm's own classifier is fed."""
     torch.manual_seed(0)
     whole = timm.create_model("resnet18", num_classes=5).eval()
     trunk = build_trunk(Architecture("resnet18")).eval()
@@ -55,7 +57,8 @@ def test_the_trunk_s_end_is_what_timm_s_own_classifier_is_fed():
 
 
 @torch.no_grad()
-def test_alexnet_is_torchvision_s_up_to_fc7():
+def test_alexnet_equals_torchvision():
+    """AlexNet is torchvision's, up to fc7."""
     torch.manual_seed(0)
     whole = torchvision.models.alexnet().eval()
     trunk = build_trunk(Architecture("alexnet")).eval()
@@ -64,7 +67,8 @@ def test_alexnet_is_torchvision_s_up_to_fc7():
 
 
 @torch.no_grad()
-def test_a_named_layer_is_averaged_over_places_and_tokens():
+def test_named_layer():
+    """A named layer's output is averaged over places or tokens."""
     resnet = build_trunk(Architecture("resnet18")).eval()
     by_hand = resnet.layer2(resnet.layer1(resnet.maxpool(resnet.act1(resnet.bn1(resnet.conv1(IMAGES))))))
     torch.testing.assert_close(Layer(resnet, "layer2")(IMAGES), by_hand.mean((2, 3)))
@@ -77,14 +81,16 @@ def test_a_named_layer_is_averaged_over_places_and_tokens():
     ).shape == (1, 96)
 
 
-def test_a_layer_that_does_not_exist_is_refused_with_the_list():
+def test_unknown_layer():
+    """A layer that does not exist is refused, with the list of those that do."""
     trunk = build_trunk(Architecture("resnet18"))
     assert {"conv1", "layer1", "layer4.1.conv2", "global_pool"} <= set(layers_of(trunk))
     with pytest.raises(ValueError, match=r"no layer 'layer9'; it has conv1, .*layer4"):
         Layer(trunk, "layer9")
 
 
-def test_a_network_s_file_gives_it_back_with_its_heads(tmp_path):
+def test_network_file_round_trip(tmp_path):
+    """A network's file gives it back with its heads, and refuses another architecture."""
     torch.manual_seed(0)
     trunk = build_trunk(Architecture("resnet18"))
     heads, classes = {"known": nn.Linear(512, 2)}, {"known": ("ant", "bee")}
@@ -100,7 +106,8 @@ def test_a_network_s_file_gives_it_back_with_its_heads(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_weights_of_timm_s_own_names_are_read_with_their_architecture(tmp_path, suffix):
+def test_timm_state_dict(tmp_path, suffix):
+    """Weights under timm's own names are read with the architecture they fit, which must be named."""
     torch.manual_seed(0)
     state = timm.create_model("resnet18").state_dict()  # with the classifier of its own task
     path = tmp_path / f"weights{suffix}"
@@ -127,8 +134,8 @@ def test_what_cannot_be_had_is_refused(tmp_path):
 
 @pytest.mark.skipif("BIGTRAIN_TEST_DATA" not in os.environ, reason="needs real pictures")
 @torch.no_grad()
-def test_a_network_of_imagenet_knows_real_pictures():
-    """64-pixel pictures: one in four is told rightly, of 1000 classes."""
+def test_imagenet_accuracy():
+    """Of 64-pixel pictures one in four is told rightly, of ImageNet's 1000 classes; over 15% must be."""
     network = lite0()
     wnids, view = network.classes["imagenet"], CentreCrop(128, 128)
     pictures, shown = [], []
@@ -145,7 +152,8 @@ def test_a_network_of_imagenet_knows_real_pictures():
     assert np.mean([wnids[n] == wnid for n, wnid in zip(logits.argmax(1).tolist(), shown, strict=True)]) > 0.15
 
 
-def test_two_branches_are_one_trunk_with_two_heads():
+def test_two_branches():
+    """Two branches are one trunk with two heads, whose biases start at zero."""
     torch.manual_seed(0)
     branches = Branches(build_trunk(Architecture("resnet18")).eval(), {"known": 3, "reference": 5}).eval()
     images = {"known": IMAGES, "reference": torch.randn(4, 3, 64, 64)}
@@ -158,7 +166,8 @@ def test_two_branches_are_one_trunk_with_two_heads():
     assert 0.008 < branches.heads["reference"].weight.detach().std() < 0.012
 
 
-def test_jointly_all_heads_answer_for_each_image():
+def test_joint_heads():
+    """In joint mode all heads answer for each image."""
     torch.manual_seed(0)
     branches = Branches(build_trunk(Architecture("resnet18")).eval(), {"known": 3, "reference": 5}, joint=True).eval()
     logits = branches({"known": IMAGES, "reference": IMAGES})

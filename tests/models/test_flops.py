@@ -42,7 +42,8 @@ def counted(vit, size, visible=None, *, backward=False, images=1, kernel=SDPBack
 
 
 @pytest.mark.parametrize(("architecture", "size", "visible"), PASSES)
-def test_forward_and_training_flops_are_those_pytorch_counts(architecture, size, visible):
+def test_flops_equal_pytorch(architecture, size, visible):
+    """Forward and training FLOPs are those that PyTorch counts."""
     vit = ViT(architecture.build())
     assert vit_forward_flops(vit, size, visible) == counted(vit, size, visible)
     assert trained_flops(vit, size, visible) == counted(vit, size, visible, backward=True)
@@ -51,7 +52,8 @@ def test_forward_and_training_flops_are_those_pytorch_counts(architecture, size,
 
 @pytest.mark.parametrize("tuned", [0, 1, 2, 4])
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
-def test_blocks_below_the_first_that_learns_cost_nothing_backward(model, tuned):
+def test_frozen_blocks(model, tuned):
+    """Blocks below the first that learns cost nothing in the backward pass."""
     vit = ViT(Architecture(model, 28, 14, 4).build()).requires_grad_(False)
     vit.backbone.blocks[4 - tuned :].requires_grad_(True)
     expected = counted(vit, (28, 28), backward=True)
@@ -72,19 +74,22 @@ def test_blocks_below_the_first_that_learns_cost_nothing_backward(model, tuned):
         "norm.",
     ],
 )
-def test_what_learns_alone_costs_what_pytorch_counts(learns):
+def test_single_trainable(learns):
+    """A network of which one part alone learns costs what PyTorch counts."""
     vit = ViT(PASSES[0][0].build()).requires_grad_(False)
     for name, parameter in vit.backbone.named_parameters():
         parameter.requires_grad_(name.startswith(learns))
     assert trained_flops(vit, 32) == counted(vit, (32, 32), backward=True)
 
 
-def test_a_student_with_fixed_positions_is_counted_as_it_learns():
+def test_masked_student():
+    """A masked student with fixed positions costs what PyTorch counts."""
     student = masked_student(PASSES[0][0])
     assert trained_flops(student, 32, 8) == counted(student.eval(), (32, 32), 8, backward=True)
 
 
-def test_the_scores_that_fused_attention_computes_again_do_not_count():
+def test_fused_attention():
+    """The scores that fused attention computes again in the backward pass do not count."""
     architecture, size, _ = PASSES[0]
     vit = ViT(architecture.build())
     assert counted(vit, size, kernel=SDPBackend.FLASH_ATTENTION) == vit_forward_flops(vit, size)
@@ -92,14 +97,16 @@ def test_the_scores_that_fused_attention_computes_again_do_not_count():
     assert counted(vit, size, backward=True, kernel=SDPBackend.FLASH_ATTENTION) == trained_flops(vit, size) + again
 
 
-def test_recomputed_activations_do_not_count():
+def test_recomputed_activations():
+    """Recomputed activations do not count."""
     vit = ViT(PASSES[0][0].build())
     expected = trained_flops(vit, 32)
     vit.recompute = True
     assert trained_flops(vit, 32) == expected < counted(vit, (32, 32), backward=True)
 
 
-def test_vit_b_16_by_hand_and_as_published():
+def test_vit_b16_published():
+    """The FLOPs of ViT-B/16 are those worked out by hand and those published."""
     with torch.device("meta"):
         vit = ViT(Architecture("vit_base_patch16_224").build())
     n, t, d = 196, 197, 768
@@ -112,7 +119,8 @@ def test_vit_b_16_by_hand_and_as_published():
     assert trained_flops(vit, 224) / 1e9 == pytest.approx(105.5, rel=0.004)
 
 
-def test_more_patches_than_there_are_and_sizes_the_patch_does_not_divide_are_refused():
+def test_bad_patches():
+    """More patches than there are, and sizes that the patch does not divide, are refused."""
     vit = ViT(PASSES[0][0].build())
     with pytest.raises(ValueError, match="17 visible patches were given, of 16 in 32 x 32 pixels"):
         vit_forward_flops(vit, 32, 17)
@@ -120,7 +128,8 @@ def test_more_patches_than_there_are_and_sizes_the_patch_does_not_divide_are_ref
         trained_flops(vit, (32, 30))
 
 
-def test_a_head_s_flops_are_those_pytorch_counts():
+def test_head_flops():
+    """A head's FLOPs are those that PyTorch counts."""
     head, prototypes = ProjectionHead(12, 20, 8), Prototypes(5, 8)
     with FlopCounterMode(display=False) as counter:
         prototypes(head(torch.randn(7, 12)))
@@ -153,7 +162,8 @@ def test_a_head_s_flops_are_those_pytorch_counts():
         ("NVIDIA B200", 75, 1100, 2250, 2250),
     ],
 )
-def test_peaks_are_those_of_the_datasheets(name, fp32, tf32, bf16, fp16):
+def test_peaks_datasheets(name, fp32, tf32, bf16, fp16):
+    """Peaks are those of the datasheets, for each device and precision."""
     peaks = {"fp32": fp32, "tf32": tf32, "bf16": bf16, "fp16": fp16}
     for precision, tflops in peaks.items():
         assert peak_flops(name, precision) == (None if tflops is None else pytest.approx(tflops * 1e12))

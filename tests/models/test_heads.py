@@ -21,14 +21,16 @@ def learns(name):
     return name.startswith(("vit.backbone.blocks.2.", "vit.backbone.blocks.3.", "head.", "prototypes."))
 
 
-def test_the_last_blocks_head_and_prototypes_learn_and_nothing_else(tuner):
+def test_tuner_trainable(tuner):
+    """The last blocks, the head and the prototypes learn, and nothing else does."""
     assert {n for n, p in tuner.named_parameters() if p.requires_grad} == {
         n for n, _ in tuner.named_parameters() if learns(n)
     }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_reach_all_that_learns_and_only_that(tuner, dtype):
+def test_tuner_gradients(tuner, dtype):
+    """Gradients reach all that learns and only that, in float32 and bf16."""
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         _, (cosines_RMK,) = tuner(images(6, 16, seed=1))
     target = torch.rand(6, 1, 4, 5).softmax(dim=-1)
@@ -39,7 +41,8 @@ def test_gradients_reach_all_that_learns_and_only_that(tuner, dtype):
 
 
 @torch.no_grad()
-def test_the_tuner_projects_the_patch_tokens_of_each_kind_of_view(tuner):
+def test_tuner_views(tuner):
+    """The tuner projects the patch tokens of each kind of view and compares them with the prototypes."""
     crops = [images(6, 16, seed=1), images(2, 32, seed=2)]
     prototype_KD = tuner.prototypes.weight_KD
     for crop, z_RMD, cosines_RMK in zip(crops, *tuner(*crops), strict=True):
@@ -49,7 +52,8 @@ def test_the_tuner_projects_the_patch_tokens_of_each_kind_of_view(tuner):
 
 
 @torch.no_grad()
-def test_tokens_that_are_projected_already_are_compared_only(tuner):
+def test_tuner_projected_tokens(tuner):
+    """Tokens that are projected already are only compared with the prototypes."""
     z_TD = F.normalize(torch.randn(3, 256), dim=1)
     (same_TD,), (cosines_TK,) = tuner(z_TD)
     assert same_TD is z_TD
@@ -57,18 +61,21 @@ def test_tokens_that_are_projected_already_are_compared_only(tuner):
 
 
 @pytest.mark.parametrize("blocks", [0, 3])
-def test_more_blocks_than_there_are_cannot_be_tuned(network, blocks):
+def test_tuner_block_range(network, blocks):
+    """Neither no blocks nor more blocks than there are can be tuned."""
     with pytest.raises(ValueError, match=f"the last {blocks} blocks were to be tuned, of a network with 2; use 1 to"):
         DenseTuner(network(depth=2)[1], 5, blocks)
 
 
-def test_the_head_has_three_layers_of_the_paper_s_widths_and_gives_unit_vectors():
+def test_projection_head():
+    """The head has three layers of the paper's widths and gives unit vectors."""
     head = ProjectionHead(192)
     assert [tuple(p.shape) for p in head.parameters() if p.ndim == 2] == [(2048, 192), (2048, 2048), (256, 2048)]
     torch.testing.assert_close(head(torch.randn(7, 192) * 9).norm(dim=-1), torch.ones(7))
 
 
-def test_prototypes_are_unit_vectors_and_go_back_to_the_sphere():
+def test_prototypes_unit():
+    """Prototypes are unit vectors, answer with cosines, and go back to the sphere."""
     prototypes = Prototypes(4, 8)
     torch.testing.assert_close(prototypes.weight_KD.norm(dim=1), torch.ones(4))
     z_TD = F.normalize(torch.randn(3, 8), dim=1)
@@ -80,7 +87,8 @@ def test_prototypes_are_unit_vectors_and_go_back_to_the_sphere():
     torch.testing.assert_close(prototypes.weight_KD.detach(), before)
 
 
-def test_the_queue_keeps_the_newest_tokens_in_their_order():
+def test_queue_order():
+    """The queue keeps the newest tokens in their order."""
     queue = TokenQueue(5, 1)
     for tokens, held, full in (
         ([1, 2], [0, 0, 0, 1, 2], False),
@@ -95,7 +103,8 @@ def test_the_queue_keeps_the_newest_tokens_in_their_order():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_the_shares_of_all_ranks_are_the_queue_once(world_size):
+def test_queue_shares(world_size):
+    """The shares of all ranks together are the queue, each token once."""
     queue = TokenQueue(5, 1)
     queue.push(torch.arange(5)[:, None])
     shares = torch.cat([queue.share(rank, world_size) for rank in range(world_size)])
@@ -108,7 +117,8 @@ def test_a_queue_of_no_tokens_adds_none():
 
 
 @torch.no_grad()
-def test_the_classifier_reads_cls_or_cls_and_the_mean_of_the_patches(network):
+def test_classifier_pooling(network):
+    """The classifier reads [CLS], or [CLS] and the mean of the patches, and starts at zero."""
     net, vit = network()
     features = net.forward_features(images(2, 32))
     for pool, expected in (

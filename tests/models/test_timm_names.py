@@ -44,8 +44,8 @@ def test_a_file_is_no_name(tmp_path):
     check_source(str(tmp_path / "some.pth"))
 
 
-def test_torch_and_imports_are_as_they_were():
-    """What was put in their place while timm was imported is gone, and answers as the compiler does."""
+def test_imports_restored():
+    """What took torch's place while timm was imported is gone, and answers as the compiler does."""
     assert torch.compiler.disable is not disable_at_call
     importlib.import_module("torch._dynamo.utils")
     assert sys.modules["torch._dynamo.utils"] is torch._dynamo.utils and hasattr(torch._dynamo.utils, "counters")

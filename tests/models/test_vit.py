@@ -47,7 +47,8 @@ def test_the_packed_pass_is_timm_s_own(network, model):
 
 
 @torch.no_grad()
-def test_the_last_blocks_are_those_of_timm(network):
+def test_last_blocks(network):
+    """The last blocks are those of timm, and more blocks than there are cannot be asked for."""
     net, vit = network(depth=4)
     (encoded,) = vit(images(), last=3)
     blocks = net.get_intermediate_layers(images(), n=3, norm=False)
@@ -61,7 +62,8 @@ def test_the_last_blocks_are_those_of_timm(network):
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
 @torch.no_grad()
-def test_one_packed_pass_over_views_of_many_sizes_is_a_pass_over_each(network, model):
+def test_packed_views(network, model):
+    """One packed pass over views of many sizes equals a pass over each."""
     size, patch = KINDS[model]
     _, vit = network(model, size, patch)
     views = [images(2, size, size), images(5, patch, patch, seed=1), images(1, patch, 4 * patch, seed=2)]
@@ -81,7 +83,8 @@ def half_visible(count=2, patches=16, seed=0):
     "model", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_xsmall_patch16_clip_224"]
 )
 @torch.no_grad()
-def test_a_masked_pass_is_timm_s_blocks_on_the_kept_tokens_in_their_order(network, model):
+def test_masked_pass(network, model):
+    """A masked pass is timm's blocks applied to the kept tokens in their order."""
     patch = KINDS[model][1]
     net, vit = network(model, 4 * patch, patch)
     image_B3HW, visible_BN = images(2, 4 * patch, 4 * patch), half_visible()
@@ -97,7 +100,8 @@ def test_a_masked_pass_is_timm_s_blocks_on_the_kept_tokens_in_their_order(networ
 
 
 @torch.no_grad()
-def test_what_lies_under_hidden_patches_changes_no_bit(network):
+def test_hidden_patches(network):
+    """What lies under hidden patches changes no bit, and with none hidden the pass is the plain one."""
     _, vit = network()
     image_B3HW, visible_BN = images(), half_visible()
     hidden_BHW = (~visible_BN).view(2, 4, 4).repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
@@ -126,7 +130,8 @@ def last_qkv(net):
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
 @torch.no_grad()
-def test_the_attention_of_cls_is_a_softmax_of_timm_s_own_queries_and_keys(network, model):
+def test_cls_attention(network, model):
+    """The attention of [CLS] is the softmax of timm's own queries and keys, averaged over heads."""
     size, patch = KINDS[model]
     net, vit = network(model, size, patch)
     seen = last_qkv(net)
@@ -138,7 +143,8 @@ def test_the_attention_of_cls_is_a_softmax_of_timm_s_own_queries_and_keys(networ
 
 
 @torch.no_grad()
-def test_the_attention_of_cls_is_computed_in_float32_under_autocast(network):
+def test_cls_attention_float32(network):
+    """The attention of [CLS] is computed in float32 under autocast."""
     net, vit = network()
     seen = last_qkv(net)
     with torch.autocast("cpu", torch.bfloat16):
@@ -149,14 +155,16 @@ def test_the_attention_of_cls_is_computed_in_float32_under_autocast(network):
     torch.testing.assert_close(encoded.attention_BN, expected_BN, rtol=1e-5, atol=1e-7)
 
 
-def test_a_network_without_cls_has_no_attention_to_give(network):
+def test_no_cls_attention(network):
+    """A network without [CLS] has no attention to give, and refuses the request."""
     _, vit = network("vit_wee_patch16_reg1_gap_256", 32, 16)
     with pytest.raises(ValueError, match=r"no \[CLS\] token.* use --keep random"):
         vit(images(), with_attention=True)
 
 
 @torch.no_grad()
-def test_drop_path_drops_whole_sequences(network):
+def test_drop_path(network):
+    """Drop path drops whole sequences and scales up those it keeps."""
     net, vit = network(drop_path=0.5)  # 0 in the first block, .5 in the second
     net.norm = nn.Identity()
     net.blocks[1].mlp = nn.Identity()  # leave the attention branch alone
@@ -192,24 +200,28 @@ def test_drop_path_drops_whole_sequences(network):
         "vit_dwee_patch16_reg1_gap_256",  # differential attention
     ],
 )
-def test_what_is_no_plain_vision_transformer_is_refused(model):
+def test_not_plain_vit(model):
+    """What is not a plain vision transformer is refused."""
     with pytest.raises(ValueError, match=f"{model} is no plain vision transformer: take a timm model vit_"):
         Architecture(model).build()
 
 
-def test_an_unknown_model_gives_near_names():
+def test_unknown_model():
+    """An unknown model is refused, with names that are near it."""
     with pytest.raises(ValueError, match=r"timm has no model 'vit_tiny_patch61_224'; near it: .*vit_tiny_patch16_224"):
         Architecture("vit_tiny_patch61_224").build()
 
 
-def test_an_architecture_is_timm_s_but_for_what_is_named():
+def test_architecture():
+    """An architecture is timm's but for the sizes that are named."""
     net = Architecture("vit_tiny_patch16_224", 32, 8, 3).build()
     assert (len(net.blocks), net.patch_embed.patch_size, net.pos_embed.shape[1]) == (3, (8, 8), 17)
     net = Architecture("vit_tiny_patch16_224").build()
     assert (len(net.blocks), net.patch_embed.patch_size, net.pos_embed.shape[1]) == (12, (16, 16), 197)
 
 
-def test_a_patch_that_does_not_divide_the_picture_says_which_sizes_would(network):
+def test_patch_does_not_divide(network):
+    """A picture that the patch does not divide is refused, with the sizes that would do."""
     with pytest.raises(ValueError, match=r"patch size 16 does not divide .* 100 x 100 pixels: use 96 or 112"):
         check_image_size((100, 100), 16)
     with pytest.raises(ValueError, match="use 16 or 32"):
@@ -235,7 +247,8 @@ SMALL = Architecture("vit_tiny_patch16_224", 32, 8, 3)
 @pytest.mark.parametrize(
     ("architecture", "prefix"), [(SMALL, 1), (Architecture("deit3_small_patch16_224", 32, 8, 1), 0)]
 )
-def test_the_student_s_positions_are_sines_and_cosines_and_do_not_learn(architecture, prefix):
+def test_student_positions(architecture, prefix):
+    """The student's positions are sines and cosines, and are all that does not learn."""
     net = masked_student(architecture).backbone
     assert not net.pos_embed.requires_grad
     expected = torch.cat([torch.zeros(prefix, net.embed_dim), sincos_positions(4, 4, net.embed_dim)])
@@ -244,7 +257,8 @@ def test_the_student_s_positions_are_sines_and_cosines_and_do_not_learn(architec
     assert frozen == ["pos_embed"]
 
 
-def test_the_student_is_random_by_the_seed_with_xavier_linears_and_rising_drop_path():
+def test_student_init():
+    """The seed decides the student's weights; linears are Xavier's, drop path rises with depth."""
     nets = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -263,7 +277,8 @@ def test_the_student_is_random_by_the_seed_with_xavier_linears_and_rising_drop_p
 
 
 @pytest.mark.parametrize("model", [*KINDS, "vit_base_patch16_siglip_224"])
-def test_every_weight_of_a_student_that_learns_has_a_gradient_as_ddp_demands(model):
+def test_student_gradients(model):
+    """Every weight of the student that learns has a gradient, as DDP demands."""
     size, patch = KINDS.get(model, (32, 16))
     student = masked_student(Architecture(model, size, patch, 1), drop_path=0.0)
     visible_BN = half_visible(2, (size // patch) ** 2)
@@ -271,7 +286,8 @@ def test_every_weight_of_a_student_that_learns_has_a_gradient_as_ddp_demands(mod
     assert [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def test_a_student_that_cannot_be_compared_with_its_teacher_is_refused(network):
+def test_pair_mismatch(network):
+    """A student that cannot be compared with its teacher is refused."""
     teacher = network()[1]
     check_pair(teacher, network(depth=3)[1], last=2)
     with pytest.raises(ValueError, match="teacher's width is 192 and the student's 384"):
@@ -282,7 +298,8 @@ def test_a_student_that_cannot_be_compared_with_its_teacher_is_refused(network):
         check_pair(teacher, network(depth=3)[1], last=3)
 
 
-def test_the_backend_that_is_named_is_the_one_that_serves(network):
+def test_attention_backend(network):
+    """The attention backend that is named is the one that serves, or is refused."""
     net, vit = network()
     dense = ViT(net, attention="dense")(images())[0].tokens_BND
     torch.testing.assert_close(vit(images())[0].tokens_BND, dense, rtol=1e-5, atol=1e-5)
@@ -302,7 +319,8 @@ def gradients(vit, views, *, recompute, **options):
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("case", ["views", "masked", "attention", "last blocks"])
-def test_recomputed_blocks_give_the_same_bits_forward_and_backward(network, case, bf16):
+def test_recompute_same_bits(network, case, bf16):
+    """Recomputed blocks give the same bits, forward and backward."""
     net, vit = network("vit_small_patch14_reg4_dinov2", 56, 14, depth=4, drop_path=0.5)
     vit.train()
     views, options = {
@@ -346,7 +364,8 @@ def bytes_kept(vit, views, **options):
     return sum(size for place, (size, _) in kept.items() if place not in weights)
 
 
-def test_recomputed_blocks_keep_a_fraction_of_the_memory(network):
+def test_recompute_memory(network):
+    """Recomputed blocks keep less than 15% of the memory for the backward pass."""
     _, vit = network(depth=6)
     views = (images(4), images(8, 16, 16))
     kept = bytes_kept(vit, views)
@@ -354,7 +373,8 @@ def test_recomputed_blocks_keep_a_fraction_of_the_memory(network):
     assert bytes_kept(vit, views) < 0.15 * kept  # one input of 192 numbers a token, of some 20 such
 
 
-def test_blocks_below_the_first_that_learns_keep_nothing_and_are_not_run_again(network):
+def test_recompute_frozen_blocks(network):
+    """With recomputing, blocks below the first that learns keep nothing and are not run again."""
     net, vit = network(depth=4)
     vit.requires_grad_(False)
     net.blocks[3].requires_grad_(True)
@@ -376,7 +396,8 @@ def test_blocks_below_the_first_that_learns_keep_nothing_and_are_not_run_again(n
     assert calls == [0, 1, 2, 3, 3, 0, 1, 2, 3]
 
 
-def test_recomputing_is_no_part_of_the_weights_and_is_off_unless_set(network):
+def test_recompute_default(network):
+    """Recomputing is off unless set, and is no part of the weights."""
     _, vit = network()
     assert not vit.recompute
     keys = list(vit.state_dict())
@@ -385,7 +406,8 @@ def test_recomputing_is_no_part_of_the_weights_and_is_off_unless_set(network):
 
 
 @pytest.mark.slow
-def test_a_compiled_network_gives_what_it_gave_with_the_same_names_of_weights(network):
+def test_compile(network):
+    """A compiled network gives the outputs and gradients it gave, with the same names of weights."""
     _, vit = network()
     views, visible_BN = (images(), images(4, 16, 16)), half_visible()
 

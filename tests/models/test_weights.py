@@ -26,7 +26,8 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_is_saved_is_what_is_loaded(network, tmp_path, dtype):
+def test_save_load(network, tmp_path, dtype):
+    """What is saved is what is loaded, in float32 and float16, frozen and in eval mode."""
     net, vit = network()
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     save_vit(tmp_path / "v.safetensors", vit, SMALL, mean=mean, std=std, dtype=dtype)
@@ -40,13 +41,15 @@ def test_what_is_saved_is_what_is_loaded(network, tmp_path, dtype):
     assert [path.name for path in tmp_path.iterdir()] == ["v.safetensors"]
 
 
-def test_the_same_network_is_saved_as_the_same_bytes(network, tmp_path):
+def test_save_same_bytes(network, tmp_path):
+    """The same network is saved as the same bytes."""
     for name in "ab":
         save_vit(tmp_path / f"{name}.safetensors", network()[1], SMALL, mean=HALF, std=HALF)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-def test_another_network_than_the_file_s_own_is_refused(network, tmp_path):
+def test_other_architecture(network, tmp_path):
+    """An architecture other than the file's own is refused."""
     save_vit(tmp_path / "v.safetensors", network()[1], SMALL, mean=HALF, std=HALF)
     with pytest.raises(ValueError, match=r"holds a Architecture.* leave --arch out"):
         load_vit(str(tmp_path / "v.safetensors"), Architecture("vit_tiny_patch16_224", 32, 8, 3))
@@ -63,7 +66,8 @@ def file_of(tmp_path):
     return write
 
 
-def test_missing_unexpected_and_misshapen_keys_are_named(network, file_of):
+def test_key_mismatches(network, file_of):
+    """Missing, unexpected and misshapen keys are named."""
     state = network()[0].state_dict()
     state["nrom.bias"] = state.pop("norm.bias")
     state["norm.weight"] = torch.ones(5)
@@ -75,7 +79,8 @@ def test_missing_unexpected_and_misshapen_keys_are_named(network, file_of):
         assert part in said
 
 
-def test_a_network_of_another_depth_is_refused(network, file_of):
+def test_other_depth(network, file_of):
+    """Weights of a network of another depth are refused, whether deeper or shallower."""
     deeper = file_of(network(depth=3)[0].state_dict())
     with pytest.raises(ValueError, match=r"12 unexpected \(blocks\.2\."):
         load_vit(deeper, SMALL)
@@ -83,7 +88,8 @@ def test_a_network_of_another_depth_is_refused(network, file_of):
         load_vit(deeper, Architecture("vit_tiny_patch16_224", 32, 8, 4))
 
 
-def test_the_classifier_of_pretraining_is_left_out_and_said_to_be(network, file_of):
+def test_classifier_left_out(network, file_of):
+    """The classifier of pretraining is left out and reported, but no other key beginning like it."""
     net = network()[0]
     state = {**net.state_dict(), "head.weight": torch.ones(10, 192), "head.bias": torch.ones(10)}
     loaded = load_vit(file_of(state), SMALL)
@@ -93,7 +99,8 @@ def test_the_classifier_of_pretraining_is_left_out_and_said_to_be(network, file_
         load_vit(file_of({**state, "header": torch.ones(1)}), SMALL)
 
 
-def test_a_pooling_head_is_left_out_with_the_classifier(file_of):
+def test_pooling_head_left_out(file_of):
+    """A pooling head is left out with the classifier, and the tokens are still timm's."""
     theirs = timm.create_model("vit_base_patch16_siglip_224", img_size=32, depth=1)
     loaded = load_vit(file_of(theirs.state_dict()), Architecture("vit_base_patch16_siglip_224", 32, depth=1))
     assert "left out: attn_pool.kv.bias" in loaded.report
@@ -103,7 +110,8 @@ def test_a_pooling_head_is_left_out_with_the_classifier(file_of):
         torch.testing.assert_close(loaded.vit(image)[0].tokens_BND, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_loading_leaves_a_network_that_does_not_fit_as_it_was():
+def test_failed_load_changes_nothing():
+    """Loading weights that do not fit leaves the network as it was."""
     module = nn.Linear(2, 2)
     before = module.weight.clone()
     with pytest.raises(ValueError, match=r"1 missing \(bias\)"):
@@ -127,7 +135,8 @@ class Malicious:
         return (os.mkdir, (str(self.path),))
 
 
-def test_a_pickle_that_runs_code_is_refused_without_running_it(tmp_path):
+def test_malicious_pickle(tmp_path):
+    """A pickle that runs code is refused without running it, in .pth and .npz files."""
     torch.save({"state_dict": Malicious(tmp_path / "ran")}, tmp_path / "v.pth")
     with pytest.raises(ValueError, match="cannot be read without running code in it"):
         load_vit(str(tmp_path / "v.pth"), SMALL)
@@ -139,7 +148,8 @@ def test_a_pickle_that_runs_code_is_refused_without_running_it(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"junk"])
 @pytest.mark.parametrize("name", ["v.safetensors", "v.pth", "v.npz"])
-def test_a_missing_and_a_broken_file_are_refused_in_a_sentence(tmp_path, name, content):
+def test_missing_or_broken_file(tmp_path, name, content):
+    """A missing file and a broken file are each refused in a sentence."""
     with pytest.raises(ValueError, match=r"does not exist: give a file of weights"):
         load_vit(str(tmp_path / name), SMALL)
     (tmp_path / name).write_bytes(content)
@@ -147,18 +157,21 @@ def test_a_missing_and_a_broken_file_are_refused_in_a_sentence(tmp_path, name, c
         load_vit(str(tmp_path / name), SMALL)
 
 
-def test_a_pth_without_a_state_dict_is_refused(tmp_path):
+def test_pth_without_state_dict(tmp_path):
+    """A .pth file without a state_dict is refused."""
     torch.save({"epoch": 3}, tmp_path / "v.pth")
     with pytest.raises(ValueError, match="holds no state_dict"):
         load_vit(str(tmp_path / "v.pth"), SMALL)
 
 
-def test_a_file_that_does_not_know_its_network_asks_for_it(network, file_of):
+def test_architecture_needed(network, file_of):
+    """A file that does not know its network asks for it."""
     with pytest.raises(ValueError, match=r"name it, as in --arch vit_base_patch16_224"):
         load_vit(file_of(network()[0].state_dict()))
 
 
-def test_positions_are_resampled_to_another_image_size_as_timm_does(network, file_of):
+def test_resample_positions(network, file_of):
+    """Positions are resampled to another image size as timm does it."""
     net = network("vit_small_patch14_reg4_dinov2", 56, 14)[0]
     loaded = load_vit(file_of(net.state_dict()), Architecture("vit_small_patch14_reg4_dinov2", 84, 14, 2))
     net.set_input_size(img_size=(84, 84))
@@ -208,7 +221,8 @@ def augreg(network, tmp_path):
     return net, tmp_path / "augreg.npz"
 
 
-def test_augreg_arrays_become_the_network_they_came_from(augreg):
+def test_augreg_round_trip(augreg):
+    """AugReg arrays become the network they came from, without its classifier."""
     net, path = augreg
     loaded = load_vit(str(path), SMALL)
     expected = {key: value for key, value in net.state_dict().items() if not key.startswith("head")}
@@ -217,14 +231,16 @@ def test_augreg_arrays_become_the_network_they_came_from(augreg):
     assert (loaded.mean, loaded.std) == (HALF, HALF)
 
 
-def test_augreg_arrays_load_as_timm_itself_loads_them(augreg):
+def test_augreg_equals_timm(augreg):
+    """AugReg arrays load as timm itself loads them."""
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=8, depth=2)
     theirs.load_pretrained(str(augreg[1]))
     expected = {key: value for key, value in theirs.state_dict().items() if not key.startswith("head")}
     assert same(load_vit(str(augreg[1]), SMALL).vit.backbone.state_dict(), expected)
 
 
-def test_augreg_arrays_that_are_missing_or_unknown_are_reported(augreg, tmp_path):
+def test_augreg_mismatches(augreg, tmp_path):
+    """AugReg arrays that are missing or unknown are reported, and a prefix `params/` is understood."""
     net, _ = augreg
     arrays = in_jax_layout(net, tmp_path / "whole.npz", prefix="params/")
     assert from_augreg(tmp_path / "whole.npz").keys() == net.state_dict().keys()
@@ -237,7 +253,8 @@ def test_augreg_arrays_that_are_missing_or_unknown_are_reported(augreg, tmp_path
         load_vit(str(tmp_path / "more.npz"), SMALL)
 
 
-def test_a_timm_name_without_a_network_or_a_cache_is_one_sentence(tmp_path):
+def test_timm_name_offline(tmp_path):
+    """A timm name without internet access or a cache is refused in one sentence."""
     code = "import sys; from bigtrain.models.weights import load_vit; load_vit(sys.argv[1])"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", code, "vit_tiny_patch16_224.augreg_in21k"]
@@ -247,12 +264,14 @@ def test_a_timm_name_without_a_network_or_a_cache_is_one_sentence(tmp_path):
     assert "give a local file" in last
 
 
-def test_a_timm_name_with_an_architecture_beside_it_is_refused():
+def test_timm_name_with_architecture():
+    """A timm name with an architecture beside it is refused."""
     with pytest.raises(ValueError, match=r"bring their own: leave it out"):
         load_vit("vit_tiny_patch16_224.augreg_in21k", SMALL)
 
 
-def test_the_embedded_description_is_json_that_says_what_the_network_is(network, tmp_path):
+def test_embedded_description(network, tmp_path):
+    """The description embedded in a file is JSON that says what the network is."""
     from safetensors import safe_open
 
     save_vit(tmp_path / "v.safetensors", ViT(network()[0]), SMALL, mean=HALF, std=HALF)

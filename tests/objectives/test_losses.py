@@ -33,19 +33,22 @@ def aligned(map_BhwK, boxes, grid):
     return align_to_crops(map_BhwK, boxes, patch_size=PATCH, grid=grid).unflatten(2, grid) * 20
 
 
-def test_a_crop_of_whole_patches_gives_those_patches():
+def test_crop_whole_patches():
+    """A crop of whole patches gives those patches."""
     ((found_hwK,),) = aligned(ramp_map(), [[[2, 3, 5, 7]]], (3, 4))
     torch.testing.assert_close(found_hwK[..., 0], torch.tensor([2.0, 3.0, 4.0])[:, None].expand(3, 4))
     torch.testing.assert_close(found_hwK[..., 1], torch.tensor([3.0, 4.0, 5.0, 6.0])[None].expand(3, 4))
 
 
-def test_a_crop_shifted_by_half_a_patch_gives_the_means_of_neighbours():
+def test_crop_half_patch_shift():
+    """A crop shifted by half a patch gives the means of neighbours."""
     ((found_hwK,),) = aligned(ramp_map(), [[[2.5, 3.5, 4.5, 5.5]]], (2, 2))
     torch.testing.assert_close(found_hwK[..., 0], torch.tensor([[2.5, 2.5], [3.5, 3.5]]))
     torch.testing.assert_close(found_hwK[..., 1], torch.tensor([[3.5, 4.5], [3.5, 4.5]]))
 
 
-def test_a_crop_patch_over_four_patches_gives_their_mean_soft_not_the_nearest():
+def test_crop_reduced_averages():
+    """A crop's patch that covers four patches gets their mean as a soft target, not the nearest one's."""
     map_BhwK = torch.rand(1, H, W, 3, generator=torch.Generator().manual_seed(0))
     ((found_hwK,),) = aligned(map_BhwK, [[[2, 4, 6, 8]]], (2, 2))
     expected_hwK = map_BhwK[0, 2:6, 4:8].reshape(2, 2, 2, 2, 3).mean(dim=(1, 3)) * 20
@@ -59,7 +62,8 @@ def test_a_crop_enlarged_interpolates():
     torch.testing.assert_close(found_hwK[..., 1], torch.tensor([[5.75, 6.25], [5.75, 6.25]]))
 
 
-def test_each_crop_uses_its_own_image_and_its_own_box():
+def test_crop_image_and_box():
+    """Each crop uses its own image and its own box."""
     boxes = [[[1, 1, 3, 3], [4, 5, 6, 7]], [[2, 6, 4, 8], [5, 1, 7, 3]], [[3, 3, 5, 5], [1, 4, 3, 6]]]
     found_BVhwK = aligned(ramp_map(images=3), boxes, (2, 2))
     for image in range(3):
@@ -120,7 +124,8 @@ def test_smooth_l1_by_hand():
     assert loss_B.item() == pytest.approx(2.5 + 0.125)
 
 
-def test_blocks_are_averaged_and_images_are_apart():
+def test_distillation_blocks():
+    """Blocks and patches are averaged, and images are kept apart."""
     predicted_LBND = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1).expand(2, 3, 4, 1)  # block b is off by b + 1
     target_LBND = torch.zeros(2, 3, 4, 1).contiguous()
     target_LBND[:, 2] = predicted_LBND[:, 2]  # the third image agrees
@@ -130,7 +135,8 @@ def test_blocks_are_averaged_and_images_are_apart():
     assert patch_distance(predicted_LBND, target_LBND, normalisation="none")[1].tolist() == [0, 0, 2.5, 2.5]
 
 
-def test_the_student_is_compared_where_it_saw_in_order():
+def test_distillation_visible():
+    """The student is compared with the teacher at the patches it saw, in their order."""
     target_LBND = torch.arange(1, 9).float().view(1, 2, 4, 1)
     visible_BN = torch.tensor([[True, False, False, True], [False, True, True, False]])
     predicted_LBnD = torch.tensor([[[1.0], [4.0]], [[6.0], [7.0]]])[None]
@@ -139,7 +145,8 @@ def test_the_student_is_compared_where_it_saw_in_order():
     assert distillation_loss(swapped, target_LBND, visible_BN, normalisation="none").tolist() == [9, 1]
 
 
-def test_the_gradient_reaches_the_student_alone():
+def test_distillation_gradient():
+    """The gradient reaches the student alone."""
     predicted = torch.randn(1, 2, 3, 4, requires_grad=True)
     target = torch.randn(1, 2, 3, 4, requires_grad=True)
     distillation_loss(predicted, target).sum().backward()
@@ -148,14 +155,16 @@ def test_the_gradient_reaches_the_student_alone():
 
 
 @pytest.mark.parametrize("normalisation", ["l2", "layer", "none"])
-def test_the_loss_is_computed_in_float32(normalisation):
+def test_distillation_float32(normalisation):
+    """The loss is computed in float32, from bf16 inputs too."""
     predicted, target = torch.randn(1, 2, 3, 8).bfloat16(), torch.randn(1, 2, 3, 8).bfloat16()
     found = distillation_loss(predicted, target, normalisation=normalisation)
     assert found.dtype == torch.float32
     assert torch.equal(found, distillation_loss(predicted.float(), target.float(), normalisation=normalisation))
 
 
-def test_the_score_by_hand_is_the_mean_of_its_map():
+def test_score_by_hand():
+    """The score, worked out by hand, is the mean of its map."""
     score_B, map_BN = distillation_score(
         tokens([3, 0], [0, 2], [1, 0], [-1, 0]), tokens([0, 5], [0, 7], [1, 0], [4, 0])
     )
@@ -164,13 +173,15 @@ def test_the_score_by_hand_is_the_mean_of_its_map():
 
 
 @pytest.mark.parametrize("options", [{}, {"normalisation": "layer"}, {"distance": "smooth_l1"}])
-def test_a_student_that_is_the_teacher_scores_exactly_zero(options):
+def test_score_zero(options):
+    """A student that is the teacher scores exactly zero."""
     same = torch.randn(3, 2, 5, 7)
     score_B, map_BN = distillation_score(same, same.clone(), **options)
     assert not score_B.any() and not map_BN.any()
 
 
-def test_more_disagreement_is_a_higher_score():
+def test_score_disagreement():
+    """More disagreement is a higher score."""
     teacher = torch.randn(1, 50, 9, 16, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(1, 50, 9, 16, generator=torch.Generator().manual_seed(1))
     near, far = (distillation_score(teacher + size * noise, teacher)[0] for size in (0.1, 0.5))
@@ -186,12 +197,14 @@ def test_membership_loss_by_hand():
     assert found.item() == pytest.approx((1.14 + 2 * 0.04 + 0.25) / 2)
 
 
-def test_the_authors_code_weighs_the_wrong_classes():
+def test_wrong_class_weight():
+    """The wrong classes can be weighted in place of the true one, as in the authors' code."""
     found_B = membership_risk(torch.zeros(1, 3), torch.tensor([0]), true_class_weight=1.0, wrong_class_weight=5.0)
     assert found_B.tolist() == pytest.approx([0.25 + 5 * 0.25])
 
 
-def test_the_gradient_of_the_membership_loss_is_that_of_the_paper_and_of_finite_differences():
+def test_membership_gradient():
+    """The membership loss has the gradient of the paper and of finite differences."""
     generator = torch.Generator().manual_seed(0)
     logits_BC = torch.randn(4, 5, generator=generator, dtype=torch.float64).requires_grad_()
     class_B = torch.tensor([0, 4, 2, 2])

@@ -31,7 +31,8 @@ def test_the_assignment_is_that_of_pot(iterations, epsilon):
     np.testing.assert_allclose(sinkhorn(scores_NK, epsilon, iterations).numpy(), expected, atol=2e-5)
 
 
-def test_rows_sum_to_one_and_after_many_iterations_columns_are_equal():
+def test_marginals():
+    """Rows sum to one, and after many iterations columns have equal sums."""
     assignment_NK = sinkhorn(cosines(), iterations=200)
     torch.testing.assert_close(assignment_NK.sum(dim=1), torch.ones(60))
     torch.testing.assert_close(assignment_NK.sum(dim=0), torch.full((7,), 60 / 7))
@@ -44,7 +45,8 @@ def test_one_iteration_by_hand():
     torch.testing.assert_close(sinkhorn(scores_NK, epsilon=1.0, iterations=1), expected)
 
 
-def test_tokens_that_are_padding_take_no_part():
+def test_padding():
+    """Tokens that are padding take no part."""
     scores_NK, valid_N = cosines(), torch.arange(60) % 3 > 0
     assignment_NK = sinkhorn(scores_NK, valid_N=valid_N)
     torch.testing.assert_close(assignment_NK[valid_N], sinkhorn(scores_NK[valid_N]), rtol=1e-6, atol=1e-7)
@@ -65,7 +67,8 @@ def test_extreme_scores_stay_finite(scale, dtype):
     torch.testing.assert_close(assignment_NK.sum(dim=1), torch.ones(60))
 
 
-def test_the_assignment_carries_no_gradient():
+def test_no_gradient():
+    """The assignment carries no gradient."""
     assert not sinkhorn(cosines().requires_grad_()).requires_grad
 
 
@@ -79,7 +82,8 @@ def one_rank(rank, file, folder):
     dist.destroy_process_group()
 
 
-def test_two_processes_give_what_one_gives(tmp_path):
+def test_two_processes(tmp_path):
+    """Two processes give what one gives, also where one of them has nothing but padding."""
     mp.spawn(one_rank, (str(tmp_path / "meet"), str(tmp_path)), nprocs=2)
     parts = zip(*(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)), strict=True)
     whole, masked, second = (torch.cat(pair) for pair in parts)

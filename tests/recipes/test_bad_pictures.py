@@ -12,7 +12,8 @@ SMALL = ["--model", "vit_tiny_patch16_224", "--image-size", "16", "--patch-size"
 
 
 @pytest.mark.parametrize(("bad", "code"), [(1, 0), (2, 2)])
-def test_one_of_forty_is_allowed_in_every_epoch_and_two_are_not(tmp_path, bad, code):
+def test_too_many_bad(tmp_path, bad, code):
+    """One bad picture of forty is skipped in every epoch without harm; two end the run."""
     rng = np.random.default_rng(0)
     for number in range(40):
         path = tmp_path / "in" / "ab"[number % 2] / f"{number:02d}.png"

@@ -47,7 +47,8 @@ def finetuned(views, tmp_path_factory):
     return made_once(tmp_path_factory, "finetuned", make) / "run" / "network.safetensors"
 
 
-def test_one_table_has_pretrained_and_finetuned_rows(flags, finetuned, tmp_path, capsys):
+def test_end_to_end(flags, finetuned, tmp_path, capsys):
+    """One table has the rows of the pretrained and of the fine-tuned network, with scores and report."""
     run = tmp_path / "run"
     main([*flags, "--finetuned", str(finetuned), "--save", "KNFST", "OpenMax", "--out", str(run)])
     rows = results_of(run)["detectors"]
@@ -67,7 +68,8 @@ def test_one_table_has_pretrained_and_finetuned_rows(flags, finetuned, tmp_path,
         assert detector.scoring.threshold == rows[name]["threshold"]["value"]
 
 
-def test_saved_detectors_give_the_scores_of_the_table(flags, views, tmp_path):
+def test_saved_detector(flags, views, tmp_path):
+    """A saved detector gives the scores that the run wrote down."""
     run = tmp_path / "run"
     main([*flags, "--detectors", "Mahalanobis", "--save", "Mahalanobis pre", "--out", str(run)])
     detector = bigtrain.load_detector(run / "detectors" / "Mahalanobis_pre", device="cpu")
@@ -81,13 +83,15 @@ def test_saved_detectors_give_the_scores_of_the_table(flags, views, tmp_path):
     np.testing.assert_allclose(detector.score(files), judged.score, rtol=1e-6)
 
 
-def test_two_processes_give_the_table_of_one(run_of_twenty_steps):
+def test_two_processes(run_of_twenty_steps):
+    """Two processes give the table of one."""
     one, two = (scores(run_of_twenty_steps("baselines", processes)) for processes in (1, 2))
     assert one.drop(columns="score").equals(two.drop(columns="score"))
     np.testing.assert_allclose(two.score, one.score, rtol=1e-5, atol=1e-5)
 
 
-def test_features_are_computed_once_and_what_is_new_is_added(flags, tmp_path, monkeypatch):
+def test_features_cache(flags, tmp_path, monkeypatch):
+    """Features are computed once for all detectors and later runs; only what is new is added."""
     taken = []
     features_of = NetworkDetector.features_of
 
@@ -111,7 +115,8 @@ def test_features_are_computed_once_and_what_is_new_is_added(flags, tmp_path, mo
     assert 0 < sum(taken) <= 160
 
 
-def test_a_table_over_runs_has_a_line_for_each_detector(flags, tmp_path):
+def test_table_over_runs(flags, tmp_path):
+    """A table over several runs has a line for each detector, with its range."""
     for seed in (0, 1):
         one = [*flags, "--detectors", "K-extremes", "Mahalanobis", "--seed", str(seed)]
         main([*one, "--out", str(tmp_path / "runs" / f"s{seed}")])
@@ -120,7 +125,8 @@ def test_a_table_over_runs_has_a_line_for_each_detector(flags, tmp_path):
     assert all(" .. " in line for line in lines[2:])
 
 
-def test_features_with_negative_values_get_the_rbf_kernel_and_it_is_said(flags, tmp_path, capsys):
+def test_rbf_kernel(flags, tmp_path, capsys):
+    """Features with negative values get the RBF kernel, and the run says so."""
     vit = [
         "--network",
         "test_vit",
@@ -137,13 +143,15 @@ def test_features_with_negative_values_get_the_rbf_kernel_and_it_is_said(flags, 
     assert "negative values, so the kernel is RBF" in capsys.readouterr().out
 
 
-def test_one_known_class_leaves_out_what_needs_two_and_says_so(flags, tmp_path, capsys):
+def test_one_known_class(flags, tmp_path, capsys):
+    """With one known class, what needs two is left out, and the run says so."""
     main([*flags[: flags.index("--known")], "--known", "bag", "--out", str(tmp_path / "run")])
     assert "OpenMax is left out: it tells known classes apart" in capsys.readouterr().out
     assert set(results_of(tmp_path / "run")["detectors"]) == {f"{name} pre" for name in ON_FEATURES}
 
 
-def test_a_run_that_is_asked_to_stop_leaves_and_goes_on_to_the_same_bits(flags, tmp_path, monkeypatch):
+def test_stop_and_resume(flags, tmp_path, monkeypatch):
+    """A run that is asked to stop leaves, and goes on to the same bits."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = [*flags, "--detectors", "KNFST", "Mahalanobis"]
     main([*flags, "--out", str(whole)])

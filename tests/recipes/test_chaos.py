@@ -44,7 +44,8 @@ def is_kept(before, run):
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_at_any_moment_ends_with_the_same_bits_and_leaves_nothing_behind(small, tmp_path, kills):
+def test_kills(small, tmp_path, kills):
+    """A run killed at any moment loses no checkpoint, ends with the same bits and leaves nothing behind."""
     flags = [*small, "--train-limit", "48", "--distil-epochs", "3"]
     whole, run = tmp_path / "whole", tmp_path / "killed"
     assert started(flags, whole).result().returncode == 0

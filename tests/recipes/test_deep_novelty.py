@@ -33,7 +33,8 @@ def flags(views):
     ]
 
 
-def test_a_run_leaves_figures_of_both_kinds_a_detector_and_the_page_of_filters(flags, views, tmp_path, capsys):
+def test_end_to_end(flags, views, tmp_path, capsys):
+    """A run leaves figures of both kinds, a detector that gives its scores, and the page of filters."""
     run = tmp_path / "run"
     main([*flags, "--out", str(run)])
     results = results_of(run)
@@ -72,7 +73,8 @@ ABLATION = {
 
 
 @pytest.mark.parametrize("case", ABLATION)
-def test_the_ablation_of_5_4_is_settings(flags, tmp_path, case):
+def test_ablation(flags, tmp_path, case):
+    """Every row of the ablation in section 5.4 is a matter of settings."""
     further = ABLATION[case]
     if "one" in further:
         place = flags.index("--reference")
@@ -97,7 +99,8 @@ def test_the_first_loss_is_eq_4_by_hand(flags, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx([by_hand], abs=1e-5)
 
 
-def test_epochs_are_passes_over_the_known_images(flags, tmp_path):
+def test_epochs(flags, tmp_path):
+    """Epochs are passes over the known images."""
     place = flags.index("--steps")
     main([*flags[:place], *flags[place + 2 :], "--epochs", "2", "--out", str(tmp_path / "run")])
     known = sum(1 for row in pq.read_table(tmp_path / "run" / "scores.parquet").to_pylist() if row["split"] == "test")
@@ -105,7 +108,8 @@ def test_epochs_are_passes_over_the_known_images(flags, tmp_path):
 
 
 @pytest.mark.parametrize("launch", ["DDP", "ZeRO-2"])
-def test_two_processes_train_as_one_does(twenty_steps, run_of_twenty_steps, tmp_path, launch):
+def test_two_processes(twenty_steps, run_of_twenty_steps, tmp_path, launch):
+    """Two processes have the losses and scores of one, under DDP and under ZeRO-2."""
     one, two = run_of_twenty_steps("deep_novelty", 1), tmp_path / "two"
     if launch == "DDP":
         two = run_of_twenty_steps("deep_novelty", 2)
@@ -118,7 +122,8 @@ def test_two_processes_train_as_one_does(twenty_steps, run_of_twenty_steps, tmp_
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_is_stopped_goes_on_to_the_same_bits(flags, tmp_path, processes):
+def test_stop_and_resume(flags, tmp_path, processes):
+    """A run that is stopped goes on to the same bits, with one process and with two."""
     flags = [*flags, "--steps", "30", "--workers", 2 - processes, "--accumulate", "2", "--checkpoint-every", "10"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert started("deep_novelty.py", *flags, "--out", whole, processes=processes).returncode == 0
@@ -171,14 +176,16 @@ def test_one_set_for_both_is_halved(views, flags, tmp_path):
     assert results["counts"]["known"] + results["counts"]["novel"] == len(test_N) == len(train) - len(fitted_N)
 
 
-def test_classes_in_both_are_named_by_name_and_by_synset():
+def test_shared_classes():
+    """Classes in both sets are found by name and by synset."""
     reference = ["n02085620", "n02123045", "tench"]  # Chihuahua; tabby, tabby cat
     assert shared_classes(["Chihuahua", "Tabby_cat", "emu", "tench"], reference) == [
         ("Chihuahua", "n02085620"), ("Tabby_cat", "n02123045"), ("tench", "tench")
     ]  # fmt: skip
 
 
-def test_a_reference_that_shows_known_and_novel_classes_is_told(flags, shards, views, tmp_path, capsys):
+def test_overlap_warning(flags, shards, views, tmp_path, capsys):
+    """A reference set that shows known or novel classes is warned of, with the known ones' names."""
     main(
         [
             *flags,
@@ -217,7 +224,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_one_sentence_and_leaves_nothing(flags, views, tmp_path, capsys, mistake):
+def test_mistakes(flags, views, tmp_path, capsys, mistake):
+    """A mistake gets one sentence and leaves nothing."""
     further, says = MISTAKES[mistake]
     further = [str(views / "train") if word == "TRAIN" else word for word in further]
     with pytest.raises(SystemExit) as stop:
@@ -230,7 +238,8 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing(flags, views, tmp_path, 
 @pytest.mark.parametrize(
     ("name", "pixels", "width"), [("vgg16", 32, 4096), ("alexnet", 64, 4096), ("vit_tiny_patch16_224", 32, 192)]
 )
-def test_the_papers_own_networks_and_vits_run(flags, tmp_path, name, pixels, width):
+def test_vgg_alexnet_vit(flags, tmp_path, name, pixels, width):
+    """The paper's own networks, VGG-16 and AlexNet, run, and so does a ViT."""
     further = ["--network", name, "--image-size", pixels, "--resize", pixels, "--steps", "1", "--train-limit", "40"]
     main([*flags, *map(str, further), "--test-limit", "30", "--filter-images", "0", "--out", str(tmp_path / "run")])
     assert load_network(str(tmp_path / "run" / "network.safetensors")).heads["known"].weight.shape == (3, width)

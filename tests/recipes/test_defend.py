@@ -19,7 +19,8 @@ from tests.launching import run, start
 from tests.runs import ask_to_stop, judged_images, results, rows, scores
 
 
-def test_a_run_leaves_figures_scores_report_and_detector(finished):
+def test_end_to_end(finished):
+    """A run leaves its figures, scores, report and configuration."""
     said = (finished.parent / "said").read_text()
     figures = results(finished)
     assert 0 <= figures["auroc"]["low"] <= figures["auroc"]["value"] <= figures["auroc"]["high"] <= 1
@@ -37,14 +38,16 @@ def test_a_run_leaves_figures_scores_report_and_detector(finished):
     assert json.loads((finished / "config.json").read_text())["packages"]["torch"]
 
 
-def test_the_same_command_again_says_so_and_does_nothing(finished, small):
+def test_same_command_again(finished, small):
+    """The same command again says that the run is finished, and does nothing."""
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
     done = run("defend.py", *small, "--out", finished)
     assert done.returncode == 0 and "finished" in done.stdout
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
 
 
-def test_the_saved_detector_gives_the_scores_of_the_run_bit_for_bit(finished):
+def test_saved_detector(finished):
+    """The saved detector gives the scores of the run bit for bit, and maps of which they are the means."""
     judged, images = judged_images(finished)
     detector = bigtrain.load_detector(finished / "detector", device="cpu")
     assert detector.score(images).tolist() == judged["score"].tolist()
@@ -54,7 +57,8 @@ def test_the_saved_detector_gives_the_scores_of_the_run_bit_for_bit(finished):
 
 
 @pytest.mark.parametrize("step", [("tune", 2), ("distil", 3)])
-def test_a_run_killed_and_started_again_ends_with_the_same_bits(finished, small, tmp_path, step):
+def test_kill_and_resume(finished, small, tmp_path, step):
+    """A run killed in either stage and started again ends with the same bits."""
     killed, (stage, count) = tmp_path / "killed", step
     process = start("defend.py", *small, "--out", killed)
     while process.poll() is None and sum(row["stage"] == stage for row in rows(killed)) < count:
@@ -70,7 +74,8 @@ def test_a_run_killed_and_started_again_ends_with_the_same_bits(finished, small,
     assert not list(killed.rglob("*.tmp")) and not (killed / "checkpoints").exists()
 
 
-def test_a_run_stops_when_asked_and_goes_on(finished, small, tmp_path):
+def test_stop_and_resume(finished, small, tmp_path):
+    """A run stops when asked, and goes on to the same bits."""
     folder = tmp_path / "again"
     with pytest.raises(SystemExit) as stop:
         ask_to_stop_after_first_step(small, folder)
@@ -84,7 +89,8 @@ def ask_to_stop_after_first_step(small, folder):
     main([*small, "--out", str(folder)])
 
 
-def test_two_processes_score_as_one_does(finished, small, tmp_path):
+def test_two_processes_score(finished, small, tmp_path):
+    """Two processes give the scores of one."""
     again = tmp_path / "again"
     shutil.copytree(finished, again)
     for name in ("results.json", "report.html", "scores.parquet"):
@@ -113,7 +119,8 @@ def test_two_processes_score_as_one_does(finished, small, tmp_path):
         "--validation-share 0",
     ],
 )
-def test_each_variant_of_the_method_runs_and_is_judged(small, tmp_path, variant):
+def test_variants(small, tmp_path, variant):
+    """Each variant of the method runs and is judged."""
     main([*small, "--out", str(tmp_path / "run"), "--distil-epochs", "1", *variant.split()])
     assert 0 <= results(tmp_path / "run")["auroc"]["value"] <= 1
 
@@ -123,19 +130,22 @@ def test_workers_change_no_bit(finished, small, tmp_path):
     assert (tmp_path / "run" / "student.safetensors").read_bytes() == (finished / "student.safetensors").read_bytes()
 
 
-def test_a_tuned_teacher_serves_another_run(finished, small, tmp_path):
+def test_reused_teacher(finished, small, tmp_path):
+    """The tuned teacher of one run serves another, which ends with the same student."""
     tuned = ["--no-tune", "--teacher", str(finished / "teacher.safetensors")]
     main([*small, "--out", str(tmp_path / "run"), *tuned])
     assert (tmp_path / "run" / "student.safetensors").read_bytes() == (finished / "student.safetensors").read_bytes()
 
 
-def test_tuning_changes_the_last_two_blocks_and_nothing_else(finished, teacher):
+def test_tuned_blocks(finished, teacher):
+    """Tuning changes the teacher's last two blocks and nothing else."""
     before, after = read_tensors(teacher)[0], read_tensors(finished / "teacher.safetensors")[0]
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed and all(key.startswith(("blocks.0.", "blocks.1.")) for key in changed)
 
 
-def test_a_broken_picture_is_skipped_counted_and_named(small, shards, tmp_path):
+def test_broken_picture(small, shards, tmp_path):
+    """A broken picture is skipped, counted and named."""
     broken = tmp_path / "test"
     shutil.copytree(shards / "test", broken)
     test = ShardSet(str(broken))
@@ -175,7 +185,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_one_sentence_and_leaves_nothing(small, tmp_path, capsys, mistake):
+def test_mistakes(small, tmp_path, capsys, mistake):
+    """A mistake gets one sentence and leaves nothing."""
     flags, says = MISTAKES[mistake]
     if "WRONG" in flags:
         about = {"architecture": asdict(Architecture("vit_tiny_patch16_224")), "mean": [0], "std": [1]}
@@ -189,7 +200,8 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing(small, tmp_path, capsys,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_test_split_without_novel_images_is_refused(small, shards, tmp_path, capsys):
+def test_no_novel_images(small, shards, tmp_path, capsys):
+    """A test split without novel images is refused."""
     only_known = tmp_path / "pictures" / "ankle_boot"
     only_known.mkdir(parents=True)
     test = ShardSet(str(shards / "test"))
@@ -201,14 +213,16 @@ def test_a_test_split_without_novel_images_is_refused(small, shards, tmp_path, c
     assert stop.value.code == 2 and "no novel images" in capsys.readouterr().err
 
 
-def test_a_folder_with_another_runs_settings_is_refused_naming_them(finished, small, capsys):
+def test_other_settings(finished, small, capsys):
+    """A folder whose run has other settings is refused, and they are named."""
     with pytest.raises(SystemExit) as stop:
         main([*small, "--out", str(finished), "--mask-ratio", "0.25"])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "mask_ratio (0.5 there, 0.25 here)" in said
 
 
-def test_a_finished_run_needs_neither_shards_nor_teacher_to_say_so(finished, small, shards, teacher, tmp_path, capsys):
+def test_finished_without_data(finished, small, shards, teacher, tmp_path, capsys):
+    """A finished run needs neither shards nor teacher to say that it is finished."""
     config = json.loads((finished / "config.json").read_text())
     config["settings"] |= {"train": "gone", "test": "gone", "teacher": "gone.safetensors"}
     moved = tmp_path / "run"
@@ -219,7 +233,8 @@ def test_a_finished_run_needs_neither_shards_nor_teacher_to_say_so(finished, sma
     assert "finished" in capsys.readouterr().out
 
 
-def test_training_shards_of_known_pictures_alone_are_enough(small, shards, tmp_path):
+def test_only_known_in_train(small, shards, tmp_path):
+    """Training shards of known pictures alone are enough."""
     train = ShardSet(str(shards / "train"))
     known = tmp_path / "pictures" / "ankle_boot"
     known.mkdir(parents=True)
@@ -231,7 +246,8 @@ def test_training_shards_of_known_pictures_alone_are_enough(small, shards, tmp_p
     assert len(results(tmp_path / "run")["novel"]) == 9
 
 
-def test_queue_and_moving_average_go_on_with_the_same_bits(small, tmp_path):
+def test_resume_queue_ema(small, tmp_path):
+    """A stopped run with a queue and a moving average goes on to the same bits."""
     flags = [*small, "--queue", "64", "--ema-teacher", "--prototypes", "5"]
     assert run("defend.py", *flags, "--out", tmp_path / "whole").returncode == 0
     with pytest.raises(SystemExit) as stop:
@@ -242,7 +258,8 @@ def test_queue_and_moving_average_go_on_with_the_same_bits(small, tmp_path):
     assert whole.read_bytes() == stopped.read_bytes()
 
 
-def test_print_config_without_shards_shows_the_preset_and_builds_nothing(capsys, tmp_path, monkeypatch):
+def test_print_config_preset(capsys, tmp_path, monkeypatch):
+    """With `--print-config` and no shards, the preset is shown and nothing is built."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["--print-config", "--seed", "3"])
@@ -252,7 +269,8 @@ def test_print_config_without_shards_shows_the_preset_and_builds_nothing(capsys,
     assert settings["run"]["out"] == "runs/fashion" and not list(tmp_path.iterdir())
 
 
-def test_print_config_shows_the_resolved_settings_as_json(capsys):
+def test_print_config(capsys):
+    """With `--print-config`, the resolved settings are shown as JSON."""
     with pytest.raises(SystemExit) as stop:
         main(["--print-config", "--train", "somewhere", "--known", "dog", "cat", "--keep", "random"])
     settings = json.loads(capsys.readouterr().out)

@@ -20,7 +20,8 @@ def first_command(folder, *flags):
     return subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=900, cwd=folder)
 
 
-def test_the_first_command_works_on_the_data_that_comes_with_it(tmp_path):
+def test_first_command(tmp_path):
+    """The README's first command works in an empty folder, on the data that comes with it."""
     done = first_command(tmp_path, "--tune-epochs", "1", "--distil-epochs", "1")
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
@@ -31,7 +32,8 @@ def test_the_first_command_works_on_the_data_that_comes_with_it(tmp_path):
     assert results["counts"] == {"known": 100, "novel": 900}
 
 
-def test_the_embedded_teacher_is_small_and_whole():
+def test_embedded_teacher():
+    """The embedded teacher is small and whole."""
     file = HERE / "teacher" / "teacher.safetensors"
     assert file.stat().st_size <= 6e6
     teacher = load_vit(str(file))
@@ -39,7 +41,8 @@ def test_the_embedded_teacher_is_small_and_whole():
 
 
 @pytest.mark.slow
-def test_the_first_command_reaches_its_figure_over_three_seeds(tmp_path):
+def test_auroc_over_seeds(tmp_path):
+    """The first command reaches its AUROC in the mean over three seeds."""
     found = []
     for seed in "012":
         assert first_command(tmp_path, "--seed", seed, "--out", seed).returncode == 0

@@ -60,7 +60,8 @@ def test_of_pretrain(shards, tmp_path):
     assert "aten.nll_loss_backward.default" in seen.names and not seen.without_form()
 
 
-def test_one_without_such_a_form_would_be_seen():
+def test_would_be_seen():
+    """An operation without a deterministic form would be seen."""
     image = torch.zeros(1, 1, 4, 4, requires_grad=True)
     with Seen() as seen:
         F.interpolate(image, size=(8, 8), mode="bilinear").sum().backward()

@@ -63,7 +63,7 @@ def test_golden(run_of_twenty_steps, recipe, processes, request):
 
 
 @pytest.mark.parametrize("recipe", STAGES)
-def test_golden_losses_are_twenty_a_stage(recipe):
-    """A run that ended early would have fewer."""
+def test_twenty_losses(recipe):
+    """The golden losses are twenty a stage: a run that ended early would have fewer."""
     record = json.loads((ROOT / "tests" / "golden" / f"{recipe}.json").read_text())
     assert {len(record[processes][stage]) for processes in "12" for stage in STAGES[recipe]} == {20}

@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_run_on_a_gpu_is_stopped_goes_on_and_its_detector_gives_its_scores(small, tmp_path, precision):
+def test_defend(small, tmp_path, precision):
+    """DEFEND stopped on a GPU goes on to the same bits, and its detector gives the scores of the run."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     flags = [*small, "--precision", precision, "--distil-epochs", "10", "--drop-path", "0.1", "--workers", "1"]
     assert launched("defend.py", *flags, "--out", whole, environment=ON_GPU).returncode == 0
@@ -42,7 +43,8 @@ def test_a_run_on_a_gpu_is_stopped_goes_on_and_its_detector_gives_its_scores(sma
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_deep_novelty_on_a_gpu_goes_on_to_the_same_bits_with_trained_batch_norm(views, tmp_path, precision):
+def test_deep_novelty(views, tmp_path, precision):
+    """Deep novelty with trained batch norm, stopped on a GPU, goes on to the same bits."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     flags = ["--train", views / "train", "--test", views / "test", "--reference", views / "reference"]
     flags += ["--network", "resnet18", "--no-pretrained", "--image-size", "64", "--resize", "72", "--steps", "40"]
@@ -57,7 +59,8 @@ def test_deep_novelty_on_a_gpu_goes_on_to_the_same_bits_with_trained_batch_norm(
         assert (run / file).read_bytes() == (whole / file).read_bytes()
 
 
-def test_features_and_signatures_on_a_gpu_are_those_of_the_cpu(views, tmp_path):
+def test_signatures(views, tmp_path):
+    """The mean features behind the signatures are the same on a GPU as on the CPU."""
     flags = ["--train", views / "train", "--test", views / "test", "--network", "resnet18", "--no-pretrained"]
     flags += ["--image-size", "64", "--resize", "64", "--known", "ankle_boot", "bag", "coat", "--precision", "fp32"]
     flags += ["--test-limit", "120"]

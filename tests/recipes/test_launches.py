@@ -33,7 +33,8 @@ def alone(run_of_twenty_steps):
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero1", "zero2", "zero3"])
-def test_two_processes_have_the_losses_of_one_over_twenty_steps(flags, alone, tmp_path, config):
+def test_two_processes(flags, alone, tmp_path, config):
+    """Two processes have the losses of one over twenty steps, under DDP and each stage of ZeRO."""
     done = launch(config, 2, *flags, "--out", tmp_path / "run")
     assert "2 process(es)" in done.stdout
     for stage in ("tune", "distil"):
@@ -65,27 +66,31 @@ def test_two_machines_find_each_other(flags, alone, tmp_path):
     )
 
 
-def test_the_file_for_one_gpu_also_runs_without_one(flags, alone, tmp_path):
+def test_one_yaml_without_gpu(flags, alone, tmp_path):
+    """The launch file for one GPU also runs without one."""
     line = accelerate("one", 1, *flags, "--distil-epochs", 1, "--out", tmp_path / "run")
     subprocess.run(line, env=ENVIRONMENT, check=True, timeout=100)
     assert losses(tmp_path / "run", "tune") == losses(alone, "tune")
 
 
 @pytest.mark.slow
-def test_a_compiled_network_has_the_same_losses(flags, alone, tmp_path):
+def test_compile(flags, alone, tmp_path):
+    """A compiled network has the same losses."""
     launch("cpu2", 2, *flags, "--compile", "--out", tmp_path / "run")
     for stage in ("tune", "distil"):
         assert losses(tmp_path / "run", stage) == pytest.approx(losses(alone, stage), abs=1e-5)
 
 
-def test_accumulation_and_recomputation_change_no_loss(flags, alone, tmp_path):
+def test_accumulate_recompute(flags, alone, tmp_path):
+    """Gradient accumulation and recomputation change no loss."""
     launch("cpu2", 2, *flags, "--accumulate", "3", "--recompute", "--out", tmp_path / "run")
     for stage in ("tune", "distil"):
         assert losses(tmp_path / "run", stage) == pytest.approx(losses(alone, stage), abs=1e-5)
 
 
-def test_moving_averages_and_the_queue_are_the_same_under_zero(small, tmp_path):
-    averaged = "--drop-path 0 --tune-epochs 3 --tune-lr 1e-3 --ema-teacher --ema-student 0.9 --queue 64"
+def test_ema_queue_zero(small, tmp_path):
+    """Moving averages and the queue are the same under ZeRO."""
+    averaged = "--drop-path 0 --tune-epochs 2 --tune-lr 1e-3 --ema-teacher --ema-student 0.9 --queue 64"
     flags = [*small, *averaged.split()]
     for config, processes in (("cpu", 1), ("zero2", 2)):
         launch(config, processes, *flags, "--out", tmp_path / config)
@@ -109,7 +114,8 @@ def stopped_in_epoch(out, stage, config, processes, flags):
     return stopped["step"]
 
 
-def test_a_run_goes_on_in_mid_epoch_with_another_number_of_processes_and_under_zero(flags, alone, tmp_path):
+def test_resume_elsewhere(flags, alone, tmp_path):
+    """A run goes on in mid-epoch with another number of processes, and under ZeRO."""
     out = tmp_path / "run"
     steps = [stopped_in_epoch(out, "tune", "cpu2", 2, [*flags, "--workers", "1"])]
     steps += [stopped_in_epoch(out, "tune", "cpu", 1, flags), stopped_in_epoch(out, "distil", "zero2", 3, flags)]
@@ -133,7 +139,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_launch_ends_at_once_with_what_to_do(flags, tmp_path, wrong):
+def test_wrong_launch(flags, tmp_path, wrong):
+    """A wrong launch ends at once with one sentence on what is wrong, and leaves nothing."""
     config, processes, more, variables, says = WRONG[wrong]
     more, environment = [*flags, *more, "--out", tmp_path / "run"], {**ENVIRONMENT, **variables}
     if config == "cpu" and processes == 2:  # what is wrong is what accelerate did
@@ -147,7 +154,8 @@ def test_a_wrong_launch_ends_at_once_with_what_to_do(flags, tmp_path, wrong):
     assert not (tmp_path / "run").exists()
 
 
-def test_two_starts_of_one_run_do_not_write_over_each_other(flags, tmp_path):
+def test_two_starts(flags, tmp_path):
+    """A second start of one run waits for the first to end, so that neither writes over the other."""
     out = tmp_path / "run"
     first = start("defend.py", *flags, "--out", out)
     while not (out / "log.jsonl").exists():

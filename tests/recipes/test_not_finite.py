@@ -19,7 +19,8 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize("launch", ["one process", "two", "ZeRO-2"])
-def test_three_in_a_row_end_the_run_with_the_interval_and_the_last_good_checkpoint(small, tmp_path, launch):
+def test_three_in_a_row(small, tmp_path, launch):
+    """Three bad steps in a row end the run, which names them and the last good checkpoint."""
     run = tmp_path / "run"
     bad = "--no-tune --distil-lr 1e20 --checkpoint-every 1"  # the first step throws the weights away
     flags = [*small, *bad.split(), "--out", run]
@@ -86,7 +87,8 @@ with user_errors("script.py"):
 
 
 @pytest.mark.parametrize("launch", ["two", "ZeRO-2", "ZeRO-3"])
-def test_a_bad_loss_or_gradient_of_one_rank_skips_the_step_on_all_and_training_goes_on(shards, tmp_path, launch):
+def test_skip_on_all_ranks(shards, tmp_path, launch):
+    """A bad loss or gradient of one rank skips the step on all, and training goes on."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     run = tmp_path / "run"
@@ -103,7 +105,8 @@ def test_a_bad_loss_or_gradient_of_one_rank_skips_the_step_on_all_and_training_g
     assert losses[1] == "nan" and all(isinstance(loss, float) for loss in losses[2:])
 
 
-def test_a_token_that_is_not_finite_spoils_one_step_and_not_the_queue(small, tmp_path, monkeypatch):
+def test_queue_stays_finite(small, tmp_path, monkeypatch):
+    """A token that is not finite spoils one step and not the queue."""
     calls = 0
 
     def to_float(*arguments):

@@ -29,7 +29,8 @@ def flags(shards):
     ]
 
 
-def test_a_pretrained_vit_serves_as_a_teacher(flags, shards, tmp_path, small):
+def test_vit_as_teacher(flags, shards, tmp_path, small):
+    """A pretrained ViT serves as a teacher of DEFEND."""
     pretrain.main([*flags, "--weights", "fp16", "--pool", "both", "--out", str(tmp_path / "teacher")])
     results = json.loads((tmp_path / "teacher" / "results.json").read_text())
     assert 0 < results["top1"] <= results["top5"] <= 1
@@ -39,7 +40,8 @@ def test_a_pretrained_vit_serves_as_a_teacher(flags, shards, tmp_path, small):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_it_learns_and_its_figures_are_those_of_the_weights_it_leaves(flags, shards, tmp_path):
+def test_learns(flags, shards, tmp_path):
+    """The loss falls, and the accuracy on all of the `--val` set is far above chance."""
     easy = ["--val", str(shards / "test"), "--epochs", "8", "--lr", "1e-3", "--depth", "1", "--crop-scale", "0.8", "1"]
     pretrain.main([*flags, *easy, "--out", str(tmp_path / "run")])
     found = losses(tmp_path / "run")
@@ -49,21 +51,24 @@ def test_it_learns_and_its_figures_are_those_of_the_weights_it_leaves(flags, sha
     assert results["top1"] > 0.4  # ten classes: chance is 0.1
 
 
-def test_held_out_pictures_of_train_are_not_trained_on(flags, shards, tmp_path, capsys):
+def test_held_out(flags, shards, tmp_path, capsys):
+    """Pictures held out of the training set are not trained on."""
     pretrain.main([*flags, "--validation-share", "0.2", "--out", str(tmp_path / "run")])
     held_out = json.loads((tmp_path / "run" / "results.json").read_text())["held_out_images"]
     assert 150 <= held_out <= 250
     assert f"pretrain: {1000 - held_out} images" in capsys.readouterr().out
 
 
-def test_two_processes_train_as_one_does(run_of_twenty_steps):
+def test_two_processes(run_of_twenty_steps):
+    """Two processes have the losses of one, and hold out as many images."""
     one, two = (run_of_twenty_steps("pretrain", processes) for processes in (1, 2))
     assert len(losses(one)) == 20 and losses(two) == pytest.approx(losses(one), abs=1e-5)
     assert results(one)["held_out_images"] == results(two)["held_out_images"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_is_stopped_in_mid_epoch_goes_on_to_the_same_bits(flags, tmp_path, processes):
+def test_stop_and_resume(flags, tmp_path, processes):
+    """A run that is stopped in mid-epoch goes on to the same bits, with one process and with two."""
     further = "--epochs 2 --depth 1 --ema 0.9 --drop-path 0.5 --accumulate 2"
     flags = [*flags, *further.split(), "--workers", 2 - processes]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -77,7 +82,8 @@ def test_a_run_that_is_stopped_in_mid_epoch_goes_on_to_the_same_bits(flags, tmp_
     assert losses(stopped) == losses(whole) and len(losses(whole)) == 20
 
 
-def test_a_classifier_may_see_the_mean_of_the_patches_beside_the_class_token():
+def test_pool_both():
+    """A classifier may see the mean of the patches beside the class token."""
     torch.manual_seed(0)
     vit = ViT(Architecture("vit_tiny_patch16_224", 32, 8, 1).build())
     images = torch.randn(2, 3, 32, 32)
@@ -91,7 +97,8 @@ def test_a_classifier_may_see_the_mean_of_the_patches_beside_the_class_token():
 CNN = ["--model", "test_resnet", "--image-size", "32", "--batch", "50", "--epochs", "2", "--warmup-epochs", "0"]
 
 
-def test_any_network_is_trained_and_then_fine_tuned_on_half_of_the_classes(shards, tmp_path, capsys):
+def test_finetune_half(shards, tmp_path, capsys):
+    """A CNN is trained and then fine-tuned on half of the classes, its batch norm frozen."""
     train, trunk, tuned = str(shards / "train"), tmp_path / "trunk", tmp_path / "tuned"
     pretrain.main(["--train", train, *CNN, "--log-every", "1", "--out", str(trunk)])
     found = losses(trunk)
@@ -111,7 +118,8 @@ def test_any_network_is_trained_and_then_fine_tuned_on_half_of_the_classes(shard
     assert not torch.equal(before["layer1.0.conv1.weight"], after["layer1.0.conv1.weight"])
 
 
-def test_a_vit_s_network_has_its_classifier_too(flags, shards, tmp_path):
+def test_vit_network_file(flags, shards, tmp_path):
+    """A ViT's `network.safetensors` has its trunk and its classifier too."""
     pretrain.main([*flags, "--out", str(tmp_path / "run")])
     network = load_network(str(tmp_path / "run" / "network.safetensors"))
     vit = load_vit(str(tmp_path / "run" / "teacher.safetensors")).vit
@@ -130,7 +138,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_one_sentence_and_leaves_nothing(shards, tmp_path, capsys, mistake):
+def test_mistakes(shards, tmp_path, capsys, mistake):
+    """A mistake gets one sentence and leaves nothing."""
     further, says = MISTAKES[mistake]
     with pytest.raises(SystemExit) as stop:
         pretrain.main(["--train", str(shards / "train"), *CNN, *further, "--out", str(tmp_path / "run")])
@@ -138,7 +147,8 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing(shards, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
-def test_nothing_held_out_is_refused_before_training(flags, tmp_path, capsys):
+def test_nothing_held_out(flags, tmp_path, capsys):
+    """A run that would hold nothing out is refused before training."""
     with pytest.raises(SystemExit) as stop:
         pretrain.main([*flags, "--validation-share", "0", "--out", str(tmp_path / "run")])
     assert stop.value.code == 2 and "--val SHARDS" in capsys.readouterr().err
@@ -151,7 +161,8 @@ def test_train_and_out_are_needed(capsys):
     assert stop.value.code == 2 and "--train SHARDS and --out FOLDER are needed" in capsys.readouterr().err
 
 
-def test_figures_also_go_to_a_tracker_of_accelerate_s(flags, tmp_path):
+def test_tracker(flags, tmp_path):
+    """Figures and settings also go to one of Accelerate's trackers."""
     pytest.importorskip("wandb")
     run = tmp_path / "run"
     environment = {**ENVIRONMENT, "WANDB_MODE": "offline"}
@@ -166,7 +177,8 @@ def test_figures_also_go_to_a_tracker_of_accelerate_s(flags, tmp_path):
         assert what in written
 
 
-def test_a_tracker_that_is_not_installed_is_refused(flags, tmp_path, capsys, monkeypatch):
+def test_missing_tracker(flags, tmp_path, capsys, monkeypatch):
+    """A tracker that is not installed is refused, with the command that installs it."""
     monkeypatch.setattr("bigtrain.runtime.start.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
         pretrain.main([*flags, "--trackers", "mlflow", "--out", str(tmp_path / "run")])

@@ -34,7 +34,8 @@ def ended(processes):
 @pytest.mark.parametrize(
     ("setting", "values"), [("distil-lr", ("0.001", "0.05")), ("seed", ("0", "1")), ("log-every", ("1", "2"))]
 )
-def test_ranks_with_different_settings_are_refused(small, tmp_path, setting, values):
+def test_different_settings(small, tmp_path, setting, values):
+    """Ranks with different settings are refused, and all of them say which."""
     flags = [[*small, f"--{setting}", value, "--out", tmp_path / "run"] for value in values]
     codes, said = ended(bare("defend.py", *flags))
     assert codes == [2, 2]
@@ -43,7 +44,8 @@ def test_ranks_with_different_settings_are_refused(small, tmp_path, setting, val
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rank_that_fails_alone_before_they_meet_says_so_and_the_one_that_waits_ends_at_ctrl_c(small, tmp_path):
+def test_fails_before_they_meet(small, tmp_path):
+    """A rank that fails before they meet says so, and the one that waits for it ends at Ctrl-C."""
     flags = [*small, "--out", tmp_path / "run"]
     first, second = bare("defend.py", flags, [*flags, "--train", tmp_path / "nowhere"])
     code, said = second.wait(), second.said("err")
@@ -88,7 +90,8 @@ pretrain.main(sys.argv[1:])
 """
 
 
-def test_a_rank_that_hangs_inside_its_step_is_named_alone(shards, tmp_path):
+def test_hanging_rank(shards, tmp_path):
+    """A rank that hangs inside its step is named alone, and shows where it hangs."""
     script = tmp_path / "script.py"
     script.write_text(HANGS)
     size = "--model vit_tiny_patch16_224 --image-size 32 --patch-size 8 --depth 1 --hang-timeout-min 0.1"
@@ -112,7 +115,8 @@ with user_errors("script.py"):
 """
 
 
-def test_a_launcher_that_is_killed_before_training_begins_leaves_no_process(tmp_path):
+def test_killed_launcher(tmp_path):
+    """A launcher that is killed before training begins leaves no process."""
     script, here = tmp_path / "script.py", tmp_path / "here"
     script.write_text(WAITS)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", script, here]

@@ -42,7 +42,8 @@ def killed(whole, tmp_path_factory):
         ("whole", None),
     ],
 )
-def test_a_new_run_goes_on_from_another_s_state(small, whole, killed, tmp_path, source, continues):
+def test_resume_from(small, whole, killed, tmp_path, source, continues):
+    """A new run goes on from another's state to its bits, and leaves the other as it was."""
     run, name, path = tmp_path / "new", *source.partition("/")[::2]
     source = {"whole": whole, "killed": killed}[name] / path
     before = sorted(source.rglob("*"))
@@ -64,7 +65,8 @@ def refused(small, run, *flags):
     return error
 
 
-def test_other_settings_are_refused_by_name(small, whole, tmp_path):
+def test_other_settings(small, whole, tmp_path):
+    """Other settings than the source's are refused by name."""
     error = refused(small, tmp_path / "new", "--distil-lr", "2e-3", "--resume-from", whole)
     assert "holds a run with other settings: distil_lr (0.001 there, 0.002 here)" in error
     assert not (tmp_path / "new").exists()
@@ -78,14 +80,16 @@ def test_what_is_no_run_is_refused(small, whole, shards, tmp_path, what):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_whose_settings_cannot_be_read_is_refused(small, whole, tmp_path):
+def test_unreadable_config(small, whole, tmp_path):
+    """A run whose settings cannot be read is refused."""
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text("{")
     error = refused(small, tmp_path / "new", "--resume-from", tmp_path / "old")
     assert "config.json cannot be read" in error
 
 
-def test_a_checkpoint_of_another_network_is_refused_with_its_shapes(small, teacher, tmp_path):
+def test_other_network(small, teacher, tmp_path):
+    """A checkpoint of another network is refused, with its shapes."""
     mine = tmp_path / "teacher.safetensors"
     shutil.copy(teacher, mine)
     flags = [*small, "--teacher", mine]
@@ -99,7 +103,8 @@ def test_a_checkpoint_of_another_network_is_refused_with_its_shapes(small, teach
     assert ", 192" in error.stderr and ", 384" in error.stderr and "Traceback" not in error.stderr
 
 
-def test_a_run_of_before_a_setting_came_is_refused_by_its_name(small, killed, tmp_path):
+def test_missing_setting(small, killed, tmp_path):
+    """A run from before a setting existed is refused, with the setting's name."""
     old = tmp_path / "old"
     shutil.copytree(killed, old)
     config = json.loads((old / "config.json").read_text())

@@ -28,7 +28,8 @@ def flags(views):
     ]
 
 
-def test_signatures_are_those_of_the_mean_features_of_the_training_images(flags, views, tmp_path):
+def test_mean_features(flags, views, tmp_path):
+    """Signatures are those of the mean features of each class's training images."""
     run = tmp_path / "run"
     main([*flags, "--layer", "layer2", "--validation-share", "0", "--train-limit", "0", "--out", str(run)])
     network = load_network(str(run / "detector" / "network.safetensors"))
@@ -53,7 +54,8 @@ def test_signatures_are_those_of_the_mean_features_of_the_training_images(flags,
     assert results["method"] == "extreme value signatures" and results["threshold"] is None
 
 
-def test_two_processes_add_up_what_one_does(run_of_twenty_steps):
+def test_two_processes(run_of_twenty_steps):
+    """Two processes add up to the mean features and scores of one."""
     runs = [run_of_twenty_steps("signatures", processes) for processes in (1, 2)]
     one, two = (bigtrain.load_detector(run / "detector", device="cpu").detector for run in runs)
     np.testing.assert_allclose(two.mean_CD_, one.mean_CD_, rtol=1e-5, atol=1e-6)
@@ -68,7 +70,8 @@ def test_the_overlap_is_a_setting(flags, tmp_path, overlap):
     assert bigtrain.load_detector(tmp_path / "run" / "detector", device="cpu").detector.overlap == overlap
 
 
-def test_the_page_shows_the_matrix_shared_dimensions_and_pictures(flags, tmp_path):
+def test_page(flags, tmp_path):
+    """The page shows the matrix of classes and dimensions, what classes share, and pictures."""
     main([*flags, "--out", str(tmp_path / "run")])
     page = (tmp_path / "run" / "signatures.html").read_text()
     assert "<h2>Classes and dimensions</h2>" in page and "ankle_boot and bag: " in page and "://" not in page
@@ -81,7 +84,8 @@ def test_one_class_is_enough(flags, tmp_path):
     assert "What two classes share" not in page and "What a class has of its own" in page
 
 
-def test_a_run_that_is_asked_to_stop_leaves_and_goes_on_to_the_same_bits(flags, tmp_path, monkeypatch):
+def test_stop_and_resume(flags, tmp_path, monkeypatch):
+    """A run that is asked to stop leaves, and goes on to the same bits."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = [*flags]
     main([*flags, "--out", str(whole)])

@@ -127,7 +127,8 @@ SELDOM = pytest.mark.slow
         *(pytest.param(name, number, marks=SELDOM) for name in LAUNCHERS for number in (signal.SIGINT, signal.SIGUSR2)),
     ],
 )
-def test_a_signal_to_the_launcher_stops_the_run(flags, tmp_path, launcher, number):
+def test_signal_to_launcher(flags, tmp_path, launcher, number):
+    """A signal to the launcher stops the run, saved and with no process left."""
     start = Start(launcher, flags, tmp_path / "run")
     start.process.send_signal(number)
     start.stopped()
@@ -141,7 +142,8 @@ def test_ctrl_c_stops_the_run(flags, tmp_path, launcher):
 
 
 @pytest.mark.parametrize("launcher", [pytest.param("accelerate cpu2", marks=SELDOM), "torchrun"])
-def test_a_second_ctrl_c_leaves_at_once_though_a_rank_hangs(flags, tmp_path, launcher):
+def test_second_ctrl_c(flags, tmp_path, launcher):
+    """A second Ctrl-C ends the run at once, though a rank hangs."""
     start = Start(launcher, flags, tmp_path / "run")
     waiting, frozen = start.ranks()
     os.kill(frozen, signal.SIGSTOP)  # the other waits for it in a collective
@@ -160,7 +162,8 @@ def test_a_second_ctrl_c_leaves_at_once_though_a_rank_hangs(flags, tmp_path, lau
 
 
 @pytest.mark.parametrize("launcher", ["accelerate cpu2", pytest.param("torchrun", marks=SELDOM)])
-def test_a_signal_to_one_rank_alone_stops_all(flags, tmp_path, launcher):
+def test_signal_to_one_rank(flags, tmp_path, launcher):
+    """A signal to one rank alone stops them all."""
     start = Start(launcher, flags, tmp_path / "run")
     ranks = start.ranks()
     assert len(ranks) == 2
@@ -185,7 +188,8 @@ def test_asked_to_stop_while_it_judges(small, tmp_path, processes):
     assert not (run / "stopped.json").exists()
 
 
-def test_what_a_start_left_when_it_stopped_is_gone_when_the_next_fails_early(flags, tmp_path):
+def test_stale_stopped_json(flags, tmp_path):
+    """The `stopped.json` that a start has left is gone when the next one fails early."""
     run = tmp_path / "run"
     start = launching.start("defend.py", *flags, "--out", run)
     assert until_trained(run, 0, start)

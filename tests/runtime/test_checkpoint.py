@@ -55,7 +55,8 @@ def state_of(net, optimizer):
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_going_on_from_a_checkpoint_is_the_uninterrupted_training(tmp_path, accelerator, kind):
+def test_resume_is_exact(tmp_path, accelerator, kind):
+    """Going on from a checkpoint is the uninterrupted training, bit for bit."""
     net = a_network()
     optimizer = OPTIMIZERS[kind](groups(net))
     train(net, optimizer, range(5))
@@ -76,7 +77,8 @@ def test_going_on_from_a_checkpoint_is_the_uninterrupted_training(tmp_path, acce
         assert torch.equal(one, two)
 
 
-def test_the_learning_rate_stays_the_optimizer_s_own(tmp_path, accelerator):
+def test_learning_rate(tmp_path, accelerator):
+    """The learning rate stays the optimizer's own and is not taken from the checkpoint."""
     net = a_network()
     optimizer = OPTIMIZERS["adamw"](groups(net))
     train(net, optimizer, range(1))
@@ -116,12 +118,14 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_nothing_saved_is_nothing_loaded(checkpoints):
+def test_nothing_saved(checkpoints):
+    """Where nothing was saved, nothing is loaded."""
     _, load, _ = checkpoints()
     assert load()[0] == {}
 
 
-def test_the_newest_are_kept_and_the_newest_is_loaded(checkpoints):
+def test_keep_newest(checkpoints):
+    """The newest checkpoints are kept, and the newest of all is loaded."""
     save, load, folder = checkpoints(keep=2)
     for step in (10, 20, 30, 40):
         save(step)
@@ -129,7 +133,8 @@ def test_the_newest_are_kept_and_the_newest_is_loaded(checkpoints):
     assert load() == ({"step": 40, "batch": 40}, 40)
 
 
-def test_steps_of_seven_digits_are_newer_than_those_of_six(checkpoints):
+def test_seven_digit_steps(checkpoints):
+    """Steps of seven digits are newer than those of six."""
     save, load, folder = checkpoints(keep=2)
     for step in (999_998, 999_999, 1_000_000):
         save(step)
@@ -137,7 +142,8 @@ def test_steps_of_seven_digits_are_newer_than_those_of_six(checkpoints):
     assert load()[1] == 1_000_000
 
 
-def test_a_half_written_checkpoint_is_passed_over_and_its_leftovers_do_not_stop_the_next(checkpoints):
+def test_half_written(checkpoints):
+    """A half-written checkpoint is passed over, and its leftovers do not stop the next."""
     save, load, folder = checkpoints()
     save(10)
     save(20)
@@ -150,7 +156,8 @@ def test_a_half_written_checkpoint_is_passed_over_and_its_leftovers_do_not_stop_
 
 @pytest.mark.parametrize("harm", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("how", ["truncated", "missing", "empty"])
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(checkpoints, capsys, harm, how):
+def test_damaged_passed_over(checkpoints, capsys, harm, how):
+    """A damaged checkpoint is passed over with a warning, for the one before it."""
     save, load, folder = checkpoints()
     save(10)
     save(20)
@@ -165,7 +172,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(checkpoints, capsys,
     assert "continuing from" in said and said.strip().endswith("step-000010")
 
 
-def test_a_step_saved_again_is_there_once(checkpoints):
+def test_step_saved_again(checkpoints):
+    """A step that is saved again is there once."""
     save, load, folder = checkpoints()
     for _ in range(2):
         save(10)
@@ -173,7 +181,8 @@ def test_a_step_saved_again_is_there_once(checkpoints):
     assert load()[1] == 10
 
 
-def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(checkpoints):
+def test_damaged_replaced(checkpoints):
+    """A damaged checkpoint is replaced when its step comes again."""
     save, load, folder = checkpoints()
     save(10)
     save(20)
@@ -183,7 +192,8 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(checkpoints)
     assert names(folder) == ["step-000010", "step-000020"] and load()[1] == 20
 
 
-def test_a_damaged_checkpoint_of_a_later_step_does_not_cost_the_one_just_saved(checkpoints):
+def test_damaged_later_step(checkpoints):
+    """A damaged checkpoint of a later step does not cost the one just saved."""
     save, load, folder = checkpoints(keep=1, keep_every=10)
     save(10)
     save(20)
@@ -192,7 +202,8 @@ def test_a_damaged_checkpoint_of_a_later_step_does_not_cost_the_one_just_saved(c
     assert names(folder) == ["step-000010", "step-000015", "step-000020"] and load()[1] == 15
 
 
-def test_those_of_every_so_many_steps_stay_too(checkpoints):
+def test_keep_every(checkpoints):
+    """The checkpoints of every `keep_every` steps stay too."""
     save, load, folder = checkpoints(keep=1, keep_every=20)
     for step in (10, 20, 30, 40, 50, 60, 70):
         save(step)
@@ -201,7 +212,8 @@ def test_those_of_every_so_many_steps_stay_too(checkpoints):
 
 
 @pytest.mark.parametrize("harm", ["model.safetensors", "optimizer.safetensors"])
-def test_a_byte_that_the_disk_has_changed_is_found(checkpoints, capsys, harm):
+def test_changed_byte(checkpoints, capsys, harm):
+    """A byte that the disk has changed is found, and the checkpoint before is loaded."""
     save, load, folder = checkpoints()
     save(10)
     save(20)
@@ -213,7 +225,8 @@ def test_a_byte_that_the_disk_has_changed_is_found(checkpoints, capsys, harm):
     assert f"{harm} is not as it was written" in capsys.readouterr().out
 
 
-def test_none_whole_is_a_new_beginning_that_is_said(checkpoints, capsys):
+def test_none_whole(checkpoints, capsys):
+    """Where no checkpoint is whole, the run begins anew and says so."""
     save, load, folder = checkpoints()
     save(10)
     (folder / "step-000010" / "state.json").unlink()
@@ -232,7 +245,8 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_is_a_sentence_and_the_checkpoint_before_is_as_it_was(checkpoints):
+def test_full_disk(checkpoints):
+    """A full disk is told in a sentence, and the checkpoint before is as it was."""
     save, load, folder = checkpoints()
     save(10)
     before = {path.name: path.read_bytes() for path in (folder / "step-000010").iterdir()}
@@ -244,14 +258,16 @@ def test_a_full_disk_is_a_sentence_and_the_checkpoint_before_is_as_it_was(checkp
     assert load()[1] == 10
 
 
-def test_a_full_disk_at_the_first_checkpoint(checkpoints):
+def test_full_disk_at_first(checkpoints):
+    """A full disk at the first checkpoint is told in a sentence, and nothing is left behind."""
     save, _, folder = checkpoints()
     with pytest.raises(OSError, match=r"step 10 cannot be written .*; there is none before it. Make room"), full_disk():
         save(10)
     assert names(folder) == []
 
 
-def test_a_checkpoint_of_another_network_is_refused_with_its_shapes(checkpoints, accelerator):
+def test_other_network(checkpoints, accelerator):
+    """A checkpoint of another network is refused, and the shapes are told."""
     save, _, folder = checkpoints()
     save(10)
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Linear(6, 2))

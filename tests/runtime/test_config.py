@@ -40,7 +40,8 @@ def toml(tmp_path):
     return write
 
 
-def test_flags_lie_over_the_file_over_the_preset_over_the_defaults(toml):
+def test_precedence(toml):
+    """Flags lie over the file, the file over the preset, and the preset over the defaults."""
     preset = toml("lr = 1\nepochs = 1\nkeep = 'random'\n", "preset.toml")
     file = toml("lr = 2\nepochs = 2\nout = 'a'\nknown = ['x', 'y']\n")
     config = read_settings(Config, ["--config", str(file), "--lr", "3", "--out", "b"], preset)
@@ -72,7 +73,8 @@ def test_flags_of_every_kind_are_read():
     assert read_settings(Config, flags) == expected
 
 
-def test_the_group_run_may_be_a_table_or_stand_at_the_top(toml):
+def test_run_group(toml):
+    """The group `run` may be a table, or its settings may stand at the top."""
     config = overlay(Config(), toml("log_every = 7\n[run]\nworkers = 3\n"))
     assert config.run == RunSettings(log_every=7, workers=3)
 
@@ -99,7 +101,8 @@ def test_the_group_run_may_be_a_table_or_stand_at_the_top(toml):
         ("workers = 'two'", r"workers is 'two'; it must be int"),
     ],
 )
-def test_a_wrong_setting_in_a_file_is_refused(toml, text, sentence):
+def test_wrong_setting(toml, text, sentence):
+    """A wrong setting in a file is refused with a sentence that names the file."""
     with pytest.raises(ValueError, match=r"config\.toml.*" + sentence):
         overlay(Config(), toml(text))
 
@@ -116,7 +119,8 @@ def test_a_missing_file_is_refused(tmp_path):
         read_settings(Config, ["--config"])
 
 
-def test_print_config_prints_the_settings_as_json_and_ends(toml, capsys):
+def test_print_config(toml, capsys):
+    """The flag `--print-config` prints the settings as JSON and ends."""
     flags = ["--epochs", "4", "--print-config", "--config", str(toml("known = ['a']"))]
     with pytest.raises(SystemExit) as leaving:
         print_if_asked(read_settings(Config, flags), flags)
@@ -126,12 +130,14 @@ def test_print_config_prints_the_settings_as_json_and_ends(toml, capsys):
     assert record == {**result_settings(expected), "run": json.loads(json.dumps(expected.run.__dict__))}
 
 
-def test_where_a_run_lies_is_no_setting_of_its_result():
+def test_result_settings():
+    """Where a run lies and with how many workers is no setting of its result."""
     assert result_settings(Config()) == result_settings(Config(run=RunSettings(out="x", workers=5)))
     assert result_settings(Config(epochs=3)) != result_settings(Config())
 
 
-def test_a_users_mistake_is_one_sentence_and_exit_code_2(capsys):
+def test_user_error(capsys):
+    """A user's mistake is one sentence and exit code 2."""
     with pytest.raises(SystemExit) as leaving, user_errors("defend.py"):
         raise ValueError("the cat is no dog.")
     assert leaving.value.code == 2
@@ -139,13 +145,15 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(capsys):
     assert (said.out, said.err) == ("", "defend.py: error: the cat is no dog.\n")
 
 
-def test_a_name_from_outside_does_not_reach_the_terminal_as_it_is(capsys):
+def test_control_characters(capsys):
+    """Control characters in a name from outside do not reach the terminal."""
     with pytest.raises(SystemExit), user_errors("defend.py"):
         raise ValueError("no class \x1b]0;title\x07.")
     assert capsys.readouterr().err == "defend.py: error: no class ?]0;title?.\n"
 
 
-def test_of_the_processes_of_a_machine_one_says_what_is_wrong_and_a_bug_keeps_its_traceback(capsys, monkeypatch):
+def test_one_process_speaks(capsys, monkeypatch):
+    """Of a machine's processes one says what is wrong, and a bug keeps its traceback."""
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(SystemExit), user_errors("defend.py"):
@@ -171,7 +179,8 @@ def test_packages():
     assert known == {re.sub("[-_.]+", "_", name).lower(): version for name, version in packages().items()}
 
 
-def test_a_run_folder_continues_with_the_same_settings_and_refuses_others_by_name(tmp_path):
+def test_run_folder(tmp_path):
+    """A run folder continues with the same settings and refuses others by name."""
     run = run_of(tmp_path / "run", known=("a",))
     run.create()
     written = (tmp_path / "run" / "config.json").read_text()
@@ -188,7 +197,8 @@ def test_a_run_folder_continues_with_the_same_settings_and_refuses_others_by_nam
     assert "lr" not in said and "Name another folder" in said
 
 
-def test_a_run_is_finished_once_it_has_results_and_keeps_no_checkpoints(tmp_path):
+def test_finished_run(tmp_path):
+    """A run is finished once it has results, and then keeps no checkpoints."""
     run = run_of(tmp_path / "run")
     run.create()
     (run / "checkpoints" / "distil").mkdir(parents=True)
@@ -198,14 +208,16 @@ def test_a_run_is_finished_once_it_has_results_and_keeps_no_checkpoints(tmp_path
     assert not (run / "checkpoints").exists()
 
 
-def test_a_folder_of_other_files_is_no_run(tmp_path):
+def test_folder_of_other_files(tmp_path):
+    """A folder of other files is refused as a run, whereas an empty one may serve."""
     run_of(tmp_path)  # an empty one may serve
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match=r"holds other files and no run: name a new folder"):
         run_of(tmp_path)
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path):
+def test_write_json(tmp_path):
+    """JSON is written whole or not at all."""
     write_json(tmp_path / "a.json", {"ä": 1})
     before = (tmp_path / "a.json").read_text()
     for wrong in ({"x": float("nan")}, {"x": object()}):
@@ -214,7 +226,8 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         assert (tmp_path / "a.json").read_text() == before
 
 
-def test_a_recipe_prints_its_settings_without_loading_data_or_weights(tmp_path):
+def test_recipe_print_config(tmp_path):
+    """A recipe prints its settings without loading data or weights."""
     command = [sys.executable, TOP / "recipes" / "defend.py", "--print-config", "--train", "nowhere", "--seed", "3"]
     done = subprocess.run(
         list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(TOP)}

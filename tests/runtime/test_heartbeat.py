@@ -64,7 +64,8 @@ def ended(processes, limit_s=90):
         ("mistake", [LOST, 2], "rank 1 (process {1} on {host}) has failed: ValueError: a mistake of one rank."),
     ],
 )
-def test_the_other_rank_ends_in_time_and_names_the_one_that_died_or_hangs(tmp_path, mode, codes, says):
+def test_lost_rank(tmp_path, mode, codes, says):
+    """The other rank ends in time and names the one that died, failed or hangs."""
     processes = started(tmp_path, mode)
     found, said = ended(processes)
     assert found == codes, said
@@ -76,14 +77,16 @@ def test_the_other_rank_ends_in_time_and_names_the_one_that_died_or_hangs(tmp_pa
         assert "script.py" in said[1], "the rank that hangs shows where"
 
 
-def test_the_first_rank_serves_the_others_and_is_named_when_it_dies(tmp_path):
+def test_first_rank_killed(tmp_path):
+    """The first rank, which serves the others, is named when it dies."""
     processes = started(tmp_path, "first SIGKILL")
     codes, said = ended(processes)
     assert codes == [-signal.SIGKILL, LOST]
     assert f"rank 0 (process {processes[0].pid} on " in said[1] and "has ended" in said[1]
 
 
-def test_the_first_rank_is_named_too_when_it_is_frozen(tmp_path):
+def test_first_rank_frozen(tmp_path):
+    """The first rank is named when it is frozen, too."""
     first, second = started(tmp_path, "first SIGSTOP")
     codes, said = ended([second])
     first.kill()
@@ -91,7 +94,8 @@ def test_the_first_rank_is_named_too_when_it_is_frozen(tmp_path):
     assert codes == [LOST] and f"rank 0 (process {first.pid} on {socket.gethostname()}) does not answer" in said[0]
 
 
-def test_of_three_ranks_both_others_name_the_one_that_was_killed(tmp_path):
+def test_three_ranks(tmp_path):
+    """Of three ranks, both others end and every error they print names the one that was killed."""
     processes = started(tmp_path, "SIGKILL", processes=3)
     codes, said = ended(processes)
     assert codes == [LOST, -signal.SIGKILL, LOST]
@@ -100,7 +104,8 @@ def test_of_three_ranks_both_others_name_the_one_that_was_killed(tmp_path):
     assert sentences and all(named in row for row in sentences), said
 
 
-def test_a_frozen_rank_is_named_and_the_run_ends_without_it(tmp_path):
+def test_frozen_rank(tmp_path):
+    """A frozen rank is named, and the run ends without it."""
     first, second = started(tmp_path, "SIGSTOP")
     codes, said = ended([first])
     second.kill()
@@ -108,7 +113,8 @@ def test_a_frozen_rank_is_named_and_the_run_ends_without_it(tmp_path):
     assert codes == [LOST] and f"rank 1 (process {second.pid}" in said[0]
 
 
-def test_a_pause_of_all_ranks_is_no_death_and_a_good_end_says_nothing(tmp_path):
+def test_pause_of_all(tmp_path):
+    """A pause of all ranks is not taken for a death, and a good end says nothing."""
     processes = started(tmp_path, "pause")
     while not all((tmp_path / f"ready{rank}").exists() for rank in range(2)):
         time.sleep(0.05)
@@ -121,6 +127,7 @@ def test_a_pause_of_all_ranks_is_no_death_and_a_good_end_says_nothing(tmp_path):
     assert codes == [0, 0] and not any("error" in text for text in said), said
 
 
-def test_a_mistake_that_all_ranks_meet_keeps_its_exit_code(tmp_path):
+def test_mistake_of_all(tmp_path):
+    """A mistake that all ranks meet keeps its exit code."""
     codes, said = ended(started(tmp_path, "all"))
     assert codes == [2, 2] and "a mistake of all." in said[0]

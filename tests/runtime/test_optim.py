@@ -15,7 +15,8 @@ def test_a_cosine_by_hand():
     assert [cosine(s, total=10, start=0.04, end=0.5) for s in (0, 5, 10)] == pytest.approx([0.04, 0.27, 0.5])
 
 
-def test_warm_up_rises_evenly_to_one_and_the_cosine_falls_to_its_end():
+def test_warmup_cosine():
+    """The warm-up rises evenly to one, and the cosine then falls to its end."""
     factors = [warmup_cosine(s, total=12, warmup=4, end=0.1) for s in range(13)]
     assert factors[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert factors[8] == pytest.approx(0.55)
@@ -26,7 +27,8 @@ def test_warm_up_rises_evenly_to_one_and_the_cosine_falls_to_its_end():
     assert warmup_cosine(4, total=4, warmup=4) == 1
 
 
-def test_matrices_decay_and_biases_norms_and_tokens_do_not():
+def test_decay_groups():
+    """Matrices decay, and `pos_embed` and `reg_token`; biases, norms and `cls_token` do not."""
     net = Architecture("vit_small_patch14_reg4_dinov2", 28, 14, 1).build()
     net.patch_embed.requires_grad_(False)
     named = dict(net.named_parameters())
@@ -39,7 +41,8 @@ def test_matrices_decay_and_biases_norms_and_tokens_do_not():
     assert (decays["decays"], not_decays["decays"], decays["base_lr"]) == (True, False, 0.5)
 
 
-def test_a_schedule_sets_each_group_s_own_rate_and_decay():
+def test_set_schedule():
+    """A schedule sets each group's own rate and decay."""
     layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
     groups = [
         g
@@ -51,7 +54,8 @@ def test_a_schedule_sets_each_group_s_own_rate_and_decay():
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.5, 0.2), (0.5, 0), (5, 0.2), (5, 0)]
 
 
-def test_without_layer_decay_there_are_two_groups_whatever_the_depth():
+def test_no_layer_decay():
+    """Without layer decay there are two groups, whatever the depth."""
     net = Architecture("vit_tiny_patch16_224", 32, 8, 3).build()
     groups = decay_groups(net.named_parameters(), layer_decay=1.0, base_lr=0.5)
     assert [(g["decays"], g["base_lr"], len(g["params"])) for g in groups] == [(True, 0.5, 14), (False, 0.5, 28)]
@@ -59,7 +63,8 @@ def test_without_layer_decay_there_are_two_groups_whatever_the_depth():
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "vit.backbone.", "module.vit.backbone."])
-def test_rates_fall_from_the_head_to_the_embedding_by_hand(prefix):
+def test_layer_decay_rates(prefix):
+    """Layer decay lowers the rates from the head to the embedding, as worked out by hand."""
     matrix, vector = (3, 2), (3,)
     rates = {  # name: (shape, base_lr) for 2 blocks, a rate of 8 and a layer decay of 1/2
         "head.weight": (matrix, 8),
@@ -91,7 +96,8 @@ def test_rates_fall_from_the_head_to_the_embedding_by_hand(prefix):
     assert len(groups) == 8 and {group["momentum"] for group in groups} == {0.9}
 
 
-def test_layer_decay_counts_from_the_last_block_and_leaves_out_what_is_frozen():
+def test_layer_decay_frozen():
+    """Layer decay counts from the last block, even a frozen one, and leaves out what is frozen."""
     net = Architecture("vit_tiny_patch16_224", 32, 8, 4).build().requires_grad_(False)
     net.blocks[1:3].requires_grad_(True)  # the last one, frozen, is still the fourth
     groups = decay_groups(net.named_parameters(), layer_decay=0.5, base_lr=8.0)
@@ -103,7 +109,8 @@ def test_layer_decay_counts_from_the_last_block_and_leaves_out_what_is_frozen():
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(1, 0.2), (1, 0), (0.5, 0.2), (0.5, 0)]
 
 
-def test_a_layer_decay_that_means_nothing_is_refused():
+def test_layer_decay_refused():
+    """A layer decay that means nothing is refused."""
     for decay in (0.0, 1.5, -1.0, float("nan")):
         with pytest.raises(ValueError, match="above 0, at most 1"):
             decay_groups([], layer_decay=decay, base_lr=1.0)
@@ -111,7 +118,8 @@ def test_a_layer_decay_that_means_nothing_is_refused():
         decay_groups(nn.Linear(2, 2).named_parameters(), layer_decay=0.5, base_lr=1.0)
 
 
-def test_a_rate_is_scaled_linearly_with_the_batch_if_asked_to():
+def test_scaled_lr():
+    """A rate is scaled linearly with the batch, if that is asked for."""
     assert scaled_lr(0.1, 8192, 256) == pytest.approx(3.2)
     assert scaled_lr(0.1, 64, 256) == pytest.approx(0.025)
     assert scaled_lr(0.1, 8192, 0) == 0.1
@@ -123,7 +131,8 @@ def one_weight(value):
     return module
 
 
-def test_a_moving_average_follows_by_its_momentum():
+def test_moving_average():
+    """A moving average follows the network by its momentum."""
     average, network = one_weight(1.0), one_weight(3.0)
     follow(average, network, 0.75)
     assert (average.weight.item(), network.weight.item()) == (1.5, 3)

@@ -27,7 +27,9 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
-def test_a_step_s_random_numbers_depend_on_seed_step_and_rank_alone():
+def test_seed_step():
+    """A step's random numbers depend on seed, step and rank alone."""
+
     def drawn(*of):
         torch.rand(7)
         seed_step(*of)
@@ -49,7 +51,8 @@ def test_a_step_s_random_numbers_depend_on_seed_step_and_rank_alone():
         (False, False, 768, "fp32"),
     ],
 )
-def test_the_precision_is_a_rule_of_device_and_width(monkeypatch, cuda, bf16, width, expected):
+def test_auto_precision(monkeypatch, cuda, bf16, width, expected):
+    """The precision `auto` is a rule of device and width."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
@@ -61,7 +64,8 @@ def test_the_precision_is_a_rule_of_device_and_width(monkeypatch, cuda, bf16, wi
     ("cuda", "precision", "says"),
     [(False, "fp16", "--precision fp16 needs a GPU"), (True, "bf16", "bf16 is not supported by Old GPU")],
 )
-def test_a_precision_that_the_device_lacks_is_refused(monkeypatch, cuda, precision, says):
+def test_precision_refused(monkeypatch, cuda, precision, says):
+    """A precision that the device lacks is refused."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
@@ -83,7 +87,8 @@ def test_precisions_by_name():
     ],
 )
 @pytest.mark.parametrize("stage", ["0", "2"])
-def test_a_launch_that_would_silently_be_another_is_refused(monkeypatch, asks, says, stage):
+def test_launch_refused(monkeypatch, asks, says, stage):
+    """A launch that would silently be another, of FSDP or DeepSpeed, is refused."""
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
     for variable in asks:
         monkeypatch.setenv(variable, "true")
@@ -98,7 +103,8 @@ def test_deepspeed_takes_no_fp16(monkeypatch):
         start("fp16")
 
 
-def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
+def test_strangers_refused(monkeypatch):
+    """Processes that do not know each other are refused."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(module, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(
@@ -135,7 +141,8 @@ with user_errors("recipe.py"):
 
 
 @pytest.mark.parametrize("use_cpu", [True, False])
-def test_all_processes_agree_to_stop_once_one_was_asked(tmp_path, use_cpu):
+def test_all_agree_to_stop(tmp_path, use_cpu):
+    """All processes agree to stop once one of them was asked."""
     ranks = two_ranks(tmp_path, TWO, use_cpu=use_cpu)  # without it Accelerate alone would run two that are strangers
     assert [rank.wait() for rank in ranks] == [STOPPED, STOPPED], ranks[0].said("err")
     agreed = [(tmp_path / f"agreed{rank}").read_text() for rank in range(2)]
@@ -154,7 +161,8 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_asks_for_the_stop_and_does_nothing_else(accelerator, handlers, tmp_path, number):
+def test_stop_signal(accelerator, handlers, tmp_path, number):
+    """A signal asks for the stop and does nothing else, even when it comes twice."""
     stop = Stop(accelerator, tmp_path)
     assert not stop.agreed()
     os.kill(os.getpid(), number)
@@ -181,7 +189,8 @@ with user_errors("recipe.py"):
 """
 
 
-def test_a_second_ctrl_c_ends_a_process_at_once_that_waits_in_a_collective(tmp_path):
+def test_second_ctrl_c(tmp_path):
+    """A second Ctrl-C ends at once a process that waits in a collective."""
     first, second = two_ranks(tmp_path, IN_COLLECTIVE, use_cpu=True)
     until = time.monotonic() + 60
     while not (tmp_path / "pid0").exists() and time.monotonic() < until:
@@ -194,7 +203,8 @@ def test_a_second_ctrl_c_ends_a_process_at_once_that_waits_in_a_collective(tmp_p
     second.kill()
 
 
-def test_a_released_stop_leaves_signals_as_they_were(accelerator, handlers, tmp_path):
+def test_stop_released(accelerator, handlers, tmp_path):
+    """A released stop leaves the signals as they were."""
     before = [signal.getsignal(number) for number in SIGNALS]
     stop = Stop(accelerator, tmp_path)
     stop.release()
@@ -203,7 +213,8 @@ def test_a_released_stop_leaves_signals_as_they_were(accelerator, handlers, tmp_
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_file_asks_for_the_stop_and_is_gone_once_the_run_left(accelerator, handlers, tmp_path, capsys):
+def test_stop_file(accelerator, handlers, tmp_path, capsys):
+    """A file asks for the stop, and is gone once the run has left."""
     stop = Stop(accelerator, tmp_path)
     (tmp_path / "stop").touch()
     assert stop.agreed()
@@ -219,7 +230,8 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_the_log_has_a_row_at_every_so_many_steps_and_at_the_end(accelerator, tmp_path, capsys):
+def test_log_rows(accelerator, tmp_path, capsys):
+    """The log has a row every so many steps and one at the end."""
     log = StageLog(tmp_path, accelerator, "distil", steps=7, done=0, images_per_step=4, every=3)
     for step in range(1, 8):
         log.step(loss=torch.tensor(step / 2), lr=0.5)
@@ -235,7 +247,8 @@ def test_the_log_has_a_row_at_every_so_many_steps_and_at_the_end(accelerator, tm
     assert list((tmp_path / "tensorboard" / "distil").iterdir())
 
 
-def test_the_log_tells_what_reading_cost_since_its_last_row(accelerator, tmp_path):
+def test_log_reading(accelerator, tmp_path):
+    """The log tells what reading has cost since its last row, and what was skipped."""
     log = StageLog(tmp_path, accelerator, "tune", steps=4, done=0, images_per_step=4, every=2)
     began = time.monotonic()
     for number in range(4):
@@ -250,7 +263,8 @@ def test_the_log_tells_what_reading_cost_since_its_last_row(accelerator, tmp_pat
     assert (first["skipped_damaged"], second["skipped_damaged"], second["skipped_too_many_pixels"]) == (1, 3, 1)
 
 
-def test_the_share_of_the_peak_is_the_steps_flops_over_what_all_devices_could_do(accelerator, tmp_path):
+def test_log_mfu(accelerator, tmp_path):
+    """The share of the peak (MFU) is the steps' FLOPs over what all devices could do."""
     log = StageLog(
         tmp_path, accelerator, "tune", steps=2, done=0, images_per_step=4, every=1, flops_per_step=5e9, peak_flops=1e11
     )
@@ -263,7 +277,8 @@ def test_the_share_of_the_peak_is_the_steps_flops_over_what_all_devices_could_do
         assert row["images_per_s_per_process"] == row["images_per_s"] and row["memory_gib"] > 0
 
 
-def test_events_and_skipped_steps_are_rows_too_and_a_loss_that_is_not_finite_is_json(accelerator, tmp_path):
+def test_log_events(accelerator, tmp_path):
+    """Events and skipped steps are rows too, and a loss that is not finite is still valid JSON."""
     log = StageLog(tmp_path, accelerator, "tune", steps=2, done=0, images_per_step=4, every=1)
     log.step(loss=float("nan"))
     log.skipped("the loss is not finite", ["a", "b"])
@@ -275,7 +290,8 @@ def test_events_and_skipped_steps_are_rows_too_and_a_loss_that_is_not_finite_is_
     assert saved["checkpoint_s"] == 0.5 and second["skipped_steps"] == 1 and second["checkpoint_s"] == 0.5
 
 
-def test_a_continued_log_goes_on_at_its_step(accelerator, tmp_path):
+def test_log_continued(accelerator, tmp_path):
+    """A continued log goes on at its step."""
     for done in (0, 4):
         log = StageLog(tmp_path, accelerator, "tune", steps=8, done=done, images_per_step=4, every=2)
         for _ in range(4):

@@ -23,7 +23,8 @@ def one_weight(accelerator, value=1.0, **options):
     return module.weight, Update(accelerator, module, optimizer, **options)
 
 
-def test_an_update_is_a_step_down_the_gradient(accelerator):
+def test_step_down_gradient(accelerator):
+    """An update is a step down the gradient, and gradients of two updates do not add up."""
     weight, update = one_weight(accelerator)
     for expected in (1 - 0.5 * 3, -0.5 - 0.5 * 3):  # twice: gradients do not add up
         update.backward(weight.sum() * 3)
@@ -33,7 +34,8 @@ def test_an_update_is_a_step_down_the_gradient(accelerator):
     assert figures["loss"].item() == pytest.approx(-1.5)
 
 
-def test_gradients_are_clipped_to_a_norm_and_the_norm_before_is_told(accelerator):
+def test_clip(accelerator):
+    """Gradients are clipped to a norm, and the norm before clipping is told."""
     weight, update = one_weight(accelerator, clip=1.0)
     update.backward(weight.sum() * 30)
     figures, _ = update.take()
@@ -50,7 +52,8 @@ def test_the_parts_of_a_step_add_up(accelerator):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("at", [0, 1])
-def test_a_loss_that_is_not_finite_skips_the_step_before_it_reaches_a_gradient(accelerator, bad, at):
+def test_loss_not_finite(accelerator, bad, at):
+    """A loss that is not finite skips the step before it reaches a gradient."""
     weight, update = one_weight(accelerator)
     for part in range(2):
         update.backward(weight.sum() * (bad if part == at else 3), last=part == 1)
@@ -71,7 +74,8 @@ class FiniteLossInfiniteGradient(torch.autograd.Function):
         return gradient * float("inf")
 
 
-def test_a_gradient_that_is_not_finite_skips_the_step(accelerator):
+def test_gradient_not_finite(accelerator):
+    """A gradient that is not finite skips the step."""
     weight, update = one_weight(accelerator, clip=1.0)
     update.backward(FiniteLossInfiniteGradient.apply(weight).sum())
     figures, problem = update.take()
@@ -79,7 +83,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step(accelerator):
     assert weight.grad is None
 
 
-def test_moments_are_those_of_the_steps_that_were_taken(accelerator):
+def test_moments_after_skip(accelerator):
+    """The optimizer's step count and weights are those of the steps that were taken."""
     weights = []
     for losses in ((3, float("nan"), 2), (3, 2)):
         module = nn.Linear(1, 1, bias=False)
@@ -104,7 +109,8 @@ def scaled(request, accelerator):
     return weight, update
 
 
-def test_fp16_lowers_its_scale_where_a_step_overflows_and_steps_at_the_next(scaled):
+def test_fp16_overflow(scaled):
+    """FP16 lowers its scale where a step overflows, and takes the next step."""
     weight, update = scaled
     before = update.scaler.get_scale()
     update.backward(FiniteLossInfiniteGradient.apply(weight).sum())
@@ -115,7 +121,8 @@ def test_fp16_lowers_its_scale_where_a_step_overflows_and_steps_at_the_next(scal
     assert (problem, weight.item(), figures["gradient_norm"].item()) == ("", pytest.approx(-0.5), pytest.approx(3))
 
 
-def test_a_loss_that_is_not_finite_is_no_search_for_a_scale_nor_an_overflow_at_the_lowest(scaled):
+def test_fp16_scale_search(scaled):
+    """A non-finite loss is no search for a scale, nor is an overflow at the lowest scale."""
     weight, update = scaled
     assert not update.searches_scale(NO_LOSS)
     for _ in range(16):

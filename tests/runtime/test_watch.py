@@ -38,7 +38,8 @@ def paged(run, width=100):
     return console.file.getvalue()
 
 
-def test_a_running_stage_shows_its_progress_figures_and_curve(run):
+def test_running_stage(run):
+    """A running stage shows its progress, figures and curve."""
     add(run, row(1, 4.0), row(2, 2.0), row(3, 0.5, images_per_s=72.4, data_wait_percent=3.0, left_s=75.2))
     said = paged(run)
     for what in ("running", "tune", "3 of 10", "1:15 left", "loss 0.5", "72 images/s", "waits for data 3 %"):
@@ -46,7 +47,8 @@ def test_a_running_stage_shows_its_progress_figures_and_curve(run):
     assert "█▄▁" in said and "0.5 to 4" in said
 
 
-def test_the_curve_fits_into_the_width_and_keeps_its_ends():
+def test_curve():
+    """The curve fits into the width and keeps its ends."""
     stage = Stage("tune")
     stage.losses.extend((n, 1000 - n) for n in range(1000))
     for width in (40, 100):
@@ -74,7 +76,8 @@ def test_a_run_that_has_ended_says_how(run, file, text, says):
     assert says in paged(run)
 
 
-def test_a_run_that_failed_or_is_silent_says_so(run):
+def test_failed_or_silent(run):
+    """The page says so where a run has not begun, is silent or has failed."""
     assert "has not begun a stage yet" in paged(run)
     add(run, row(1, at=time.time() - 500), row(2, at=time.time() - 490))
     assert "no news for 8:1" in paged(run)
@@ -82,7 +85,8 @@ def test_a_run_that_failed_or_is_silent_says_so(run):
     assert "failed: the loss is not finite" in paged(run)
 
 
-def test_garbage_in_the_log_breaks_nothing_and_is_no_markup(run):
+def test_garbage_in_log(run):
+    """Garbage in the log breaks nothing and is not taken for markup."""
     evil = "\x1b[31mred[bold]"
     add(run, "garbage\n", "[1, 2]\n", "null\n", "{}\n", '{"stage": "tune", "step": 1, "time": 1, "loss": NaN}\n')
     add(run, '{"stage": "tune", "step": Infinity, "time": 1}\n', '{"stage": "tune", "step": 2, "time": NaN}\n')
@@ -93,7 +97,8 @@ def test_garbage_in_the_log_breaks_nothing_and_is_no_markup(run):
     assert clean("a\x07b\n") == "a?b\n"
 
 
-def test_only_what_is_new_is_read_and_a_replaced_log_is_read_anew(run):
+def test_follower(run):
+    """Only what is new in the log is read, half rows once they are whole; a replaced log is read anew."""
     follower = Follower(run / "log.jsonl")
     follower.look()  # there is none yet
     add(run, row(1), json.dumps(row(2))[:20])
@@ -108,7 +113,8 @@ def test_only_what_is_new_is_read_and_a_replaced_log_is_read_anew(run):
     assert [step for step, _ in follower.newest.losses] == [1]
 
 
-def test_a_page_on_a_terminal_follows_the_run_to_its_end(run):
+def test_live_page(run):
+    """A page on a terminal follows the run to its end."""
     console = Console(file=StringIO(), width=80, force_terminal=True)
     add(run, row(1))
 
@@ -124,7 +130,8 @@ def test_a_page_on_a_terminal_follows_the_run_to_its_end(run):
     assert "1 of 10" in said and "7 of 10" in said and "finished" in said.rpartition("7 of 10")[0]
 
 
-def test_a_terminal_that_cannot_move_its_cursor_gets_one_page(run):
+def test_dumb_terminal(run):
+    """A terminal that cannot move its cursor gets one page."""
     console = Console(file=StringIO(), width=80, force_terminal=True, _environ={"TERM": "dumb"})
     add(run, row(1))
     watch(run, every_s=60, console=console)
@@ -147,12 +154,14 @@ def command(*arguments, **variables):
         ((), "the following arguments are required: command"),
     ],
 )
-def test_a_mistake_gets_a_sentence_and_exit_code_2(run, arguments, says):
+def test_cli_mistake(run, arguments, says):
+    """A mistake on the command line gets a sentence and exit code 2."""
     done = command(*(run if argument == "RUN" else argument for argument in arguments))
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
-def test_without_a_terminal_one_page_is_printed_and_torch_is_not_imported(run):
+def test_without_terminal(run):
+    """Without a terminal one page is printed, and torch is not imported."""
     add(run, row(1))
     done = command("watch", run)
     assert done.returncode == 0 and "1 of 10" in done.stdout

@@ -115,7 +115,8 @@ def same(one, two):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_gives_ddp_s_losses_norms_and_skipped_steps_and_its_checkpoint_goes_on_anywhere(tmp_path, by_ddp, stage):
+def test_same_as_ddp(tmp_path, by_ddp, stage):
+    """ZeRO has DDP's losses, norms and skipped steps, and each goes on from the other's checkpoint."""
     folder, ddp = by_ddp
     shared = launched(tmp_path, "first", stage, 2)
     assert "DEEPSPEED" in shared["kind"] and "DEEPSPEED" not in ddp["kind"]

@@ -42,7 +42,8 @@ def coco_root(tmp_path: Path, paint: Callable[..., bytes]) -> Path:
     return tmp_path
 
 
-def test_coco_names_every_object_with_its_box_and_crowds_too(coco_root):
+def test_coco_objects(coco_root):
+    """COCO gives every object, crowds too, with its class name and box."""
     found = list(coco.samples(coco_root, "val2017"))
     assert [sample.key for sample in found] == [f"val2017/{n:012d}" for n in (139, 285, 632)]
     assert found[0].objects == [
@@ -54,7 +55,8 @@ def test_coco_names_every_object_with_its_box_and_crowds_too(coco_root):
     assert (about.classes, about.total) == (["person", "car", "dog"], 3)  # car is named though nobody shows one
 
 
-def test_a_list_that_names_a_file_outside_of_the_dataset_is_refused(coco_root):
+def test_coco_path_traversal(coco_root):
+    """A list of COCO that names a file outside of the dataset is refused."""
     path = coco_root / "annotations" / "instances_val2017.json"
     for name in ("../../secret.jpg", "/etc/secret.jpg", "..\\secret.jpg"):
         record = json.loads(path.read_text())
@@ -67,7 +69,8 @@ def test_a_list_that_names_a_file_outside_of_the_dataset_is_refused(coco_root):
 
 
 @pytest.mark.skipif("BIGTRAIN_TEST_DATA" not in os.environ, reason="BIGTRAIN_TEST_DATA names no folder of real data")
-def test_real_coco_annotations_lie_inside_their_pictures(tmp_path):
+def test_coco_real_boxes(tmp_path):
+    """The boxes of real COCO annotations lie inside their pictures."""
     path = Path(os.environ["BIGTRAIN_TEST_DATA"]) / "coco-sample.tar.gz"
     if not path.is_file():
         pytest.skip(f"{path} is not there")
@@ -119,7 +122,8 @@ def voc_root(tmp_path: Path, paint: Callable[..., bytes]) -> Path:
     return root
 
 
-def test_voc_boxes_count_from_zero_and_parts_are_no_objects(voc_root):
+def test_voc_boxes(voc_root):
+    """VOC's boxes count from zero, and parts are no objects."""
     found = list(voc.samples(voc_root, "train"))
     assert [sample.key for sample in found] == ["2007_000027", "2008_000002"]
     assert found[0].objects == [
@@ -130,13 +134,15 @@ def test_voc_boxes_count_from_zero_and_parts_are_no_objects(voc_root):
     assert (about.dataset, about.total, len(about.classes)) == ("voc2012", 2, 20)
 
 
-def test_the_segmentation_list_of_voc_brings_masks(voc_root):
+def test_voc_masks(voc_root):
+    """VOC's Segmentation list brings masks."""
     (sample,) = voc.samples(voc_root, "train", image_set="Segmentation")
     assert sample.mask == voc_root / "SegmentationClass" / "2007_000027.png"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_an_annotation_with_entities_is_refused(voc_root, encoding):
+def test_xml_entities(voc_root, encoding):
+    """An annotation that declares entities is refused, whatever its encoding."""
     bomb = '<?xml version="1.0" encoding="%s"?><!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/hostname">]><a>&b;</a>'
     (voc_root / "Annotations" / "2007_000027.xml").write_bytes((bomb % encoding).encode(encoding))
     with pytest.raises(ValueError, match="document type"):
@@ -148,7 +154,8 @@ def test_an_annotation_with_entities_is_refused(voc_root, encoding):
 
 @pytest.mark.parametrize("name", sorted(set(ADAPTERS) - {"mosaic", "table"}))
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_wrong_root_says_which_layout_is_expected(tmp_path, name, exists):
+def test_wrong_root(tmp_path, name, exists):
+    """A wrong or missing root is answered with the layout that the adapter expects."""
     root = tmp_path if exists else tmp_path / "nowhere"
     with pytest.raises(FileNotFoundError, match=r"must be|may be"):
         ADAPTERS[name].about(root, ADAPTERS[name].split)

@@ -29,7 +29,8 @@ from shards.place import Place
 from tests.processes import Family
 
 
-def test_every_picture_keeps_its_original_bytes_where_the_index_says(animals, build_folder, tmp_path):
+def test_original_bytes(animals, build_folder, tmp_path):
+    """Every picture keeps its original bytes, and they lie where the index says."""
     manifest = build_folder(animals, tmp_path / "out")
     rows = read_index(str(tmp_path / "out")).to_pylist()
     originals = {p.relative_to(animals).with_suffix("").as_posix(): p for p in animals.rglob("*") if p.is_file()}
@@ -55,14 +56,16 @@ def test_webdataset_reads_the_tars(animals, build_folder, tmp_path):
         assert (animals / record["source"]).read_bytes() == sample[ext]
 
 
-def test_shards_show_all_classes_in_turn(animals, build_folder, tmp_path):
+def test_classes_in_turn(animals, build_folder, tmp_path):
+    """Shards show all classes in turn."""
     build_folder(animals, tmp_path / "out", samples_per_shard=3)
     classes = [row["classes"][0] for row in read_index(str(tmp_path / "out")).to_pylist()]
     assert classes == ["cat", "dog", "emu"] * 7
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_two_builds_of_the_same_input_are_the_same_bytes(animals, build_folder, contents, tmp_path, workers):
+def test_deterministic(animals, build_folder, contents, tmp_path, workers):
+    """Two builds of the same input are the same bytes, with any number of workers."""
     build_folder(animals, tmp_path / "one")
     for path in animals.rglob("*"):
         os.utime(path, (0, 0))  # times of files do not matter
@@ -73,7 +76,8 @@ def test_two_builds_of_the_same_input_are_the_same_bytes(animals, build_folder, 
 
 
 @pytest.mark.parametrize(("kill_after", "workers"), [(0, 1), (3, 1), (20, 2)])
-def test_a_killed_build_continues_to_the_same_bytes(paint, build_folder, contents, tmp_path, kill_after, workers):
+def test_resume_after_kill(paint, build_folder, contents, tmp_path, kill_after, workers):
+    """A killed build continues to the same bytes and does not write finished shards again."""
     root, killed = tmp_path / "pictures", tmp_path / "killed"
     for number in range(160):
         paint(number % 4, size=(120, 120), path=root / f"class{number % 4}" / f"{number}.jpg")
@@ -96,7 +100,8 @@ def test_a_killed_build_continues_to_the_same_bytes(paint, build_folder, content
     assert len(kept) >= kill_after  # finished shards were not written again
 
 
-def test_a_torn_shard_of_an_interrupted_build_is_written_again(animals, build_folder, contents, tmp_path, monkeypatch):
+def test_torn_shard(animals, build_folder, contents, tmp_path, monkeypatch):
+    """A torn shard of an interrupted build is written again."""
     build_folder(animals, tmp_path / "whole")
     monkeypatch.setattr("shards.build.Manifest", None)  # ends the build just before its manifest
     with pytest.raises(TypeError):
@@ -108,9 +113,8 @@ def test_a_torn_shard_of_an_interrupted_build_is_written_again(animals, build_fo
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_pictures_renamed_before_a_build_continues_are_not_mixed_with_old_ones(
-    animals, build_folder, contents, tmp_path, monkeypatch
-):
+def test_resume_renamed(animals, build_folder, contents, tmp_path, monkeypatch):
+    """Pictures renamed or removed before a build continues are not mixed with the old ones."""
     monkeypatch.setattr("shards.build.Manifest", None)
     with pytest.raises(TypeError):
         build_folder(animals, tmp_path / "out")
@@ -123,7 +127,8 @@ def test_pictures_renamed_before_a_build_continues_are_not_mixed_with_old_ones(
     assert contents(tmp_path / "out") == contents(tmp_path / "anew")
 
 
-def test_a_finished_build_does_nothing_more(animals, build_folder, contents, tmp_path, capsys):
+def test_finished_build(animals, build_folder, contents, tmp_path, capsys):
+    """A finished build does nothing more: it does not even look at its input again."""
     first = build_folder(animals, tmp_path / "out")
     before = contents(tmp_path / "out")
     shutil.rmtree(animals)  # it is not looked at again
@@ -132,7 +137,8 @@ def test_a_finished_build_does_nothing_more(animals, build_folder, contents, tmp
     assert "finished: 21 samples in 5 shards" in capsys.readouterr().out
 
 
-def test_a_folder_begun_with_other_settings_is_refused(animals, build_folder, tmp_path):
+def test_other_settings(animals, build_folder, tmp_path):
+    """A folder begun with other settings, or by something else, is refused."""
     build_folder(animals, tmp_path / "out")
     with pytest.raises(ValueError, match="samples_per_shard 5, not 6"):
         build_folder(animals, tmp_path / "out", samples_per_shard=6)
@@ -140,7 +146,8 @@ def test_a_folder_begun_with_other_settings_is_refused(animals, build_folder, tm
         build_folder(animals, animals)
 
 
-def test_unreadable_pictures_are_skipped_and_named(paint, build_folder, tmp_path, capsys):
+def test_unreadable_skipped(paint, build_folder, tmp_path, capsys):
+    """Unreadable pictures are skipped and named."""
     root = tmp_path / "pictures"
     for number in range(250):
         paint(number % 5, path=root / "a" / f"{number:03d}.jpg")
@@ -155,7 +162,8 @@ def test_unreadable_pictures_are_skipped_and_named(paint, build_folder, tmp_path
     assert check(str(tmp_path / "out")) == []
 
 
-def test_a_build_stops_over_its_budget_of_unreadable_pictures(animals, build_folder, tmp_path):
+def test_max_skipped(animals, build_folder, tmp_path):
+    """A build stops over its budget of unreadable pictures, and continues with a larger one."""
     for number in (1, 2):
         (animals / "dog" / f"dog{number}.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"2 of 21 pictures cannot be read, at most 1 may be.*dog/dog1\.jpg"):
@@ -165,7 +173,8 @@ def test_a_build_stops_over_its_budget_of_unreadable_pictures(animals, build_fol
     assert build_folder(animals, tmp_path / "out", max_skipped=0.2).samples == 19  # the same build, with more patience
 
 
-def test_a_build_stops_after_a_hundred_unreadable_pictures_in_a_row(tmp_path, build_folder):
+def test_unreadable_in_a_row(tmp_path, build_folder):
+    """A build stops after a hundred unreadable pictures in a row, whatever its budget."""
     (tmp_path / "pictures" / "a").mkdir(parents=True)
     for number in range(300):
         (tmp_path / "pictures" / "a" / f"{number:03d}.jpg").write_bytes(b"")
@@ -173,7 +182,8 @@ def test_a_build_stops_after_a_hundred_unreadable_pictures_in_a_row(tmp_path, bu
         build_folder(tmp_path / "pictures", tmp_path / "out", samples_per_shard=60, max_skipped=1.0)
 
 
-def test_a_decompression_bomb_is_skipped(paint, build_folder, tmp_path, monkeypatch):
+def test_decompression_bomb(paint, build_folder, tmp_path, monkeypatch):
+    """A decompression bomb is skipped, and its size is told."""
     paint(0, path=tmp_path / "pictures" / "a" / "small.jpg")
     paint(0, size=(90, 90), kind="PNG", path=tmp_path / "pictures" / "a" / "large.png")
     monkeypatch.setattr("shards.pictures.MAX_PIXELS", 8000)
@@ -181,7 +191,8 @@ def test_a_decompression_bomb_is_skipped(paint, build_folder, tmp_path, monkeypa
     assert "too many pixels: 90 x 90" in (tmp_path / "out" / "skipped.jsonl").read_text()
 
 
-def test_max_side_shrinks_pictures_boxes_and_masks_and_leaves_small_ones(paint, tmp_path):
+def test_max_side(paint, tmp_path):
+    """The setting `max_side` shrinks pictures, boxes and masks, and leaves small pictures as they are."""
     mask = io.BytesIO()
     halves = np.zeros((40, 80), np.uint8)
     halves[:, 40:] = 255
@@ -200,7 +211,8 @@ def test_max_side_shrinks_pictures_boxes_and_masks_and_leaves_small_ones(paint, 
     assert Image.open(io.BytesIO(found["large.jpg"])).size == (20, 10)
 
 
-def test_a_mask_of_another_size_than_its_picture_is_not_packed(paint, tmp_path):
+def test_mask_size_mismatch(paint, tmp_path):
+    """A picture whose mask is of another size is skipped, not packed."""
     part = write_shard(
         Task(Place(str(tmp_path)), 0, [Sample("a", paint(), "jpg", mask=paint(0, (9, 9), "PNG"))], Treatment())
     )
@@ -209,13 +221,15 @@ def test_a_mask_of_another_size_than_its_picture_is_not_packed(paint, tmp_path):
     assert not (tmp_path / "000000.tar").exists()
 
 
-def test_the_same_key_twice_is_an_error_that_names_both(animals, paint, build_folder, tmp_path):
+def test_duplicate_key(animals, paint, build_folder, tmp_path):
+    """The same key twice is an error that names both pictures."""
     paint(0, kind="PNG", path=animals / "cat" / "cat3.png")
     with pytest.raises(ValueError, match=r"cat/cat3\.jpg and cat/cat3\.png.* have the same key 'cat/cat3'"):
         build_folder(animals, tmp_path / "out")
 
 
-def test_names_that_leave_their_folder_become_harmless_keys(paint, tmp_path):
+def test_unsafe_names(paint, tmp_path):
+    """Names that leave their folder or hold odd characters become harmless, distinct keys."""
     names = ["../../escape", "/absolute", "a/../b", "with.dots", "with dots", "图", "x" * 300, ".", "plain/key_1-2"]
     samples = list(keyed(lambda: (Sample(name, paint(), "jpg") for name in names)))
     part = write_shard(Task(Place(str(tmp_path)), 0, samples, Treatment()))
@@ -229,7 +243,8 @@ def test_names_that_leave_their_folder_become_harmless_keys(paint, tmp_path):
     assert [row["key"] for row in write_shard(Task(Place(str(tmp_path)), 1, samples, Treatment())).rows] == keys
 
 
-def test_a_second_build_in_the_same_folder_is_refused_while_one_runs(animals, build_folder, tmp_path):
+def test_concurrent_build(animals, build_folder, tmp_path):
+    """A second build in the same folder is refused while one runs."""
     (tmp_path / "out").mkdir()
     with alone_in(tmp_path / "out"), pytest.raises(ValueError, match="another build is writing"):
         build_folder(animals, tmp_path / "out")
@@ -237,7 +252,8 @@ def test_a_second_build_in_the_same_folder_is_refused_while_one_runs(animals, bu
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_the_workers_of_a_killed_build_end_too(paint, tmp_path):
+def test_no_orphan_workers(paint, tmp_path):
+    """The workers of a killed build end too."""
     for number in range(300):
         paint(0, size=(200, 200), path=tmp_path / "pictures" / "a" / f"{number}.jpg")
     options = ["--root", str(tmp_path / "pictures"), "--out", str(tmp_path / "out"), "--samples-per-shard", "2"]
@@ -254,7 +270,8 @@ def test_the_workers_of_a_killed_build_end_too(paint, tmp_path):
     assert not left, f"{len(left)} processes outlived the build by 20 s"
 
 
-def test_the_manifest_tells_dataset_classes_and_shards(animals, build_folder, tmp_path):
+def test_manifest(animals, build_folder, tmp_path):
+    """The manifest tells the dataset, split, licence, classes and shards."""
     build_folder(animals, tmp_path / "out", name="zoo", licence="CC0")
     manifest = read_manifest(str(tmp_path / "out"))
     assert (manifest.dataset, manifest.split, manifest.licence) == ("zoo", "train", "CC0")

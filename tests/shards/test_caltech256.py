@@ -22,7 +22,8 @@ def root(tmp_path: Path, paint: Callable[..., bytes]) -> Path:
     return tmp_path
 
 
-def test_the_class_is_the_name_behind_the_number_and_classes_are_sorted_by_it(root):
+def test_class_names(root):
+    """The class is the name behind the folder's number, and classes are sorted by it."""
     about = caltech256.about(root, "all")
     assert about.classes == ["ak47", "clutter", "dog", "motorbikes-101", "spider"]
     found = list(caltech256.samples(root, "all"))
@@ -41,7 +42,8 @@ def test_clutter_may_be_left_out(root):
     assert all(s.classes != ["clutter"] for s in caltech256.samples(root, "all", without_clutter=True))
 
 
-def test_stray_files_are_told_of_and_left_out(root, capsys):
+def test_stray_files(root, capsys):
+    """Stray files are reported and left out."""
     caltech256.about(root, "all")
     said = capsys.readouterr().err
     assert "2 files in" in said
@@ -50,7 +52,8 @@ def test_stray_files_are_told_of_and_left_out(root, capsys):
 
 
 @pytest.mark.parametrize("name", ["notes", "x.ak47", "300.ak47"])
-def test_a_folder_that_is_no_number_and_class_of_its_own_is_refused(root, paint, name):
+def test_bad_folder(root, paint, name):
+    """A folder that is not a number and a class of its own is refused."""
     paint(0, path=root / "256_ObjectCategories" / name / "1.jpg")
     with pytest.raises(ValueError, match="not a number and a class of their own"):
         caltech256.about(root, "all")

@@ -42,7 +42,8 @@ def test_a_truncated_tar_is_found(out):
     assert "3000 bytes, and the manifest says" in line
 
 
-def test_faults_that_are_not_named_are_counted_too(out, monkeypatch):
+def test_unnamed_counted(out, monkeypatch):
+    """Faults beyond those that are named are counted too."""
     monkeypatch.setattr("shards.check.MAX_NAMED", 2)
     index = read_index(str(out))
     column = index.schema.get_field_index("image_offset")
@@ -53,7 +54,8 @@ def test_faults_that_are_not_named_are_counted_too(out, monkeypatch):
     assert wrong[2] == "000000.tar: and 3 more like these"
 
 
-def test_a_view_whose_tars_have_moved_says_where_it_looked(out, tmp_path):
+def test_view_moved_tars(out, tmp_path):
+    """A view whose tars are missing or have moved says where it looked for them."""
     split_per_class(str(out), tmp_path / "view", 2, seed=0)
     (out / "000001.tar").unlink()
     assert check(str(tmp_path / "view"), quick=True) == [f"000001.tar: missing from {out}"]
@@ -62,7 +64,8 @@ def test_a_view_whose_tars_have_moved_says_where_it_looked(out, tmp_path):
     assert line.startswith(f"{out}: no tar of this view lies there")
 
 
-def test_a_flipped_byte_is_found_but_not_by_a_quick_look(out):
+def test_flipped_byte(out):
+    """A flipped byte is found, but not by a quick check."""
     tar = out / "000002.tar"
     data = bytearray(tar.read_bytes())
     data[700] ^= 1
@@ -71,7 +74,8 @@ def test_a_flipped_byte_is_found_but_not_by_a_quick_look(out):
     assert check(str(out)) == ["000002.tar: its bytes have changed since the manifest was written"]
 
 
-def test_a_missing_and_a_surplus_shard_are_found(out):
+def test_missing_surplus_shard(out):
+    """A missing shard and a surplus one are found."""
     (out / "000003.tar").rename(out / "000009.tar")
     assert check(str(out), quick=True) == ["000009.tar: not in the manifest", "000003.tar: missing"]
 
@@ -84,7 +88,8 @@ def test_a_missing_row_is_found(out):
     assert "000000.tar: cat/cat0 is in the tar, not in the index" in wrong
 
 
-def test_a_wrong_offset_and_a_wrong_key_are_found(out):
+def test_wrong_offset_and_key(out):
+    """A wrong offset and a wrong key in the index are found."""
     index = read_index(str(out))
     column = index.schema.get_field_index("image_offset")
     moved = index.set_column(column, "image_offset", pc.add(index["image_offset"], 512))
@@ -95,27 +100,31 @@ def test_a_wrong_offset_and_a_wrong_key_are_found(out):
     assert any("nobody is in the index, not in the tar" in line for line in check(str(out)))
 
 
-def test_a_key_that_is_there_twice_is_found(out):
+def test_duplicate_key(out):
+    """A key that is in the index twice is found."""
     index = read_index(str(out))
     keys = pa.array([index["key"][1].as_py(), *index["key"].to_pylist()[1:]])
     pq.write_table(index.set_column(0, "key", keys), out / INDEX_FILE)
     assert any("is there 2 times" in line for line in check(str(out), quick=True))
 
 
-def test_a_class_that_the_manifest_lacks_is_found(out):
+def test_unknown_class(out):
+    """A class of the index that the manifest lacks is found."""
     text = (out / MANIFEST_FILE).read_text()
     (out / MANIFEST_FILE).write_text(text.replace('"emu"', '"owl"'))
     assert check(str(out), quick=True) == ["index: the class 'emu' is not in the manifest"]
 
 
-def test_a_damaged_index_and_a_damaged_manifest_are_found(out):
+def test_damaged_index_manifest(out):
+    """A damaged index and a damaged manifest are found."""
     (out / INDEX_FILE).write_bytes(b"PAR1 no more")
     assert any("has no readable index.parquet" in line for line in check(str(out)))
     (out / MANIFEST_FILE).write_text("{")
     assert any("is no manifest" in line for line in check(str(out)))
 
 
-def test_what_lies_where_no_set_is_is_said(out, tmp_path):
+def test_not_a_set(out, tmp_path):
+    """Where there is no set, `check` says what lies there instead."""
     shutil.copytree(out, tmp_path / "unfinished", ignore=shutil.ignore_patterns(MANIFEST_FILE))
     shutil.copytree(out, tmp_path / "theirs", ignore=shutil.ignore_patterns("*.json"))
     for place, sentence in (
@@ -150,12 +159,14 @@ def rewrite(out: Path, change: Callable[[str, bytes], bytes | None]) -> None:
     pq.write_table(index.set_column(index.schema.get_field_index("classes"), "classes", column), out / INDEX_FILE)
 
 
-def test_a_json_of_other_classes_than_the_index_is_found(out):
+def test_json_class_mismatch(out):
+    """A JSON with other classes than the index is found."""
     rewrite(out, lambda name, data: data.replace(b'"cat"', b'"dog"') if name == "cat/cat0.json" else data)
     assert check(str(out)) == ["000000.tar: cat/cat0.json has the classes ['dog'], and the index says ['cat']"]
 
 
-def test_a_view_may_take_less_than_the_tars_hold(out, tmp_path):
+def test_view_subset(out, tmp_path):
+    """A view may take less than its tars hold, and a shard cut short behind it is still found."""
     (tmp_path / "view").mkdir()
     index, manifest = read_index(str(out)), read_manifest(str(out))
     rows = index.filter(pc.equal(index["shard"], 0)).slice(1)
@@ -168,7 +179,8 @@ def test_a_view_may_take_less_than_the_tars_hold(out, tmp_path):
     assert "000000.tar: 3 bytes" in check(str(tmp_path / "view"), quick=True)[0]
 
 
-def test_masks_and_labels_without_a_picture_and_pictures_without_labels_are_found(out):
+def test_orphan_members(out):
+    """A JSON without a picture and a picture without the JSON that others have are found."""
     manifest = read_manifest(str(out))
     tar = out / manifest.shards[0].file
     data = tar.read_bytes()
@@ -184,9 +196,8 @@ def test_masks_and_labels_without_a_picture_and_pictures_without_labels_are_foun
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_is_wrong_is_told_in_the_order_of_the_shards_with_any_number_of_workers(
-    animals, build_folder, tmp_path, workers
-):
+def test_report_order(animals, build_folder, tmp_path, workers):
+    """What is wrong is told in the order of the shards, with any number of workers."""
     out = tmp_path / "out"
     build_folder(animals, out)
     (out / "000000.tar").write_bytes((out / "000000.tar").read_bytes()[:-700])
@@ -198,7 +209,8 @@ def test_what_is_wrong_is_told_in_the_order_of_the_shards_with_any_number_of_wor
     assert [line.split(":")[0] for line in wrong] == ["000000.tar", "000002.tar", "000003.tar"]
 
 
-def test_a_folder_named_as_webdataset_names_what_it_passes_over_loses_no_picture(paint, build_folder, tmp_path):
+def test_dunder_names(paint, build_folder, tmp_path):
+    """Names in double underscores, which WebDataset would pass over, lose no picture."""
     for number in range(3):
         paint(number, path=tmp_path / "in" / "__background__" / f"{number}.jpg")
         paint(number + 9, path=tmp_path / "in" / "dog" / f"__{number}__.jpg")

@@ -74,7 +74,8 @@ def binary_files() -> dict[str, bytes]:
     return files
 
 
-def test_the_pickle_of_this_test_is_what_pickle_itself_reads():
+def test_pickle_reference():
+    """Python's own `pickle` reads the official pickle that these tests write by hand."""
     data, labels = batch_rows(1)
     record = pickle.loads(official_pickle(data, labels), encoding="bytes")
     assert np.array_equal(record[b"data"], data)
@@ -83,7 +84,8 @@ def test_the_pickle_of_this_test_is_what_pickle_itself_reads():
 
 @pytest.mark.parametrize("dump", [official_pickle, python3_pickle])
 @pytest.mark.parametrize("unpacked", [False, True])
-def test_the_python_archive_of_cifar_gives_its_pixels_and_classes(tmp_path, dump, unpacked):
+def test_python_archive(tmp_path, dump, unpacked):
+    """CIFAR-10's Python archive, packed or unpacked, gives its pixels and classes."""
     archive(tmp_path / "cifar-10-python.tar.gz", "cifar-10-batches-py", python_files(dump))
     if unpacked:
         with tarfile.open(tmp_path / "cifar-10-python.tar.gz") as tar:
@@ -97,7 +99,8 @@ def test_the_python_archive_of_cifar_gives_its_pixels_and_classes(tmp_path, dump
     assert len(list(CIFAR10.samples(tmp_path, "test"))) == 4
 
 
-def test_the_binary_archive_of_cifar_gives_the_same_samples_as_the_python_one(tmp_path):
+def test_binary_archive(tmp_path):
+    """CIFAR-10's binary archive gives the same samples as the Python one."""
     archive(tmp_path / "cifar-10-python.tar.gz", "cifar-10-batches-py", python_files(official_pickle))
     (tmp_path / "b").mkdir()
     archive(tmp_path / "b" / "cifar-10-binary.tar.gz", "cifar-10-batches-bin", binary_files())
@@ -113,7 +116,8 @@ class Malice:
         return os.system, (f"touch {self.target}",)
 
 
-def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path):
+def test_malicious_pickle(tmp_path):
+    """A malicious or malformed pickle is refused, and runs nothing."""
     target = tmp_path / "run"
     for number, attack in enumerate(
         [
@@ -134,7 +138,8 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path):
     assert not target.exists()
 
 
-def test_class_folders_of_cifar_are_read_and_others_refused(tmp_path, paint):
+def test_class_folders(tmp_path, paint):
+    """Folders named after CIFAR-10's classes are read, and any other folder is refused."""
     paint(0, (32, 32), path=tmp_path / "test" / "frog" / "1.jpg")
     paint(1, (32, 32), path=tmp_path / "test" / "ship" / "1.jpg")
     assert [(s.key, s.classes) for s in CIFAR10.samples(tmp_path, "test")] == [
@@ -147,7 +152,8 @@ def test_class_folders_of_cifar_are_read_and_others_refused(tmp_path, paint):
         CIFAR10.about(tmp_path, "test")
 
 
-def test_a_pickle_that_asks_for_a_huge_memo_takes_no_memory():
+def test_pickle_memo():
+    """A pickle that asks for a huge memo takes no memory."""
     for_memo = b"\x80\x02}r" + struct.pack("<I", 1 << 27) + b"."  # Python's reader in C would take 2 GB
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert plain_pickle.load(for_memo) == {}
@@ -169,7 +175,8 @@ def cifar100_files() -> dict[str, dict[str, bytes]]:
     return files
 
 
-def test_both_forms_of_cifar_100_give_the_same_fine_and_coarse_classes(tmp_path, cifar100_files):
+def test_cifar100_archives(tmp_path, cifar100_files):
+    """Both archives of CIFAR-100 give the same samples, with fine or coarse classes."""
     for form, files in cifar100_files.items():
         archive(tmp_path / f"cifar-100-{form}.tar.gz", f"cifar-100-{form}", files)
     record = pickle.loads(cifar100_files["python"]["train"])
@@ -185,13 +192,15 @@ def test_both_forms_of_cifar_100_give_the_same_fine_and_coarse_classes(tmp_path,
         assert (about.dataset, about.classes, about.total) == ("cifar100", names, 3)
 
 
-def test_the_classes_of_cifar_100_are_sorted_as_its_owners_number_them():
+def test_cifar100_classes():
+    """CIFAR-100's 100 fine and 20 coarse classes are sorted, as its owners number them."""
     assert (len(cifar.FINE_NAMES), len(cifar.COARSE_NAMES)) == (100, 20)
     assert sorted(cifar.FINE_NAMES) == cifar.FINE_NAMES
     assert sorted(cifar.COARSE_NAMES) == cifar.COARSE_NAMES
 
 
-def test_a_label_of_cifar_100_outside_its_classes_is_refused(tmp_path):
+def test_cifar100_bad_label(tmp_path):
+    """A label of CIFAR-100 outside its classes is refused."""
     (tmp_path / "test.bin").write_bytes(bytes([19, 100]) + bytes(3072))
     assert CIFAR100.about(tmp_path, "test", labels="coarse").total == 1
     with pytest.raises(ValueError, match=r"labels outside 0 .. 99"):

@@ -41,7 +41,8 @@ def tree(tmp_path, paint):
 
 @pytest.mark.parametrize("year", [2014, 2017])
 @pytest.mark.parametrize("between", ["", "images/"])
-def test_both_years_are_read_with_and_without_a_folder_between(tree, capsys, year, between):
+def test_both_years(tree, capsys, year, between):
+    """Both 2014 and 2017 are read, with and without a folder `images` in between."""
     root = tree(year, f"{between}val{year}")
     found = list(coco.samples(root, f"val{year}"))
     assert [sample.image.is_file() for sample in found] == [True] * 3
@@ -55,7 +56,8 @@ def test_both_years_are_read_with_and_without_a_folder_between(tree, capsys, yea
     assert capsys.readouterr().err == ""
 
 
-def test_minival_takes_its_pictures_from_val2014(tree, capsys):
+def test_minival2014(tree, capsys):
+    """The split minival2014 takes its pictures from val2014, and warns of no others there."""
     images = [{"id": 139, "file_name": NAME[2014].format(139)}]
     root = tree(2014, listing="instances_minival2014.json", images=images)
     assert coco.about(root, "minival2014").total == 1
@@ -64,21 +66,24 @@ def test_minival_takes_its_pictures_from_val2014(tree, capsys):
     assert capsys.readouterr().err == ""  # the other pictures of val2014 are in no need of a label here
 
 
-def test_a_split_without_annotations_shows_no_class_and_says_so(tree, capsys):
+def test_no_annotations(tree, capsys):
+    """The pictures of a split without annotations show no class, and a warning says so."""
     root = tree(folder="test2017", listing="image_info_test2017.json", annotations=None)
     assert [sample.objects for sample in coco.samples(root, "test2017")] == [[]] * 3
     assert coco.about(root, "test2017").classes == ["person", "dog"]
     assert "image_info_test2017.json has no annotations" in capsys.readouterr().err
 
 
-def test_a_box_without_area_leaves_the_class_and_is_counted(tree, capsys):
+def test_empty_box(tree, capsys):
+    """A box without area is counted and dropped, but its class is kept."""
     root = tree(annotations=[{"id": 7, "image_id": 139, "category_id": 18, "bbox": [5, 6, 0, 3]}])
     coco.about(root, "val2017")
     assert "1 annotations of instances_val2017.json, 7 for one, have a box without area" in capsys.readouterr().err
     assert next(coco.samples(root, "val2017")).objects == [Object("dog")]
 
 
-def test_missing_and_unlisted_pictures_are_counted_and_one_is_named(tree, paint, capsys):
+def test_missing_unlisted_pictures(tree, paint, capsys):
+    """Missing and unlisted pictures are counted, and one of each is named."""
     root = tree()
     (root / "val2017" / "000000000285.jpg").unlink()
     paint(0, path=root / "val2017" / "stray.jpg")
@@ -89,7 +94,8 @@ def test_missing_and_unlisted_pictures_are_counted_and_one_is_named(tree, paint,
     assert "1 pictures in" in said[1] and "stray.jpg" in said[1]
 
 
-def test_a_folder_with_none_of_the_pictures_is_the_wrong_one(tree, paint):
+def test_wrong_folder(tree, paint):
+    """A folder that holds none of the listed pictures is refused as the wrong root."""
     root = tree()
     for path in (root / "val2017").iterdir():
         path.rename(path.with_name(f"COCO_{path.name}"))
@@ -113,7 +119,8 @@ def test_a_folder_with_none_of_the_pictures_is_the_wrong_one(tree, paint):
         ({"categories": {}}, "does not list|no list"),
     ],
 )
-def test_a_list_that_cannot_be_true_is_refused_before_anything_is_written(tree, other, sentence):
+def test_contradictory_list(tree, other, sentence):
+    """A list that cannot be true is refused by `about`, before anything is written."""
     with pytest.raises(ValueError, match=sentence):
         coco.about(tree(**other), "val2017")
 
@@ -127,7 +134,8 @@ def test_a_damaged_list_is_named(tree, text):
         coco.about(root, "val2017")
 
 
-def test_a_missing_list_names_those_there_or_the_layout(tree):
+def test_missing_list(tree):
+    """The error for a missing list names the splits that are there, or else the expected layout."""
     root = tree()
     with pytest.raises(FileNotFoundError, match=r"instances_train2017.json is missing: --split may be val2017"):
         coco.about(root, "train2017")

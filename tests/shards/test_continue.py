@@ -22,7 +22,8 @@ def spoil(*paths):
 
 
 @pytest.mark.parametrize("max_skipped", [0.0, 0.5])
-def test_pictures_that_were_repaired_are_read_by_the_next_run(animals, build_folder, contents, tmp_path, max_skipped):
+def test_repaired_pictures(animals, build_folder, contents, tmp_path, max_skipped):
+    """Pictures that were repaired are read by the next run."""
     build_folder(animals, tmp_path / "whole")
     broken = spoil(animals / "dog" / "dog2.jpg", animals / "dog" / "dog3.jpg")
     if max_skipped:
@@ -53,7 +54,8 @@ def killed_behind(shards, build_folder, root, out, **options):
     assert len(list((out / PARTS_FOLDER).glob("*.json"))) == shards
 
 
-def test_a_picture_that_was_replaced_under_its_name_is_packed_anew(animals, build_folder, contents, paint, tmp_path):
+def test_replaced_picture(animals, build_folder, contents, paint, tmp_path):
+    """A picture that was replaced under the same name is packed anew."""
     killed_behind(2, build_folder, animals, tmp_path / "out")
     paint(99, path=animals / "cat" / "cat1.jpg")
     build_folder(animals, tmp_path / "out")
@@ -61,7 +63,8 @@ def test_a_picture_that_was_replaced_under_its_name_is_packed_anew(animals, buil
     assert contents(tmp_path / "out") == contents(tmp_path / "anew")
 
 
-def test_a_fingerprint_is_of_labels_boxes_masks_and_bytes(tmp_path):
+def test_fingerprint(tmp_path):
+    """A fingerprint depends on key, labels, source, mask and bytes, and is the same every time."""
     picture = tmp_path / "a.jpg"
     picture.write_bytes(b"one")
     one = Sample("a", picture, "jpg", [Object("cat")])
@@ -93,16 +96,16 @@ def failing(monkeypatch, number, times):
     monkeypatch.setattr(pack, "FIRST_WAIT_S", 0.001)
 
 
-def test_a_disk_that_fails_for_a_moment_costs_no_sample(animals, build_folder, contents, tmp_path, monkeypatch):
+def test_read_retry(animals, build_folder, contents, tmp_path, monkeypatch):
+    """A disk that fails for a moment costs no sample."""
     build_folder(animals, tmp_path / "whole")
     failing(monkeypatch, errno.EIO, times=2)
     build_folder(animals, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_disk_that_keeps_failing_stops_the_build_which_continues(
-    animals, build_folder, contents, tmp_path, monkeypatch
-):
+def test_failing_disk(animals, build_folder, contents, tmp_path, monkeypatch):
+    """A disk that keeps failing stops the build, and the next run continues it."""
     build_folder(animals, tmp_path / "whole")
     with monkeypatch.context() as patch:
         failing(patch, errno.EIO, times=99)
@@ -112,12 +115,14 @@ def test_a_disk_that_keeps_failing_stops_the_build_which_continues(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_picture_that_is_missing_is_skipped_and_no_disk_failure(tmp_path):
+def test_missing_picture(tmp_path):
+    """A missing picture counts as unreadable, so that it is skipped, and not as a disk failure."""
     with pytest.raises(UnreadableError, match="No such file"):
         pack.content(tmp_path / "missing.jpg")
 
 
-def test_a_finished_set_without_one_of_its_shards_is_built_again(animals, build_folder, contents, tmp_path, capsys):
+def test_missing_shard(animals, build_folder, contents, tmp_path, capsys):
+    """A finished set that lacks one of its shards is built again, to the same bytes."""
     build_folder(animals, tmp_path / "out")
     before = contents(tmp_path / "out")
     (tmp_path / "out" / "000001.tar").unlink()
@@ -126,7 +131,8 @@ def test_a_finished_set_without_one_of_its_shards_is_built_again(animals, build_
     assert contents(tmp_path / "out") == before
 
 
-def test_a_shard_is_synced_before_it_is_renamed_and_its_folder_after(animals, build_folder, tmp_path, monkeypatch):
+def test_fsync_order(animals, build_folder, tmp_path, monkeypatch):
+    """A shard is synced before it is renamed and its folder afterwards; the manifest comes last."""
     done = []
     fsync, replace = os.fsync, Path.replace
 
@@ -148,7 +154,8 @@ def test_a_shard_is_synced_before_it_is_renamed_and_its_folder_after(animals, bu
     assert done[-2][1] == "manifest.json"
 
 
-def test_boxes_are_cut_to_their_pictures(paint, tmp_path):
+def test_clip_boxes(paint, tmp_path):
+    """Boxes are cut to their pictures, and those left without an area are dropped."""
     boxes = [Box(-3, 2, 5, 90), Box(1, 1, 4, 4), Box(20, 30, 40, 50), Box(4, 4, 4, 9)]
     sample = Sample("a", paint(), "jpg", [Object("cat", box) for box in boxes])
     _, ((_, record),) = pack.prepare(sample, Treatment())

@@ -55,7 +55,8 @@ def of_2010(tmp_path: Path, paint: Callable[..., bytes]) -> Path:
     return root
 
 
-def test_both_releases_have_classes_by_name_and_boxes(of_2011, of_2010):
+def test_both_releases(of_2011, of_2010):
+    """Both releases have their classes sorted by name, their splits and their boxes."""
     for root, year, bottom in ((of_2011, 2011, 11.5), (of_2010, 2010, 11.0)):
         about = cub200.about(root, "train")
         assert (about.dataset, about.classes, about.total) == (f"cub200_{year}", SORTED, 2)
@@ -75,7 +76,8 @@ def test_boxes_of_2010_may_be_absent(of_2010):
     assert next(cub200.samples(of_2010, "test")).objects == [Object("Acadian_Flycatcher")]
 
 
-def test_segmentations_become_masks_and_one_that_is_missing_is_named(of_2011):
+def test_segmentation_masks(of_2011):
+    """Segmentations become masks, and a picture without one is named."""
     (sample, _) = cub200.samples(of_2011, "train", masks=True)
     assert sample.mask.read_bytes() == (of_2011 / "segmentations" / f"{FILES['2'][:-4]}.png").read_bytes()
     sample.mask.unlink()
@@ -96,7 +98,8 @@ def test_segmentations_become_masks_and_one_that_is_missing_is_named(of_2011):
         ("classes.txt", None, "classes.txt is missing: --root must be"),
     ],
 )
-def test_lists_that_are_wrong_say_what_and_where(of_2011, name, text, message):
+def test_wrong_lists(of_2011, name, text, message):
+    """A wrong list is refused with what is wrong and where."""
     path = of_2011 / "CUB_200_2011" / name
     path.unlink()
     if text:
@@ -105,7 +108,8 @@ def test_lists_that_are_wrong_say_what_and_where(of_2011, name, text, message):
         cub200.about(of_2011, "train")
 
 
-def test_pictures_and_lists_have_to_agree(of_2011, of_2010, paint):
+def test_pictures_match_lists(of_2011, of_2010, paint):
+    """Pictures and lists have to agree."""
     paint(7, path=of_2011 / "CUB_200_2011" / "images" / "002.Laysan_Albatross" / "new.jpg")
     with pytest.raises(ValueError, match=r"1 pictures that .* does not name \('002.Laysan_Albatross/new.jpg'\)"):
         cub200.about(of_2011, "train")

@@ -36,7 +36,8 @@ def theirs(tmp_path: Path) -> Path:
     return tmp_path / "theirs"
 
 
-def test_shards_by_webdataset_are_indexed_without_a_change(theirs, paint, contents):
+def test_webdataset_shards(theirs, paint, contents):
+    """Shards written by webdataset are indexed without being changed."""
     with webdataset.ShardWriter(str(theirs / "s-%04d.tar"), maxcount=4, verbose=0) as writer:
         for n in range(10):
             writer.write({"__key__": f"img{n:03d}", "jpg": paint(n, (10 + n, 8)), "cls": n % 3})
@@ -57,7 +58,8 @@ def test_shards_by_webdataset_are_indexed_without_a_change(theirs, paint, conten
     assert check(str(theirs)) == []
 
 
-def test_own_shards_are_indexed_to_the_same_index(animals, build_folder, tmp_path):
+def test_own_shards(animals, build_folder, tmp_path):
+    """Indexing the shards of an own build gives the same index as the build did."""
     build_folder(animals, tmp_path / "out")
     built = read_index(str(tmp_path / "out"))
     for name in ("manifest.json", "index.parquet"):
@@ -66,7 +68,8 @@ def test_own_shards_are_indexed_to_the_same_index(animals, build_folder, tmp_pat
     assert read_index(str(tmp_path / "out")).equals(built)
 
 
-def test_a_class_comes_from_json_cls_or_txt(theirs, paint):
+def test_class_sources(theirs, paint):
+    """A sample's classes come from its .json, .cls or .txt member."""
     picture = paint()
     write_tar(
         theirs / "a.tar",
@@ -92,13 +95,15 @@ def test_a_class_comes_from_json_cls_or_txt(theirs, paint):
     assert [row["image_ext"] for row in rows] == ["jpg", "jpg", "jpg", "jpg", "webp"]
 
 
-def test_a_text_beside_a_json_is_a_caption_and_no_class(theirs, paint):
+def test_caption(theirs, paint):
+    """A text beside a JSON is a caption, not a class."""
     write_tar(theirs / "a.tar", {"1.jpg": paint(), "1.json": b'{"url": "x"}', "1.txt": b"a dog on a lawn"})
     assert describe(theirs).classes == ()
     assert read_index(str(theirs))["classes"].to_pylist() == [[]]
 
 
-def test_class_folders_in_a_tar_are_classes_where_asked_for_and_else_that_is_said(theirs, paint, tmp_path, capsys):
+def test_classes_from_folder(theirs, paint, tmp_path, capsys):
+    """Folders in a tar become classes where asked for; otherwise the option is pointed out."""
     write_tar(theirs / "a.tar", {"all/cat/1.jpg": paint(), "all/dog/1.jpg": paint(1), "all/dog/1.txt": b"text"})
     assert describe(theirs, classes_from="folder").classes == ("cat", "dog")
     assert read_index(str(theirs))["classes"].to_pylist() == [["cat"], ["dog"]]
@@ -108,14 +113,16 @@ def test_class_folders_in_a_tar_are_classes_where_asked_for_and_else_that_is_sai
     assert "with --classes-from folder" in capsys.readouterr().err
 
 
-def test_a_picture_in_no_folder_has_no_class_to_take_from_there(theirs, paint):
+def test_picture_without_folder(theirs, paint):
+    """With classes from folders, a picture in no folder is refused, as it has no class."""
     write_tar(theirs / "a.tar", {"cat/1.jpg": paint(), "2.jpg": paint(1)})
     with pytest.raises(ValueError, match=r"1 sample has no class and others have one .a\.tar: 2"):
         describe(theirs, classes_from="folder")
 
 
 @pytest.mark.parametrize(("ext", "samples", "warned"), [("txt", 3, True), ("cls", 51, True), ("cls", 50, False)])
-def test_what_may_be_captions_is_told_of(theirs, paint, capsys, ext, samples, warned):
+def test_caption_warning(theirs, paint, capsys, ext, samples, warned):
+    """Labels that may be captions (texts, or nearly one for each sample) are warned of."""
     members = [
         (f"{n}.{e}", paint() if e == "jpg" else f"no {n}".encode()) for n in range(samples) for e in ("jpg", ext)
     ]
@@ -136,7 +143,8 @@ def test_what_may_be_captions_is_told_of(theirs, paint, capsys, ext, samples, wa
         (["1.jpg", "1.cls", "1.cls"], "1 has 1 pictures among its members .jpg, cls, cls"),
     ],
 )
-def test_interleaved_missing_and_surplus_members_are_named(theirs, paint, names, sentence):
+def test_bad_members(theirs, paint, names, sentence):
+    """Interleaved, missing and surplus members are named, and nothing is written."""
     write_tar(theirs / "a.tar", [(name, paint() if name[2:] in ("jpg", "png") else b"1") for name in names])
     with pytest.raises(ValueError, match=sentence):
         describe(theirs)
@@ -154,13 +162,15 @@ def test_a_key_in_two_shards_is_named(theirs, paint):
     ("label", "sentence"),
     [(b'{"label": 5}', "class 5, and --class-names names 0 .. 1"), (b'{"label": 1.5}', "neither"), (b"{", "1.json: ")],
 )
-def test_a_label_that_means_nothing_is_named(theirs, paint, label, sentence):
+def test_bad_label(theirs, paint, label, sentence):
+    """A label that is no known class, or that cannot be read, is refused with the reason."""
     write_tar(theirs / "a.tar", {"1.jpg": paint(), "1.json": label})
     with pytest.raises(ValueError, match=sentence):
         describe(theirs, ["a", "b"])
 
 
-def test_a_picture_that_is_none_is_skipped_named_and_known_to_check(theirs, paint):
+def test_skipped_picture(theirs, paint):
+    """A member that is no real picture is skipped and listed, and `check` accepts that."""
     write_tar(theirs / "a.tar", {f"{n}.jpg": paint(n) if n != 5 else b"nothing" for n in range(9)})
     assert describe(theirs).samples == 8
     assert json.loads((theirs / "skipped.jsonl").read_text())["source"] == "a.tar:5.jpg"
@@ -178,21 +188,24 @@ def test_compressed_tars_are_refused(theirs, mode, name):
 
 
 @pytest.mark.parametrize("keep", [700, 1000, 1100, 1536])
-def test_a_truncated_tar_is_refused_wherever_it_is_cut(theirs, keep):
+def test_truncated_tar(theirs, keep):
+    """A truncated tar is refused, wherever it is cut."""
     write_tar(theirs / "a.tar", {"1.txt": b"x" * 100, "2.txt": b"y" * 100})
     (theirs / "a.tar").write_bytes((theirs / "a.tar").read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"no whole tar|0 pictures"):
         describe(theirs)
 
 
-def test_a_described_set_is_not_described_over(theirs, paint: Callable[..., bytes]):
+def test_existing_manifest(theirs, paint: Callable[..., bytes]):
+    """A set that has a manifest already is not described again."""
     write_tar(theirs / "a.tar", {"1.jpg": paint()})
     describe(theirs)
     with pytest.raises(ValueError, match=r"has a manifest\.json already"):
         describe(theirs)
 
 
-def test_a_view_elsewhere_leaves_the_folder_of_the_tars_alone(theirs, paint, contents, tmp_path):
+def test_view_elsewhere(theirs, paint, contents, tmp_path):
+    """A view written elsewhere leaves the folder of the tars alone, and has the same index."""
     for name in ("a.tar", "b.tar"):
         write_tar(theirs / name, {f"{name[0]}{n}.jpg": paint(n) for n in range(3)})
     before = contents(theirs)
@@ -215,7 +228,8 @@ def test_a_view_elsewhere_leaves_the_folder_of_the_tars_alone(theirs, paint, con
         ("none-{0..1}.tar", "none-0.tar"),
     ],
 )
-def test_a_list_of_shards_that_means_nothing_is_refused(theirs, paint, shards, sentence):
+def test_bad_shard_list(theirs, paint, shards, sentence):
+    """A list of shards that makes no sense is refused, and nothing is written."""
     write_tar(theirs / "a.tar", {"1.jpg": paint()})
     with pytest.raises((ValueError, OSError), match=sentence):
         describe(theirs, shards=shards)
@@ -242,7 +256,8 @@ def special(name: str, kind: bytes) -> tarfile.TarInfo:
         (tarfile.TarInfo("a\n.jpg"), "cannot be printed"),
     ],
 )
-def test_a_tar_that_could_lead_elsewhere_is_refused(theirs, paint, member, sentence):
+def test_unsafe_tar(theirs, paint, member, sentence):
+    """A tar with links, devices, sparse files or unsafe names is refused, naming the member."""
     write_tar(theirs / "a.tar", {"1.jpg": paint()})
     with tarfile.open(theirs / "a.tar", "a", format=tarfile.GNU_FORMAT) as tar:
         tar.addfile(member)
@@ -251,7 +266,9 @@ def test_a_tar_that_could_lead_elsewhere_is_refused(theirs, paint, member, sente
     assert [path.name for path in theirs.iterdir()] == ["a.tar"]
 
 
-def test_pickled_members_are_counted_and_never_opened(theirs, paint, tmp_path, capsys):
+def test_pickled_members(theirs, paint, tmp_path, capsys):
+    """Pickled members are counted and never opened."""
+
     class Trap:
         def __reduce__(self):
             return Path.touch, (tmp_path / "sprung",)
@@ -270,7 +287,8 @@ def test_pickled_members_are_counted_and_never_opened(theirs, paint, tmp_path, c
 
 @settings(max_examples=300)
 @given(st.data())
-def test_no_mutated_tar_does_worse_than_a_sentence(data):
+def test_fuzz_tar(data):
+    """A mutated tar raises a `TarError` at worst, and never gives more members than blocks."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name in ("a/1.jpg", "a/1.json", "x" * 120 + ".jpg", "b\u00e4.txt"):
@@ -293,7 +311,8 @@ def test_no_mutated_tar_does_worse_than_a_sentence(data):
             assert len(list(members(opened))) <= len(tar_bytes) // 512
 
 
-def test_a_picture_may_have_a_longer_extension_where_there_is_no_plain_one(theirs, paint):
+def test_long_extension(theirs, paint):
+    """A picture may have a longer extension, such as .rgb.jpg, where there is no plain one."""
     write_tar(
         theirs / "a.tar", {"1.rgb.jpg": paint(1), "1.cls": b"0", "2.jpg": paint(2), "2.mask.png": b"", "2.cls": b"1"}
     )
@@ -307,7 +326,8 @@ def test_a_picture_may_have_a_longer_extension_where_there_is_no_plain_one(their
 
 
 @pytest.mark.parametrize("label", [b'{"label": null}', b'{"caption": "a dog"}', b"{}"])
-def test_samples_without_a_class_among_others_are_refused_unless_they_are_allowed(theirs, paint, label):
+def test_allow_unlabelled(theirs, paint, label):
+    """Samples without a class among labelled ones are refused unless they are allowed."""
     write_tar(theirs / "a.tar", {"1.jpg": paint(1), "1.json": label, "2.jpg": paint(2), "2.json": b'{"label": 1.0}'})
     with pytest.raises(ValueError, match=r"1 sample has no class and others have one \(a.tar: 1 .*--allow-unlabelled"):
         describe(theirs)
@@ -322,7 +342,8 @@ def test_samples_without_a_class_among_others_are_refused_unless_they_are_allowe
         (rb'{"label": "\ud800"}', r"1.json: .*'\\ud800'.* UTF-8"),
     ],
 )
-def test_a_label_that_is_no_class_is_named_with_its_member(theirs, paint, label, sentence):
+def test_invalid_label(theirs, paint, label, sentence):
+    """A label that can be no class, negative or not UTF-8, is refused with the member's name."""
     write_tar(theirs / "a.tar", {"1.jpg": paint(), "1.json": label})
     with pytest.raises(ValueError, match=sentence):
         describe(theirs)
@@ -337,7 +358,8 @@ def test_half_a_picture_is_found(theirs, paint):
     assert check(str(theirs)) == []
 
 
-def test_tars_without_a_sample_are_said_to_be_so(theirs):
+def test_empty_tar(theirs):
+    """Tars without a single sample are refused as such."""
     write_tar(theirs / "a.tar", {})
     with pytest.raises(ValueError, match="holds no sample: give the folder"):
         describe(theirs)

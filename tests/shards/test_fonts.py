@@ -74,7 +74,8 @@ def ink(sample) -> tuple[int, int, int, int]:
     return rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
 
 
-def test_each_font_is_a_class_and_each_character_a_picture_of_it(font, text):
+def test_classes_and_samples(font, text):
+    """Each font is a class and each character a picture of it, the same every time."""
     font("b.ttf", "Serif", {"一": (500, 250), "丁": (250, 500)})
     root = font("deep/a.TTF", "Hei", {"一": (500, 250), "丁": (250, 500)}, style="Bold")
     options = OPTIONS | {"characters": text("丁 一\n丁\n")}
@@ -91,7 +92,8 @@ def test_each_font_is_a_class_and_each_character_a_picture_of_it(font, text):
     assert found == again
 
 
-def test_a_character_is_black_on_white_in_the_middle_at_the_fonts_own_scale(font, text):
+def test_rendering(font, text):
+    """A character is black on white, centred, at the font's own scale."""
     root = font("a.ttf", "Hei", {"一": (500, 250), "丁": (250, 500, 300)})
     flat, tall = fonts.samples(root, "all", **OPTIONS | {"characters": text("一丁"), "size": 64})
     grey = np.asarray(Image.open(io.BytesIO(flat.image())))
@@ -100,7 +102,8 @@ def test_a_character_is_black_on_white_in_the_middle_at_the_fonts_own_scale(font
     assert ink(tall) == (20, 26, 44, 38)  # wherever it stood above the base line
 
 
-def test_a_character_that_would_not_fit_is_set_smaller(font, text):
+def test_oversized_character(font, text):
+    """A character that would not fit is set smaller, in its own proportions."""
     root = font("a.ttf", "Hei", {"一": (4000, 1000)})
     (sample,) = fonts.samples(root, "all", **OPTIONS | {"characters": text("一")})
     top, left, bottom, right = ink(sample)
@@ -109,7 +112,8 @@ def test_a_character_that_would_not_fit_is_set_smaller(font, text):
 
 
 @pytest.mark.parametrize("missing", [{}, {"丁": (0, 0)}], ids=["not mapped", "without ink"])
-def test_a_font_that_lacks_a_character_is_named_or_left_out_or_the_character_is(font, text, capsys, missing):
+def test_lacking(font, text, capsys, missing):
+    """A font that lacks a character is refused by name, or else the font or the character is left out."""
     font("a.ttf", "Full", {"一": (500, 250), "丁": (250, 500)})
     root = font("b.ttf", "Part", {"一": (500, 250), **missing})
     options = OPTIONS | {"characters": text("一丁")}
@@ -123,7 +127,8 @@ def test_a_font_that_lacks_a_character_is_named_or_left_out_or_the_character_is(
     assert "left out: 丁 (U+4E01)" in capsys.readouterr().err
 
 
-def test_a_font_whose_instructions_are_broken_lacks_all_characters(font, text, capsys):
+def test_broken_instructions(font, text, capsys):
+    """A font whose instructions are broken counts as lacking its characters."""
     root = font("a.ttf", "Hei", {"一": (500, 250)})
     font("b.ttf", "Bad", {"一": (500, 250)})
     library = pytest.importorskip("fontTools.ttLib")
@@ -137,7 +142,8 @@ def test_a_font_whose_instructions_are_broken_lacks_all_characters(font, text, c
     assert "Bad Regular lacks 一 (U+4E00): it is left out" in capsys.readouterr().err
 
 
-def test_without_a_text_the_characters_are_those_of_gb2312_in_its_order(font):
+def test_gb2312(font):
+    """Without a text, the characters are those of GB 2312, in its order."""
     order = fonts.gb2312()
     assert (len(order), len(set(order)), order[0], order[3754], order[3755], order[-1]) == (6763, 6763, *"啊座亍齄")
     root = font("a.ttf", "Hei", {"啊": (500, 500), "阿": (500, 500)})
@@ -145,7 +151,8 @@ def test_without_a_text_the_characters_are_those_of_gb2312_in_its_order(font):
     assert [sample.source for sample in found] == ["a.ttf U+554A", "a.ttf U+963F"]
 
 
-def test_a_collection_gives_its_first_font_and_links_one_and_names_are_not_twice(font, tmp_path, capsys):
+def test_collections_and_links(font, tmp_path, capsys):
+    """A collection gives its first font, links give no second one, and no name may come twice."""
     collection = pytest.importorskip("fontTools.ttLib").TTCollection()
     for name in ("One", "Two"):
         font(f"{name}.ttf", name, {"啊": (500, 500)})
@@ -188,7 +195,8 @@ def test_impossible_options_are_refused(font, text, tmp_path):
         fonts.about(root, "all", **OPTIONS | {"characters": str(tmp_path / "none.txt")})
 
 
-def test_a_set_of_fonts_is_built_like_any_other(font, tmp_path, contents):
+def test_build(font, tmp_path, contents):
+    """A set of fonts is built like any other, the same with one worker or two."""
     root = font("a.ttf", "汉 Hei", {"啊": (500, 500), "阿": (500, 400)})
     settings = Settings("fonts", str(root), "all", samples_per_shard=1, options=OPTIONS | {"count": 2})
     manifest = build(settings, tmp_path / "one")
@@ -199,7 +207,8 @@ def test_a_set_of_fonts_is_built_like_any_other(font, tmp_path, contents):
     assert json.loads((tmp_path / "one" / "build.json").read_text())["options"]["size"] == 32
 
 
-def test_without_fonttools_the_command_to_install_it_is_given(font, monkeypatch):
+def test_missing_fonttools(font, monkeypatch):
+    """Without fontTools, the command that installs it is given."""
     root = font("a.ttf", "Hei", {"啊": (500, 500)})
     monkeypatch.setitem(sys.modules, "fontTools.ttLib", None)
     with pytest.raises(ImportError, match=r"pip install bigtrain\[fonts\]"):

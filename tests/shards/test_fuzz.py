@@ -105,7 +105,8 @@ def ends_well(arguments, capsys, allowed=(0, 1, 2)):
 
 @ENOUGH
 @given(seed=seeds, times=SIZES)
-def test_a_damaged_tar_is_indexed_or_refused_and_what_is_indexed_checks(place, capsys, seed, times):
+def test_damaged_tar(place, capsys, seed, times):
+    """A damaged tar is indexed or refused, and what is indexed passes `check`."""
     folder = place()
     (folder / "000.tar").write_bytes(mutated(TAR, seed, times))
     if ends_well(["index", folder], capsys) == 0:
@@ -117,7 +118,8 @@ def test_a_damaged_tar_is_indexed_or_refused_and_what_is_indexed_checks(place, c
 
 @ENOUGH
 @given(seed=seeds, times=SIZES, which=st.sampled_from(["tar", "index.parquet", "manifest.json"]))
-def test_a_set_that_changed_since_its_build_is_found_out_by_check(place, built, capsys, seed, times, which):
+def test_changed_set(place, built, capsys, seed, times, which):
+    """Any change of a tar since its build is found by `check`, and no damaged file crashes a command."""
     folder = place()
     for path in built.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
@@ -144,7 +146,8 @@ def built(tmp_path_factory, capsys):
 
 @ENOUGH
 @given(seed=seeds, times=SIZES, kind=st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"]))
-def test_a_damaged_picture_has_views_or_a_reason(seed, times, kind):
+def test_damaged_picture(seed, times, kind):
+    """A damaged picture gives a view or a reason, within five seconds."""
     payload = mutated(painted(kind), seed, times)
     began = time.monotonic()
     try:
@@ -158,7 +161,8 @@ def test_a_damaged_picture_has_views_or_a_reason(seed, times, kind):
 
 @ENOUGH
 @given(seed=seeds, times=SIZES)
-def test_damaged_pictures_are_built_or_left_out_by_name(place, capsys, seed, times):
+def test_build_damaged_pictures(place, capsys, seed, times):
+    """Damaged pictures are built or left out by name, and the set passes `check`."""
     folder = place()
     for number in range(3):
         path = folder / "pictures" / "a" / f"{number}.jpg"
@@ -194,7 +198,8 @@ LISTS = {
 
 @ENOUGH
 @given(seed=seeds, times=SIZES, name=st.sampled_from(sorted(LISTS)))
-def test_a_damaged_list_is_read_or_refused(place, capsys, seed, times, name):
+def test_damaged_list(place, capsys, seed, times, name):
+    """A damaged list of COCO, VOC, MNIST or a table is read or refused."""
     folder = place()
     lists = [path for path, data in LISTS[name] if data is not None]
     victim = lists[seed % len(lists)]

@@ -58,7 +58,8 @@ def kaggle(tmp_path: Path, paint: Callable[..., bytes]) -> Path:
     return root
 
 
-def test_the_validation_pictures_are_the_same_in_every_layout(devkit, kaggle, tmp_path, paint):
+def test_val_layouts(devkit, kaggle, tmp_path, paint):
+    """The validation samples are the same in the layouts of the devkit, Kaggle and class folders."""
     for number, wnid in VAL.items():
         paint(number, path=tmp_path / "folders" / "val" / wnid / f"ILSVRC2012_val_{number:08d}.JPEG")
     expected = [(f"val/ILSVRC2012_val_{number:08d}", [wnid], paint(number)) for number, wnid in VAL.items()]
@@ -69,7 +70,8 @@ def test_the_validation_pictures_are_the_same_in_every_layout(devkit, kaggle, tm
         assert (about.dataset, about.classes, about.total) == ("imagenet", [WNIDS[0], WNIDS[2]], 3)
 
 
-def test_the_owners_archive_of_validation_pictures_may_be_unpacked_beside_the_kit(devkit):
+def test_val_beside_devkit(devkit):
+    """The owners' archive of validation pictures may be unpacked beside the devkit, without val/."""
     for path in (devkit / "val").iterdir():
         path.rename(devkit / path.name)
     (devkit / "val").rmdir()
@@ -77,14 +79,16 @@ def test_the_owners_archive_of_validation_pictures_may_be_unpacked_beside_the_ki
     assert [(s.source, s.classes) for s in found][1] == ("ILSVRC2012_val_00000002.JPEG", ["n01440764"])
 
 
-def test_boxes_are_read_from_kaggles_annotations_and_count_from_zero(kaggle):
+def test_kaggle_boxes(kaggle):
+    """Boxes are read from Kaggle's annotations, where there are any, and count from zero."""
     boxed, plain = imagenet.samples(kaggle, "train")
     assert boxed.objects == [Object(WNIDS[0], Box(top=3, left=0, bottom=11, right=19))]
     assert plain.objects == [Object(WNIDS[0])]
     assert boxed.source == f"train/{WNIDS[0]}/{WNIDS[0]}_18.JPEG"
 
 
-def test_a_picture_without_label_and_a_label_without_picture_are_named_and_counted(devkit, kaggle, paint):
+def test_val_mismatch(devkit, kaggle, paint):
+    """Pictures without a label and labels without a picture are counted and named."""
     paint(4, path=devkit / "val" / "ILSVRC2012_val_00000004.JPEG")
     with pytest.raises(ValueError, match=r"has 1 pictures that .*ground_truth.txt does not name \('ILSVRC2012_val_0+4"):
         imagenet.about(devkit, "val")
@@ -93,7 +97,8 @@ def test_a_picture_without_label_and_a_label_without_picture_are_named_and_count
         imagenet.about(kaggle, "val")
 
 
-def test_a_number_that_the_kit_does_not_name_is_refused(devkit):
+def test_unknown_class_number(devkit):
+    """A class number that is no leaf synset of the devkit is refused."""
     truth = devkit / "ILSVRC2012_devkit_t12" / "data" / "ILSVRC2012_validation_ground_truth.txt"
     truth.write_text("1\n4\n1\n")  # 4 is a synset above others
     with pytest.raises(ValueError, match=r"gives ILSVRC2012_val_00000002.JPEG the class 4, which is none of the 3"):
@@ -101,7 +106,8 @@ def test_a_number_that_the_kit_does_not_name_is_refused(devkit):
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "gone"])
-def test_a_kit_that_is_not_whole_says_so(devkit, damage):
+def test_damaged_devkit(devkit, damage):
+    """A devkit whose meta.mat is damaged, missing or of another kind is refused as such."""
     path = devkit / "ILSVRC2012_devkit_t12" / "data" / "meta.mat"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:300])
@@ -113,7 +119,8 @@ def test_a_kit_that_is_not_whole_says_so(devkit, damage):
         imagenet.about(devkit, "val")
 
 
-def test_all_synsets_are_read_without_a_folder_of_train(tmp_path, paint):
+def test_21k(tmp_path, paint):
+    """All synsets (the 21k) are read as train, without a folder of that name."""
     for wnid in ("n02084071", "n00007846"):
         paint(0, path=tmp_path / wnid / f"{wnid}_7.JPEG")
     (tmp_path / "words.txt").write_text("")
@@ -125,7 +132,8 @@ def test_all_synsets_are_read_without_a_folder_of_train(tmp_path, paint):
 
 
 @pytest.mark.parametrize("where", ["ILSVRC2012_img_train.tar", "train/n01440764.tar", "n01440764.tar"])
-def test_archives_are_refused_with_the_way_to_unpack_them(tmp_path, where):
+def test_packed_archives(tmp_path, where):
+    """Archives that are still packed are refused, with the commands that unpack them."""
     (tmp_path / where).parent.mkdir(exist_ok=True)
     (tmp_path / where).write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="unpack them first: mkdir train val; tar -xf"):
@@ -139,7 +147,8 @@ def test_test_pictures_have_no_labels(kaggle):
         imagenet.about(kaggle, "test")
 
 
-def test_tiny_imagenet_is_read_in_its_original_form_and_in_the_plain_one(tmp_path, paint):
+def test_tiny_layouts(tmp_path, paint):
+    """Tiny-ImageNet is read in its original layout and in the plain one, with the same samples."""
     for wnid in ("n01443537", "n01629819"):
         for place in range(2):
             paint(place, path=tmp_path / "plain" / "train" / wnid / f"{wnid}_{place}.JPEG")
@@ -151,7 +160,8 @@ def test_tiny_imagenet_is_read_in_its_original_form_and_in_the_plain_one(tmp_pat
     assert plain[0].image_ext == "jpeg"
 
 
-def test_the_validation_pictures_of_tiny_imagenet_have_the_class_of_the_list(tmp_path, paint):
+def test_tiny_val(tmp_path, paint):
+    """Tiny-ImageNet's validation pictures have the classes that val_annotations.txt gives."""
     for place in range(3):
         paint(place, path=tmp_path / "val" / "images" / f"val_{place}.JPEG")
     lines = [f"val_{place}.JPEG\tn0{3 - place}444034\t0\t32\t44\t62\n" for place in range(3)]

@@ -41,7 +41,8 @@ def idx(tmp_path: Path) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_idx_images_become_pngs_of_the_same_pixels(idx, tmp_path, suffix):
+def test_idx_to_png(idx, tmp_path, suffix):
+    """IDX images become PNGs of the same pixels, with the class names of the dataset given."""
     images, labels = idx(suffix=suffix)
     found = list(mnist.samples(tmp_path, "test", dataset="fashion_mnist"))
     assert np.array_equal([pixels(sample) for sample in found], images)
@@ -58,7 +59,8 @@ def test_a_cut_idx_file_is_refused(idx, tmp_path):
         mnist.about(tmp_path, "test")
 
 
-def test_a_label_that_is_no_class_is_refused(tmp_path):
+def test_label_out_of_range(tmp_path):
+    """A label that is no class is refused."""
     write_idx(tmp_path, "t10k", np.zeros((2, 28, 28), np.uint8), np.array([3, 10], np.uint8))
     with pytest.raises(ValueError, match="10 among them, where there should be as many labels as images, from 0 to 9"):
         mnist.about(tmp_path, "test")
@@ -75,7 +77,8 @@ def letters(tmp_path: Path) -> np.ndarray:
     return images
 
 
-def test_emnist_is_set_upright_and_named_by_its_mapping(letters, tmp_path):
+def test_emnist(letters, tmp_path):
+    """EMNIST is set upright, and its classes are named by its mapping."""
     found = list(mnist.samples(tmp_path, "train", dataset="emnist-letters"))
     assert np.array_equal([pixels(sample) for sample in found], letters)
     assert [sample.classes for sample in found] == [["B"], ["A"], ["Z"]]
@@ -89,7 +92,8 @@ def test_emnist_is_set_upright_and_named_by_its_mapping(letters, tmp_path):
     )
 
 
-def test_the_mapping_of_emnist_has_to_be_there_and_whole(letters, tmp_path):
+def test_emnist_mapping(letters, tmp_path):
+    """The mapping of EMNIST has to be there and whole."""
     path = tmp_path / "emnist-letters-mapping.txt"
     path.write_text("1 65 97\n2 66\n")
     with pytest.raises(ValueError, match=r"line 2 of .*'2 66', where 'label code code' should be"):
@@ -99,7 +103,8 @@ def test_the_mapping_of_emnist_has_to_be_there_and_whole(letters, tmp_path):
         mnist.about(tmp_path, "train", dataset="emnist-letters")
 
 
-def test_another_number_of_labels_than_images_is_refused(tmp_path, capsys):
+def test_label_count(tmp_path, capsys):
+    """Another number of labels than of images is refused."""
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03\0\0\0\x02\0\0\0\x01\0\0\0\x01ab")
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\x01\x03")
     with pytest.raises(ValueError, match="has 2 images and 1 labels for train, where"):

@@ -64,7 +64,8 @@ def greys(sample: Sample, grid: int = 2) -> list[int]:
 
 
 @pytest.mark.parametrize("grid", [2, 3])
-def test_every_tile_is_boxed_and_named_and_its_pixels_are_the_pictures(tiles, grid):
+def test_tiles(tiles, grid):
+    """Every tile has its box and class and shows its picture's pixels, and no picture comes twice."""
     for sample in mosaics(tiles, count=20, grid=grid):
         shown = greys(sample, grid)
         assert len(set(shown)) == grid * grid  # no picture twice
@@ -76,13 +77,15 @@ def test_every_tile_is_boxed_and_named_and_its_pixels_are_the_pictures(tiles, gr
         assert sample.source.split() == [f"{CLASSES[grey % 4]}/{grey}" for grey in shown]
 
 
-def test_training_mosaics_show_the_known_class_and_half_of_the_test_ones_do_not(tiles):
+def test_known_class(tiles):
+    """All training mosaics show the known class; every second one of test does not."""
     assert all("bee" in sample.classes for sample in mosaics(tiles, mode="train"))
     known = ["bee" in sample.classes for sample in mosaics(tiles)]
     assert known == [True, False] * 100
 
 
-def test_known_tiles_are_as_many_in_train_as_in_the_known_half_of_test_and_anywhere(tiles):
+def test_known_distribution(tiles):
+    """Known tiles are as many in train as in the known half of test, and may stand anywhere."""
     train = mosaics(tiles, mode="train", count=2000)
     test = [sample for sample in mosaics(tiles, count=4000) if "bee" in sample.classes]
     shares = []
@@ -96,7 +99,8 @@ def test_known_tiles_are_as_many_in_train_as_in_the_known_half_of_test_and_anywh
     assert shares[0] == pytest.approx(shares[1], abs=0.05)
 
 
-def test_more_known_tiles_make_the_known_class_the_prevalent_one(tiles):
+def test_known_tiles(tiles):
+    """More `known_tiles` make the known class prevalent, and more than the grid has are refused."""
     found = mosaics(tiles, mode="train", count=1000, known_tiles=4)
     bees = [[thing.class_name for thing in sample.objects].count("bee") for sample in found]
     assert min(bees) == 1 and 0.25 < bees.count(4) / 1000 < 0.4  # a quarter on purpose, and some by chance
@@ -104,7 +108,8 @@ def test_more_known_tiles_make_the_known_class_the_prevalent_one(tiles):
         mosaic.about(tiles, "train", known="bee", mode="train", count=4, seed=0, grid=2, known_tiles=5, tile=None)
 
 
-def test_a_seed_gives_the_same_mosaics_and_another_seed_others(tiles):
+def test_seed(tiles):
+    """A seed gives the same mosaics, whatever the count; another seed or mode gives others."""
     first = mosaics(tiles, count=10)
     assert first == mosaics(tiles, count=10)
     assert first[:6] == mosaics(tiles, count=6)
@@ -112,7 +117,8 @@ def test_a_seed_gives_the_same_mosaics_and_another_seed_others(tiles):
     assert [s.source for s in first] != [s.source for s in mosaics(tiles, count=10, mode="train")]
 
 
-def test_a_set_of_mosaics_is_built_like_any_other(tiles, tmp_path, contents):
+def test_build(tiles, tmp_path, contents):
+    """A set of mosaics is built like any other, the same with one worker or two."""
     options = {"known": "cow", "mode": "test", "count": 8, "seed": 3, "grid": 2, "known_tiles": 1, "tile": None}
     settings = Settings("mosaic", tiles, "test", samples_per_shard=3, options=options)
     manifest = build(settings, tmp_path / "one")
@@ -132,7 +138,8 @@ def test_a_set_of_mosaics_is_built_like_any_other(tiles, tmp_path, contents):
         ({"grid": 6}, "a mosaic needs 36"),
     ],
 )
-def test_an_impossible_mosaic_is_refused(tiles, options, sentence):
+def test_impossible_mosaic(tiles, options, sentence):
+    """An impossible mosaic is refused with what would be possible."""
     chosen = {
         "known": "bee",
         "mode": "test",
@@ -147,7 +154,8 @@ def test_an_impossible_mosaic_is_refused(tiles, options, sentence):
         mosaic.about(tiles, "test", **chosen)
 
 
-def test_a_view_gives_its_own_pictures_from_the_tars_of_the_set(tiles, tmp_path):
+def test_view(tiles, tmp_path):
+    """A view gives only its own pictures, from the tars of the set."""
     view = tmp_path / "views" / "first"
     view.mkdir(parents=True)
     index, manifest = read_index(tiles), read_manifest(tiles)
@@ -160,7 +168,8 @@ def test_a_view_gives_its_own_pictures_from_the_tars_of_the_set(tiles, tmp_path)
     assert shown == set(range(16))
 
 
-def test_a_set_behind_a_url_gives_the_same_mosaics(tiles):
+def test_url(tiles):
+    """A set behind a URL gives the same mosaics, and a tar that is missing there is named."""
     memory = fsspec.filesystem("memory")
     memory.put(tiles, "/mosaic-tiles", recursive=True)
     try:
@@ -172,7 +181,8 @@ def test_a_set_behind_a_url_gives_the_same_mosaics(tiles):
         memory.rm("/mosaic-tiles", recursive=True)
 
 
-def test_pictures_of_different_sizes_need_the_side_of_a_tile(animals, paint, build_folder, tmp_path):
+def test_tile_size(animals, paint, build_folder, tmp_path):
+    """Pictures of different sizes need the side of a tile (--tile)."""
     paint(0, (50, 30), path=animals / "cat" / "large.jpg")
     build_folder(animals, tmp_path / "set")
     with pytest.raises(ValueError, match="2 sizes: give the side of a tile with --tile"):

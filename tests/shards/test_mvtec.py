@@ -30,7 +30,8 @@ def category(tmp_path, paint):
     return made
 
 
-def test_a_category_has_good_and_its_defects_with_their_masks(category):
+def test_one_category(category):
+    """A category has the class good and its defects, with their masks."""
     root = category()
     found = {sample.key: sample for sample in mvtec.samples(root, "test")}
     assert list(found) == ["test/crack/000", "test/good/000", "test/crack/001"]
@@ -41,7 +42,8 @@ def test_a_category_has_good_and_its_defects_with_their_masks(category):
         assert (about.dataset, about.classes, about.total) == ("mvtec-ad-tile", ["good", "crack"], total)
 
 
-def test_of_all_categories_a_class_tells_the_category_too(category):
+def test_all_categories(category):
+    """With all categories, each class tells its category too; a single one can be chosen."""
     root = category().parent
     category("grid", defect="bent")
     about = mvtec.about(root, "test")
@@ -53,7 +55,8 @@ def test_of_all_categories_a_class_tells_the_category_too(category):
         mvtec.about(root, "test", category="wood")
 
 
-def test_a_defect_without_mask_and_a_mask_without_picture_are_named(category):
+def test_unmatched_masks(category):
+    """A defect without a mask and a mask without a picture are named."""
     root = category()
     (root / "ground_truth" / "crack" / "001_mask.png").rename(root / "ground_truth" / "crack" / "002_mask.png")
     with pytest.raises(FileNotFoundError, match=r"1 defects have no mask, .*test/crack/001.png .*crack/001_mask.png"):
@@ -64,7 +67,8 @@ def test_a_defect_without_mask_and_a_mask_without_picture_are_named(category):
     assert mvtec.about(root, "train").total == 2
 
 
-def test_several_masks_a_picture_and_pictures_of_one_name_are_refused_and_loose_ones_counted(category, paint, capsys):
+def test_duplicate_and_loose(category, paint, capsys):
+    """Several masks of a picture and pictures of one name are refused; loose pictures are counted."""
     root = category()
     paint(0, path=root / "test" / "loose.jpg")
     mvtec.about(root, "test")
@@ -77,7 +81,8 @@ def test_several_masks_a_picture_and_pictures_of_one_name_are_refused_and_loose_
         mvtec.about(root, "test")
 
 
-def test_a_missing_split_names_those_there(category):
+def test_missing_split(category):
+    """The error for a missing split names those that are there."""
     with pytest.raises(FileNotFoundError, match="--split may be train or test"):
         mvtec.about(category(), "val")
 
@@ -101,7 +106,8 @@ def listed(tmp_path, paint):
     return tmp_path
 
 
-def test_visa_follows_its_list_and_keeps_the_values_of_its_masks(listed, tmp_path):
+def test_visa(listed, tmp_path):
+    """VisA follows its list and keeps the values of its masks."""
     found = list(visa.samples(listed, "test"))
     assert [(s.key, s.classes) for s in found] == [
         ("candle/test/anomaly/000", ["candle/anomaly"]),
@@ -128,13 +134,15 @@ def test_visa_follows_its_list_and_keeps_the_values_of_its_masks(listed, tmp_pat
         (f"{HEADER}candle,test,anomaly,candle/Data/Images/Anomaly/000.JPG,../x.png\n", "outside of"),
     ],
 )
-def test_a_wrong_list_of_visa_is_refused(listed, text, sentence):
+def test_visa_wrong_list(listed, text, sentence):
+    """A wrong list of VisA is refused."""
     (listed / "split_csv" / "1cls.csv").write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         visa.about(listed, "test")
 
 
-def test_visa_arranged_as_mvtec_is_read_as_such(category):
+def test_visa_as_mvtec(category):
+    """VisA arranged as MVTec is read as such."""
     root = category("candle", mask="{}.png", defect="bad").parent
     about = visa.about(root, "test")
     assert (about.dataset, about.classes) == ("visa", ["candle/good", "candle/bad"])

@@ -22,7 +22,8 @@ from shards.order import keyed, shuffled
 ROOT = Path(__file__).parents[2]
 
 
-def test_two_keys_with_the_same_hash_are_no_error(monkeypatch):
+def test_hash_collision(monkeypatch):
+    """Two keys with the same hash are no error, but two equal keys are."""
     monkeypatch.setattr("shards.order.hash64", lambda key: 7)
     samples = [Sample(name, b"", "jpg", source=f"{name}.jpg") for name in "abc"]
     assert [sample.key for sample in keyed(lambda: iter(samples))] == ["a", "b", "c"]
@@ -30,7 +31,8 @@ def test_two_keys_with_the_same_hash_are_no_error(monkeypatch):
         list(keyed(lambda: iter([*samples, Sample("b", b"", "png", source="again.png")])))
 
 
-def test_a_build_continues_after_a_key_that_came_twice_is_repaired(animals, paint, build_folder, contents, tmp_path):
+def test_duplicate_key(animals, paint, build_folder, contents, tmp_path):
+    """A key that comes twice stops the build, which continues once that is repaired."""
     from shards.adapters import folder
 
     build_folder(animals, tmp_path / "whole")
@@ -60,7 +62,8 @@ def test_a_build_continues_after_a_key_that_came_twice_is_repaired(animals, pain
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_shuffling_follows_from_seed_and_keys_alone(animals, build_folder, contents, tmp_path, workers):
+def test_shuffle_seed(animals, build_folder, contents, tmp_path, workers):
+    """Shuffling follows from the seed and the keys alone."""
     build_folder(animals, tmp_path / "plain")
     build_folder(animals, tmp_path / "one", shuffle_seed=1)
     build_folder(animals, tmp_path / "again", shuffle_seed=1, workers=workers)
@@ -78,9 +81,8 @@ def test_shuffling_follows_from_seed_and_keys_alone(animals, build_folder, conte
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_pictures_with_the_same_bytes_are_reported_by_their_keys(
-    animals, build_folder, contents, tmp_path, capsys, workers
-):
+def test_duplicate_pictures(animals, build_folder, contents, tmp_path, capsys, workers):
+    """Pictures with the same bytes are all kept, and are reported by their keys."""
     again = animals / "dog" / "a_cat.jpg"
     again.write_bytes((animals / "cat" / "cat2.jpg").read_bytes())
     (animals / "emu" / "another_cat.jpg").write_bytes(again.read_bytes())
@@ -95,7 +97,8 @@ def test_pictures_with_the_same_bytes_are_reported_by_their_keys(
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
-def test_pictures_that_only_begin_and_end_alike_are_no_duplicates(build_folder, tmp_path, capsys):
+def test_near_duplicates(build_folder, tmp_path, capsys):
+    """Pictures that only begin and end alike are no duplicates."""
     (tmp_path / "a").mkdir()
     for number in range(3):
         pixels_HW = np.zeros((200, 100), np.uint8)
@@ -106,7 +109,8 @@ def test_pictures_that_only_begin_and_end_alike_are_no_duplicates(build_folder, 
     assert "the classes differ" not in capsys.readouterr().err
 
 
-def test_an_index_of_many_row_groups_is_that_of_one_table(tmp_path, monkeypatch):
+def test_row_groups(tmp_path, monkeypatch):
+    """An index of many row groups has the rows of one table, in their order."""
     monkeypatch.setattr("shards.index_file.ROWS_PER_GROUP", 10)
     row = {"image_offset": 1, "image_size": 2, "image_ext": "jpg", "width": 3, "height": 4, "classes": ["a"]}
     with (tmp_path / INDEX_FILE).open("w+b") as file, IndexWriter(file) as index:
@@ -121,7 +125,8 @@ def test_an_index_of_many_row_groups_is_that_of_one_table(tmp_path, monkeypatch)
     assert keys == [f"{shard}-{n}" for shard in range(12) for n in range(3)]
 
 
-def test_repeated_hashes_are_grouped_by_their_first_place():
+def test_repeated_hashes():
+    """Repeated hashes are grouped, in the order of their first places."""
     hashes = np.array([5, 0, 9, 5, 0, 2**64 - 1, 5], np.uint64)
     assert [group.tolist() for group in repeated(hashes)] == [[0, 3, 6], [1, 4]]
     assert repeated(np.array([0], np.uint64)) == []
@@ -134,7 +139,8 @@ def build_command(root: Path, out: Path, workers: int) -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_is_one_sentence_and_the_build_continues(animals, build_folder, contents, tmp_path, workers):
+def test_full_disk(animals, build_folder, contents, tmp_path, workers):
+    """A full disk is reported in one sentence, and the build continues once there is space."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)]
@@ -160,7 +166,8 @@ def test_a_full_disk_is_one_sentence_and_the_build_continues(animals, build_fold
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_limit_on_the_size_of_files_is_the_same_sentence(animals, tmp_path):
+def test_file_size_limit(animals, tmp_path):
+    """A limit on the size of files is reported with the same sentence as a full disk."""
     stopped = subprocess.run(
         build_command(animals, tmp_path / "out", 1),
         cwd=ROOT,

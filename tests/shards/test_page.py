@@ -126,7 +126,8 @@ def boxes_of(page: Read) -> list[tuple[float, ...]]:
     return [tuple(float(a[name]) for name in ("x", "y", "width", "height")) for a in light]  # type: ignore[arg-type]
 
 
-def test_boxes_are_drawn_in_pixels_of_the_picture_and_named(write_set, tmp_path):
+def test_boxes(write_set, tmp_path):
+    """Boxes are drawn in pixels of the picture, the larger first, and their classes are named."""
     json_ = record([2, 4, 20, 30, "cat"], [0, 0, 30, 40, "dog"])
     page = page_of(write_set({"a": (["cat", "dog"], [("png", picture()), ("json", json_)])}), tmp_path)
     assert boxes_of(page) == [(0, 0, 40, 30), (4, 2, 26, 18)]  # the larger first, so that it hides none
@@ -137,7 +138,8 @@ def test_boxes_are_drawn_in_pixels_of_the_picture_and_named(write_set, tmp_path)
     assert "40 x 30" in page.text
 
 
-def test_a_turned_picture_stands_upright_under_its_boxes(write_set, tmp_path):
+def test_exif_orientation(write_set, tmp_path):
+    """A picture turned by its EXIF stands upright under its boxes."""
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     jpeg = picture((30, 40), "JPEG", exif=exif)
@@ -148,7 +150,8 @@ def test_a_turned_picture_stands_upright_under_its_boxes(write_set, tmp_path):
     assert "says otherwise" not in page.text
 
 
-def test_a_mask_is_tinted_with_an_outline_and_its_share_is_told(write_set, tmp_path):
+def test_mask_overlay(write_set, tmp_path):
+    """A mask is tinted with an outline, and its share of the picture is told."""
     parts = [("png", picture()), ("json", record()), ("mask.png", mask((40, 30), (10, 10, 20, 16)))]
     page = page_of(write_set({"a": (["crack"], parts)}), tmp_path)
     overlay = np.asarray(page.pictures()[1])
@@ -161,14 +164,16 @@ def test_a_mask_is_tinted_with_an_outline_and_its_share_is_told(write_set, tmp_p
     assert "mask: 5 % of the picture" in page.text
 
 
-def test_one_marked_pixel_of_a_large_picture_is_seen(write_set, tmp_path):
+def test_single_pixel_mask(write_set, tmp_path):
+    """One marked pixel of a large picture can be seen."""
     size = (2000, 1500)
     parts = [("png", picture(size)), ("json", record()), ("mask.png", mask(size, (700, 701, 701, 702)))]
     page = page_of(write_set({"a": (["crack"], parts)}, size), tmp_path)
     assert np.asarray(page.pictures()[1])[..., 3].any()
 
 
-def test_a_mask_of_another_size_and_one_that_is_damaged_are_named(write_set, tmp_path):
+def test_bad_masks(write_set, tmp_path):
+    """A mask of another size and a damaged one are named and not drawn."""
     samples = {
         "a": (["crack"], [("png", picture()), ("mask.png", mask((10, 10), (0, 0, 5, 5)))]),
         "b": (["crack"], [("png", picture()), ("mask.png", b"no png")]),
@@ -178,7 +183,8 @@ def test_a_mask_of_another_size_and_one_that_is_damaged_are_named(write_set, tmp
     assert "its mask cannot be read" in page.text
 
 
-def test_members_before_the_picture_and_far_behind_it_are_found(write_set, tmp_path, monkeypatch):
+def test_distant_members(write_set, tmp_path, monkeypatch):
+    """Members before a picture and far behind it are found, and those of its neighbours not taken."""
     monkeypatch.setattr("shards.neighbours.BEHIND", 4 * 512)
     noise = np.random.default_rng(0).integers(0, 2, (300, 400), np.uint8) * 255
     file = io.BytesIO()
@@ -200,12 +206,14 @@ def test_members_before_the_picture_and_far_behind_it_are_found(write_set, tmp_p
     assert "mask: 50 % of the picture" in page.text
 
 
-def test_pictures_without_json_are_counted(write_set, tmp_path):
+def test_no_json(write_set, tmp_path):
+    """Pictures without JSON are counted."""
     samples = {"a": (["cat"], [("png", picture()), ("cls", b"0")]), "b": (["cat"], [("png", picture())])}
     assert "2 of these pictures have no json" in page_of(write_set(samples), tmp_path).text
 
 
-def test_boxes_that_cannot_be_right_are_named(write_set, tmp_path):
+def test_bad_boxes(write_set, tmp_path):
+    """Boxes that cannot be right are counted by what is wrong with them."""
     wrong = [[1, 2, 3], [0, 0, "x", 9, "cat"], [0, 0, 1e999, 9, "cat"], [0, 0, 5, 90, "cat"], [9, 9, 9, 12, "cat"]]
     page = page_of(write_set({"a": (["cat"], [("png", picture()), ("json", record(*wrong))])}), tmp_path)
     assert "3 of 5 boxes are no [top, left, bottom, right, class]" in page.text
@@ -213,7 +221,8 @@ def test_boxes_that_cannot_be_right_are_named(write_set, tmp_path):
     assert "1 of 2 boxes are empty" in page.text
 
 
-def test_a_picture_that_cannot_be_read_is_a_named_placeholder(write_set, tmp_path):
+def test_unreadable_picture(write_set, tmp_path):
+    """A picture that cannot be read becomes a named placeholder."""
     samples = {
         "good": (["cat"], [("png", picture()), ("json", record())]),
         "broken": (["cat"], [("png", picture()[:-30]), ("json", record(source="its file"))]),
@@ -225,7 +234,8 @@ def test_a_picture_that_cannot_be_read_is_a_named_placeholder(write_set, tmp_pat
         assert word in page.text
 
 
-def test_a_shard_that_is_missing_or_cut_short_leaves_named_placeholders(write_set, tmp_path):
+def test_broken_shard(write_set, tmp_path):
+    """A shard that is missing or cut short leaves placeholders that name it."""
     url = write_set({"a": (["cat"], [("png", picture()), ("json", record())])})
     tar = Path(url) / "000000.tar"
     tar.write_bytes(tar.read_bytes()[:530])
@@ -234,7 +244,8 @@ def test_a_shard_that_is_missing_or_cut_short_leaves_named_placeholders(write_se
     assert "000000.tar cannot be read" in page_of(url, tmp_path).text
 
 
-def test_no_name_becomes_markup_and_nothing_may_run(write_set, tmp_path):
+def test_escaping_and_csp(write_set, tmp_path):
+    """No name becomes markup, and the page's Content-Security-Policy lets nothing run."""
     evil = '"><script>alert(1)</script><img src=x onerror=alert(2)>\ud800'
     shown = evil.replace("\ud800", "")
     json_ = json.dumps({"source": evil, "boxes": [[1, 1, 20, 20, evil]]}).encode()
@@ -253,7 +264,8 @@ def test_no_name_becomes_markup_and_nothing_may_run(write_set, tmp_path):
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def test_sixteen_bits_grey_palette_and_transparency_become_pictures(write_set, tmp_path):
+def test_pixel_modes(write_set, tmp_path):
+    """Pictures of 16 bits, in grey, with a palette or with transparency are shown in their colours."""
     deep = np.full((30, 40), 40000, np.uint16)
     samples = {}
     for name, image in {
@@ -274,7 +286,8 @@ classes_of_rows = st.lists(st.sets(st.sampled_from("abcd"), max_size=3).map(sort
 
 @given(classes_of_rows, st.integers(1, 50), st.integers(0, 3))
 @settings(deadline=None, max_examples=80)
-def test_each_picture_is_chosen_once_for_a_class_it_shows(shown, count, seed):
+def test_choose(shown, count, seed):
+    """Each picture is chosen at most once, for a class that it shows."""
     at = {"shard": 0, "image_offset": 0, "image_size": 1, "image_ext": "png", "width": 1, "height": 1}
     rows = [{"key": str(n), "classes": names, **at} for n, names in enumerate(shown)]
     groups = choose(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), [*"abcd", ""], count, seed)
@@ -285,7 +298,8 @@ def test_each_picture_is_chosen_once_for_a_class_it_shows(shown, count, seed):
         assert group.images == sum(group.name in (names or [""]) for names in shown)
 
 
-def test_classes_get_equal_parts_of_the_page(animals, build_folder, tmp_path):
+def test_equal_parts(animals, build_folder, tmp_path):
+    """Classes get equal parts of the page, which may be limited to some classes."""
     build_folder(animals, tmp_path / "out")
     page = page_of(str(tmp_path / "out"), tmp_path, count=6)
     keys = re.findall(r"^(cat|dog|emu)/", page.text, re.MULTILINE)
@@ -306,7 +320,8 @@ def test_a_page_from_the_command_line(write_set, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "set"]
 
 
-def test_the_same_seed_gives_the_same_page_and_another_seed_another(animals, build_folder, tmp_path):
+def test_seed(animals, build_folder, tmp_path):
+    """The same seed gives the same page, and another seed another."""
     build_folder(animals, tmp_path / "out")
     pages = []
     for seed in (1, 1, 2):
@@ -315,7 +330,8 @@ def test_the_same_seed_gives_the_same_page_and_another_seed_another(animals, bui
     assert pages[0] == pages[1] != pages[2]
 
 
-def test_a_view_and_a_remote_set_give_pages_too(write_set, tmp_path):
+def test_view_and_remote(write_set, tmp_path):
+    """A view and a remote set give pages too."""
     samples = {f"k{n}": (["cat"], [("png", picture()), ("json", record([1, 2, 3, 4, "cat"]))]) for n in range(4)}
     url = write_set(samples)
     split_shares(url, tmp_path / "parts", [("a", Fraction("0.5")), ("b", Fraction("0.5"))], 0)
@@ -338,7 +354,8 @@ def test_a_view_and_a_remote_set_give_pages_too(write_set, tmp_path):
         ("--page page.html --count 0", "no whole number"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_writes_no_page(write_set, tmp_path, monkeypatch, capsys, line, sentence):
+def test_usage_errors(write_set, tmp_path, monkeypatch, capsys, line, sentence):
+    """A mistake on the command line is answered by one sentence, and no page is written."""
     url = write_set({"a": (["cat"], [("png", picture())])}, classes=("cat", "emu"))
     monkeypatch.chdir(tmp_path)
     try:

@@ -50,7 +50,8 @@ def easy(tmp_path: Path, paint: Callable[..., bytes]) -> Path:
         ("val", ["val/Places365_val_00000002", "val/Places365_val_00000001"]),
     ],
 )
-def test_both_formats_give_the_same_samples(by_lists, easy, split, keys):
+def test_formats(by_lists, easy, split, keys):
+    """The file lists and the easy format give the same samples."""
     listed, plain = (list(places365.samples(root, split)) for root in (by_lists, easy))
     assert [s.key for s in listed] == keys
     assert [(s.key, s.classes, s.image.read_bytes()) for s in listed] == [
@@ -61,7 +62,8 @@ def test_both_formats_give_the_same_samples(by_lists, easy, split, keys):
         assert (about.classes, about.total) == (CLASSES, len(keys))
 
 
-def test_the_large_pictures_and_the_list_of_the_challenge_are_read(by_lists, paint):
+def test_large_and_challenge(by_lists, paint):
+    """The large pictures and the challenge list are read."""
     sample = next(places365.samples(by_lists, "train", size="large"))
     assert sample.source == "data_large/a/airfield/00000001.jpg"
     with pytest.raises(FileNotFoundError, match=r"places365_train_challenge.txt is missing: --root must be"):
@@ -81,14 +83,16 @@ def test_the_large_pictures_and_the_list_of_the_challenge_are_read(by_lists, pai
         ("/a/airfield/00000003.jpg\n", "line 4 of .*, where 'file class' should be"),
     ],
 )
-def test_a_list_that_is_wrong_says_where(by_lists, line, message):
+def test_bad_list(by_lists, line, message):
+    """A list that is wrong is refused, and the message says where."""
     with (by_lists / "places365_train_standard.txt").open("a") as file:
         file.write(line)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         places365.about(by_lists, "train")
 
 
-def test_a_picture_that_is_not_listed_is_refused(by_lists, easy, paint):
+def test_unlisted_picture(by_lists, easy, paint):
+    """A picture that no list names is refused, in either format."""
     paint(5, path=by_lists / "val_256" / "new.jpg")
     paint(5, path=easy / "val" / "airfield" / "new.jpg")
     for root, name in ((by_lists, "new.jpg"), (easy, "val/airfield/new.jpg")):
@@ -96,7 +100,8 @@ def test_a_picture_that_is_not_listed_is_refused(by_lists, easy, paint):
             places365.about(root, "val")
 
 
-def test_options_without_effect_and_the_test_split_are_refused(easy, by_lists):
+def test_refused_options(easy, by_lists):
+    """Options that would have no effect are refused, and so is the test split."""
     with pytest.raises(ValueError, match="easy format"):
         places365.about(easy, "train", size="large")
     with pytest.raises(ValueError, match="of no effect on --split val"):

@@ -41,7 +41,8 @@ def far(contents):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_build_on_s3_is_the_bytes_of_a_local_one(animals, build_folder, contents, far, s3, tmp_path, workers):
+def test_s3_same_bytes(animals, build_folder, contents, far, s3, tmp_path, workers):
+    """A build on S3 is the same bytes as a local one, and once finished is not written again."""
     build_folder(animals, tmp_path / "local")
     manifest = build_folder(animals, f"{s3.url}/set", workers=workers)
     assert far(f"{s3.url}/set") == contents(tmp_path / "local")
@@ -60,7 +61,8 @@ def test_large_shards_go_up_in_parts(paint, build_folder, contents, far, s3, tmp
     assert check(f"{s3.url}/set") == []
 
 
-def test_a_build_in_memory_and_one_at_a_file_address_are_the_same_bytes(animals, build_folder, contents, far, tmp_path):
+def test_memory_and_file_urls(animals, build_folder, contents, far, tmp_path):
+    """Builds at `memory://` and `file://` addresses are the same bytes as a local one."""
     build_folder(animals, tmp_path / "local")
     build_folder(animals, f"file://{tmp_path}/address")
     assert contents(tmp_path / "address") == contents(tmp_path / "local")
@@ -72,7 +74,8 @@ def test_a_build_in_memory_and_one_at_a_file_address_are_the_same_bytes(animals,
         fsspec.filesystem("memory").rm("/built", recursive=True)
 
 
-def test_a_build_on_s3_that_is_killed_continues_to_the_same_bytes(paint, build_folder, contents, far, s3, tmp_path):
+def test_s3_resume_after_kill(paint, build_folder, contents, far, s3, tmp_path):
+    """A killed build on S3 continues to the same bytes."""
     root, out = tmp_path / "pictures", f"{s3.url}/set"
     for number in range(80):
         paint(number, size=(60, 60), path=root / f"class{number % 4}" / f"{number}.jpg")
@@ -118,9 +121,8 @@ def refusing(s3, faulty, monkeypatch):
     return left
 
 
-def test_an_upload_that_fails_is_tried_again(
-    animals, build_folder, contents, far, s3, refusing, quick, tmp_path, capsys
-):
+def test_upload_retry(animals, build_folder, contents, far, s3, refusing, quick, tmp_path, capsys):
+    """An upload that fails is tried again."""
     build_folder(animals, tmp_path / "local")
     refusing[0] = 3
     build_folder(animals, f"{s3.url}/set")
@@ -129,9 +131,8 @@ def test_an_upload_that_fails_is_tried_again(
     assert far(f"{s3.url}/set") == contents(tmp_path / "local")
 
 
-def test_uploads_that_keep_failing_are_a_clear_stop_that_continues(
-    animals, build_folder, contents, far, s3, refusing, quick, tmp_path
-):
+def test_upload_gives_up(animals, build_folder, contents, far, s3, refusing, quick, tmp_path):
+    """Uploads that keep failing stop the build with a clear error, and it can continue later."""
     build_folder(animals, tmp_path / "local")
     refusing[0] = 1000
     with pytest.raises(OSError, match=r"cannot be written: tried 5 times, at last .*Run the same command again"):
@@ -157,7 +158,8 @@ def others(animals, build_folder, tmp_path) -> tuple[Path, Manifest]:
     return tmp_path / "others", manifest
 
 
-def test_tars_on_a_web_server_get_an_index_as_a_view(others, nginx, tmp_path):
+def test_index_over_http(others, nginx, tmp_path):
+    """Tars on a web server get an index here, as a view; a missing tar leaves nothing."""
     folder, manifest = others
     (nginx.folder / tmp_path.name).symlink_to(folder)
     url = f"{nginx.url}/{tmp_path.name}"
@@ -174,7 +176,8 @@ def test_tars_on_a_web_server_get_an_index_as_a_view(others, nginx, tmp_path):
     assert not (tmp_path / "three").exists()
 
 
-def test_tars_on_s3_get_their_index_beside_them_or_here(others, s3, tmp_path):
+def test_index_on_s3(others, s3, tmp_path):
+    """Tars on S3 get their index beside them, or here as a view."""
     folder, manifest = others
     fsspec.filesystem("s3").put(f"{folder}/", f"{s3.url}/set/", recursive=True)
     assert describe(f"{s3.url}/set", out=tmp_path / "view").shards_at == f"{s3.url}/set"
@@ -184,7 +187,8 @@ def test_tars_on_s3_get_their_index_beside_them_or_here(others, s3, tmp_path):
     assert read_index(f"{s3.url}/set").equals(read_index(str(tmp_path / "view")))
 
 
-def test_a_web_server_that_falters_is_asked_again(others, nginx, faulty, quick, tmp_path, capsys):
+def test_http_retry(others, nginx, faulty, quick, tmp_path, capsys):
+    """A web server that falters is asked again."""
     folder, manifest = others
     (nginx.folder / tmp_path.name).symlink_to(folder)
     proxy = faulty(nginx.url)
@@ -196,7 +200,8 @@ def test_a_web_server_that_falters_is_asked_again(others, nginx, faulty, quick, 
     assert "attempt 2 of 5" in capsys.readouterr().err
 
 
-def test_a_web_server_that_stays_away_is_a_clear_stop(others, nginx, faulty, quick, tmp_path):
+def test_http_gives_up(others, nginx, faulty, quick, tmp_path):
+    """A web server that keeps failing is a clear error, and no view is written."""
     folder, _ = others
     (nginx.folder / tmp_path.name).symlink_to(folder)
     proxy = faulty(nginx.url)
@@ -206,7 +211,8 @@ def test_a_web_server_that_stays_away_is_a_clear_stop(others, nginx, faulty, qui
     assert not (tmp_path / "view").exists()
 
 
-def test_check_finds_a_changed_shard_behind_a_view(others, nginx, tmp_path):
+def test_check_remote_view(others, nginx, tmp_path):
+    """A changed and a missing shard behind a remote view are found, and tars not in it are ignored."""
     folder, _ = others
     (nginx.folder / tmp_path.name).symlink_to(folder)
     url = f"{nginx.url}/{tmp_path.name}"

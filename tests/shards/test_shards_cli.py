@@ -59,13 +59,15 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("index pipe:cat", "would run a shell command"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch, capsys, line, sentence):
+def test_mistakes(tmp_path, monkeypatch, capsys, line, sentence):
+    """A mistake on the command line is answered in one sentence, and writes nothing."""
     monkeypatch.chdir(tmp_path)
     assert sentence in mistake(capsys, *line.split())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_split_that_coco_has_is_named(tmp_path, capsys):
+def test_coco_splits(tmp_path, capsys):
+    """Where the default split is missing, the one that COCO's folder has is named."""
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_val2017.json").write_text("{}")
     assert "--split may be val2017" in mistake(capsys, "build", "coco", "--root", str(tmp_path), "--out", "O")
@@ -73,7 +75,8 @@ def test_the_split_that_coco_has_is_named(tmp_path, capsys):
     assert "is no list of COCO" in mistake(capsys, *line)
 
 
-def test_build_show_and_check_from_the_command_line(animals, tmp_path, capsys):
+def test_build_show_check(animals, tmp_path, capsys):
+    """The commands `build`, `show` and `check` work from the command line."""
     out = str(tmp_path / "out")
     assert main(["build", "folder", "--root", str(animals), "--out", out, "--samples-per-shard", "8"]) == 0
     assert "21 samples in 3 shards" in capsys.readouterr().out
@@ -101,12 +104,14 @@ def test_index_from_the_command_line(animals, build_folder, tmp_path, capsys):
     assert "21 samples in 5 shards, 3 classes" in capsys.readouterr().out
 
 
-def test_the_command_imports_neither_torch_nor_webdataset():
+def test_light_imports():
+    """The command imports neither torch nor webdataset."""
     code = "import sys, shards.cli; sys.exit(bool({'torch', 'webdataset'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
-def test_a_reader_that_has_enough_ends_the_command_quietly(animals, build_folder, tmp_path):
+def test_broken_pipe(animals, build_folder, tmp_path):
+    """A reader that closes the pipe ends the command quietly."""
     build_folder(animals, tmp_path / "set")
     show = [sys.executable, "-m", "shards", "show", str(tmp_path / "set")]
     with subprocess.Popen(show, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
@@ -115,7 +120,8 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(animals, build_folder
     assert done.returncode == 0
 
 
-def test_a_folder_that_cannot_be_made_is_a_sentence(animals, build_folder, tmp_path, capsys):
+def test_unwritable_out(animals, build_folder, tmp_path, capsys):
+    """An --out folder that cannot be made is reported in one sentence by every command."""
     build_folder(animals, tmp_path / "set")
     (tmp_path / "file").write_text("")
     capsys.readouterr()
@@ -135,7 +141,8 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(animals, build_folder, tmp_p
         (["--split", "test"], "test", "test"),
     ],
 )
-def test_a_root_that_is_called_as_a_split_is_that_split(animals, tmp_path, given, split, dataset):
+def test_root_names_split(animals, tmp_path, given, split, dataset):
+    """A root named like a split is that split, unless --split is given."""
     (tmp_path / "photos").mkdir()
     animals.rename(tmp_path / "photos" / "test")
     line = ["build", "folder", "--root", str(tmp_path / "photos" / "test"), "--out", str(tmp_path / "out"), *given]
@@ -145,7 +152,8 @@ def test_a_root_that_is_called_as_a_split_is_that_split(animals, tmp_path, given
     assert main(line) == 0  # finished, of the same settings
 
 
-def test_a_build_begun_before_roots_named_splits_continues_as_it_was(animals, build_folder, tmp_path, capsys):
+def test_resume_old_build(animals, build_folder, tmp_path, capsys):
+    """A build begun before roots named splits continues with the names it had."""
     (tmp_path / "photos").mkdir()
     root = animals.rename(tmp_path / "photos" / "test")
     build_folder(root, tmp_path / "out", samples_per_shard=1000)
@@ -155,9 +163,8 @@ def test_a_build_begun_before_roots_named_splits_continues_as_it_was(animals, bu
     assert (manifest.split, manifest.dataset) == ("train", "test")
 
 
-def test_a_build_says_its_classes_and_no_rate_where_nothing_was_read(
-    animals, build_folder, tmp_path, capsys, monkeypatch
-):
+def test_build_summary(animals, build_folder, tmp_path, capsys, monkeypatch):
+    """A build states its classes, and no rate where nothing was read."""
     monkeypatch.setattr("shards.build.Manifest", None)  # ends the build just before its manifest
     with pytest.raises(TypeError):
         build_folder(animals, tmp_path / "out")
@@ -167,7 +174,8 @@ def test_a_build_says_its_classes_and_no_rate_where_nothing_was_read(
     assert capsys.readouterr().out == f"{tmp_path / 'out'}: 21 samples in 5 shards, 3 classes ('cat', 'dog', 'emu').\n"
 
 
-def test_no_two_adapters_have_the_same_help():
+def test_adapter_help():
+    """No two adapters have the same help."""
     said = [adapter.doc or sys.modules[adapter.samples.__module__].__doc__ for adapter in ADAPTERS.values()]
     assert len(set(said)) == len(said)
 

@@ -37,7 +37,8 @@ def turned(orientation: int, kind: str = "JPEG") -> bytes:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_turned_picture_has_its_displayed_size_and_is_re_encoded_upright(orientation, kind):
+def test_exif_orientation(orientation, kind):
+    """A turned picture has its displayed size, and is upright when it is re-encoded."""
     original = turned(orientation, kind)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(original))).convert("RGB")
     kept = checked(original, "jpg", Treatment())
@@ -52,7 +53,8 @@ def test_a_turned_picture_has_its_displayed_size_and_is_re_encoded_upright(orien
     assert np.abs(np.asarray(found.convert("RGB"), int) - expected_HW3).mean() < 1
 
 
-def test_boxes_and_masks_of_a_turned_picture_are_in_pixels_as_displayed():
+def test_turned_boxes_masks():
+    """Boxes and masks of a turned picture are in pixels as displayed."""
     mask = encoded(Image.fromarray(np.arange(100 * 60, dtype=np.uint8).reshape(100, 60)), "PNG")
     sample = Sample("a", turned(6), "jpg", [Object("x", Box(0, 0, 100, 60))], mask=mask)
     picture, members = prepare(sample, SMALL)
@@ -66,7 +68,8 @@ def test_boxes_and_masks_of_a_turned_picture_are_in_pixels_as_displayed():
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
 @pytest.mark.parametrize("verify", ["structure", "decode"])
-def test_a_picture_cut_short_is_found_either_way(kind, verify):
+def test_truncated(kind, verify):
+    """A picture cut short is found by its structure as well as by decoding."""
     pixels_HW3 = np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8)
     whole = encoded(Image.fromarray(pixels_HW3), kind)
     assert checked(whole, "jpg", Treatment(verify=verify)).width == 100
@@ -75,7 +78,8 @@ def test_a_picture_cut_short_is_found_either_way(kind, verify):
             checked(whole[: int(keep * len(whole))], "jpg", Treatment(verify=verify))
 
 
-def test_a_preview_in_the_header_does_not_hide_that_the_picture_is_cut():
+def test_truncated_with_preview():
+    """A preview in the header does not hide that the picture is cut."""
     preview = encoded(scene(), "JPEG")
     exif = b"Exif\0\0" + preview
     segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
@@ -88,7 +92,8 @@ def test_a_preview_in_the_header_does_not_hide_that_the_picture_is_cut():
     assert checked(with_preview + b"\0" * 100, "jpg", Treatment()).width == 100  # what lies behind does no harm
 
 
-def test_only_decoding_finds_damage_in_the_middle():
+def test_verify_decode():
+    """Only decoding finds damage in the middle of a picture."""
     damaged = bytearray(encoded(scene(), "PNG"))
     place = damaged.index(b"IDAT") + 10
     damaged[place : place + 8] = b"\xff" * 8
@@ -97,7 +102,8 @@ def test_only_decoding_finds_damage_in_the_middle():
         checked(bytes(damaged), "png", Treatment(verify="decode"))
 
 
-def test_a_bomb_is_refused_with_its_size_before_it_is_decoded():
+def test_decompression_bomb():
+    """A decompression bomb is refused, with its size, before it is decoded."""
     bomb = encoded(Image.new("1", (20000, 20000)), "PNG")
     for treatment in (Treatment(), Treatment(max_side=10)):
         with pytest.raises(UnreadableError, match=r"too many pixels: .*400000000"):
@@ -113,7 +119,8 @@ def test_a_million_by_one_is_a_picture():
     assert (small.width, small.height) == (50, 1)
 
 
-def test_cmyk_sixteen_bit_palette_and_bilevel_pictures_are_made_smaller():
+def test_shrink_pixel_modes():
+    """CMYK, 16-bit, palette, bilevel and transparent pictures are made smaller in a fitting mode."""
     ramp_HW = np.linspace(0, 65535, 6000).reshape(60, 100).astype(np.uint16)
     for image, kind, mode in [
         (scene().convert("CMYK"), "JPEG", "CMYK"),
@@ -130,7 +137,8 @@ def test_cmyk_sixteen_bit_palette_and_bilevel_pictures_are_made_smaller():
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_of_an_animation_the_first_frame_is_kept(kind):
+def test_animation(kind):
+    """Of an animation that is made smaller, the first frame is kept."""
     frames = [Image.new("RGB", (100, 60), colour) for colour in ("red", "lime")]
     small = checked(encoded(frames[0], kind, save_all=True, append_images=frames[1:]), "x", SMALL)
     found = Image.open(io.BytesIO(small.encoded))
@@ -138,7 +146,8 @@ def test_of_an_animation_the_first_frame_is_kept(kind):
     assert found.convert("RGB").getpixel((5, 5))[0] > 250
 
 
-def test_quality_sets_the_size_of_what_is_re_encoded():
+def test_quality():
+    """The quality sets the size in bytes of what is re-encoded."""
     noise = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8)), "JPEG")
     sizes = [len(checked(noise, "jpg", Treatment(max_side=50, quality=quality)).encoded) for quality in (20, 60, 95)]
     assert sizes == sorted(sizes)
@@ -148,12 +157,14 @@ def test_quality_sets_the_size_of_what_is_re_encoded():
 @pytest.mark.parametrize(
     ("data", "reason"), [(b"", "empty file"), (b"hello", "no picture format that can be read")], ids=["empty", "text"]
 )
-def test_the_reason_of_a_file_that_is_no_picture_is_the_same_in_every_process(data, reason):
+def test_not_a_picture(data, reason):
+    """The reason given for a file that is no picture is the same in every process."""
     with pytest.raises(UnreadableError, match=f"^{reason}$"):
         checked(data, "jpg", Treatment())
 
 
-def test_a_reason_has_no_address_and_is_never_a_bare_word():
+def test_reason_of():
+    """A reason has no memory address and is never a bare word without the name of its error."""
     assert reason_of(OSError("cannot read <BytesIO object at 0x7f12ab>")) == "cannot read <BytesIO object>"
     assert reason_of(KeyError("exif")) == "KeyError: 'exif'"
     assert reason_of(MemoryError()) == "MemoryError"

@@ -46,7 +46,8 @@ def lines(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines()]
 
 
-def test_counts_sizes_and_formats_by_hand(index_of):
+def test_counts(index_of):
+    """Counts, sizes, formats and labels are those counted by hand."""
     said = lines(show(index_of([["cat"], ["cat", "dog"], [], ["dog"]], ["dog", "cat", "emu"])))
     for line in (
         "samples 4",
@@ -62,11 +63,13 @@ def test_counts_sizes_and_formats_by_hand(index_of):
     assert said[-4:] == ["dog 2", "cat 2", "emu 0", "(no class) 1"]
 
 
-def test_an_average_is_given_only_of_numbers_that_differ(index_of):
+def test_average(index_of):
+    """An average is given only of numbers that differ."""
     assert "labels 1 a picture" in lines(show(index_of([["cat"], ["dog"]], ["cat", "dog"])))
 
 
-def test_of_many_classes_the_first_are_listed_and_the_others_summed_up(index_of):
+def test_many_classes(index_of):
+    """Of many classes the first are listed and the others summed up, unless all are asked for."""
     names = [f"class{n}" for n in range(50)]
     url = index_of([*([name] for name in names), ["class45"], []], names)
     said = lines(show(url))
@@ -80,30 +83,36 @@ def test_of_many_classes_the_first_are_listed_and_the_others_summed_up(index_of)
     ]
 
 
-def test_a_view_says_where_its_tars_lie_and_how_much_of_them_it_takes(index_of, tmp_path):
+def test_view(index_of, tmp_path):
+    """A view says where its tars lie and how much of them it takes."""
     said = lines(show(index_of([["cat"], ["cat"]], ["cat"], shards_at="../elsewhere")))
     assert "size 300 B of pictures, in 20.5 kB" in said
     assert f"tars at {tmp_path.parent}/elsewhere; this is a view" in said
 
 
-def test_a_class_that_the_manifest_lacks_is_shown_as_such(index_of):
+def test_unknown_class(index_of):
+    """A class that the manifest lacks is shown as such."""
     assert lines(show(index_of([["owl"], ["cat"]], ["cat"])))[-2:] == ["cat 1", "owl (not in the manifest) 1"]
 
 
-def test_a_set_without_samples_has_a_table_too(index_of):
+def test_empty_set(index_of):
+    """A set without samples has a table too."""
     assert lines(show(index_of([], ["cat"])))[-1] == "cat 0"
 
 
-def test_names_cannot_reach_the_terminal(index_of):
+def test_escape_sequences(index_of):
+    """Names cannot send escape sequences to the terminal."""
     assert "\x1b" not in show(index_of([["\x1b[31mcat\n"]], ["\x1b[31mcat\n"]))
 
 
-def test_what_chooses_pictures_needs_a_page(index_of, capsys):
+def test_seed_without_page(index_of, capsys):
+    """An option that chooses pictures, such as --seed, needs --page."""
     assert main(["show", index_of([["cat"]], ["cat"]), "--seed", "3"]) == 2
     assert "give --page too" in capsys.readouterr().err
 
 
-def test_a_misspelled_class_of_a_page_is_answered_with_the_nearest_or_a_command_that_runs(index_of, tmp_path, capsys):
+def test_misspelled_class(index_of, tmp_path, capsys):
+    """A misspelled class gets the nearest name, or the command that lists all classes."""
     url = index_of([["cat"]], ["cat"])
     for name, hint in (("cta", "did you mean 'cat'?"), ("xyz", f"`bigtrain-shards show {url} --all-classes` lists")):
         assert main(["show", url, "--page", str(tmp_path / "page.html"), "--classes", name]) == 2

@@ -69,7 +69,8 @@ shares_of_one = st.lists(st.integers(1, 20), min_size=1, max_size=5).map(
 
 @given(rows_of_any_classes, shares_of_one, st.integers(0, 3), st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=60)
-def test_every_sample_is_in_one_share_whatever_the_order_of_the_rows(rows, shares, seed, shuffling):
+def test_deal_partition(rows, shares, seed, shuffling):
+    """Every sample is in one share, and the same one whatever the order of the rows."""
     index = table(rows)
     dealt = deal(index, shares, seed)
     assert sorted(np.concatenate(list(dealt.values())).tolist()) == list(range(len(rows)))
@@ -81,7 +82,8 @@ def test_every_sample_is_in_one_share_whatever_the_order_of_the_rows(rows, share
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 5))
 @settings(deadline=None, max_examples=60)
-def test_each_class_is_divided_as_the_whole_to_one_sample(sizes, seed):
+def test_stratified(sizes, seed):
+    """Each class is divided as the whole is, to within one sample."""
     rows = [(f"{c}-{n}", [f"class{c}"]) for c, size in enumerate(sizes) for n in range(size)]
     random.Random(seed).shuffle(rows)
     val = deal(table(rows), TENTH, seed)["val"]
@@ -91,19 +93,22 @@ def test_each_class_is_divided_as_the_whole_to_one_sample(sizes, seed):
     assert abs(len(val) - len(rows) / 10) <= 0.5
 
 
-def test_a_sample_of_several_classes_counts_to_the_rarest():
+def test_rarest_class():
+    """A sample of several classes counts towards the rarest of them."""
     rows = [(f"k{n}", ["common", "rare"] if n % 5 == 0 else ["common"]) for n in range(100)]
     for seed in range(10):
         val = deal(table(rows), TENTH, seed)["val"]
         assert Counter(row % 5 == 0 for row in val) == {True: 2, False: 8}
 
 
-def test_another_seed_gives_another_choice_even_where_every_class_has_one_sample():
+def test_seed_with_single_samples():
+    """Another seed gives another choice, even where every class has one sample."""
     index = table([(f"k{n}", [f"class{n}"]) for n in range(100)])
     assert len({tuple(deal(index, TENTH, seed)["val"]) for seed in range(5)}) == 5
 
 
-def test_shares_are_whole_sets_that_copy_no_picture(animals, build_folder, tmp_path):
+def test_shares(animals, build_folder, tmp_path):
+    """Shares are whole sets that copy no picture."""
     whole = build_folder(animals, tmp_path / "out")
     views = split_shares(
         str(tmp_path / "out"), tmp_path / "parts", [("train", Fraction("0.7")), ("val", Fraction("0.3"))], 3
@@ -125,7 +130,8 @@ def test_shares_are_whole_sets_that_copy_no_picture(animals, build_folder, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["animals", "out", "parts"]
 
 
-def test_set_and_views_may_move_together_and_the_same_command_gives_the_same_bytes(letters, tmp_path):
+def test_move_and_determinism(letters, tmp_path):
+    """A set and its views may move together, and the same command gives the same bytes."""
     (tmp_path / "more").mkdir()
     for out in ("more/first", "more/again"):
         split_shares(letters, tmp_path / out, HALVES, 0)
@@ -139,7 +145,8 @@ def test_set_and_views_may_move_together_and_the_same_command_gives_the_same_byt
     assert len(ShardSet(str(moved / "more/first/b"))) == 50
 
 
-def test_a_view_behind_a_link_gives_the_whole_address(letters, tmp_path):
+def test_view_behind_symlink(letters, tmp_path):
+    """A view behind a symbolic link gives the whole address of its tars."""
     (tmp_path / "disk" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep")
     split_shares(letters, tmp_path / "link" / "parts", HALVES, 0)
@@ -148,7 +155,8 @@ def test_a_view_behind_a_link_gives_the_whole_address(letters, tmp_path):
         assert len(ShardSet(str(tmp_path / way / "parts" / "a"))) == 50
 
 
-def test_a_view_of_classes_takes_what_shows_any_and_keeps_what_else_it_shows(letters, tmp_path):
+def test_classes(letters, tmp_path):
+    """A view of classes takes the samples that show any of them, and keeps their other classes."""
     view = split_classes(letters, tmp_path / "view", ["c", "d"])
     assert view.classes == ("b", "c", "d")  # d was asked for, b is shown beside c
     assert [(shard.file, shard.samples) for shard in view.shards] == [("000008.tar", 10), ("000009.tar", 5)]
@@ -158,7 +166,8 @@ def test_a_view_of_classes_takes_what_shows_any_and_keeps_what_else_it_shows(let
     assert index["key"].to_pylist() == [f"k{n}" for n in range(80, 95)]
 
 
-def test_a_view_of_a_view_points_to_the_tars_themselves(letters, tmp_path):
+def test_view_of_view(letters, tmp_path):
+    """A view of a view points to the tars themselves."""
     split_classes(letters, tmp_path / "b", ["b"])
     split_per_class(str(tmp_path / "b"), tmp_path / "few", 2, seed=0)
     few = ShardSet(str(tmp_path / "few"))
@@ -167,11 +176,13 @@ def test_a_view_of_a_view_points_to_the_tars_themselves(letters, tmp_path):
     assert all(shard.file >= "000005.tar" for shard in few.manifest.shards)
 
 
-def test_a_view_of_many_classes_names_the_first(letters, tmp_path):
+def test_many_classes_name(letters, tmp_path):
+    """A view of many classes names the first three and counts the rest."""
     assert split_classes(letters, tmp_path / "view", ["a", "b", "c", "d"]).split == "train (a, b, c and 1 more)"
 
 
-def test_few_of_each_class_are_among_more_of_the_same_seed(letters, tmp_path):
+def test_per_class(letters, tmp_path):
+    """A few samples of each class are among the larger number that the same seed gives."""
     keys = {}
     for few in (3, 10):
         view, fewer = split_per_class(letters, tmp_path / str(few), few, seed=1)
@@ -187,7 +198,8 @@ def test_few_of_each_class_are_among_more_of_the_same_seed(letters, tmp_path):
     assert set(read_index(str(tmp_path / "other"))["key"].to_pylist()) != keys[3]
 
 
-def test_a_remote_set_is_named_by_its_whole_url(letters, tmp_path):
+def test_remote_set(letters, tmp_path):
+    """A view of a remote set names it by its whole URL."""
     memory = fsspec.filesystem("memory")
     memory.put(letters, "/split-test", recursive=True)
     try:
@@ -198,7 +210,8 @@ def test_a_remote_set_is_named_by_its_whole_url(letters, tmp_path):
         memory.rm("/split-test", recursive=True)
 
 
-def test_a_split_that_fails_leaves_nothing(letters, tmp_path):
+def test_failed_split(letters, tmp_path):
+    """A split that fails leaves nothing behind."""
     index = pq.read_table(Path(letters) / INDEX_FILE)
     column = index.schema.get_field_index("shard")
     wrong = pa.array([99] * index.num_rows, pa.int32())
@@ -230,7 +243,8 @@ def test_a_split_that_fails_leaves_nothing(letters, tmp_path):
         ("--per-class 2 --out s3://bucket/view", "is a URL"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_writes_nothing(letters, tmp_path, monkeypatch, capsys, line, sentence):
+def test_usage_errors(letters, tmp_path, monkeypatch, capsys, line, sentence):
+    """A mistake on the command line is answered by one sentence, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "full").mkdir()

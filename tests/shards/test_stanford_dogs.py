@@ -45,7 +45,8 @@ def root(tmp_path: Path, paint: Callable[..., bytes]) -> Path:
     return tmp_path
 
 
-def test_dogs_have_the_name_behind_the_wnid_and_their_box(root):
+def test_samples(root):
+    """Dogs have the name behind the WordNet ID as class, and their box."""
     about = stanford_dogs.about(root, "train")
     assert (about.classes, about.total) == (["Chihuahua", "Shih-Tzu", "soft-coated_wheaten_terrier"], 3)
     found = list(stanford_dogs.samples(root, "train"))
@@ -56,13 +57,15 @@ def test_dogs_have_the_name_behind_the_wnid_and_their_box(root):
     assert found[1].image == root / "Images" / FILES[2][0]
 
 
-def test_a_list_of_one_picture_and_that_of_all_are_read(root):
+def test_list_sizes(root):
+    """A list of one picture is read, and so is that of all."""
     assert [s.key for s in stanford_dogs.samples(root, "test")] == ["Chihuahua/n02085620_10074"]
     assert stanford_dogs.about(root, "test").classes == stanford_dogs.about(root, "all").classes
     assert stanford_dogs.about(root, "all").total == 4
 
 
-def test_without_annotations_there_are_labels_alone_and_with_them_none_may_be_missing(root):
+def test_missing_annotations(root):
+    """Without annotations there are only labels; with them, none may be missing."""
     (root / "Annotation" / FILES[2][0][:-4]).unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks the annotations of 1 pictures \('n02086240-Shih-Tzu"):
         stanford_dogs.about(root, "train")
@@ -70,7 +73,8 @@ def test_without_annotations_there_are_labels_alone_and_with_them_none_may_be_mi
     assert next(stanford_dogs.samples(root, "train")).objects == [Object("Chihuahua")]
 
 
-def test_lists_and_pictures_have_to_agree(root, paint):
+def test_list_mismatch(root, paint):
+    """Lists and pictures have to agree: neither may name or hold what the other lacks."""
     paint(9, path=root / "Images" / "n02085620-Chihuahua" / "new.jpg")
     with pytest.raises(ValueError, match=r"has 1 pictures that .*file_list.mat does not name \('n02085620-Chih"):
         stanford_dogs.about(root, "train")
@@ -88,13 +92,15 @@ def test_lists_and_pictures_have_to_agree(root, paint):
         ([("n02085620-Chihuahua/none.jpg", 1)], "names 1 pictures that file_list.mat does not"),
     ],
 )
-def test_a_list_that_cannot_be_true_is_refused(root, files, message):
+def test_bad_list(root, files, message):
+    """A list that cannot be true is refused."""
     write_list(root / "train_list.mat", files)
     with pytest.raises(ValueError, match=message):
         stanford_dogs.about(root, "train")
 
 
-def test_a_missing_list_names_the_layout(root):
+def test_missing_list(root):
+    """A missing list is answered with the expected layout."""
     (root / "train_list.mat").unlink()
     with pytest.raises(FileNotFoundError, match=r"train_list.mat is missing: --root must be the folder of Images/"):
         stanford_dogs.about(root, "train")

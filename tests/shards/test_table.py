@@ -48,7 +48,8 @@ def write(tmp_path, paint):
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
-def test_every_row_is_a_picture_in_order_with_its_labels(write, capsys, kind):
+def test_rows(write, capsys, kind):
+    """Every row is a picture with its labels, in order; rows without a label are counted."""
     root, options = write(kind)
     found = list(table.samples(root, "all", **options))
     assert [(sample.key, sample.classes) for sample in found] == [
@@ -63,7 +64,8 @@ def test_every_row_is_a_picture_in_order_with_its_labels(write, capsys, kind):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_other_columns_masks_and_a_split_are_chosen(write, kind):
+def test_mask_and_split_columns(write, kind):
+    """Masks and a split are taken from the columns given, and labels may be numbers."""
     root, options = write(kind, label=[7, 10, 7])
     options |= {"split_column": "split", "mask_column": "mask"}
     found = list(table.samples(root, "train", **options))
@@ -74,7 +76,8 @@ def test_other_columns_masks_and_a_split_are_chosen(write, kind):
         table.about(root, "val", **options)
 
 
-def test_an_empty_separator_leaves_a_cell_whole(write):
+def test_separator(write):
+    """Labels are divided at the separator given, and an empty one leaves a cell whole."""
     root, options = write(label=["dog", "cat|dog", "a, b"])
     assert table.about(root, "all", **options | {"separator": ""}).classes == ["a, b", "cat|dog", "dog"]
     assert table.about(root, "all", **options | {"separator": ","}).classes == ["a", "b", "cat|dog", "dog"]
@@ -93,20 +96,23 @@ def test_an_empty_separator_leaves_a_cell_whole(write):
     ],
 )
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_wrong_row_is_found_before_anything_is_written(write, kind, columns, sentence):
+def test_wrong_row(write, kind, columns, sentence):
+    """A wrong row is found by `about`, before anything is written."""
     root, options = write(kind, **columns)
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         table.about(root, "all", **options)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_missing_column_is_named_with_those_that_are_there(write, kind):
+def test_missing_column(write, kind):
+    """A missing column is named, with those that are there."""
     root, options = write(kind)
     with pytest.raises(ValueError, match=r"no columns 'class'; it has path, label, split, mask: name .*--label-column"):
         table.about(root, "all", **options | {"label_column": "class"})
 
 
-def test_a_table_that_cannot_be_read_is_refused(write, tmp_path):
+def test_unreadable_table(write, tmp_path):
+    """A table that is damaged, empty, missing or of another format is refused."""
     root, options = write()
     for name, text in (
         ("ragged.csv", b"path,label\na.jpg,cat\nb.jpg\n"),
@@ -127,7 +133,8 @@ def test_a_table_that_cannot_be_read_is_refused(write, tmp_path):
         table.about(tmp_path / "nowhere", "all", **options)
 
 
-def test_a_large_table_is_one_quick_pass(write, tmp_path):
+def test_large_table(write, tmp_path):
+    """A large table is read in one pass, with all its rows and classes."""
     root, options = write()
     count = 200_000
     paths = pa.array(["b/2.jpg", *(f"b/{n:07d}.jpg" for n in range(1, count))])
@@ -139,7 +146,8 @@ def test_a_large_table_is_one_quick_pass(write, tmp_path):
     assert sum(1 for _ in table.samples(root, "all", **options)) == count
 
 
-def test_a_table_is_built_like_any_other_set(write, tmp_path, contents):
+def test_build(write, tmp_path, contents):
+    """A table is built like any other set, to the same bytes with any number of workers."""
     root, options = write()
     settings = Settings("table", str(root), "all", samples_per_shard=2, options=options | {"mask_column": "mask"})
     build(settings, tmp_path / "one")
@@ -150,7 +158,8 @@ def test_a_table_is_built_like_any_other_set(write, tmp_path, contents):
 
 @pytest.mark.parametrize("way", ["pictures", "link"])
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_absolute_paths_in_the_root_are_paths_from_it(write, tmp_path, way, kind):
+def test_absolute_paths(write, tmp_path, way, kind):
+    """Absolute paths inside the root are read as relative to it, through a link as well."""
     (tmp_path / "link").symlink_to(tmp_path / "pictures")
     there = [str(tmp_path / way / path) for path in COLUMNS["path"]]
     root, options = write(kind, path=there, mask=["", str(tmp_path / way / "a" / "1_mask.png"), ""])
@@ -162,25 +171,29 @@ def test_absolute_paths_in_the_root_are_paths_from_it(write, tmp_path, way, kind
         assert table.about(given, "all", **options).total == 3
 
 
-def test_an_absolute_path_that_leads_out_of_the_root_again_is_refused(write, tmp_path):
+def test_absolute_path_escape(write, tmp_path):
+    """An absolute path that leads out of the root again is refused."""
     root, options = write(path=[str(tmp_path / "pictures" / ".." / "2.jpg"), "a/1.jpg", "a/3.png"])
     with pytest.raises(ValueError, match=r"row 2 of .* lies outside of"):
         table.about(root, "all", **options)
 
 
-def test_a_mask_outside_of_the_root_is_found_before_anything_is_written(write):
+def test_mask_outside_root(write):
+    """A mask outside the root is found by `about`, before anything is written."""
     root, options = write(mask=["", "../1_mask.png", ""])
     with pytest.raises(ValueError, match=r"row 3 of .* names '\.\./1_mask\.png'"):
         table.about(root, "all", **options | {"mask_column": "mask"})
 
 
-def test_the_row_of_a_wrong_path_is_counted_in_the_whole_table(write):
+def test_row_number(write):
+    """The row of a wrong path is counted in the whole table, not in its split."""
     root, options = write(path=["", "a/1.jpg", ""])
     with pytest.raises(ValueError, match=r"row 4 of "):
         table.about(root, "test", **options | {"split_column": "split"})
 
 
-def test_a_column_split_that_is_not_used_is_told_of(write, capsys):
+def test_unused_split_column(write, capsys):
+    """A column `split` that is not used raises a warning."""
     root, options = write()
     table.about(root, "train", **options)
     assert "--split-column split" in capsys.readouterr().err
@@ -188,14 +201,16 @@ def test_a_column_split_that_is_not_used_is_told_of(write, capsys):
     assert "--split-column" not in capsys.readouterr().err
 
 
-def test_columns_separated_by_something_else_are_recognized(write, tmp_path):
+def test_wrong_delimiter(write, tmp_path):
+    """Columns separated by something else, such as a semicolon, are recognized in the error."""
     root, options = write()
     (tmp_path / "semicolon.csv").write_text("path;label\na/1.jpg;cat\n")
     with pytest.raises(ValueError, match="seem to be separated by ';'"):
         table.about(root, "all", **options | {"table": str(tmp_path / "semicolon.csv")})
 
 
-def test_a_parquet_table_may_hold_lists_of_labels(paint, tmp_path):
+def test_parquet_label_lists(paint, tmp_path):
+    """A Parquet table may hold lists of labels."""
     for name in "ab":
         paint(path=tmp_path / "pictures" / f"{name}.jpg")
     columns = {"path": ["./a.jpg", "b.jpg"], "label": [["cat", "dog"], None]}
@@ -205,7 +220,8 @@ def test_a_parquet_table_may_hold_lists_of_labels(paint, tmp_path):
     assert [(sample.key, sample.classes) for sample in found] == [("a", ["cat", "dog"]), ("b", [])]
 
 
-def test_one_picture_by_two_names_is_one_picture_twice(paint, tmp_path):
+def test_same_path_spelled_twice(paint, tmp_path):
+    """One picture by two spellings of its path is refused as named more than once."""
     paint(path=tmp_path / "in" / "a.jpg")
     for other in ("./a.jpg", ".//a.jpg", str(tmp_path / "in" / "a.jpg")):
         (tmp_path / "t.csv").write_text(f"path,label\na.jpg,cat\n{other},cat\n")

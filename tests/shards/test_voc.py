@@ -32,19 +32,22 @@ def devkit(tmp_path, paint):
 
 
 @pytest.mark.parametrize("inner", ["", "VOC2007", ".."])
-def test_the_devkit_its_year_and_the_folder_around_are_all_a_root(devkit, inner):
+def test_roots(devkit, inner):
+    """The devkit, its year and the folder around it may each be the root."""
     found = list(voc.samples(devkit / inner, "trainval"))
     assert [(sample.key, sample.classes) for sample in found] == [("000005", ["dog"]), ("000007", ["dog"])]
     assert voc.about(devkit / inner, "trainval").dataset == "voc2007"
 
 
-def test_a_devkit_of_two_years_asks_for_one(devkit):
+def test_two_years(devkit):
+    """With a devkit of two years, one has to be chosen."""
     (devkit / "VOC2012" / "ImageSets").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"it may be .*VOC2007 or .*VOC2012"):
         voc.about(devkit, "trainval")
 
 
-def test_images_of_test_without_annotation_show_no_class_and_are_counted(devkit, capsys):
+def test_unannotated_test(devkit, capsys):
+    """Test images without an annotation have no class, and are counted."""
     for image_set in ("Main", "Segmentation"):
         (sample,) = voc.samples(devkit, "test", image_set=image_set)
         assert (sample.objects, sample.mask) == ([], None)
@@ -52,7 +55,8 @@ def test_images_of_test_without_annotation_show_no_class_and_are_counted(devkit,
     assert "1 of 1 images, 000001 for one, have no annotation" in capsys.readouterr().err
 
 
-def test_an_image_without_annotation_mask_or_picture_is_named(devkit, capsys):
+def test_missing_files(devkit, capsys):
+    """A missing annotation or mask is refused by name; missing pictures are only counted."""
     root = devkit / "VOC2007"
     (root / "JPEGImages" / "000007.jpg").unlink()
     voc.about(devkit, "trainval")
@@ -66,20 +70,23 @@ def test_an_image_without_annotation_mask_or_picture_is_named(devkit, capsys):
         voc.about(devkit, "trainval")
 
 
-def test_the_list_of_one_class_is_no_list_of_images(devkit):
+def test_bad_split(devkit):
+    """The list of one class is no list of images: the possible splits are named instead."""
     with pytest.raises(ValueError, match="--split may be test, trainval"):
         voc.about(devkit, "dog_trainval")
     with pytest.raises(FileNotFoundError, match="--split may be test, trainval"):
         voc.about(devkit, "train2007")
 
 
-def test_a_list_that_leads_out_of_the_dataset_is_refused(devkit):
+def test_path_traversal(devkit):
+    """A list that leads out of the dataset is refused."""
     (devkit / "VOC2007" / "ImageSets" / "Main" / "trainval.txt").write_text("../../secret\n")
     with pytest.raises(ValueError, match="outside of"):
         voc.about(devkit, "trainval")
 
 
-def test_a_box_whose_last_edge_is_named_first_is_put_in_order(tmp_path):
+def test_swapped_edges(tmp_path):
+    """A box whose edges are swapped is put in order."""
     (tmp_path / "a.xml").write_text(ANNOTATION.format(name="dog", xmin="61"))
     (thing,) = voc.objects_in(tmp_path / "a.xml")
     assert thing.box.left < thing.box.right == 61

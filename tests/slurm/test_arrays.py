@@ -102,7 +102,7 @@ def test_shared_run_fails(sweep, out, scheduler):
     assert "4 runs: 4 done; nothing to submit again" in slurm("retry", out)
 
 
-def test_shared_run_that_is_live_is_waited_for(sweep, out, scheduler):
+def test_live_shared_run(sweep, out, scheduler):
     """A sweep that is submitted again, and a retry, wait for the shared runs that are at work."""
     sweep(TEACHER)
     for run in ("a", "b"):
@@ -162,8 +162,8 @@ def test_other_settings(sweep, out, scheduler):
     assert f"{out / 'a'} holds a run with other settings than the sweep file now gives it" in said
 
 
-def test_settings_that_the_recipe_refuses(sweep, out, tmp_path):
-    """A recipe's refusal is told in its words, of the sweep file."""
+def test_recipe_refuses_settings(sweep, out, tmp_path):
+    """A recipe's refusal of a sweep file's settings is told in the recipe's words."""
     said = sweep("[settings]\nsteps = 0", fails=2)
     assert "the recipe refuses these settings." in said and "error: --steps is 0; it must be at least 1." in said
     assert not out.exists()

@@ -41,7 +41,8 @@ def test_sbatch_script(name, asked, further):
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=[file.name for file in SHIPPED])
-def test_shipped_cluster_files_are_valid(file):
+def test_shipped_cluster_files(file):
+    """The cluster files that are shipped are valid."""
     assert read_cluster(file).processes >= 1
 
 

@@ -165,7 +165,7 @@ def test_held_by_another_job(tmp_path, cluster):
     assert json.loads(owner.read_text())["job"] not in (job, other)
 
 
-def test_folder_that_another_node_does_not_see(tmp_path, power):
+def test_folder_not_shared(tmp_path, power):
     """A job ends with a sentence where one of its nodes does not see its folder."""
     place = tmp_path / "mine"
     place.mkdir()

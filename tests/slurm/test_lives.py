@@ -246,7 +246,7 @@ def refuse(why, others):
     return scontrol
 
 
-def test_a_folder_without_a_job_is_no_life(run, scheduler):
+def test_folder_without_job(run, scheduler):
     """A life whose folder says nothing of what to run ends with a sentence."""
     run.mkdir()
     with pytest.MonkeyPatch.context() as patched:

@@ -32,7 +32,8 @@ def test_submitted(submit, run, scheduler):
     assert [command[0] for command in scheduler.asked].count("sbatch") == 1
 
 
-def test_live_run_is_not_submitted_twice(submit, run, scheduler):
+def test_no_second_submit(submit, run, scheduler):
+    """A run that waits or is at work is not submitted again: the refusal names its job."""
     job = submit("--holds", 1)
     again = ["submit", COUNTING, "--", "--out", run]
     assert f"is waiting as job {job}: wait, or `bigtrain-slurm cancel " in slurm(*again, fails=2)
@@ -73,7 +74,7 @@ def test_submitted_from_inside_of_a_job(run, scheduler):
     assert submitted(slurm("submit", COUNTING, "--", "--out", run, **inherited)) == "7"
 
 
-def test_controller_that_does_not_answer(submit, run, scheduler):
+def test_controller_down(submit, run, scheduler):
     """Without a controller nothing is submitted, and status says what the folders say."""
     submit("--ends", 1)
     scheduler.run()
