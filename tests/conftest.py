@@ -7,7 +7,8 @@ pytest_plugins = ["tests.fixtures", "tests.hand_made", "tests.servers"]
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
-LIMIT_S = {"slow": 3600, "slurm": 900, "gpu": 600}  # of the others: pyproject.toml
+LIMIT_S = {"slow": 3600, "slurm": 900, "gpu": 600}  # by marker; of the others: pyproject.toml
+TRAINING_LIMIT_S = 400  # in tests/recipes, which start processes that train: for a busy machine
 
 
 def pytest_addoption(parser):
@@ -20,5 +21,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
     for item in items:
         limits = [limit for marker, limit in LIMIT_S.items() if item.get_closest_marker(marker)]
+        limits += [TRAINING_LIMIT_S] if "recipes" in item.path.parts else []
         if limits and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(max(limits)))

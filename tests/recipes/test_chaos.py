@@ -12,7 +12,7 @@ import pytest
 from tests.launching import start
 from tests.processes import in_session, left_in_session
 
-LIMIT_S = 120  # for one start
+LIMIT_S = 300  # for one start
 
 
 def started(flags, run, workers=0):

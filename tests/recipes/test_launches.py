@@ -45,7 +45,7 @@ def test_by_accelerate(flags, alone, run_of_twenty_steps, tmp_path):
     """The command of the README starts two processes with the losses of one, and the bits of those of a scheduler."""
     done = subprocess.run(
         accelerate("cpu2", 2, *flags, "--out", tmp_path / "run"),
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=110,
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0 and "2 process(es)" in done.stdout, done.stderr
     for stage in ("tune", "distil"):
@@ -69,7 +69,7 @@ def test_two_machines_find_each_other(flags, alone, tmp_path):
 def test_one_yaml_without_gpu(flags, alone, tmp_path):
     """The launch file for one GPU also runs without one."""
     line = accelerate("one", 1, *flags, "--distil-epochs", 1, "--out", tmp_path / "run")
-    subprocess.run(line, env=ENVIRONMENT, check=True, timeout=100)
+    subprocess.run(line, env=ENVIRONMENT, check=True, timeout=300)
     assert losses(tmp_path / "run", "tune") == losses(alone, "tune")
 
 
@@ -145,7 +145,7 @@ def test_wrong_launch(flags, tmp_path, wrong):
     more, environment = [*flags, *more, "--out", tmp_path / "run"], {**ENVIRONMENT, **variables}
     if config == "cpu" and processes == 2:  # what is wrong is what accelerate did
         line = accelerate(config, processes, *more)
-        done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=100, cwd=ROOT)
+        done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT)
     else:
         done = run("defend.py", *more, processes=processes, config=config, environment=environment, folder=ROOT)
         assert done.returncode == 2

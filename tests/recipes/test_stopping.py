@@ -59,8 +59,8 @@ class Start:
     def end(self):
         """Exit code, output, and no process of it left."""
         try:
-            out, err = self.process.communicate(timeout=60)
-            left = self.family.left_after(60)
+            out, err = self.process.communicate(timeout=120)
+            left = self.family.left_after(120)
             assert not left, f"{left} go on without their launcher"
             return self.process.returncode, out + err
         finally:
@@ -74,7 +74,7 @@ class Start:
 
 def until_trained(run, steps, process):
     """Wait until two steps more are in the log; False if the process ends before."""
-    until = time.monotonic() + 100
+    until = time.monotonic() + 200
     while len(losses(run)) < steps + 2:
         if process.poll() is not None or time.monotonic() > until:
             return False

@@ -98,6 +98,9 @@ def launched(folder, mode, stage, processes):
     return json.loads((folder / f"{mode}.json").read_text())
 
 
+pytestmark = pytest.mark.timeout(400)  # three starts a test
+
+
 @pytest.fixture(scope="module")
 def by_ddp(tmp_path_factory):
     folder = made_once(tmp_path_factory, "ddp", lambda folder: launched(folder, "first", 0, 2))

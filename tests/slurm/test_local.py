@@ -35,7 +35,7 @@ def test_ctrl_c(small, tmp_path, family):
             assert job.poll() is None
             time.sleep(0.01)
         os.killpg(job.pid, signal.SIGINT)
-        assert job.wait(timeout=120) == 1
+        assert job.wait(timeout=300) == 1
     assert told(stopped) == ["submitted", "started", "stopped"] and 0 < steps(stopped) < 4 + 8
     assert "stopped" in slurm("status", stopped)
     assert "AUROC" in slurm(*line, **family)
