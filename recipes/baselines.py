@@ -136,7 +136,7 @@ def baselines(config: Config, run: RunFolder, data: Data) -> None:
     )  # fmt: skip
     sources = {suffix: NetworkDetector(network, MaxLogit(), scoring) for suffix, network in networks.items()}
 
-    from recipes.run_setup import Setup  # with Accelerate: behind what the network alone could tell
+    from recipes.run_setup import Setup  # imports Accelerate; the mistakes of a network are told before
 
     setup = Setup.begin(run, precision, {})
     accelerator = setup.accelerator

@@ -173,7 +173,7 @@ def deep_novelty(config: Config, run: RunFolder, data: Data, reference: ShardSet
     check_training(given.trunk, config.batch_norm, config.run)
     precision = run.resolved("precision") or choose_precision(config.precision, width=0)
 
-    from recipes.run_setup import Setup  # with Accelerate: behind what the network alone could tell
+    from recipes.run_setup import Setup  # imports Accelerate; the mistakes of a network are told before
 
     setup = Setup.begin(run, precision, LEAVES)
     accelerator = setup.accelerator

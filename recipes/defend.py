@@ -85,7 +85,7 @@ def defend(config: Config, run: RunFolder, data: Data) -> None:
     precision = run.resolved("precision") or choose_precision(config.precision, given.vit.width)
     check_networks(config, given, precision)
 
-    from recipes.run_setup import Setup  # with Accelerate: behind what the network alone could tell
+    from recipes.run_setup import Setup  # imports Accelerate; the mistakes of a network are told before
 
     setup = Setup.begin(run, precision, LEAVES)
     accelerator = setup.accelerator

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from bigtrain.detectors.network import NetworkDetector
 from bigtrain.models.backbone import Network
 from bigtrain.models.weights import read_tensors, save_tensors
 from bigtrain.text import clock
-from recipes.run_setup import Setup
+
+if TYPE_CHECKING:
+    from recipes.run_setup import Setup
 
 PART = 1024  # images of a file
 LINE_EVERY_S = 10.0

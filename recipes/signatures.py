@@ -93,7 +93,7 @@ def signatures(config: Config, run: RunFolder, data: Data) -> None:
     )  # fmt: skip
     detector = NetworkDetector(network, Signatures(config.share, config.overlap), scoring)
 
-    from recipes.run_setup import Setup  # with Accelerate: behind what the network alone could tell
+    from recipes.run_setup import Setup  # imports Accelerate; the mistakes of a network are told before
 
     setup = Setup.begin(run, precision, {})
     accelerator = setup.accelerator

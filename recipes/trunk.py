@@ -31,15 +31,20 @@ def read_network(config: NetworkConfig) -> Network:
         architecture = Architecture(config.network, config.image_size)
     torch.manual_seed(config.seed)
     network = load_network(config.network, architecture, pretrained=config.pretrained)
+    check_image_size(network, config.image_size)
+    return network
+
+
+def check_image_size(network: Network, image_size: int) -> None:
+    """Refuse pictures of a size that the network does not take."""
     try:
         with torch.no_grad():
-            network.trunk(torch.zeros(1, 3, config.image_size, config.image_size))
+            network.trunk(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"{network.architecture.model} does not take pictures of {config.image_size} pixels ({error}): give a "
-            "larger --image-size, or the one it was trained with."
+            f"{network.architecture.model} does not take pictures of {image_size} pixels ({error}): give a larger "
+            "--image-size, or the one it was trained with."
         ) from error
-    return network
 
 
 def set_recompute(trunk: nn.Module, settings: RunSettings) -> None:

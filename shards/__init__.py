@@ -15,6 +15,6 @@
     index_file, duplicates   what is known of all samples together
     cli, options             the command; given: the set that it is given; settings: of a build; words: plurals
 
-The contract that all of it writes is bigtrain.data.schema (bigtrain.data.set_files reads it). Nothing here imports
-torch, and `--help` neither pyarrow nor fsspec.
+The contract that all of it writes is bigtrain.data.schema, with the columns of the index in bigtrain.data.set_files.
+Nothing here imports torch.
 """

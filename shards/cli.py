@@ -1,4 +1,5 @@
-"""The command `bigtrain-shards`: build, check, show, split, index; each imports what it takes, and --help nothing."""
+"""The command `bigtrain-shards`: build, check, show, split, index. Each imports what it needs when it runs, so that
+--help is quick."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from typing import IO
 from submitit.core.utils import DelayedSubmission
 
 from bigtrain.runtime.exit_codes import STOPPED, USER_ERROR
-from bigtrain.runtime.launch import free_port
+from bigtrain.runtime.ports import free_port
 from slurm.ending import end
 from slurm.history import (
     LAST_WORDS,

@@ -55,8 +55,9 @@ def serve(requests: socket.socket) -> None:
             if not text:
                 return
             request = json.loads(text)
-            for name in OF_DEEPSPEED if request["environment"].get("ACCELERATE_USE_DEEPSPEED") == "true" else ():
-                importlib.import_module(name)
+            if request["environment"].get("ACCELERATE_USE_DEEPSPEED") == "true":
+                for name in OF_DEEPSPEED:
+                    importlib.import_module(name)
             *streams, status = handles
             pid = os.fork()
             if pid == 0:

@@ -7,11 +7,12 @@
     subprocess.run(accelerate("ddp", 2, *flags), env=ENVIRONMENT)      # ... or about a launcher
 
 A forked process runs the same file with the same arguments, environment and streams, gets the same signals, and
-has what a new one would have imported by then. Beside launchers, real starts are for what looks for a command line in
-/proc, and for CUDA.
+has imported at least what a new one would have by then. Beside launchers, real starts are for what looks for a command
+line in /proc, and for CUDA.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -25,14 +26,14 @@ from functools import lru_cache
 from pathlib import Path
 from unittest import mock
 
-from bigtrain.runtime.launch import free_port
+from bigtrain.runtime.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
 ON_GPU |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 ENVIRONMENT = {**ON_GPU, "CUDA_VISIBLE_DEVICES": ""}  # what is said of bits and of 1e-5 is said of CPUs
-LIMIT_S = 600.0  # longer than any test has (pytest-timeout)
-GRACE_S = 40.0  # longer than a rank takes to find out that another has ended
+LIMIT_S = 600.0  # for one start; the limit of a test (pytest-timeout) mostly comes first
+GRACE_S = 90.0  # longer than a rank takes to find out that another has ended, also one that is only silent
 
 
 def command(recipe, *flags):
@@ -84,24 +85,16 @@ class Started:
         return None if None in codes else next(filter(None, codes), 0)
 
     def result(self, limit_s=LIMIT_S):
-        """Wait for their end. As under a launcher, no rank outlives one that has failed, but by GRACE_S."""
-        until = time.monotonic() + limit_s
-        living, code = self.ranks, None
-        try:
+        """Wait for their end; none may go on for GRACE_S after one has failed."""
+        until, living = time.monotonic() + limit_s, self.ranks
+        with told_what_they_said(self.ranks):
             while living := [rank for rank in living if rank.poll() is None]:
                 if any(rank.returncode for rank in self.ranks):
                     until = min(until, time.monotonic() + GRACE_S)
                 if not select.select(living, [], [], max(until - time.monotonic(), 0))[0]:
-                    break
-            code = next(filter(None, (rank.returncode for rank in self.ranks)), None if living else 0)
-        finally:  # pytest-timeout ends the wait from outside
-            self.kill()
-            out, err = ("".join(rank.said(stream) for rank in self.ranks) for stream in ("out", "err"))
-            if code is None:
-                print(f"{' '.join(self.ranks[0].line)} had not ended: {err[-3000:]}", file=sys.stderr)
-        if code is None:
-            raise TimeoutError(f"no end within {limit_s:.0f} s")
-        return subprocess.CompletedProcess(self.ranks[0].line, code, out, err)
+                    raise TimeoutError(f"{len(living)} of {len(self.ranks)} processes have not ended")
+        out, err = ("".join(rank.said(stream) for rank in self.ranks) for stream in ("out", "err"))
+        return subprocess.CompletedProcess(self.ranks[0].line, self.poll(), out, err)
 
     def send_signal(self, number):
         for rank in self.ranks:
@@ -109,6 +102,18 @@ class Started:
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def told_what_they_said(ranks):
+    """Where a wait ends with an error, pytest-timeout's too: print what the processes have said, and kill them."""
+    try:
+        yield
+    except BaseException:
+        for rank in ranks:
+            print(f"{' '.join(rank.line)}: {rank.poll()}: {rank.said('err')[-3000:]}", file=sys.stderr)
+            rank.kill()
+        raise
 
 
 class Forked:
@@ -140,9 +145,9 @@ class Forked:
         return self.returncode
 
     def wait(self, limit_s=LIMIT_S):
-        if self.poll() is None and not select.select([self], [], [], limit_s)[0]:
-            self.kill()
-            raise TimeoutError(f"{' '.join(self.line)} has not ended: {self.said('err')[-3000:]}")
+        with told_what_they_said([self]):
+            if self.poll() is None and not select.select([self], [], [], limit_s)[0]:
+                raise TimeoutError("the process has not ended")
         return self.poll()
 
     def said(self, stream):

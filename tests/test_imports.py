@@ -18,13 +18,13 @@ ALL += ["bigtrain.evaluation"]
 MAY_IMPORT = {  # beside itself
     "recipes": ALL,
     "shards": ["bigtrain.data.schema", "bigtrain.data.set_files"],
-    # of a run it knows what any process above it knows: exit codes, and what the log says
+    # of a run it knows what any process above it knows: exit codes, where ranks meet, and what the log says
     "slurm": [
         "bigtrain.data.schema",
         "bigtrain.data.protocol",
         "bigtrain.data.set_files",
         "bigtrain.runtime.exit_codes",
-        "bigtrain.runtime.launch",
+        "bigtrain.runtime.ports",
         "bigtrain.runtime.watch",
     ],
     "bigtrain.detectors": ["bigtrain.data", "bigtrain.models", "bigtrain.objectives"],
@@ -69,7 +69,7 @@ def test_no_imports_of_tests():
 
 
 def test_names():
-    """Names of tests can be typed and selected; what a test requires is its docstring."""
+    """Names of tests can be typed and selected; where one does not say what is required, its docstring does."""
     for file in sorted((TOP / "tests").rglob("test_*.py")):
         functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
         assert not [f.name for f in functions if f.name.startswith("test_") and len(f.name) > 35], file
@@ -113,6 +113,13 @@ COMMANDS = {  # command -> what it may import
     "recipes/defend.py --train SHARDS --test SHARDS --known bag --out RUN": SETTINGS,  # a run of other settings
     "recipes/defend.py --train SHARDS --test SHARDS --known bag --out new --teacher TEACHER --tuned-blocks 99": NETWORK,
     "recipes/signatures.py --train SHARDS --known bag --out new --network resnet18 --no-pretrained --layer x": NETWORK,
+    "recipes/baselines.py --train SHARDS --known bag --out new --network resnet18 --no-pretrained --layer x": {
+        *NETWORK,
+        "scipy",  # of a detector, its special functions
+    },
+    "recipes/pretrain.py --train SHARDS --out new --model alexnet --image-size 32": NETWORK,
+    "recipes/deep_novelty.py --train SHARDS --known bag coat --out new --branches one --membership-weight 0 "
+    "--network alexnet --no-pretrained --image-size 32 --resize 36": NETWORK,
 }
 TELLS = """
 import runpy, sys

@@ -1,4 +1,4 @@
-"""The shard contract: what a shard set holds, how it is named, and how its manifest is written.
+"""The shard contract: what a shard set holds, how it is named, and its manifest.
 
 A shard set is a folder, or any fsspec URL prefix (s3://, gs://, http://, hf://), that holds
 
@@ -8,7 +8,8 @@ A shard set is a folder, or any fsspec URL prefix (s3://, gs://, http://, hf://)
 
 A view is a set without tars: its manifest says where they lie (`shards_at`), its index holds some of their samples.
 
-This module knows neither torch nor any dataset, so that `shards` and `slurm` can build on it alone.
+`set_files` has the columns of the index and reads both files. Neither knows torch or any dataset, so that `shards` and
+`slurm` can build on them.
 """
 
 from __future__ import annotations

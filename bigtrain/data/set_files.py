@@ -1,4 +1,4 @@
-"""The files of a shard set (`schema`): where they lie, and its manifest and index as they are read."""
+"""The files of a shard set (`schema`): where they lie, the columns of the index, how manifest and index are read."""
 
 from __future__ import annotations
 

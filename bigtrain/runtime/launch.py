@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import secrets
 import signal
-import socket
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from bigtrain.data.plan import check_divides
@@ -49,14 +46,6 @@ def processes_asked_for() -> int:
     if told.num_processes is None and (told.config_file or has_default):
         told.num_processes = load_config_from_file(told.config_file).num_processes
     return told.num_processes or 1
-
-
-def free_port() -> int:
-    """A port for processes to meet at; not one of those that the system may give to any connection meanwhile."""
-    while True:
-        with socket.socket() as free, suppress(OSError):
-            free.bind(("", 10_000 + secrets.randbelow(20_000)))  # Linux gives from 32768 on
-            return int(free.getsockname()[1])
 
 
 def asks_for_deepspeed() -> bool:

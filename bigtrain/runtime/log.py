@@ -63,7 +63,7 @@ class StageLog:
             path = continued(folder / "log.jsonl", stage, done)
             self.before = steps_of_others(path, stage)
             self.file = path.open("a", buffering=1)
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # half a second: on this rank alone
 
             self.board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=done + 1)
             self.bar = tqdm(

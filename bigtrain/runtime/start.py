@@ -52,8 +52,8 @@ def start(
     backend = "gloo" if asks_for_deepspeed() and not torch.cuda.is_available() else None
     # without saying so, several processes on a machine without a GPU would not know each other
     on_cpu = world_size_of_launch() > 1 and not torch.cuda.is_available() and not asks_for_deepspeed()
-    with meeting():
-        accelerator = Accelerator(  # no mixed precision of Accelerate's: see `autocast`
+    with port_errors(), meeting():
+        accelerator = Accelerator(  # no mixed precision of Accelerate's: see `precision.autocast`
             step_scheduler_with_optimizer=False,
             mixed_precision="no",
             cpu=on_cpu,
@@ -79,6 +79,21 @@ def start(
 
 
 @contextmanager
+def port_errors() -> Iterator[None]:
+    """A sentence where the port at which the processes are to meet is in use."""
+    try:
+        yield
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"another program listens at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}, where the "
+            "processes of this launch are to meet: choose another port (MASTER_PORT, or --main_process_port of "
+            "accelerate); a job of SLURM gets another one when it is submitted again."
+        ) from error
+
+
+@contextmanager
 def meeting() -> Iterator[None]:
     """While the processes of a launch find each other: say so where it takes long; Ctrl-C ends this one at once."""
     if world_size_of_launch() == 1:
@@ -95,13 +110,6 @@ def meeting() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the others too
     try:
         yield
-    except DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise ValueError(
-            f"another program listens at {address}, where the processes of this launch are to meet: choose another "
-            "port (MASTER_PORT, or --main_process_port of accelerate)."
-        ) from error
     finally:
         signal.signal(signal.SIGINT, before)
         timer.cancel()

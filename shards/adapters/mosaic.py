@@ -67,9 +67,9 @@ class Pool:
 
 
 def about(root: str | Path, split: str, **options: Any) -> About:
-    known, mode, count, grid = (options[name] for name in ("known", "mode", "count", "grid"))
     from shards.given import check_classes, manifest_of
 
+    known, mode, count, grid = (options[name] for name in ("known", "mode", "count", "grid"))
     manifest = manifest_of(str(root))
     check_classes(str(root), manifest, [known])
     if count < 1 or grid < 2 or (options["tile"] is not None and options["tile"] < 1):

@@ -18,13 +18,12 @@ from shards.adapters.lists import warn
 from shards.names import inside
 
 LAYOUT = "the folder that the paths in the table start from"
-KINDS = (".csv", ".tsv", ".parquet")
 LICENCE = "unknown"
 TRIED = 100  # pictures that are looked for before anything is written
 OUTSIDE = r"^/|(^|/)\.\.(/|$)|\\|\x00"  # of a path: it leaves the root
 PICTURE = rf"(?i)\.({'|'.join(IMAGE_EXTENSIONS)})$"
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--table": {"required": True, "type": os.path.abspath, "metavar": "FILE", "help": f"a {', '.join(KINDS)} file"},
+    "--table": {"required": True, "type": os.path.abspath, "metavar": "FILE", "help": "a .csv, .tsv or .parquet file"},
     "--path-column": {"default": "path", "metavar": "NAME", "help": "of the pictures' paths (default: path)"},
     "--label-column": {"default": "label", "metavar": "NAME", "help": "of the labels (default: label)"},
     "--separator": {"default": "|", "metavar": "TEXT", "help": 'between labels (default: |; "": one label a cell)'},

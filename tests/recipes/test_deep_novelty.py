@@ -121,10 +121,10 @@ def test_two_processes(twenty_steps, run_of_twenty_steps, tmp_path, launch):
     np.testing.assert_allclose(scores(two).score, scores(one).score, atol=1e-4)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_stop_and_resume(flags, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 1)])
+def test_stop_and_resume(flags, tmp_path, processes, workers):
     """A run that is stopped goes on to the same bits, with one process and with two."""
-    flags = [*flags, "--steps", "30", "--workers", 2 - processes, "--accumulate", "2", "--checkpoint-every", "10"]
+    flags = [*flags, "--steps", "30", "--workers", workers, "--accumulate", "2", "--checkpoint-every", "10"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert started("deep_novelty.py", *flags, "--out", whole, processes=processes).returncode == 0
     threading.Thread(target=ask_to_stop, args=(stopped, 3), daemon=True).start()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bigtrain.runtime.launch import free_port
+from bigtrain.runtime.ports import free_port
 from tests.launching import ENVIRONMENT, ROOT, accelerate, run, start
 from tests.runs import losses
 

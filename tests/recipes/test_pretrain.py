@@ -66,11 +66,11 @@ def test_two_processes(run_of_twenty_steps):
     assert results(one)["held_out_images"] == results(two)["held_out_images"]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_stop_and_resume(flags, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 1)])
+def test_stop_and_resume(flags, tmp_path, processes, workers):
     """A run that is stopped in mid-epoch goes on to the same bits, with one process and with two."""
     further = "--epochs 2 --depth 1 --ema 0.9 --drop-path 0.5 --accumulate 2"
-    flags = [*flags, *further.split(), "--workers", 2 - processes]
+    flags = [*flags, *further.split(), "--workers", workers]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run("pretrain.py", *flags, "--out", whole, processes=processes).returncode == 0
     threading.Thread(target=ask_to_stop, args=(stopped, 2), daemon=True).start()
@@ -132,6 +132,7 @@ def test_vit_network_file(flags, shards, tmp_path):
 MISTAKES = {
     "halves of nothing": (["--halve"], "--halve is about known classes"),
     "tokens of a network without": (["--pool", "both"], "--pool both is about a ViT's tokens"),
+    "pictures too small": (["--model", "alexnet"], "does not take pictures of 32 pixels"),
     "a patch of a network without": (["--patch-size", "8"], "settings of a vit_*"),
     "two ways to say what is known": (["--known", "bag", "--protocol", "first-half"], "leave --known and --novel out"),
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bigtrain.runtime.exit_codes import LOST
-from bigtrain.runtime.launch import free_port
+from bigtrain.runtime.ports import free_port
 from tests.launching import ENVIRONMENT, ROOT, Forked
 
 

@@ -1,12 +1,11 @@
 """Settings: what lies over what, one sentence for a mistake, and the folder that holds one run."""
 
 import json
-import re
 import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
-from importlib.metadata import distributions
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -173,10 +172,13 @@ def run_of(folder, **changes):
     return run
 
 
-def test_packages():
-    """They are those that importlib knows, by its own reading of their metadata."""
-    known = {re.sub("[-_.]+", "_", d.metadata["Name"]).lower(): d.version for d in distributions()}
-    assert known == {re.sub("[-_.]+", "_", name).lower(): version for name, version in packages().items()}
+def test_packages(tmp_path, monkeypatch):
+    """Versions are those that importlib reads; of a package that is there twice, the first on the path."""
+    assert {name: version(name) for name in packages()} == packages() and "torch" in packages()
+    for folder, number in (("first", "9.0"), ("second", "10.0")):
+        (tmp_path / folder / f"twice-{number}.dist-info").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second"), *sys.path])
+    assert packages()["twice"] == "9.0"
 
 
 def test_run_folder(tmp_path):

@@ -65,5 +65,5 @@ def test_a_real_launcher_is_recognized(tmp_path):
     (home / "default_config.yaml").write_text(DEFAULTS)
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "HF_HOME": str(home.parent)}
     line = [BIN / "accelerate", "launch", script]
-    done = subprocess.run(list(map(str, line)), env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, line)), env=environment, capture_output=True, text=True, timeout=100)
     assert "2 asked for" in done.stdout, done.stderr
