@@ -186,10 +186,10 @@ class Stream:
 
     def _received(self, loader: Iterable[_Done]) -> Iterator[_Done]:
         """What the workers did; one that was killed stops the run with a sentence."""
-        received = 0
+        has_begun = False
         try:
             for part in loader:
-                received += 1
+                has_begun = True
                 yield part
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
             is_other = isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)
@@ -199,7 +199,7 @@ class Stream:
                 why = "there is too little shared memory: make /dev/shm larger (docker run --shm-size)"
             else:
                 why = "was it killed, or out of memory? Use fewer --workers"
-                if received == 0:
+                if not has_begun:
                     why += '. Or did it never start? A script streams inside of `if __name__ == "__main__":`'
             raise OSError(f"a process that reads {self.shard_set.url} has ended; {why}.") from error
 
