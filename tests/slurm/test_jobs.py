@@ -117,7 +117,8 @@ def test_time_limit_cancel_retry(tmp_path):
 def test_losses_on_several_nodes(small, tmp_path):
     """Processes on several nodes have the losses of one."""
     alone, four, three = (tmp_path / name for name in ("alone", "four", "three"))
-    flags = [*small, "--drop-path", "0", "--out"]
+    divides = "--train-limit 48 --tune-batch 12 --distil-batch 12"  # among 3 processes and among 4
+    flags = [*small, *divides.split(), "--drop-path", "0", "--out"]
     slurm("submit", RECIPE, "--nodes", "2", "--tasks-per-node", "2", "--", *flags, four)
     slurm("submit", RECIPE, "--nodes", "3", "--strategy", "zero2", "--", *flags, three)
     done = run_forked("defend.py", *flags, alone)
