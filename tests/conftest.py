@@ -1,5 +1,9 @@
 """For all tests: where fixtures are, how long a test may take, and that no property test fails for being slow."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: test workers share the cores
+
 import pytest
 from hypothesis import settings
 
