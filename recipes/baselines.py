@@ -126,6 +126,7 @@ def baselines(config: Config, run: RunFolder, data: Data) -> None:
     from bigtrain.detectors.logits import MaxLogit
     from bigtrain.detectors.network import NetworkDetector, Scoring
     from bigtrain.runtime.precision import choose_precision
+    from recipes.run_setup import Setup
 
     parts = data.parts
     networks = given_networks(config, data.protocol.known)
@@ -135,9 +136,6 @@ def baselines(config: Config, run: RunFolder, data: Data) -> None:
         layer=config.layer, head="",
     )  # fmt: skip
     sources = {suffix: NetworkDetector(network, MaxLogit(), scoring) for suffix, network in networks.items()}
-
-    from recipes.run_setup import Setup  # imports Accelerate; the mistakes of a network are told before
-
     setup = Setup.begin(run, precision, {})
     accelerator = setup.accelerator
     described = "; ".join(f"{n.architecture.model}{suffix}, {n.report}" for suffix, n in networks.items())

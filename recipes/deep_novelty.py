@@ -167,14 +167,12 @@ def deep_novelty(config: Config, run: RunFolder, data: Data, reference: ShardSet
     from bigtrain.data.pictures import jpeg_decoder
     from bigtrain.data.views import CentreCrop
     from bigtrain.runtime.precision import choose_precision
+    from recipes.run_setup import Setup
     from recipes.trunk import check_training, read_network
 
     given = read_network(config)
     check_training(given.trunk, config.batch_norm, config.run)
     precision = run.resolved("precision") or choose_precision(config.precision, width=0)
-
-    from recipes.run_setup import Setup  # imports Accelerate; the mistakes of a network are told before
-
     setup = Setup.begin(run, precision, LEAVES)
     accelerator = setup.accelerator
     known_classes = data.protocol.known

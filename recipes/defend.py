@@ -79,14 +79,12 @@ def defend(config: Config, run: RunFolder, data: Data) -> None:
     from bigtrain.models.vit import Architecture
     from bigtrain.models.weights import load_vit
     from bigtrain.runtime.precision import choose_precision
+    from recipes.run_setup import Setup
 
     train, parts, protocol = data.train, data.parts, data.protocol
     given = load_vit(config.teacher, Architecture(config.arch) if config.arch else None, attention=config.attention)
     precision = run.resolved("precision") or choose_precision(config.precision, given.vit.width)
     check_networks(config, given, precision)
-
-    from recipes.run_setup import Setup  # imports Accelerate; the mistakes of a network are told before
-
     setup = Setup.begin(run, precision, LEAVES)
     accelerator = setup.accelerator
     given.vit.to(accelerator.device)

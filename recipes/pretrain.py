@@ -196,8 +196,9 @@ def pretrain(config: Config, run: RunFolder, images: Images) -> None:
     from bigtrain.models.weights import save_vit
     from bigtrain.runtime.optim import decay_groups, follow, scaled_lr, schedule, set_schedule
     from bigtrain.runtime.precision import choose_precision
+    from recipes.run_setup import Setup
     from recipes.trunk import (
-        check_image_size,
+        check_picture_size,
         check_training,
         class_numbers,
         prepare_batch_norm,
@@ -218,15 +219,14 @@ def pretrain(config: Config, run: RunFolder, images: Images) -> None:
         flops = trained_flops(trunk.requires_grad_(True), size)
     elif config.pool == "both":
         raise ValueError(f"--pool both is about a ViT's tokens, and {architecture.model} has none: leave it out.")
-    check_image_size(given, size)
+    check_picture_size(given, size)
     model = Classifier(trunk.requires_grad_(True), len(classes), config.pool)
     check_training(model.trunk, config.batch_norm, config.run)
     model = prepare_batch_norm(model, config.batch_norm)
     precision = run.resolved("precision") or choose_precision(config.precision, width)
     set_recompute(model.trunk, config.run)
 
-    from recipes.run_setup import Setup  # imports Accelerate; the mistakes of a network are told before
-    from recipes.stage import Stage
+    from recipes.stage import Stage  # imports Accelerate, as Setup.begin does
 
     setup = Setup.begin(run, precision, LEAVES)
     accelerator = setup.accelerator

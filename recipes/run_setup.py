@@ -5,31 +5,34 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 
+from bigtrain.choices import Chosen
 from bigtrain.data.pictures import jpeg_decoder
 from bigtrain.data.plan import Plan
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import Transform
 from bigtrain.models.flops import peak_flops
-from bigtrain.runtime import start
 from bigtrain.runtime.heartbeat import Heartbeat
-from bigtrain.runtime.log import show_warnings
 from bigtrain.runtime.precision import autocast
-from bigtrain.runtime.preempt import Stop
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import RunSettings, result_settings
+
+if TYPE_CHECKING:  # Accelerate is imported when a run begins, behind the mistakes that its network shows
+    from accelerate import Accelerator
+
+    from bigtrain.runtime.preempt import Stop
 
 
 def check_alike(settings: Mapping[str, Any]) -> None:
     """Refuse processes with different settings: they would train different networks without a word."""
+    from accelerate.utils import gather_object
+
     own = {name: value for name, value in settings.items() if name not in ("run", "workers")}
     first, *others = gather_object([own])
     for rank, other in enumerate(others, 1):
@@ -48,18 +51,24 @@ class Setup:
     accelerator: Accelerator
     stop: Stop
     settings: RunSettings
-    precision: start.Chosen
+    precision: Chosen
     heartbeat: Heartbeat
 
     @classmethod
-    def begin(cls, run: RunFolder, precision: start.Chosen, leaves: Mapping[str, str]) -> Setup:
+    def begin(cls, run: RunFolder, precision: Chosen, leaves: Mapping[str, str]) -> Setup:
         """Form the process group and create the run folder.
 
         Args:
             leaves: the recipe's stages in their order, and the file that each leaves in the run folder.
         """
+        from accelerate.utils import broadcast_object_list
+
+        from bigtrain.runtime.log import show_warnings
+        from bigtrain.runtime.preempt import Stop
+        from bigtrain.runtime.start import start
+
         settings = run.config.run
-        accelerator = start.start(
+        accelerator = start(
             precision, timeout_min=2 * settings.hang_timeout_min, trackers=settings.trackers, folder=run.path,
             deterministic=settings.deterministic,
         )  # fmt: skip

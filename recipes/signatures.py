@@ -82,6 +82,7 @@ def signatures(config: Config, run: RunFolder, data: Data) -> None:
     from bigtrain.detectors.network import NetworkDetector, Scoring
     from bigtrain.detectors.signatures import Signatures
     from bigtrain.runtime.precision import choose_precision
+    from recipes.run_setup import Setup
     from recipes.trunk import read_network
 
     parts, views = data.parts, CentreCrop(config.image_size, config.resize)
@@ -92,9 +93,6 @@ def signatures(config: Config, run: RunFolder, data: Data) -> None:
         layer=config.layer, head="",
     )  # fmt: skip
     detector = NetworkDetector(network, Signatures(config.share, config.overlap), scoring)
-
-    from recipes.run_setup import Setup  # imports Accelerate; the mistakes of a network are told before
-
     setup = Setup.begin(run, precision, {})
     accelerator = setup.accelerator
     network.to(accelerator.device)

@@ -31,11 +31,11 @@ def read_network(config: NetworkConfig) -> Network:
         architecture = Architecture(config.network, config.image_size)
     torch.manual_seed(config.seed)
     network = load_network(config.network, architecture, pretrained=config.pretrained)
-    check_image_size(network, config.image_size)
+    check_picture_size(network, config.image_size)
     return network
 
 
-def check_image_size(network: Network, image_size: int) -> None:
+def check_picture_size(network: Network, image_size: int) -> None:
     """Refuse pictures of a size that the network does not take."""
     try:
         with torch.no_grad():
