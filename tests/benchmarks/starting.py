@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--vs", type=Path, help="another checkout")
     parser.add_argument("--runs", type=int, default=5)
     given = parser.parse_args()
+    if given.vs and not (given.vs / ".venv" / "bin" / "python").is_file():
+        parser.error(f"{given.vs} has no .venv: give a checkout in which `uv sync` has been run")
     tops = [TOP, *([given.vs.absolute()] if given.vs else [])]
     with tempfile.TemporaryDirectory() as folder:
         sample = TOP / "recipes" / "presets" / "fashion" / "sample"
