@@ -6,6 +6,10 @@ from typing import Literal
 
 Keep = Literal["attended", "unattended", "random"]
 """Which patches a student sees: data/masks.py."""
+Predict = Literal["visible", "hidden", "all"]
+"""Which patches' tokens a student is to predict: objectives/losses.py."""
+ScoreOver = Literal["mean", "quantile", "attended"]
+"""How the scores of a picture's patches become the picture's: objectives/scores.py."""
 Backend = Literal["auto", "xformers", "sdpa", "dense"]
 """What computes attention: models/attention.py."""
 BatchNorm = Literal["frozen", "trained"]

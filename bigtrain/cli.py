@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = commands.add_parser("tables", help="the table of a sweep's finished runs, with intervals")
     tables.add_argument("folder", type=Path, help="of a sweep, or one that holds runs' folders")
     tables.add_argument("--metric", default="auroc", help="a figure of results.json (auroc)")
+    tables.add_argument("--plain", action="store_true", help="with a row for each plain figure beside the detectors")
     given = parser.parse_args(argv)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a frame's lines still shows the figures
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             from bigtrain.evaluation.tables import read_results, table  # scipy, which a live page does without
 
-            print(table(read_results(given.folder), given.metric))
+            print(table(read_results(given.folder, plain=given.plain), given.metric))
     except KeyboardInterrupt:
         return 0
     except ValueError as error:

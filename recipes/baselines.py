@@ -1,10 +1,12 @@
 """The classical detectors that Perera & Patel (CVPR 2019, 5.1) compare with, on features of any layer of any network.
 
+    accelerate launch recipes/deep_novelty.py --train data/birds --protocol first-half --branches one \
+        --membership-weight 0 --out runs/finetuned
     accelerate launch recipes/baselines.py --train data/birds --protocol first-half --finetuned \
         runs/finetuned/network.safetensors --out runs/birds-baselines
 
 Features are extracted once, and kept. Rows with "pre" are of --network as it is given; those without of --finetuned,
-which recipes/pretrain.py has trained on the known classes, and whose logits serve the methods on logits.
+the network of the first command, row (a) of 5.4, whose logits serve the methods on logits.
 """
 
 from __future__ import annotations
@@ -54,8 +56,9 @@ FIGURES = ("auroc", "aupr_out", "fpr_at_95_tpr_known")  # of the page and of wha
 @dataclass(frozen=True)
 class Config(NetworkConfig):
     finetuned: str = ""
-    """A network that recipes/pretrain.py has trained on the same known classes: network.safetensors of its run. Give
-    both the same --seed and --validation-share, or images are held out here that it was trained on."""
+    """A network trained on the same known classes: network.safetensors of a run of recipes/deep_novelty.py with
+    --branches one --membership-weight 0. Give both the same --seed, --protocol and --validation-share, or images are
+    held out here that it was trained on."""
     layer: str = ""
     """The layer whose features are taken, by torch's name; empty: what the classifier would see."""
     detectors: tuple[str, ...] = ()
@@ -130,7 +133,7 @@ def baselines(config: Config, run: RunFolder, data: Data) -> None:
 
     parts = data.parts
     networks = given_networks(config, data.protocol.known)
-    precision = run.resolved("precision") or choose_precision(config.precision, width=0)
+    precision = run.resolved("precision") or choose_precision(config.precision)
     scoring = Scoring(
         image_size=config.image_size, resize=config.resize, precision=precision, batch=config.score_batch,
         layer=config.layer, head="",

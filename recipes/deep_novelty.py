@@ -81,6 +81,8 @@ class Config(NetworkConfig):
     """Mirror half of the training pictures; not for letters."""
     batch_norm: BatchNorm = "frozen"
     """Of a network that has it: statistics and scale stay as they were trained, or are trained on."""
+    dropout: float = 0.5
+    """Behind fc6 and fc7, which VGG and AlexNet have; other networks have no such layers."""
     clip: float = 0.0
     """Largest norm of the gradient; 0: not clipped."""
     filter_images: int = 2000
@@ -93,6 +95,7 @@ LIMITS: Limits = {
     **dict.fromkeys(("epochs", "ce_weight", "membership_weight", "true_class_weight"), (0, math.inf)),
     **dict.fromkeys(("weight_decay", "clip", "filter_images"), (0, math.inf)),
     **dict.fromkeys(("momentum", "lr_drop"), (0, 1)),
+    "dropout": (0, 0.99),
     "lr": (0, HIGHEST_LR),
 }
 
@@ -172,7 +175,7 @@ def deep_novelty(config: Config, run: RunFolder, data: Data, reference: ShardSet
 
     given = read_network(config)
     check_training(given.trunk, config.batch_norm, config.run)
-    precision = run.resolved("precision") or choose_precision(config.precision, width=0)
+    precision = run.resolved("precision") or choose_precision(config.precision)
     setup = Setup.begin(run, precision, LEAVES)
     accelerator = setup.accelerator
     known_classes = data.protocol.known
@@ -267,7 +270,14 @@ def train(config: Config, setup: Setup, data: Data, reference: ShardSet | None, 
     from bigtrain.objectives.losses import membership_risk
     from bigtrain.runtime.optim import set_schedule
     from recipes.stage import Stage
-    from recipes.trunk import class_numbers, prepare_batch_norm, set_recompute, with_batch_norm, without_padding
+    from recipes.trunk import (
+        class_numbers,
+        prepare_batch_norm,
+        set_dropout,
+        set_recompute,
+        with_batch_norm,
+        without_padding,
+    )
 
     accelerator, network_file = setup.accelerator, setup.run / LEAVES["train"]
     if network_file.is_file():
@@ -290,6 +300,7 @@ def train(config: Config, setup: Setup, data: Data, reference: ShardSet | None, 
         return Branches(copy.deepcopy(given.trunk).requires_grad_(True), counts, joint=is_joint)
 
     model = prepare_batch_norm(branches(), config.batch_norm).train()
+    set_dropout(model.trunk, config.dropout)
     set_recompute(model.trunk, setup.settings)
     stage = Stage(
         "train", setup,

@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bigtrain.data.protocol import seeded_choice
@@ -83,7 +84,7 @@ def defend(config: Config, run: RunFolder, data: Data) -> None:
 
     train, parts, protocol = data.train, data.parts, data.protocol
     given = load_vit(config.teacher, Architecture(config.arch) if config.arch else None, attention=config.attention)
-    precision = run.resolved("precision") or choose_precision(config.precision, given.vit.width)
+    precision = run.resolved("precision") or choose_precision(config.precision)
     check_networks(config, given, precision)
     setup = Setup.begin(run, precision, LEAVES)
     accelerator = setup.accelerator
@@ -109,6 +110,7 @@ def defend(config: Config, run: RunFolder, data: Data) -> None:
 
     from bigtrain.detectors.distillation import DistillationDetector, Scoring
     from bigtrain.detectors.neighbours import pixel_features, token_features
+    from bigtrain.evaluation.collect import mean_over
     from bigtrain.evaluation.judge import judge
 
     scoring = Scoring(
@@ -120,7 +122,12 @@ def defend(config: Config, run: RunFolder, data: Data) -> None:
         precision=precision,
         attention=config.attention,
         batch=config.score_batch,
+        predict=config.predict,
+        score_pairs=config.score_pairs,
+        score_over=config.score_over,
+        score_quantile=config.score_quantile,
     )
+    detector = DistillationDetector(teacher, student, scoring)
 
     @torch.no_grad()
     def teacher_features(image_B3HW: Tensor) -> Tensor:
@@ -129,18 +136,21 @@ def defend(config: Config, run: RunFolder, data: Data) -> None:
 
     views = Resized(config.image_size)
     bank_N = seeded_choice(parts.fitted_N, config.neighbours_bank, config.seed)
+    bank = setup.in_order(train, bank_N, views, config.score_batch)
+    constant_LND = mean_over(accelerator, bank, detector.target)
     results = judge(
         run.path,
         accelerator,
-        DistillationDetector(teacher, student, scoring),
+        detector,
         method="DEFEND" if config.tune else "masked distillation",
         protocol=protocol,
         test=setup.in_order(data.test, parts.test_N, views, config.score_batch),
         held_out=setup.in_order(train, parts.held_out_N, views, config.score_batch) if len(parts.held_out_N) else None,
-        bank=setup.in_order(train, bank_N, views, config.score_batch),
+        bank=bank,
         plain={"pixels": pixel_features, "features of the given teacher": teacher_features},
         settings=result_settings(config),
         seed=config.seed,
+        floor=partial(detector.constant_score, constant_LND=constant_LND),
     )
     if accelerator.is_main_process:
         run.finish(results)
@@ -276,7 +286,10 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
         return load_vit(str(student_file), attention=config.attention, device=accelerator.device)
     torch.manual_seed(config.seed)
     architecture = student_architecture(config, teacher)
-    student = masked_student(architecture, drop_path=config.drop_path, attention=config.attention).train()
+    decoder = 0 if config.predict == "visible" else config.decoder_blocks
+    student = masked_student(
+        architecture, drop_path=config.drop_path, attention=config.attention, decoder_blocks=decoder
+    ).train()
     student.recompute = config.run.recompute
     lr = scaled_lr(config.distil_lr, config.distil_batch, config.lr_batch)
     groups = decay_groups(student.named_parameters(), base_lr=lr)
@@ -290,7 +303,7 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
         "distil", setup,
         trained=student, optimizer=torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95)), state=state, clip=config.clip,
         stream=setup.stream(train, fitted, Resized(config.image_size)),
-        steps=config.distil_epochs * fitted.batches_per_epoch,
+        steps=config.distil_steps or config.distil_epochs * fitted.batches_per_epoch,
         flops_per_image=flops,
     )  # fmt: skip
     warmup = round(config.warmup_epochs * fitted.batches_per_epoch)
@@ -306,12 +319,13 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
                     (seen,) = teacher.vit(image_B3HW, last=config.distilled_blocks, with_attention=guided)
                 attention_BN = seen.attention_BN if guided else image_B3HW.new_ones(seen.tokens_BND.shape[:2])
                 visible_BN = visible_patches(attention_BN, part.seed_B, keep=config.keep, mask_ratio=config.mask_ratio)
-                # ... the student half of them
+                # ... the student half of them, whose tokens it predicts, or those of the others
                 (predicted,) = stage.module(image_B3HW, visible_BN=visible_BN, last=config.distilled_blocks)
             loss_B = distillation_loss(  # eq. 3, 4
                 predicted.blocks_LBND,
                 seen.blocks_LBND,
                 visible_BN,
+                predict=config.predict,
                 normalisation=config.normalisation,
                 normalise_student=config.normalise_student,
                 distance=config.distance,
@@ -321,7 +335,8 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
             follow(ema, student, config.ema_student)
         stage.advance(batch, lr=factor * lr)
 
-    student = ema.eval() if config.ema_student else stage.into(masked_student(architecture, attention=config.attention))
+    student = masked_student(architecture, attention=config.attention, decoder_blocks=decoder)
+    student = ema.eval() if config.ema_student else stage.into(student)
     if accelerator.is_main_process:
         save_vit(student_file, student, architecture, mean=teacher.mean, std=teacher.std)
     return Pretrained(student, architecture, teacher.mean, teacher.std, "")

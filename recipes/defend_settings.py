@@ -6,7 +6,18 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from bigtrain.choices import HIGHEST_LR, Backend, Chosen, Distance, Keep, Normalisation, Precision, Schedule
+from bigtrain.choices import (
+    HIGHEST_LR,
+    Backend,
+    Chosen,
+    Distance,
+    Keep,
+    Normalisation,
+    Precision,
+    Predict,
+    Schedule,
+    ScoreOver,
+)
 from bigtrain.data.protocol import Protocol, split
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.models.timm_names import check_source, check_vit_name
@@ -76,10 +87,18 @@ class Config:
     """Projected tokens of earlier batches that join Sinkhorn; 8192 in the authors' code."""
 
     distil_epochs: int = 10
+    distil_steps: int = 0
+    """Distil for so many steps instead of --distil-epochs, which are few on few pictures; 0: by epochs."""
     distil_batch: int = 64
     mask_ratio: float = 0.5
     keep: Keep = "attended"
-    """Which patches the student sees."""
+    """Which patches the student sees: those that the teacher attends to (guided, as the authors' code), the others
+    (guided, as the paper's Fig. 2), or any."""
+    predict: Predict = "visible"
+    """Of which patches the student predicts the tokens: of those that it sees (the authors' code), of the hidden ones
+    ("inferring the full context by only partially observing the input", 3.2), or of all."""
+    decoder_blocks: int = 1
+    """With --predict hidden or all: so many of the student's last blocks complete the hidden patches."""
     normalisation: Normalisation = "l2"
     normalise_student: bool = True
     """--no-normalise-student: teacher only, for the pixel level (4.6)."""
@@ -97,6 +116,12 @@ class Config:
     """Largest norm of the gradient, in both stages; 0: not clipped."""
     lr_batch: int = 0
     """The learning rates are meant for this global batch, and scaled to the given one; 0: not scaled."""
+    score_pairs: int = 8
+    """With --predict hidden or all: so many pairs of complementary halves of a picture are scored, and cost."""
+    score_over: ScoreOver = "mean"
+    """A picture's score: the mean of its patches' (3.3), their --score-quantile, or the mean over the half of them
+    that the teacher attends to most. For pictures of many objects, which are known if any object is."""
+    score_quantile: float = 0.25
     score_batch: int = 64
     """Images a forward pass of each process when scoring."""
     neighbours_bank: int = 10_000
@@ -111,6 +136,9 @@ class Config:
 LIMITS: Limits = {
     "validation_share": (0, 0.9),
     **dict.fromkeys(("train_limit", "test_limit", "queue", "prototypes", "global_crops", "seed"), (0, math.inf)),
+    **dict.fromkeys(("distil_steps",), (0, math.inf)),
+    **dict.fromkeys(("decoder_blocks", "score_pairs"), (1, math.inf)),
+    "score_quantile": (0.001, 0.999),
     **dict.fromkeys(("clip", "lr_batch"), (0, math.inf)),
     **dict.fromkeys(("image_size", "crop_size", "crops", "tune_epochs", "tune_batch", "tuned_blocks"), (1, math.inf)),
     **dict.fromkeys(("distil_epochs", "distil_batch", "score_batch", "neighbours_bank"), (1, math.inf)),
@@ -144,6 +172,16 @@ def check_settings(config: Config) -> None:
         raise ValueError("--no-tune and --no-distil leave nothing to do: give one of them.")
     if config.tune and config.prototypes == 1:
         raise ValueError("--prototypes is 1: with one prototype every patch agrees with every other; use 2 or more.")
+    if config.predict == "hidden" and config.mask_ratio == 0:
+        raise ValueError(
+            "--predict hidden with --mask-ratio 0 leaves nothing to predict: hide a share of the patches, such as 0.5, "
+            "or take --predict visible."
+        )
+    if config.predict != "visible" and config.decoder_blocks < config.distilled_blocks:
+        raise ValueError(
+            f"--decoder-blocks is {config.decoder_blocks}, and the tokens of the last {config.distilled_blocks} blocks "
+            f"are to be predicted at hidden patches: use {config.distilled_blocks} or more, or --distilled-blocks 1."
+        )
     check_launch()
     if zero_stage() == 3 and (config.ema_teacher or config.ema_student):
         raise ValueError(
@@ -161,6 +199,7 @@ def check_networks(config: Config, given: Pretrained, precision: Chosen) -> None
     """Refuse settings that do not fit the networks, before anything is written."""
     import torch
 
+    from bigtrain.data.masks import visible_count
     from bigtrain.models.attention import resolve_backend, torch_dtype
     from bigtrain.models.vit import check_image_size, check_pair, masked_student
     from bigtrain.runtime.precision import device_type
@@ -169,12 +208,31 @@ def check_networks(config: Config, given: Pretrained, precision: Chosen) -> None
     for side in (config.image_size, config.crop_size) if config.tune else (config.image_size,):
         check_image_size((side, side), given.vit.patch_size)
     if config.tune and config.tuned_blocks > depth:
-        raise ValueError(f"--tuned-blocks is {config.tuned_blocks}, and the teacher has {depth} blocks: use 1 to that.")
-    if config.keep != "random" and config.mask_ratio > 0 and not given.vit.backbone.has_class_token:
-        raise ValueError("the teacher has no [CLS] token, whose attention guides the mask: use --keep random.")
+        raise ValueError(
+            f"--tuned-blocks is {config.tuned_blocks}, and the teacher has {depth} blocks: use 1 to {depth}."
+        )
+    if not given.vit.backbone.has_class_token:
+        if config.keep != "random" and config.mask_ratio > 0:
+            raise ValueError("the teacher has no [CLS] token, whose attention guides the mask: use --keep random.")
+        if config.score_over == "attended":
+            raise ValueError("the teacher has no [CLS] token, whose attention weighs patches: use --score-over mean.")
     resolve_backend(config.attention, torch.device(device_type()), torch_dtype(precision))
     with torch.device("meta"):
-        check_pair(given.vit, masked_student(student_architecture(config, given)), config.distilled_blocks)
+        student = masked_student(student_architecture(config, given))
+    check_pair(given.vit, student, config.distilled_blocks)
+    if config.predict == "visible":
+        return
+    blocks, patches = len(student.backbone.blocks), math.prod(student.backbone.patch_embed.grid_size)
+    if config.decoder_blocks > blocks:
+        raise ValueError(
+            f"--decoder-blocks is {config.decoder_blocks}, and the student has {blocks} blocks, the last of which "
+            f"complete the hidden patches: use 1 to {blocks}."
+        )
+    if patches - visible_count(patches, config.mask_ratio) == 0 or patches < 2:
+        raise ValueError(
+            f"--mask-ratio {config.mask_ratio} hides none of the {patches} patches of a picture of {config.image_size} "
+            f"pixels, and --predict {config.predict} needs some: hide more, or take --predict visible."
+        )
 
 
 def student_architecture(config: Config, given: Pretrained) -> Architecture:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.choices import Precision
-from bigtrain.data.protocol import Half, Parts, Protocol, check_every_class, split
+from bigtrain.data.protocol import Half, Order, Parts, Protocol, check_every_class, split
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.models.timm_names import check_network_name, check_source
 from bigtrain.runtime.settings import Limits, RunSettings
@@ -27,7 +27,9 @@ class NetworkConfig:
     novel: tuple[str, ...] = ()
     """Or the novel classes; all others are known."""
     protocol: Half = ""
-    """Or half of the classes are known: the first by name, or a choice by the seed."""
+    """Or half of the classes are known: the first in --order, or a choice by the seed."""
+    order: Order = "name"
+    """Of the classes for first-half: by name (CUB-200), or that of the owners' numbered folders (Caltech-256)."""
     validation_share: float = 0.1
     """Share of the known training images that is held out, for the threshold."""
     train_limit: int = 0
@@ -105,7 +107,7 @@ def read_data(config: NetworkConfig, fewest_classes: int = 1) -> Data:
     train = ShardSet(config.train)
     test = ShardSet(config.test) if config.test else None
     classes = tuple(dict.fromkeys((*train.classes, *(test.classes if test else ()))))
-    protocol = named_or_half(classes, config.known, config.novel, config.protocol, config.seed)
+    protocol = named_or_half(config, classes, train)
     if len(protocol.known) < fewest_classes:
         raise ValueError(
             f"this method tells known classes apart and needs at least {fewest_classes}; {len(protocol.known)} was "
@@ -120,15 +122,16 @@ def read_data(config: NetworkConfig, fewest_classes: int = 1) -> Data:
     return Data(train, test or train, protocol, parts)
 
 
-def named_or_half(
-    classes: Sequence[str], known: Sequence[str], novel: Sequence[str], half: Half, seed: int
-) -> Protocol:
+def named_or_half(config: NetworkConfig, classes: Sequence[str], train: ShardSet) -> Protocol:
     """What is known, by names or by --protocol."""
-    if not half:
-        return Protocol.of(classes, known=known, novel=novel)
-    if known or novel:
-        raise ValueError(f"--protocol {half} says what is known: leave --known and --novel out.")
-    return Protocol.half(half, classes, seed=seed)
+    if config.order == "folder" and config.protocol != "first-half":
+        raise ValueError("--order folder has an effect with --protocol first-half alone: leave it out.")
+    if not config.protocol:
+        return Protocol.of(classes, known=config.known, novel=config.novel)
+    if config.known or config.novel:
+        raise ValueError(f"--protocol {config.protocol} says what is known: leave --known and --novel out.")
+    in_order = train.manifest.folder_order if config.order == "folder" else None
+    return Protocol.half(config.protocol, classes, seed=config.seed, folder_order=in_order)
 
 
 def labels_of(classes: Sequence[str]) -> dict[str, int]:

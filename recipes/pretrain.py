@@ -1,12 +1,10 @@
 """Supervised training of a network on labelled shards: the way to a teacher or trunk where none can be downloaded.
 
     accelerate launch recipes/pretrain.py --train data/reference/train --val data/reference/val --out runs/teacher
-    accelerate launch recipes/pretrain.py --train data/birds --protocol first-half --halve \
-        --model runs/trunk/network.safetensors --out runs/finetuned
 
-The second fine-tunes on known classes. A ViT's teacher.safetensors serves as `--teacher` of recipes/defend.py,
-network.safetensors as `--network` of the other recipes, with its classifier. After Steiner et al. 2021 (AugReg):
-random resized crops, mirroring, label smoothing, AdamW, warm-up and cosine.
+A ViT's teacher.safetensors serves as `--teacher` of recipes/defend.py, network.safetensors as `--network` of the other
+recipes, with its classifier. After Steiner et al. 2021 (AugReg): random resized crops, mirroring, label smoothing,
+AdamW, warm-up and cosine. The Finetune of Perera & Patel is row (a) of recipes/deep_novelty.py, by its own recipe.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.choices import HIGHEST_LR, BatchNorm, Precision, Schedule
-from bigtrain.data.protocol import Half, halved, in_validation
+from bigtrain.data.protocol import Protocol, in_validation
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.workers import prepare_workers
 from bigtrain.models.timm_names import LOCAL, check_network_name, check_source
@@ -32,7 +30,7 @@ from bigtrain.runtime.launch import check_batch, check_launch, zero_stage
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import Limits, RunSettings, check_ranges, print_if_asked, read_settings
 from bigtrain.text import clock
-from recipes.network_settings import check_single_labels, labels_of, named_or_half
+from recipes.network_settings import check_single_labels, labels_of
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used, behind all mistakes that can be told without
     from bigtrain.data.stream import Stream
@@ -55,13 +53,9 @@ class Config:
     """Share of train that is held out where there is no --val."""
 
     known: tuple[str, ...] = ()
-    """Train on these classes only, to fine-tune; with neither this, --novel nor --protocol on all."""
+    """Train on these classes only; with neither this nor --novel on all."""
     novel: tuple[str, ...] = ()
     """Or on all but these."""
-    protocol: Half = ""
-    """Or on half of the classes: the first by name, or a choice by the seed."""
-    halve: bool = False
-    """Only that half of each known class's images which recipes with one set for both train on."""
 
     model: str = "vit_small_patch16_224"
     """A timm network, or alexnet; or a local file, whose weights training begins with. The three settings below change
@@ -213,9 +207,9 @@ def pretrain(config: Config, run: RunFolder, images: Images) -> None:
     torch.manual_seed(config.seed)
     given = first_weights(config)
     architecture, trunk = given.architecture, given.trunk
-    size, width, flops = config.image_size or DEFAULT_SIZE, 0, 0
+    size, flops = config.image_size or DEFAULT_SIZE, 0
     if isinstance(trunk, VisionTransformer):
-        size, width, trunk = trunk.patch_embed.img_size[0], trunk.embed_dim, ViT(trunk)
+        size, trunk = trunk.patch_embed.img_size[0], ViT(trunk)
         flops = trained_flops(trunk.requires_grad_(True), size)
     elif config.pool == "both":
         raise ValueError(f"--pool both is about a ViT's tokens, and {architecture.model} has none: leave it out.")
@@ -223,7 +217,7 @@ def pretrain(config: Config, run: RunFolder, images: Images) -> None:
     model = Classifier(trunk.requires_grad_(True), len(classes), config.pool)
     check_training(model.trunk, config.batch_norm, config.run)
     model = prepare_batch_norm(model, config.batch_norm)
-    precision = run.resolved("precision") or choose_precision(config.precision, width)
+    precision = run.resolved("precision") or choose_precision(config.precision)
     set_recompute(model.trunk, config.run)
 
     from recipes.stage import Stage  # imports Accelerate, as Setup.begin does
@@ -297,13 +291,10 @@ def pretrain(config: Config, run: RunFolder, images: Images) -> None:
 
 def chosen(config: Config, train: ShardSet) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """The classes to learn, and the images to learn them from."""
-    if not (config.known or config.novel or config.protocol):
-        if config.halve:
-            raise ValueError("--halve is about known classes: name them with --known, --novel or --protocol.")
+    if not (config.known or config.novel):
         return train.classes, np.arange(len(train))
-    protocol = named_or_half(train.classes, config.known, config.novel, config.protocol, config.seed)
-    sample_N = np.flatnonzero(protocol.is_known(train))
-    return protocol.known, halved(protocol, train, seed=config.seed)[0] if config.halve else sample_N
+    protocol = Protocol.of(train.classes, known=config.known, novel=config.novel)
+    return protocol.known, np.flatnonzero(protocol.is_known(train))
 
 
 def first_weights(config: Config) -> Network:

@@ -87,7 +87,7 @@ def signatures(config: Config, run: RunFolder, data: Data) -> None:
 
     parts, views = data.parts, CentreCrop(config.image_size, config.resize)
     network = read_network(config)
-    precision = run.resolved("precision") or choose_precision(config.precision, width=0)
+    precision = run.resolved("precision") or choose_precision(config.precision)
     scoring = Scoring(
         image_size=config.image_size, resize=config.resize, precision=precision, batch=config.score_batch,
         layer=config.layer, head="",

@@ -12,7 +12,7 @@ from bigtrain.choices import BatchNorm
 from bigtrain.data.plan import PADDING, Plan
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Batch
-from bigtrain.models.backbone import Network, has_batch_norm, load_network
+from bigtrain.models.backbone import Network, dropouts_of_fc, has_batch_norm, load_network
 from bigtrain.models.lean_timm import timm
 from bigtrain.models.vit import Architecture, ViT
 from bigtrain.runtime.launch import world_size_of_launch
@@ -53,6 +53,12 @@ def set_recompute(trunk: nn.Module, settings: RunSettings) -> None:
         trunk.recompute = settings.recompute
     elif settings.recompute:
         trunk.set_grad_checkpointing(True)  # type: ignore[operator]
+
+
+def set_dropout(trunk: nn.Module, rate: float) -> None:
+    """The rate of dropout at fc6 and fc7, where the network has them."""
+    for dropout in dropouts_of_fc(trunk):
+        dropout.p = rate
 
 
 def check_training(trunk: nn.Module, batch_norm: BatchNorm, settings: RunSettings) -> None:

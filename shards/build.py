@@ -83,7 +83,10 @@ def build(settings: Settings, out: Path | str, workers: int = 1, max_skipped: fl
                 beside = place.folder / PARTS_FOLDER if place.folder is not None else None
                 samples = shuffled(samples, settings.shuffle_seed, beside)
             shards = pack_all(settings, place, about, samples, 1 if place.of_one_process else workers, max_skipped)
-            manifest = Manifest(about.dataset, settings.split, tuple(about.classes), about.licence, tuple(shards))
+            manifest = Manifest(
+                about.dataset, settings.split, tuple(about.classes), about.licence, tuple(shards),
+                folder_order=about.folder_order,
+            )  # fmt: skip
             with place.written(MANIFEST_FILE) as file:
                 file.write(manifest.to_json().encode())
             place.remove(PARTS_FOLDER)

@@ -25,7 +25,8 @@ def visible_patches(
     paper's).
 
     Patches are drawn without replacement with probability proportional to the attention of [CLS] in the teacher's last
-    block. keep="attended" shows the drawn ones, "unattended" hides the drawn ones, "random" draws all alike.
+    block. keep="attended" shows the drawn ones, which is what the authors' code does ("guided, code" in tables);
+    "unattended" hides them, as the paper's Fig. 2 has it ("guided, Fig. 2"); "random" draws all alike.
 
     Args:
         attention_BN: attention of [CLS] to each patch, >= 0; any scale.
@@ -49,6 +50,21 @@ def visible_patches(
     first_BN = torch.zeros_like(arrival_BN, dtype=torch.bool)
     first_BN.scatter_(1, arrival_BN.argsort(dim=1, stable=True)[:, :drawn], True)
     return ~first_BN if keep == "unattended" else first_BN
+
+
+def complementary_halves(patches: int, pairs: int, device: torch.device | None = None) -> Tensor:
+    """What a student sees when a picture is scored by its hidden patches: `pairs` random halves, each followed by its
+    complement, so that each patch is hidden once a pair. The same for every picture; bool (2 pairs, N), True where
+    visible.
+
+    Raises:
+        ValueError: there is one patch, which has no half.
+    """
+    if patches < 2:
+        raise ValueError("a picture of one patch cannot be seen by halves: use larger pictures or --predict visible.")
+    attention = torch.ones(pairs, patches, device=device)
+    half_PN = visible_patches(attention, torch.arange(pairs, device=device), keep="random", mask_ratio=0.5)
+    return torch.stack([half_PN, ~half_PN], dim=1).flatten(0, 1)
 
 
 def uniform(seed_B: Tensor, count: int) -> Tensor:

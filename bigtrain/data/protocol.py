@@ -21,6 +21,7 @@ from bigtrain.data.shard_set import ShardSet
 HALVES = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9), (0, 2, 4, 6, 8), (1, 3, 5, 7, 9))
 NAMED_PROTOCOLS = ("uni-class", "all-vs-one", "half-vs-half", "first-half")
 Half = Literal["", "first-half", "random-half"]
+Order = Literal["name", "folder"]
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,32 @@ class Protocol:
     novel: tuple[str, ...]
 
     @classmethod
-    def half(cls, which: Half, classes: Sequence[str], *, seed: int = 0) -> Protocol:
-        """Half of the classes are known: the first by name (Perera & Patel 5.2), or a seeded choice.
+    def half(
+        cls, which: Half, classes: Sequence[str], *, seed: int = 0, folder_order: Sequence[str] | None = None
+    ) -> Protocol:
+        """Half of the classes are known: the first ones (Perera & Patel 5.2), or a seeded choice.
 
-        A number before a name ("001.Black_footed_Albatross") does not count. Of an odd number the known half is the
-        smaller one.
+        The first by name, where a number before it ("001.Black_footed_Albatross") does not count. Of an odd number the
+        known half is the smaller one.
+
+        Args:
+            folder_order: or the first in this order, of the owners' numbered folders (a manifest's `folder_order`):
+                that of the paper's Caltech-256.
+
+        Raises:
+            ValueError: there is one class, or no such order is known.
         """
         if len(classes) < 2:
             raise ValueError(f"--protocol {which} needs two classes or more, and there are {len(classes)}.")
         ordered = sorted(classes, key=lambda name: (re.sub(r"^\d+\.", "", name), name))
+        if folder_order is not None:
+            if lacking := sorted(set(classes) - set(folder_order)):
+                raise ValueError(
+                    f"--order folder was asked for, and the manifest keeps no order of folders for {len(lacking)} of "
+                    f"the {len(classes)} classes ({', '.join(lacking[:5])}): build the set of Caltech-256, CUB-200 or "
+                    "Stanford Dogs anew, or take --order name."
+                )
+            ordered = [name for name in folder_order if name in set(classes)]
         if which == "random-half":
             ordered = np.random.default_rng(seed).permutation(ordered).tolist()
         return cls.of(classes, known=sorted(ordered[: len(classes) // 2]))

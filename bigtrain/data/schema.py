@@ -94,6 +94,7 @@ class Manifest:
     licence: str
     shards: tuple[Shard, ...]  # of a view: `samples` are those it takes, `bytes` and `sha256` are of the whole tar
     shards_at: str = ""  # of a view: the URL of the folder of the tars, or its path from the manifest's own folder
+    folder_order: tuple[str, ...] = ()  # the classes as the owners' numbered folders order them, where names do not
 
     @property
     def samples(self) -> int:
@@ -101,17 +102,20 @@ class Manifest:
 
     def to_json(self) -> str:
         record = {"format": FORMAT, "version": VERSION, "samples": self.samples, **asdict(self)}
-        if not self.shards_at:
-            del record["shards_at"]
+        for name in ("shards_at", "folder_order"):
+            if not record[name]:
+                del record[name]
         return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
     def checked(self, where: str) -> Manifest:
         """Refuse values of other kinds, and file names that would lead out of the set's own folder."""
-        texts = (self.dataset, self.split, self.licence, self.shards_at, *self.classes)
+        texts = (self.dataset, self.split, self.licence, self.shards_at, *self.classes, *self.folder_order)
         texts += tuple(text for shard in self.shards for text in (shard.file, shard.sha256))
         counts = [count for shard in self.shards for count in (shard.samples, shard.bytes)]
         if not all(isinstance(text, str) for text in texts) or not all(type(n) is int and n >= 0 for n in counts):
             raise TypeError("a text where a number should be, or the other way round")
+        if self.folder_order and sorted(self.folder_order) != sorted(self.classes):
+            raise ValueError(f"{where} has a folder_order of other classes than its own: build the shards again.")
         for shard in self.shards:
             if shard.file != PurePosixPath(shard.file).name or "\\" in shard.file or shard.file in ("", "..", "."):
                 raise ValueError(f"{where} names the shard {shard.file!r}: shards lie beside their manifest.")
@@ -133,6 +137,7 @@ class Manifest:
                 licence=record["licence"],
                 shards=tuple(Shard(**shard) for shard in record["shards"]),
                 shards_at=record.get("shards_at", ""),
+                folder_order=tuple(record.get("folder_order", ())),
             ).checked(where)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(

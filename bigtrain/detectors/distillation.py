@@ -12,12 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigtrain.choices import Backend, Distance, Normalisation
+from bigtrain.choices import Backend, Distance, Normalisation, Predict, ScoreOver
+from bigtrain.data.masks import complementary_halves
 from bigtrain.data.views import Resized, to_float
 from bigtrain.detectors import saved
 from bigtrain.detectors.saved import Given, ImageDetector, Scored, chosen_device, read_record
+from bigtrain.models.vit import Encoded
 from bigtrain.models.weights import Pretrained, load_vit, save_vit
-from bigtrain.objectives.scores import distillation_score
+from bigtrain.objectives.losses import normalised, patch_distance
+from bigtrain.objectives.scores import picture_score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,12 @@ class Scoring(saved.Scoring):
     distilled_blocks: int
     attention: Backend
     """Where it is not to be had on the device that loads the detector, another takes its place."""
+    predict: Predict = "visible"
+    """Which patches the student has learnt to predict."""
+    score_pairs: int = 8
+    """With "hidden" and "all": how many pairs of complementary halves of each picture the student sees."""
+    score_over: ScoreOver = "mean"
+    score_quantile: float = 0.25
 
 
 class DistillationDetector(ImageDetector):
@@ -46,27 +55,74 @@ class DistillationDetector(ImageDetector):
         return Resized(self.scoring.image_size)
 
     def score_map(self, images: Iterable[Given]) -> NDArray[np.float32]:
-        """Novelty of each patch of each image: shape (B, h, w); its mean over patches is the image's score."""
+        """Novelty of each patch of each image: shape (B, h, w); --score-over says how an image's score comes of it."""
         side = self.scoring.image_size // self.teacher.vit.patch_size
         maps = [found.map_Bhw.cpu().numpy() for found in self._score(images) if found.map_Bhw is not None]
         return np.concatenate([np.zeros((0, side, side), np.float32), *maps])
 
     @torch.no_grad()
     def score_tensor(self, image_B3HW: Tensor) -> Scored:
-        """Score resized uint8 images on the detector's device: score_B and map_Bhw, float32."""
-        how = self.scoring
+        """Score resized uint8 images on the detector's device: score_B and map_Bhw, float32.
+
+        The map is || norm(F_t) - norm(F_s) ||^2 of each patch (3.3), >= 0 and exactly 0 where both agree. A student of
+        visible patches sees the whole picture, once. One of hidden patches sees pairs of complementary halves, and a
+        patch's score is its mean over the halves that hide it; one of all patches, its mean over all halves.
+        """
         image_B3HW = to_float(image_B3HW, self.teacher.mean, self.teacher.std)
+        teacher = self._teach(image_B3HW)
+        if self.scoring.predict == "visible":
+            with self.autocast():
+                (student,) = self.student.vit(image_B3HW, last=self.scoring.distilled_blocks)
+            return self._scored(self._distance(student.blocks_LBND, teacher.blocks_LBND), teacher)
+        images, patches = teacher.tokens_BND.shape[:2]
+        total_BN = torch.zeros(images, patches, device=image_B3HW.device)
+        halves_PN = complementary_halves(patches, self.scoring.score_pairs, image_B3HW.device)
+        for visible_N in halves_PN:
+            with self.autocast():
+                (student,) = self.student.vit(
+                    image_B3HW, visible_BN=visible_N.expand(images, -1), last=self.scoring.distilled_blocks
+                )
+            map_BN = self._distance(student.blocks_LBND, teacher.blocks_LBND)
+            total_BN += map_BN if self.scoring.predict == "all" else map_BN * ~visible_N
+        return self._scored(total_BN / (len(halves_PN) / (1 if self.scoring.predict == "all" else 2)), teacher)
+
+    @torch.no_grad()
+    def target(self, image_B3HW: Tensor) -> Tensor:
+        """The teacher's tokens as they are compared, float32 (B, L, N, D)."""
+        teacher = self._teach(to_float(image_B3HW, self.teacher.mean, self.teacher.std))
+        return normalised(teacher.blocks_LBND.float(), self.scoring.normalisation).transpose(0, 1)
+
+    @torch.no_grad()
+    def constant_score(self, image_B3HW: Tensor, constant_LND: Tensor) -> Tensor:
+        """The score of a student that ignores the picture and answers with the same tokens always, such as the mean
+        `target` of the known pictures. It has learnt nothing that it could not know without looking: a figure of the
+        student means something above this one alone."""
+        teacher = self._teach(to_float(image_B3HW, self.teacher.mean, self.teacher.std))
+        constant_LBND = constant_LND[:, None].expand_as(teacher.blocks_LBND)
+        return self._scored(self._distance(constant_LBND, teacher.blocks_LBND), teacher).score_B
+
+    def _teach(self, image_B3HW: Tensor) -> Encoded:
         with self.autocast():
-            (teacher,) = self.teacher.vit(image_B3HW, last=how.distilled_blocks)
-            (student,) = self.student.vit(image_B3HW, last=how.distilled_blocks)
-        score_B, map_BN = distillation_score(
-            student.blocks_LBND,
-            teacher.blocks_LBND,
+            (teacher,) = self.teacher.vit(
+                image_B3HW,
+                last=self.scoring.distilled_blocks,
+                with_attention=self.scoring.score_over == "attended",
+            )
+        return teacher
+
+    def _distance(self, student_LBND: Tensor, teacher_LBND: Tensor) -> Tensor:
+        how = self.scoring
+        return patch_distance(
+            student_LBND,
+            teacher_LBND,
             normalisation=how.normalisation,
             normalise_student=how.normalise_student,
             distance=how.distance,
         )
-        side = how.image_size // self.teacher.vit.patch_size
+
+    def _scored(self, map_BN: Tensor, teacher: Encoded) -> Scored:
+        how, side = self.scoring, self.scoring.image_size // self.teacher.vit.patch_size
+        score_B = picture_score(map_BN, how.score_over, quantile=how.score_quantile, attention_BN=teacher.attention_BN)
         return Scored(score_B, map_BN.unflatten(1, (side, side)))
 
     def _write(self, folder: Path) -> dict[str, Any]:

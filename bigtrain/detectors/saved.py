@@ -62,6 +62,10 @@ class ImageDetector:
         """Score uint8 views on the detector's device."""
         raise NotImplementedError
 
+    def score_map(self, images: Iterable[Given]) -> NDArray[np.float32] | None:
+        """Novelty of each patch of each image, (B, h, w); None where the method has none."""
+        return None
+
     def _write(self, folder: Path) -> dict[str, Any]:
         """Write the tensors, and return what detector.json is to say of the method beside the scoring."""
         raise NotImplementedError

@@ -43,3 +43,20 @@ def collect(
     sample_N = np.concatenate(samples)
     order = np.argsort(sample_N)
     return sample_N[order], {name: np.concatenate(parts)[order] for name, parts in values.items()}
+
+
+def mean_over(accelerator: Accelerator, stream: Stream, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean over the images of a stream of what a function of uint8 images gives for each, (B, ...) to (...).
+
+    Summed in float64 as the batches come, so that large tensors need no memory an image; the same on all ranks.
+    """
+    total: Tensor | None = None
+    images = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for batch in stream.batches():
+        batch = batch.to(accelerator.device)
+        real_B = batch.weight_B > 0
+        here = function(batch.views["image"])[real_B].double().sum(dim=0)
+        stream.mark(f"computed a mean of batch {batch.position.batch}")
+        total, images = here if total is None else total + here, images + real_B.sum()
+    assert total is not None
+    return (accelerator.reduce(total, "sum") / accelerator.reduce(images, "sum")).float()

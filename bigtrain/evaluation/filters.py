@@ -22,11 +22,20 @@ from bigtrain.evaluation.page import Card, Group, Section, Strip, write_page
 
 Floats = NDArray[np.float64]
 CLASSES, FILTERS, PICTURES = 10, 3, 6  # shown: classes, filters of each kind and class, pictures of each filter
+SHARES = (1.0, 0.9, 0.75, 0.5)  # of the known classes that a filter speaks against
 
 
 def globally_negative(known_CD: Floats, reference_CD: Floats) -> NDArray[np.bool_]:
     """Which filters speak against every known class and for some reference class: bool (D,)."""
-    return np.logical_and((known_CD < 0).all(axis=0), (reference_CD > 0).any(axis=0))
+    return against_most(known_CD, reference_CD, 1.0)
+
+
+def against_most(known_CD: Floats, reference_CD: Floats, share: float) -> NDArray[np.bool_]:
+    """Which filters speak against at least a share of the known classes and for some reference class: bool (D,).
+
+    The graded form of `globally_negative`, which is share 1: with many known classes hardly a filter is against all.
+    """
+    return np.logical_and((known_CD < 0).mean(axis=0) >= share, (reference_CD > 0).any(axis=0))
 
 
 def mean_and_interval(value_N: Floats) -> dict[str, float]:
@@ -55,7 +64,8 @@ def write_filters(
 
     Returns:
         How many there are; for each kind of image their mean activation, in units of each filter's mean over all
-        images, and the mean of what they take from the best known class's score.
+        images, and the mean of what they take from the best known class's score. As "graded", the number and the
+        activation of the filters against at least a share of the known classes.
     """
     known, reference = known_CD.detach().double().cpu().numpy(), reference_CD.detach().double().cpu().numpy()
     found = {kind: collect(accelerator, stream, {"f": features}) for kind, stream in streams.items()}
@@ -64,15 +74,27 @@ def write_filters(
     scale_D = np.abs(everything_ND).mean(axis=0)
     is_negative_D = globally_negative(known, reference) & (scale_D > 0)
     results: dict[str, Any] = {"globally_negative": int(is_negative_D.sum()), "filters": len(is_negative_D)}
+    relative = {kind: own_ND / scale_D.clip(1e-12) for kind, own_ND in activation.items()}
+
+    def mean_activation(is_chosen_D: NDArray[np.bool_]) -> dict[str, dict[str, float]]:
+        if not is_chosen_D.any():
+            return {}
+        return {kind: mean_and_interval(own_ND[:, is_chosen_D].mean(axis=1)) for kind, own_ND in relative.items()}
+
     if is_negative_D.any():
-        results["activation"], results["evidence"] = {}, {}
+        results["activation"], results["evidence"] = mean_activation(is_negative_D), {}
         for kind, own_ND in activation.items():
             best_N = (own_ND @ known.T).argmax(axis=1)
-            results["activation"][kind] = mean_and_interval((own_ND / scale_D.clip(1e-12))[:, is_negative_D].mean(1))
             results["evidence"][kind] = mean_and_interval((own_ND * known[best_N])[:, is_negative_D].sum(axis=1))
+    against = {share: against_most(known, reference, share) & (scale_D > 0) for share in SHARES}
+    results["graded"] = [
+        {"share": share, "filters": int(is_against_D.sum()), "activation": mean_activation(is_against_D)}
+        for share, is_against_D in against.items()
+    ]
     if accelerator.is_main_process:
         samples = [(streams[kind].shard_set, int(s), kind) for kind, (sample_N, _) in found.items() for s in sample_N]
         sections = [summary_section(results, {kind: len(own) for kind, own in activation.items()})]
+        sections.append(graded_section(results["graded"], list(activation)))
         sections += [
             class_section(name, known, number, is_negative_D, reference, reference_classes, everything_ND, samples)
             for number, name in enumerate(known_classes[:CLASSES])
@@ -98,14 +120,30 @@ def summary_section(results: Mapping[str, Any], counts: Mapping[str, int]) -> Se
         "Evidence: what they add to the score of the known class that answers most. Means with 95 % intervals."
     )
 
-    def cell(figure: Mapping[str, float]) -> str:
-        return f"{figure['value']:.3g} ({figure['low']:.3g} .. {figure['high']:.3g})"
-
     rows = [
         [kind, str(count), cell(results["activation"][kind]), cell(results["evidence"][kind])]
         for kind, count in counts.items()
     ]
     return Section("Globally negative filters", text, ["pictures", "number", "activation", "evidence"], rows)
+
+
+def graded_section(graded: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> Section:
+    text = [
+        "A filter against all known classes is rare where they are many. Here are those against at least a share of "
+        "them, and for some reference class, with their activation as above: evidence of novelty where it is higher on "
+        "novel than on known pictures."
+    ]
+    rows = [
+        [f"{100 * one['share']:.0f} %", str(one["filters"]), *(cell(one["activation"][kind]) for kind in kinds)]
+        if one["filters"]
+        else [f"{100 * one['share']:.0f} %", "0", *("" for _ in kinds)]
+        for one in graded
+    ]
+    return Section("Filters against most known classes", text, ["against", "filters", *kinds], rows)
+
+
+def cell(figure: Mapping[str, float]) -> str:
+    return f"{figure['value']:.3g} ({figure['low']:.3g} .. {figure['high']:.3g})"
 
 
 def class_section(

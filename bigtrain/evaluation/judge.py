@@ -21,15 +21,15 @@ from bigtrain.data.pictures import Picture
 from bigtrain.data.protocol import Protocol
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
-from bigtrain.detectors.distillation import DistillationDetector
 from bigtrain.detectors.neighbours import NearestNeighbours
 from bigtrain.detectors.saved import ImageDetector
 from bigtrain.evaluation.collect import collect
-from bigtrain.evaluation.metrics import closed_set_accuracy, oscr, summary
+from bigtrain.evaluation.metrics import closed_set_accuracy, explained, oscr, summary
 from bigtrain.evaluation.pictures import Shown, most_telling
 from bigtrain.evaluation.report import write_report
 
 Features = Callable[[Tensor], Tensor]  # uint8 images (B, 3, H, W) to (B, D)
+FLOOR = "a student that ignores the picture"
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def judge(
     seed: int,
     quantile: float = 0.95,
     classes: Sequence[str] = (),
+    floor: Features | None = None,
 ) -> dict[str, Any]:
     """Score, calibrate on held-out known images, write detector/, scores.parquet and report.html into the run folder.
 
@@ -74,6 +75,8 @@ def judge(
         quantile: share of the held-out known images that are to lie at or below the threshold.
         classes: the names of the detector's classes, where it tells which of them a picture shows: then there are
             `closed_set_accuracy` and `oscr` too.
+        floor: the score (B,) of a detector's errors had it learnt nothing: one more plain figure, and the measure of
+            `explained`, the share of the floor's error that the detector's is less.
 
     Returns:
         The record of results.json; the same on all ranks.
@@ -89,12 +92,13 @@ def judge(
         parts = [found.score_B] + ([found.class_B.to(found.score_B)] if found.class_B is not None and classes else [])
         return torch.stack(parts, dim=1)
 
-    scorers: dict[str, Features] = {"score": scored_and_classified}
+    floors = {FLOOR: floor} if floor else {}
+    scorers: dict[str, Features] = {"score": scored_and_classified, **floors}
     known_N, known = (
         collect(accelerator, held_out, scorers) if held_out else (np.zeros(0, np.int64), {"score": np.zeros((0, 1))})
     )
     threshold = detector.calibrate(known["score"][:, 0], quantile)
-    others = {name: partial(distance_to_known, name) for name in plain}
+    others = {f"nearest neighbour on {name}": partial(distance_to_known, name) for name in plain}
     test_N, found = collect(accelerator, test, scorers | others)
     skipped = {
         "train": all_skipped([bank] + ([held_out] if held_out else [])),
@@ -108,17 +112,16 @@ def judge(
         shown = [test.shard_set.classes_of(sample) for sample in test_N]
         is_right_N = np.array([classes[int(a)] in names for a, names in zip(answer_NA[:, 1], shown, strict=True)])
         accuracy = closed_set_accuracy(is_right_N[~scored.novel_N])
-        of_classes = {"closed_set_accuracy": accuracy, "oscr": oscr(scored.novel_N, scored.score_N, is_right_N)}
+        further = {"closed_set_accuracy": accuracy, "oscr": oscr(scored.novel_N, scored.score_N, is_right_N)}
     else:
-        of_classes = {}
-    comparisons = {
-        f"nearest neighbour on {name}": (score_N, summary(scored.novel_N, score_N, seed=seed))
-        for name, score_N in found.items()
-    }
+        further = {}
+    comparisons = {name: (score_N, summary(scored.novel_N, score_N, seed=seed)) for name, score_N in found.items()}
+    if floor and len(known_N):
+        further["explained"] = explained(known["score"][:, 0], known[FLOOR], seed=seed)
     results = {
         "method": method,
         **figures,
-        **{name: estimate._asdict() for name, estimate in of_classes.items()},
+        **{name: estimate._asdict() for name, estimate in further.items()},
         "comparisons": {name: its for name, (_, its) in comparisons.items()},
         "threshold": rates(threshold, scored),
         "dataset": test.shard_set.manifest.dataset,
@@ -203,7 +206,8 @@ def pictures(test: Scored, places: list[int], detector: ImageDetector) -> list[S
     """The pictures at some places of the scores, with their maps where the method has them."""
     payloads = test.shard_set.read([int(test.sample_N[place]) for place in places])
     images = [Picture(payload).rgb() for payload in payloads]
-    maps = detector.score_map(images) if isinstance(detector, DistillationDetector) else [None] * len(images)
+    maps = detector.score_map(images)
+    maps = [None] * len(images) if maps is None else maps
     return [
         Shown(
             key=test.shard_set.key(test.sample_N[place]),

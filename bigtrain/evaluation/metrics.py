@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.stats import binomtest, norm, rankdata
+from scipy.stats import binomtest, bootstrap, norm, rankdata
 from sklearn.metrics import average_precision_score, roc_curve
 
 CONFIDENCE = 0.95
@@ -133,6 +133,29 @@ def oscr(novel_N: ArrayLike, score_N: ArrayLike, is_right_N: ArrayLike) -> Estim
     part = novel | right
     v10_M, _ = structural_components(novel[part], score[part])
     return estimate_of(v10_M * (right.sum() / len(v01_N)), v01_N)
+
+
+def explained(score_N: ArrayLike, floor_N: ArrayLike, *, seed: int = 0) -> Estimate:
+    """How much of the floor's error a detector's is less: 1 - sum score / sum floor, with a bootstrap's 95 % interval.
+
+    1 for a detector without error, 0 for one that has learnt nothing, below 0 for a worse one. Of held-out known
+    images it says how well a student knows them, and needs no novel image.
+
+    Args:
+        score_N: errors of the detector, >= 0.
+        floor_N: those that it would have made of the same images had it learnt nothing.
+    """
+    score, floor = np.asarray(score_N, np.float64), np.asarray(floor_N, np.float64)
+
+    def share(score: Floats, floor: Floats, axis: int = -1) -> Floats:
+        return 1 - score.sum(axis=axis) / floor.sum(axis=axis)
+
+    value = float(share(score, floor))
+    if len(score) < 2:
+        return Estimate(value, value, value)
+    found = bootstrap((score, floor), share, paired=True, n_resamples=1000, method="percentile", rng=seed)
+    low, high = found.confidence_interval
+    return Estimate(value, min(float(low), value), max(float(high), value))
 
 
 def newcombe_interval(value: float, m: int, n: int) -> tuple[float, float]:

@@ -42,7 +42,8 @@ def write_report(
         path: the page, `report.html`; its folder exists.
         title: the heading.
         results: "metrics" (the detector's `metrics.summary`), and where they are known "detector" (its name),
-            "dataset", "known" and "novel" (class names), "seed", "threshold" (scores above it are flagged), "settings".
+            "dataset", "known" and "novel" (class names), "seed", "threshold" (scores above it are flagged), "explained"
+            (`metrics.explained` of held-out known images), "settings".
         novel_N: True where an image is novel.
         score_N: the detector's scores, raw, higher = more novel.
         comparisons: what the detector must beat, name -> (its scores of the same images, their summary).
@@ -99,6 +100,7 @@ def render(
             legend=[(number % SERIES, name, summaries[name]["auroc"]["value"]) for number, name in enumerate(scores)],
             histogram=histogram_chart(counts, threshold=threshold),
             histogram_counts=counts,
+            explained={end: percent(share) for end, share in results.get("explained", {}).items()},
             threshold=threshold,
             threshold_rates=rates_at(threshold, novel_N, score_N),
             sections={

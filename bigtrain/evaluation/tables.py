@@ -16,7 +16,7 @@ SWEEP_FILE = "sweep.json"
 WHAT_IS_KNOWN = ("known", "novel", "half", "category")  # an axis over whose values a table gives the mean
 MAX_NAMED = 20
 IN_PERCENT = ["auroc", "aupr_in", "aupr_out", "fpr_at_95_tpr_novel", "fpr_at_95_tpr_known", "detection_error"]
-IN_PERCENT += ["closed_set_accuracy", "oscr"]
+IN_PERCENT += ["closed_set_accuracy", "oscr", "explained"]
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,19 @@ class Result:
         return None if self.figures is None else float(self.figures[metric]["value"])
 
 
-def read_results(folder: Path) -> list[Result]:
+def read_results(folder: Path, *, plain: bool = False) -> list[Result]:
     """The runs of a sweep, or those in the folders of a folder, told apart by the settings in which they differ.
+
+    Args:
+        plain: each run's plain figures too (nearest neighbours, a student that ignores the picture), one result each.
 
     Raises:
         ValueError: there are none.
     """
     if (folder / SWEEP_FILE).is_file():
         rows = json.loads((folder / SWEEP_FILE).read_text())["runs"]
-        return several([Result(r["name"], r["axes"], figures(folder / r["name"])) for r in rows if not r["shared"]])
+        of_sweep = [Result(r["name"], r["axes"], figures(folder / r["name"])) for r in rows if not r["shared"]]
+        return several(of_sweep, plain=plain)
     runs = sorted(file.parent for file in folder.glob("*/config.json"))
     if not runs:
         raise ValueError(f"{folder} holds no runs: name the folder of a sweep, or one that holds runs' folders.")
@@ -48,28 +52,32 @@ def read_results(folder: Path) -> list[Result]:
     settings = [json.loads((run / "config.json").read_text())["settings"] for run in runs]
     told = [one for one, judged in zip(settings, is_judged, strict=True) if judged]
     names = [n for n in dict.fromkeys(n for one in told for n in one) if len({str(s[n]) for s in told if n in s}) > 1]
-    axes = [{name: plain(one.get(name, "")) for name in names} for one in settings]
+    axes = [{name: as_axis(one.get(name, "")) for name in names} for one in settings]
     results = [Result(run.name, axis, one) for run, axis, one in zip(runs, axes, found, strict=True)]
-    return several(results, are_alike=len({frozenset(one) for one in told}) == 1)
+    return several(results, are_alike=len({frozenset(one) for one in told}) == 1, plain=plain)
 
 
-def several(results: list[Result], *, are_alike: bool = True) -> list[Result]:
+def several(results: list[Result], *, are_alike: bool = True, plain: bool = False) -> list[Result]:
     """A run of several detectors as one result each, with the axis "detector"; one without figures yet as all of
     them. Runs of unlike recipes have that axis too."""
-    names = dict.fromkeys(n for r in results if r.figures for n in r.figures.get("detectors", ()))
-    if not names and are_alike:
+    of_runs = [None if result.figures is None else of_detectors(result.figures, plain) for result in results]
+    if are_alike and not plain and not any(result.figures and "detectors" in result.figures for result in results):
         return results
-    names = names or {"": None}
-    found = []
-    for result in results:
-        of_detector: Mapping[str, Any] = dict.fromkeys(names) if result.figures is None else result.figures
-        if result.figures is not None:
-            of_detector = result.figures.get("detectors") or {result.figures.get("method", ""): result.figures}
-        found += [Result(result.name, {"detector": name, **result.axes}, f) for name, f in of_detector.items()]
-    return found
+    names = dict.fromkeys(name for one in of_runs if one for name in one) or {"": None}
+    return [
+        Result(result.name, {"detector": name, **result.axes}, its)
+        for result, one in zip(results, of_runs, strict=True)
+        for name, its in (dict.fromkeys(names) if one is None else one).items()
+    ]
 
 
-def plain(value: Any) -> Any:
+def of_detectors(figures: Mapping[str, Any], plain: bool) -> dict[str, Any]:
+    """What a run judged: its detector or detectors by name, and where asked for the plain figures."""
+    own = figures.get("detectors") or {figures.get("method", ""): figures}
+    return {**own, **figures.get("comparisons", {})} if plain else dict(own)
+
+
+def as_axis(value: Any) -> Any:
     return "+".join(map(str, value)) if isinstance(value, list) else value
 
 

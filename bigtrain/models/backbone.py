@@ -67,6 +67,16 @@ def build_trunk(architecture: Architecture, *, drop_path: float = 0.0) -> nn.Mod
         raise ValueError(f"{name} does not take what was asked of it ({error}): leave --drop-path at 0.") from error
 
 
+def dropouts_of_fc(trunk: nn.Module) -> list[nn.Dropout]:
+    """The dropouts at fc6 and fc7 of VGG and AlexNet; none in other networks. timm builds VGG with a rate of 0, where
+    its authors trained with .5 (Simonyan & Zisserman 2015, 3.1)."""
+    if isinstance(trunk, timm.models.VGG):
+        return [trunk.pre_logits.drop, trunk.head.drop]
+    if isinstance(trunk, torchvision.models.AlexNet):
+        return [module for module in trunk.classifier if isinstance(module, nn.Dropout)]
+    return []
+
+
 def _has_fixed_size(name: str) -> bool:
     config = timm.get_pretrained_cfg(name)
     return bool(config and config.fixed_input_size)

@@ -25,7 +25,8 @@ def vit_forward_flops(vit: ViT, image_size: ImageSize, visible: int | None = Non
         in each block     2 T |W|          for W of qkv, projection and MLP, |W| the numbers in it
                           2 T^2 D  twice   scores q k^T, and the mix of v by them; D = heads x width of a head
 
-    with T = prefix tokens + visible patches. ViT-B/16 at 224: N = 196, T = 197, D = 768, 12 blocks: 35.1e9.
+    with T = prefix tokens + visible patches; in decoder blocks, all patches. ViT-B/16 at 224: N = 196, T = 197,
+    D = 768, 12 blocks: 35.1e9.
     A pass over several views is the sum of them. The attention of [CLS] that guides a mask is not counted.
 
     Args:
@@ -65,7 +66,7 @@ def _flops(vit: ViT, image_size: ImageSize, visible: int | None) -> tuple[int, i
     patches = height // vit.patch_size * (width // vit.patch_size)
     if visible is not None and not 0 <= visible <= patches:
         raise ValueError(f"{visible} visible patches were given, of {patches} in {height} x {width} pixels.")
-    tokens = net.num_prefix_tokens + (patches if visible is None else visible)
+    seen = net.num_prefix_tokens + (patches if visible is None else visible)
 
     weight = net.patch_embed.proj.weight
     forward = 2 * patches * weight.numel()
@@ -73,7 +74,9 @@ def _flops(vit: ViT, image_size: ImageSize, visible: int | None) -> tuple[int, i
     behind = ("blocks.", "norm.", "fc_norm.")
     # whether a gradient is asked of what enters a module, as something before it learns
     gradient = any(p.requires_grad for name, p in net.named_parameters() if not name.startswith(behind))
-    for block in net.blocks:
+    for depth, block in enumerate(net.blocks):
+        is_decoder = depth >= len(net.blocks) - vit.decoder_blocks
+        tokens = net.num_prefix_tokens + patches if is_decoder else seen
         for module in block.modules():
             if module is block.attn.attn_drop:  # between q k^T and its product with v
                 attention = 2 * 2 * tokens**2 * block.attn.attn_dim

@@ -10,7 +10,7 @@ from bigtrain.models.lean_timm import timm  # isort: skip  # first, for what fol
 
 import torch
 from timm.layers import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -70,13 +70,24 @@ class ViT(nn.Module):
 
     Set `recompute` to train in less memory: a block then keeps its input only, and is run again in the backward pass,
     with the same drops of paths (Chen et al. 2016). Same results, a third more computation.
+
+    With `decoder_blocks` d the network completes what it does not see: hidden patches come back before its last d
+    blocks, as a learnt mask token at their positions, so that only these blocks run on all patches (the decoder of
+    masked autoencoders, He et al. 2022, here the network's own last blocks).
     """
 
-    def __init__(self, backbone: VisionTransformer, *, attention: Backend = "auto") -> None:
+    def __init__(self, backbone: VisionTransformer, *, attention: Backend = "auto", decoder_blocks: int = 0) -> None:
         super().__init__()
+        if decoder_blocks > len(backbone.blocks):
+            raise ValueError(
+                f"a decoder of {decoder_blocks} blocks was asked for, of a network with {len(backbone.blocks)}; use 1 "
+                f"to {len(backbone.blocks)}."
+            )
         self.backbone = backbone
         self.attention_backend = attention
         self.recompute = False
+        self.decoder_blocks = decoder_blocks
+        self.mask_token_D = nn.Parameter(torch.zeros(backbone.embed_dim)) if decoder_blocks else None
 
     @property
     def width(self) -> int:
@@ -97,8 +108,9 @@ class ViT(nn.Module):
 
         Args:
             views: images (B, 3, H, W), each with its own B, H and W; sides are multiples of the patch size.
-            visible_BN: with a single view: the patches to see, equally many in each image; the others are dropped.
-            last: how many blocks' tokens to return.
+            visible_BN: with a single view: the patches to see, equally many in each image; the others are dropped,
+                and completed by a network with decoder blocks, which then returns all patches.
+            last: how many blocks' tokens to return; where patches are completed, no more than the decoder has.
             with_attention: also return the attention of [CLS] in the last block.
 
         Returns:
@@ -113,10 +125,20 @@ class ViT(nn.Module):
 
         blocks: list[Any] = list(self.backbone.blocks)
         if not 1 <= last <= len(blocks):
-            raise ValueError(f"the last {last} blocks were asked for, of a network with {len(blocks)}; use 1 to that.")
+            raise ValueError(
+                f"the last {last} blocks were asked for, of a network with {len(blocks)}; use 1 to {len(blocks)}."
+            )
         kept: list[Tensor] = []
         class_attention: list[Tensor] | None = None
+        is_completed = visible_BN is not None and self.decoder_blocks > 0
+        if is_completed and last > self.decoder_blocks:
+            raise ValueError(
+                f"the last {last} blocks were asked for at hidden patches, which {self.decoder_blocks} complete."
+            )
         for depth, block in enumerate(blocks):
+            if is_completed and depth == len(blocks) - self.decoder_blocks:
+                x_BTD = self._complete(x_TD.unflatten(0, runs[0]), visible_BN, views[0])
+                runs, x_TD = ((x_BTD.shape[0], x_BTD.shape[1]),), x_BTD.flatten(0, 1)
             if with_attention and depth == len(blocks) - 1:
                 class_attention = self._class_attention(block, x_TD, runs)
             if self.recompute and torch.is_grad_enabled():  # a block without gradient keeps and repeats nothing
@@ -154,6 +176,15 @@ class ViT(nn.Module):
         patches_BND = tokens_BTD[:, prefix:]
         visible_BnD = patches_BND[visible_BN].unflatten(0, (len(visible_BN), -1))
         return torch.cat([tokens_BTD[:, :prefix], visible_BnD], dim=1)
+
+    def _complete(self, x_BTD: Tensor, visible_BN: Tensor, images_B3HW: Tensor) -> Tensor:
+        """Put the visible patches back in their places, and mask tokens with their positions in the others."""
+        net: Any = self.backbone
+        prefix, grid = net.num_prefix_tokens, [side // self.patch_size for side in images_B3HW.shape[-2:]]
+        position_1ND = net._pos_embed(x_BTD.new_zeros(1, *grid, net.embed_dim))[:, prefix:]
+        masked_BND = (self.mask_token_D + position_1ND).to(x_BTD.dtype).expand(len(x_BTD), -1, -1)
+        patches_BND = masked_BND.masked_scatter(visible_BN[:, :, None], x_BTD[:, prefix:])
+        return torch.cat([x_BTD[:, :prefix], patches_BND], dim=1)
 
     def _block(self, block: Any, x_TD: Tensor, runs: Runs) -> Tensor:
         q_THd, k_THd, v_THd = self._qkv(block, x_TD)
@@ -216,17 +247,25 @@ def check_pair(teacher: ViT, student: ViT, last: int) -> None:
             )
     depth = min(len(net.backbone.blocks) for net in (teacher, student))
     if last > depth:
-        raise ValueError(f"the last {last} blocks were to be distilled, of networks with {depth}; use 1 to that.")
+        raise ValueError(f"the last {last} blocks were to be distilled, of networks with {depth}; use 1 to {depth}.")
 
 
-def masked_student(architecture: Architecture, *, drop_path: float = 0.1, attention: Backend = "auto") -> ViT:
+def masked_student(
+    architecture: Architecture, *, drop_path: float = 0.1, attention: Backend = "auto", decoder_blocks: int = 0
+) -> ViT:
     """A student of DEFEND 3.2: random weights, xavier linears, fixed sine-cosine positions, drop path 0 -> `drop_path`.
 
     The initialisation is the authors' code's (that of masked autoencoders, He et al. 2022); the paper says "randomly
-    initialized". Draws from torch's global generator.
+    initialized". LayerScale starts at 1: timm's 1e-5 of DINOv2 and 1e-6 of DeiT-III are for networks whose weights are
+    loaded, and blocks scaled so would leave a student's tokens as they are. Draws from torch's global generator.
+
+    Args:
+        decoder_blocks: how many of the last blocks complete the hidden patches; 0: hidden patches are dropped.
     """
     net: Any = architecture.build(drop_path=drop_path)
     for module in net.modules():
+        if isinstance(module, LayerScale):
+            nn.init.ones_(module.gamma)
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
@@ -241,7 +280,10 @@ def masked_student(architecture: Architecture, *, drop_path: float = 0.1, attent
         grid = sincos_positions(height, width, net.embed_dim)
         net.pos_embed.data = torch.cat([torch.zeros(prefix, net.embed_dim), grid])[None]
         net.pos_embed.requires_grad_(False)
-    return ViT(net, attention=attention)
+    student = ViT(net, attention=attention, decoder_blocks=decoder_blocks)
+    if student.mask_token_D is not None:
+        nn.init.normal_(student.mask_token_D, std=0.02)
+    return student
 
 
 def sincos_positions(height: int, width: int, features: int) -> Tensor:

@@ -28,6 +28,7 @@ from bigtrain.models.timm_names import LOCAL, check_source
 from bigtrain.models.vit import Architecture, ViT
 
 ABOUT = "bigtrain"  # key of the metadata
+MASK_TOKEN = "mask_token"  # of a student that completes hidden patches, beside timm's keys
 CLASSIFIER = re.compile(r"(head|head_dist|pre_logits|fc_norm|attn_pool)(\.|$)")
 AUGREG_MEAN = AUGREG_STD = (0.5, 0.5, 0.5)
 
@@ -76,9 +77,13 @@ def save_vit(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a ViT as .safetensors under timm's key names, with its architecture in the file; atomically."""
-    about = {"architecture": asdict(architecture), "mean": list(mean), "std": list(std)}
-    save_tensors(path, {k: v.contiguous().cpu().to(dtype) for k, v in vit.backbone.state_dict().items()}, about)
+    """Write a ViT as .safetensors under timm's key names, with its architecture in the file, and the mask token of one
+    that has it; atomically."""
+    about: dict[str, Any] = {"architecture": asdict(architecture), "mean": list(mean), "std": list(std)}
+    tensors = vit.backbone.state_dict()
+    if vit.mask_token_D is not None:
+        about["decoder_blocks"], tensors[MASK_TOKEN] = vit.decoder_blocks, vit.mask_token_D.detach()
+    save_tensors(path, {k: v.contiguous().cpu().to(dtype) for k, v in tensors.items()}, about)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -163,7 +168,9 @@ def _from_file(source: str, architecture: Architecture | None, attention: Backen
         mean, std = tuple(about["mean"]), tuple(about["std"])
     if architecture is None:
         raise ValueError(f"{path} does not say what network it belongs to: name it, as in --arch vit_base_patch16_224.")
-    vit = ViT(architecture.build(), attention=attention)
+    vit = ViT(architecture.build(), attention=attention, decoder_blocks=about.get("decoder_blocks", 0))
+    if vit.mask_token_D is not None:
+        vit.mask_token_D.data = state.pop(MASK_TOKEN).float()
     report = load_matching(vit.backbone, resample_positions(state, vit.backbone), str(path))
     return Pretrained(vit, architecture, mean, std, report)
 

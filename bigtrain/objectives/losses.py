@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigtrain.choices import Distance, Normalisation
+from bigtrain.choices import Distance, Normalisation, Predict
 
 
 def align_to_crops(assignment_BhwK: Tensor, box_BV4: Tensor, *, patch_size: int, grid: tuple[int, int]) -> Tensor:
@@ -53,24 +53,29 @@ def dense_loss(logits_BVMK: Tensor, target_BVMK: Tensor, *, temperature: float =
 
 
 def distillation_loss(
-    predicted_LBnD: Tensor,
+    predicted_LBMD: Tensor,
     target_LBND: Tensor,
     visible_BN: Tensor | None = None,
     *,
+    predict: Predict = "visible",
     normalisation: Normalisation = "l2",
     normalise_student: bool = True,
     distance: Distance = "squared",
 ) -> Tensor:
-    """Masked distillation, DEFEND eq. 3 and 4: squared distance of normalised tokens where the student sees.
+    """Masked distillation, DEFEND eq. 3 and 4: squared distance of normalised tokens on the patches to predict.
 
-        l_B = mean_{L, n} || norm(F_t) - norm(F_s) ||^2
+        l_B = mean_{L, m} || norm(F_t) - norm(F_s) ||^2
 
     Summed over features, and a mean over blocks and tokens: with "l2" it lies in [0, 4]. The class token takes no part.
+    The authors' code takes the loss on the patches that the student sees; the paper's text, that the student infers
+    "the full context by only partially observing the input" (3.2), asks for the hidden ones, or all.
 
     Args:
-        predicted_LBnD: the student's tokens of the last L blocks, for the n visible patches in order.
+        predicted_LBMD: the student's tokens of the last L blocks: of the n visible patches in order ("visible"), or of
+            all N, completed ("hidden", "all").
         target_LBND: the teacher's, for all N patches; carries no gradient.
-        visible_BN: bool, n True in each row; None: all are visible.
+        visible_BN: bool, equally many True in each row; None: all are visible.
+        predict: on which patches the loss is.
         normalisation: of each token: "l2" (the paper), "layer" (zero mean, unit variance) or "none".
         normalise_student: False normalises the teacher only (4.6, pixel level).
         distance: "squared", or "smooth_l1" (4.6), summed over features alike.
@@ -78,10 +83,15 @@ def distillation_loss(
     Returns:
         loss_B: float32, >= 0.
     """
-    if visible_BN is not None:
+    if visible_BN is not None and predict == "visible":
         target_LBND = target_LBND[:, visible_BN].unflatten(1, (visible_BN.shape[0], -1))
+    elif visible_BN is not None and predict == "hidden":
+        hidden_BN = ~visible_BN
+        predicted_LBMD, target_LBND = (
+            tokens[:, hidden_BN].unflatten(1, (hidden_BN.shape[0], -1)) for tokens in (predicted_LBMD, target_LBND)
+        )
     return patch_distance(
-        predicted_LBnD, target_LBND, normalisation=normalisation, normalise_student=normalise_student, distance=distance
+        predicted_LBMD, target_LBND, normalisation=normalisation, normalise_student=normalise_student, distance=distance
     ).mean(dim=1)
 
 
@@ -94,10 +104,10 @@ def patch_distance(
     distance: Distance = "squared",
 ) -> Tensor:
     """|| norm(F_t) - norm(F_s) ||^2 for each patch, mean over blocks: float32 (B, N). See `distillation_loss`."""
-    target_LBND = _normalise(target_LBND.float().detach(), normalisation)
+    target_LBND = normalised(target_LBND.float().detach(), normalisation)
     predicted_LBND = predicted_LBND.float()
     if normalise_student:
-        predicted_LBND = _normalise(predicted_LBND, normalisation)
+        predicted_LBND = normalised(predicted_LBND, normalisation)
     if distance == "squared":
         per_feature = (target_LBND - predicted_LBND).square()
     else:
@@ -138,7 +148,8 @@ def membership_risk(
     return true_class_weight * missed_B + wrong_class_weight * false_alarm_B
 
 
-def _normalise(tokens: Tensor, normalisation: Normalisation) -> Tensor:
+def normalised(tokens: Tensor, normalisation: Normalisation) -> Tensor:
+    """Tokens (..., D) as they are compared; see `distillation_loss`."""
     if normalisation == "l2":
         return F.normalize(tokens, dim=-1)
     return F.layer_norm(tokens, tokens.shape[-1:]) if normalisation == "layer" else tokens

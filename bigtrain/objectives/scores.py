@@ -6,33 +6,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigtrain.choices import Distance, Normalisation
-from bigtrain.objectives.losses import patch_distance
+from bigtrain.choices import ScoreOver
 
 
-def distillation_score(
-    student_LBND: Tensor,
-    teacher_LBND: Tensor,
-    *,
-    normalisation: Normalisation = "l2",
-    normalise_student: bool = True,
-    distance: Distance = "squared",
-) -> tuple[Tensor, Tensor]:
-    """Novelty of DEFEND 3.3: how far the student, which saw every patch, is from the teacher.
+def picture_score(
+    map_BN: Tensor, over: ScoreOver = "mean", *, quantile: float = 0.25, attention_BN: Tensor | None = None
+) -> Tensor:
+    """Novelty of pictures from that of their patches.
 
-        s_B = mean_N map_BN,   map_BN = mean_L || norm(F_t) - norm(F_s) ||^2
+        "mean"      mean_N map_BN                         DEFEND 3.3: every patch must be explained
+        "quantile"  the q-quantile of a picture's patches, q low: known if some part of it is
+        "attended"  the mean over the half of the patches that the teacher's [CLS] attends to most
+
+    A picture of many objects is known if any of them is (4.4), which a mean over all patches does not ask.
 
     Args:
-        student_LBND, teacher_LBND: tokens of all N patches, unmasked, of the last L blocks; no class token.
-        normalisation, normalise_student, distance: as in training, see `distillation_loss`.
+        map_BN: of `patch_distance`.
+        quantile: q, within (0, 1); linear between patches.
+        attention_BN: attention of the teacher's [CLS], for "attended".
 
     Returns:
-        score_B and map_BN, float32, >= 0; exactly 0 where student and teacher agree.
+        score_B, float32.
     """
-    map_BN = patch_distance(
-        student_LBND, teacher_LBND, normalisation=normalisation, normalise_student=normalise_student, distance=distance
-    )
-    return map_BN.mean(dim=1), map_BN
+    if over == "quantile":
+        return map_BN.quantile(quantile, dim=1)
+    if over == "attended":
+        assert attention_BN is not None
+        most_BM = attention_BN.topk(max(1, map_BN.shape[1] // 2), dim=1).indices
+        map_BN = map_BN.gather(1, most_BM)
+    return map_BN.mean(dim=1)
 
 
 def strongest(features_BD: Tensor, count: int) -> Tensor:

@@ -9,8 +9,6 @@ import torch
 from bigtrain.choices import Chosen, Precision
 from bigtrain.runtime.launch import is_on
 
-BF16_FROM_WIDTH = 384  # ViT-S: below it a CPU is faster in fp32
-
 
 def autocast(device: torch.device, precision: Chosen) -> torch.autocast:
     """Mixed precision by torch alone, the same under DDP and DeepSpeed: weights stay float32."""
@@ -23,10 +21,11 @@ def device_type() -> Literal["cuda", "cpu"]:
     return "cuda" if torch.cuda.is_available() and not is_on("ACCELERATE_USE_CPU") else "cpu"
 
 
-def choose_precision(precision: Precision, width: int) -> Chosen:
-    """What "auto" means here: bf16 on CUDA, and on a CPU with bf16 instructions from ViT-S up; else fp32.
+def choose_precision(precision: Precision) -> Chosen:
+    """What "auto" means here: bf16 on CUDA (fp16 where the GPU lacks it), fp32 on a CPU.
 
-    A rule, not a measurement, so that a restart chooses the same.
+    On a CPU of whatever kind, so that the same settings give the same figures with any launcher and on any machine.
+    Where it has bf16 instructions, --precision bf16 is faster from ViT-S up (tests/benchmarks/README.md).
 
     Raises:
         ValueError: this device lacks the one that was asked for.
@@ -42,5 +41,4 @@ def choose_precision(precision: Precision, width: int) -> Chosen:
         return precision
     if on_gpu:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if has_bf16 and width >= BF16_FROM_WIDTH else "fp32"
+    return "fp32"

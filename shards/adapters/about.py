@@ -13,9 +13,11 @@ class About:
         classes: every class name, in the dataset's own order.
         licence: in a few words; "unknown" where the owners state none.
         total: how many samples there will be.
+        folder_order: the classes in the order of the owners' numbered folders, where that is not the order of names.
     """
 
     dataset: str
     classes: list[str]
     licence: str
     total: int
+    folder_order: tuple[str, ...] = ()

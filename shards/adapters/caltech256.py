@@ -1,6 +1,7 @@
 """Caltech-256: 256_ObjectCategories/001.ak47/001_0001.jpg ..., the class being the name behind the number.
 
-Classes are sorted by that name. The 257th folder, clutter, is a background of no one class, and is a class here unless
+Classes are sorted by that name, and the manifest keeps the order of the folders too: by it Perera & Patel's known half
+is 001 to 128 (--order folder). The 257th folder, clutter, is a background of no one class, and is a class here unless
 it is left out.
 """
 
@@ -31,7 +32,8 @@ def about(root: Path, split: str, without_clutter: bool = False) -> About:
     folder.refuse_twins(root, by_class)
     if others := [name for inner in folder.class_folders(root) for name in folder.files_in(root, f"{inner}/", False)]:
         warn(f"{counted(len(others), 'file')} in {root} left out, for by name they are no pictures: {few(others)}.")
-    return About("caltech256", list(by_class), LICENCE, sum(map(len, by_class.values())))
+    numbered = sorted(by_class, key=lambda name: by_class[name][0])  # 001.ak47/...
+    return About("caltech256", list(by_class), LICENCE, sum(map(len, by_class.values())), tuple(numbered))
 
 
 def samples(root: Path, split: str, without_clutter: bool = False) -> Iterator[Sample]:

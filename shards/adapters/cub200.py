@@ -49,7 +49,8 @@ def about(root: Path, split: str, masks: bool = False) -> About:
             )
     boxes(root, birds)
     name = "cub200_2011" if is_2011(root) else "cub200_2010"
-    return About(name, classes, LICENCE, len(birds))
+    numbered = tuple(dict.fromkeys(everything[bird] for bird in sorted(everything)))  # 001.Black_footed_Albatross/...
+    return About(name, classes, LICENCE, len(birds), numbered)
 
 
 def samples(root: Path, split: str, masks: bool = False) -> Iterator[Sample]:

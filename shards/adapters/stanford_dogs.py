@@ -1,6 +1,7 @@
 """Stanford Dogs: the owners' lists of training and test pictures, with the boxes of Annotation/ where it is there.
 
-A class is the name behind the wnid of its folder (n02085620-Chihuahua), and classes are sorted by that name.
+A class is the name behind the wnid of its folder (n02085620-Chihuahua), and classes are sorted by that name; the
+manifest keeps the order of the folders too.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def about(root: Path, split: str) -> About:
                 f"{annotations} lacks the annotations of {len(bare)} pictures ({few(bare)}): get it from its owners, "
                 "or take the folder away to have no boxes."
             )
-    return About("stanford_dogs", sorted(by_class), LICENCE, len(files))
+    numbered = sorted(by_class, key=lambda name: by_class[name][0])  # n02085620-Chihuahua/...
+    return About("stanford_dogs", sorted(by_class), LICENCE, len(files), tuple(numbered))
 
 
 def samples(root: Path, split: str) -> Iterator[Sample]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bigtrain.data.masks import uniform, visible_patches
+from bigtrain.data.masks import complementary_halves, uniform, visible_patches
 from bigtrain.data.plan import sample_seeds
 
 KEEPS = ["attended", "unattended", "random"]
@@ -124,3 +124,20 @@ def test_uniform_numbers_are_splitmix64(seed):
         by_hand.append(((x >> 11) + 0.5) / 2**53)
     assert uniform(torch.tensor([seed, 7]), 5)[0].tolist() == by_hand
     assert all(0 < u < 1 for u in by_hand)
+
+
+@pytest.mark.parametrize("patches", [2, 9, 16, 196])
+def test_complementary_halves(patches):
+    """Each pair hides every patch once, in halves; pairs differ, and the first ones are those of fewer pairs."""
+    halves_PN = complementary_halves(patches, 5)
+    assert halves_PN.shape == (10, patches)
+    pairs = halves_PN.unflatten(0, (5, 2))
+    assert (pairs[:, 0] ^ pairs[:, 1]).all()
+    assert set(halves_PN.sum(dim=1).tolist()) <= {patches // 2, patches - patches // 2}
+    assert patches < 16 or len(halves_PN.unique(dim=0)) == 10
+    assert torch.equal(complementary_halves(patches, 2), halves_PN[:4])
+
+
+def test_one_patch_has_no_half():
+    with pytest.raises(ValueError, match="one patch cannot be seen by halves"):
+        complementary_halves(1, 3)

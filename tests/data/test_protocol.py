@@ -157,6 +157,11 @@ def test_first_half():
     """The first half by name is known, and numbers before the names do not count."""
     birds = ["001.Wren", "002.Auk", "003.Owl", "004.Jay", "005.Emu"]
     assert Protocol.half("first-half", birds) == Protocol(("002.Auk", "005.Emu"), ("001.Wren", "003.Owl", "004.Jay"))
+    folders = ["emu", "auk", "owl", "jay", "wren", "unused"]
+    in_order = Protocol.half("first-half", ["auk", "emu", "jay", "owl", "wren"], folder_order=folders)
+    assert in_order == Protocol(("auk", "emu"), ("jay", "owl", "wren"))
+    with pytest.raises(ValueError, match=r"keeps no order of folders for 3 of the 3 classes \(cat, dog, emu\)"):
+        Protocol.half("first-half", ANIMALS, folder_order=())
     assert expand("first-half", ANIMALS) == [Protocol(("cat",), ("dog", "emu"))]
     with pytest.raises(ValueError, match="two classes or more, and there are 1"):
         Protocol.half("first-half", ["cat"])

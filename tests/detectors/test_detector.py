@@ -6,11 +6,13 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import bigtrain
+from bigtrain.data.masks import complementary_halves
 from bigtrain.data.pictures import Picture
-from bigtrain.data.views import Resized
+from bigtrain.data.views import Resized, to_float
 from bigtrain.detectors.distillation import DistillationDetector, Scoring
 from bigtrain.models.vit import Architecture, ViT, masked_student
 from bigtrain.models.weights import Pretrained
@@ -34,7 +36,8 @@ def pretrained(vit, mean=(0.5, 0.4, 0.3)):
 
 def a_detector(**changes):
     torch.manual_seed(0)
-    teacher, student = pretrained(ViT(SMALL.build())), pretrained(masked_student(SMALL))
+    decoder = 0 if changes.get("predict", "visible") == "visible" else 2
+    teacher, student = pretrained(ViT(SMALL.build())), pretrained(masked_student(SMALL, decoder_blocks=decoder))
     return DistillationDetector(teacher, student, replace(SCORING, **changes))
 
 
@@ -54,6 +57,10 @@ VARIANTS = [
     {"precision": "bf16"},
     {"distilled_blocks": 2, "normalisation": "none", "distance": "smooth_l1"},
     {"normalise_student": False, "batch": 1},
+    {"predict": "hidden", "score_pairs": 2},
+    {"predict": "all", "score_pairs": 1, "distilled_blocks": 2},
+    {"score_over": "attended"},
+    {"score_over": "quantile", "score_quantile": 0.1},
 ]
 
 
@@ -71,6 +78,61 @@ def test_save_load_same_bits(tmp_path, pictures, changes):
     assert np.array_equal(loaded.score_map(pictures), maps)
     assert np.array_equal(bigtrain.load_detector(str(tmp_path / "detector"), device="cpu").score(pictures), before)
     assert before.std() > 0
+
+
+@pytest.mark.parametrize("predict", ["hidden", "all"])
+@torch.no_grad()
+def test_score_by_halves(predict):
+    """A patch's score is its mean error over the halves that hide it, or over all halves; the picture's is the mean."""
+    detector = a_detector(predict=predict, score_pairs=3)
+    teacher, student = detector.teacher, detector.student
+    image_B3HW = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(1)).byte()
+    x_B3HW = to_float(image_B3HW, teacher.mean, teacher.std)
+    target_BND = F.normalize(teacher.vit(x_B3HW)[0].tokens_BND, dim=-1)
+    errors = [[[] for _ in range(16)] for _ in range(4)]
+    for visible_N in complementary_halves(16, 3):
+        found_BND = F.normalize(student.vit(x_B3HW, visible_BN=visible_N.expand(4, -1))[0].tokens_BND, dim=-1)
+        for picture in range(4):
+            for patch in range(16):
+                if predict == "all" or not visible_N[patch]:
+                    error = (found_BND[picture, patch] - target_BND[picture, patch]).square().sum().item()
+                    errors[picture][patch].append(error)
+    expected = [[sum(those) / len(those) for those in patches] for patches in errors]
+    found = detector.score_tensor(image_B3HW)
+    torch.testing.assert_close(found.map_Bhw.flatten(1), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.score_B, torch.tensor(expected).mean(dim=1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("over", ["mean", "quantile", "attended"])
+@torch.no_grad()
+def test_score_over(over):
+    """The picture's score is taken of its map as asked; attended patches are those of the teacher's [CLS]."""
+    detector = a_detector(score_over=over)
+    image_B3HW = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(1)).byte()
+    found = detector.score_tensor(image_B3HW)
+    map_BN = found.map_Bhw.flatten(1)
+    x_B3HW = to_float(image_B3HW, detector.teacher.mean, detector.teacher.std)
+    attention_BN = detector.teacher.vit(x_B3HW, with_attention=True)[0].attention_BN
+    attended = torch.stack([m[a.argsort(descending=True)[:8]] for m, a in zip(map_BN, attention_BN, strict=True)])
+    expected = {"mean": map_BN.mean(1), "quantile": map_BN.quantile(0.25, 1), "attended": attended.mean(1)}
+    torch.testing.assert_close(found.score_B, expected[over])
+    assert len({tuple(value.tolist()) for value in expected.values()}) == 3
+
+
+@torch.no_grad()
+def test_constant_student():
+    """The floor: the distance to the same tokens for every picture; their best choice is the mean target."""
+    detector = a_detector(predict="hidden")
+    image_B3HW = torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(1)).byte()
+    target_BLND = detector.target(image_B3HW)
+    assert target_BLND.shape == (6, 1, 16, 192)
+    torch.testing.assert_close(target_BLND.norm(dim=-1), torch.ones(6, 1, 16))
+    constant_ND = F.normalize(target_BLND[:, 0].mean(0), dim=-1)
+    expected_B = (target_BLND[:, 0] - constant_ND).square().sum(-1).mean(1)
+    score_B = detector.constant_score(image_B3HW, target_BLND.mean(0))
+    torch.testing.assert_close(score_B, expected_B)
+    other_LND = target_BLND.mean(0) + 0.05 * torch.randn(1, 16, 192, generator=torch.Generator().manual_seed(0))
+    assert score_B.mean() < detector.constant_score(image_B3HW, other_LND).mean()
 
 
 def test_order_and_grouping(detector, pictures):

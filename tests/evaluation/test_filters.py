@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import Resized
-from bigtrain.evaluation.filters import globally_negative, write_filters
+from bigtrain.evaluation.filters import against_most, globally_negative, write_filters
 from tests.hand_made import png
 
 KNOWN = np.array([[1.0, -1, -2, -1], [-1, -3, -1, 2]])
@@ -17,6 +17,12 @@ REFERENCE = np.array([[-1.0, 2, -1, 1], [1, -1, -2, 1]])
 def test_globally_negative():
     """A globally negative filter speaks against all known classes and for some reference class."""
     assert globally_negative(KNOWN, REFERENCE).tolist() == [False, True, False, False]
+
+
+def test_against_most():
+    """Against one class of two is against half; a filter must speak for a reference class besides."""
+    assert against_most(KNOWN, REFERENCE, 0.5).tolist() == [True, True, False, True]
+    assert against_most(KNOWN, REFERENCE, 0.6).tolist() == [False, True, False, False]
 
 
 def test_activation_and_evidence(write_set, tmp_path):
@@ -50,6 +56,12 @@ def test_activation_and_evidence(write_set, tmp_path):
     # class 0 answers most, 1 - brightness against -1 - 3 brightness: filter 1 takes the brightness from it
     evidence = {kind: figure["value"] for kind, figure in results["evidence"].items()}
     assert evidence == pytest.approx({"known": -15, "novel": -40, "reference": -65})
+    graded = {one["share"]: one for one in results["graded"]}
+    assert [graded[share]["filters"] for share in (1.0, 0.5)] == [1, 2]  # filter 3 sees nothing here
+    assert graded[1.0]["activation"] == results["activation"]
+    # filter 0 is 1 for every picture, filter 1 as above
+    half = {kind: figure["value"] for kind, figure in graded[0.5]["activation"].items()}
+    assert half == pytest.approx({"known": (1 + 15 / 40) / 2, "novel": 1, "reference": (1 + 65 / 40) / 2})
     page = (tmp_path / "filters.html").read_text()
     assert "1 of 4 filters are globally negative" in page and "<b>cat" not in page and "&lt;b&gt;cat" in page
     assert "of the reference most for emu" in page

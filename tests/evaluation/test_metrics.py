@@ -15,6 +15,7 @@ from bigtrain.evaluation.metrics import (
     bias_corrected_interval,
     closed_set_accuracy,
     detection_error,
+    explained,
     figures_of_counts,
     fpr_at_95_tpr_known,
     fpr_at_95_tpr_novel,
@@ -129,6 +130,25 @@ def test_perfect_separation():
     assert few.value == few.high == many.value == many.high == 1
     assert 0.7 < few.low < 0.9 < 0.99 < many.low < 1
     assert auroc(np.repeat([True, False], 10), np.arange(20)) == pytest.approx((0, 0, 1 - few.low))
+
+
+def test_explained_by_hand():
+    """Errors of 1 + 2 where the floor makes 4 + 8 explain three quarters; the floor itself explains nothing."""
+    assert explained([1, 2], [4, 8]).value == pytest.approx(0.75)
+    assert explained([4, 8], [4, 8]) == (0, 0, 0)
+    assert explained([5, 8], [4, 8]).value < 0
+    assert explained([1], [4]) == (0.75, 0.75, 0.75)
+
+
+def test_explained_coverage():
+    """The interval holds the true share in about 95 of 100 draws."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for seed in range(200):
+        floor_N = rng.uniform(0.2, 1, 60)
+        found = explained(floor_N * 0.4 + rng.normal(0, 0.1, 60), floor_N, seed=seed)
+        held += found.low <= 0.6 <= found.high
+    assert 180 <= held <= 199
 
 
 def test_newcombe_interval():

@@ -77,6 +77,15 @@ def written(tmp_path, **changes) -> tuple[str, Page]:
     return text, page
 
 
+def test_explained(tmp_path):
+    """The report says how much of the floor's error is explained, where that is known."""
+    assert "it explains" not in written(tmp_path)[1].text
+    rng = np.random.default_rng(0)
+    results = {"metrics": summary(np.repeat([False, True], [60, 40]), rng.normal(size=100), resamples=50)}
+    _, page = written(tmp_path, results={**results, "explained": {"value": 0.4249, "low": 0.40, "high": 0.4501}})
+    assert "it explains 42.5 % (95 % interval 40.0 to 45.0)" in " ".join(page.text.split())
+
+
 def test_self_contained(tmp_path):
     """The page needs nothing from elsewhere and runs nothing."""
     text, page = written(tmp_path)

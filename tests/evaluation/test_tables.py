@@ -57,6 +57,19 @@ def test_missing_run(tmp_path):
     assert "1 of 2" in by_name["b"] and "1 of 2" in by_name["mean"] and "85.0" in by_name["mean"]
 
 
+def test_plain_figures(tmp_path):
+    """With the plain figures each is a detector of its own; without, they are not shown."""
+    write_sweep(tmp_path, {f"s{seed}": {"seed": seed} for seed in (0, 1)})
+    for seed, (own, pixels) in enumerate(((0.8, 0.7), (0.6, 0.9))):
+        put(tmp_path, f"s{seed}", own)
+        figures = {"method": "DEFEND", "auroc": {"value": own}, "comparisons": {"pixels": {"auroc": {"value": pixels}}}}
+        (tmp_path / f"s{seed}" / "results.json").write_text(json.dumps(figures))
+    assert "pixels" not in table(read_results(tmp_path))
+    lines = table(read_results(tmp_path, plain=True)).splitlines()
+    found = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines[2:]}
+    assert found == {"DEFEND": "70.0", "pixels": "80.0"}
+
+
 def test_without_sweep(tmp_path):
     """Without a sweep, runs are told apart by the settings in which they differ."""
     for name, settings in (("one", {"known": ["a", "b"], "seed": 0}), ("two", {"known": ["a", "b"], "seed": 1})):

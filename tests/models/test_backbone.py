@@ -22,6 +22,7 @@ from bigtrain.models.backbone import (
     Layer,
     Network,
     build_trunk,
+    dropouts_of_fc,
     has_batch_norm,
     layers_of,
     load_network,
@@ -44,6 +45,21 @@ def test_paper_network_widths(name, width):
     trunk = build_trunk(Architecture(name, image_size=64)).eval()
     assert trunk_width(trunk) == width
     assert trunk(IMAGES).shape == (2, width)
+
+
+def test_dropout_of_fc():
+    """In training VGG drops half of fc6's and fc7's features, as many as asked; other networks have no such layers."""
+    trunk = build_trunk(Architecture("vgg11")).eval()
+    with torch.no_grad():
+        whole = trunk(IMAGES)
+        for dropout in dropouts_of_fc(trunk):
+            dropout.p = 0.5
+        assert torch.equal(trunk(IMAGES), whole)
+        fc6 = trunk.train().pre_logits.drop(torch.ones(1, 10_000))
+        assert 0.45 < (fc6 == 0).float().mean() < 0.55
+        assert (trunk(IMAGES) == 0).float().mean() > (whole == 0).float().mean() + 0.1
+    assert len(dropouts_of_fc(build_trunk(Architecture("alexnet")))) == 2
+    assert dropouts_of_fc(build_trunk(Architecture("resnet18"))) == []
 
 
 @torch.no_grad()

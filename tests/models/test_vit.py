@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -284,6 +285,79 @@ def test_student_gradients(model):
     visible_BN = half_visible(2, (size // patch) ** 2)
     student(images(2, size, size), visible_BN=visible_BN)[0].tokens_BND.square().sum().backward()
     assert [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("model", [*KINDS, "vit_base_patch16_siglip_224", "vit_small_patch14_dinov2"])
+@torch.no_grad()
+def test_student_is_alive(model):
+    """At birth each block of a student changes its tokens by more than a tenth, LayerScale or not."""
+    size, patch = KINDS.get(model, (42, 14 if "patch14" in model else 16))
+    torch.manual_seed(0)
+    student = masked_student(Architecture(model, size // patch * patch, patch, 3)).eval()
+    tokens = []
+    for block in student.backbone.blocks:
+        block.register_forward_pre_hook(lambda _, given: tokens.append(given[0]))
+    student.backbone.forward_features(images(2, size // patch * patch, size // patch * patch))
+    for before, after in pairwise(tokens):
+        assert (after - before).norm() > 0.1 * before.norm()
+
+
+@pytest.mark.parametrize("model", KINDS)
+@torch.no_grad()
+def test_completed_by_hand(network, model):
+    """A decoder block gets the visible patches in their places, and mask tokens with positions in the others."""
+    size, patch = KINDS[model]
+    torch.manual_seed(0)
+    architecture = Architecture(model, size, patch, 3)
+    student = masked_student(architecture, decoder_blocks=2).eval()
+    net, patches = student.backbone, (size // patch) ** 2
+    image_B3HW, visible_BN = images(2, size, size), half_visible(2, patches)
+    (found,) = student(image_B3HW, visible_BN=visible_BN, last=2)
+    prefix = net.num_prefix_tokens
+    x_BTD = net.norm_pre(net._pos_embed(net.patch_embed(image_B3HW)))
+    position_ND = net.pos_embed[0, -patches:]
+    expected = []
+    for x_TD, visible_N in zip(x_BTD, visible_BN, strict=True):
+        seen_TD = torch.cat([x_TD[:prefix], x_TD[prefix:][visible_N]])
+        seen_TD = net.blocks[0](seen_TD[None])[0]
+        whole_TD = torch.cat([seen_TD[:prefix], student.mask_token_D + position_ND])
+        whole_TD[prefix:][visible_N] = seen_TD[prefix:]
+        first_TD = net.blocks[1](whole_TD[None])
+        last_TD = net.fc_norm(net.norm(net.blocks[2](first_TD)))
+        expected.append(torch.cat([first_TD, last_TD])[:, prefix:])
+    torch.testing.assert_close(found.blocks_LBND, torch.stack(expected, dim=1), atol=1e-5, rtol=1e-5)
+
+
+def test_decoder_gradients():
+    """Of a student that completes, every weight learns, the mask token too; the hidden pixels change nothing."""
+    student = masked_student(SMALL, drop_path=0.0, decoder_blocks=1)
+    image_B3HW, visible_BN = images(2), half_visible(2, 16)
+    (found,) = student(image_B3HW, visible_BN=visible_BN)
+    found.tokens_BND[~visible_BN].square().sum().backward()
+    assert [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert student.mask_token_D.grad.abs().sum() > 0
+    is_hidden_BHW = (~visible_BN).unflatten(1, (4, 4)).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    student.eval()
+    with torch.no_grad():
+        other = torch.where(is_hidden_BHW[:, None], images(2, seed=1), image_B3HW)
+        one, two = (student(x, visible_BN=visible_BN)[0].tokens_BND for x in (image_B3HW, other))
+    assert torch.equal(one, two)
+
+
+@torch.no_grad()
+def test_completes_what_is_hidden():
+    """With every patch visible a student with decoder blocks is the plain network."""
+    torch.manual_seed(0)
+    student = masked_student(SMALL, decoder_blocks=2).eval()
+    whole, all_visible = student(images())[0], student(images(), visible_BN=torch.ones(2, 16, dtype=torch.bool))[0]
+    torch.testing.assert_close(whole.tokens_BND, all_visible.tokens_BND)
+
+
+def test_too_deep_decoder():
+    with pytest.raises(ValueError, match="a decoder of 4 blocks was asked for, of a network with 3; use 1 to 3"):
+        masked_student(SMALL, decoder_blocks=4)
+    with pytest.raises(ValueError, match="the last 2 blocks were asked for at hidden patches"):
+        masked_student(SMALL, decoder_blocks=1)(images(), visible_BN=half_visible(2, 16), last=2)
 
 
 def test_pair_mismatch(network):

@@ -13,7 +13,6 @@ from bigtrain.objectives.losses import (
     membership_risk,
     patch_distance,
 )
-from bigtrain.objectives.scores import distillation_score
 
 H, W, PATCH = 8, 10, 4
 
@@ -163,29 +162,23 @@ def test_distillation_float32(normalisation):
     assert torch.equal(found, distillation_loss(predicted.float(), target.float(), normalisation=normalisation))
 
 
-def test_score_by_hand():
-    """The score, worked out by hand, is the mean of its map."""
-    score_B, map_BN = distillation_score(
-        tokens([3, 0], [0, 2], [1, 0], [-1, 0]), tokens([0, 5], [0, 7], [1, 0], [4, 0])
-    )
-    assert map_BN.tolist() == [[2, 0, 0, 4]]
-    assert score_B.tolist() == [1.5]
+def test_predicted_patches_by_hand():
+    """The loss is on the patches that are seen, on those that are hidden, or on all of them."""
+    target = tokens([3, 0], [0, 2], [1, 0], [-1, 0])  # to the answers below: 2, 0, 0, 4
+    answers = tokens([0, 5], [0, 7], [1, 0], [4, 0])
+    visible_BN = torch.tensor([[True, False, True, False]])
+    seen = answers[:, :, visible_BN[0]]
+    assert distillation_loss(seen, target, visible_BN).tolist() == [1.0]
+    assert distillation_loss(answers, target, visible_BN, predict="hidden").tolist() == [2.0]
+    assert distillation_loss(answers, target, visible_BN, predict="all").tolist() == [1.5]
+    assert distillation_loss(answers, target).tolist() == [1.5]
 
 
 @pytest.mark.parametrize("options", [{}, {"normalisation": "layer"}, {"distance": "smooth_l1"}])
-def test_score_zero(options):
-    """A student that is the teacher scores exactly zero."""
+def test_distance_zero(options):
+    """A student that is the teacher is at a distance of exactly zero."""
     same = torch.randn(3, 2, 5, 7)
-    score_B, map_BN = distillation_score(same, same.clone(), **options)
-    assert not score_B.any() and not map_BN.any()
-
-
-def test_score_disagreement():
-    """More disagreement is a higher score."""
-    teacher = torch.randn(1, 50, 9, 16, generator=torch.Generator().manual_seed(0))
-    noise = torch.randn(1, 50, 9, 16, generator=torch.Generator().manual_seed(1))
-    near, far = (distillation_score(teacher + size * noise, teacher)[0] for size in (0.1, 0.5))
-    assert (far > near).all()
+    assert not patch_distance(same, same.clone(), **options).any()
 
 
 def test_membership_loss_by_hand():

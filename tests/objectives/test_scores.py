@@ -1,9 +1,19 @@
-"""The overlap of features with signatures, by hand."""
+"""Novelty from patches, and the overlap of features with signatures, by hand."""
 
 import pytest
 import torch
 
-from bigtrain.objectives.scores import signature_cosine_novelty, signature_novelty, strongest
+from bigtrain.objectives.scores import picture_score, signature_cosine_novelty, signature_novelty, strongest
+
+
+def test_picture_score_by_hand():
+    """The mean of the patches, their quantile (linear between them), and the mean of the attended half."""
+    map_BN = torch.tensor([[4.0, 0.0, 2.0, 1.0], [1.0, 1.0, 1.0, 5.0]])
+    attention_BN = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.0, 0.3, 0.3, 0.4]])
+    assert picture_score(map_BN).tolist() == [1.75, 2.0]
+    assert picture_score(map_BN, "quantile", quantile=0.25).tolist() == [0.75, 1.0]
+    assert picture_score(map_BN, "quantile", quantile=0.5).tolist() == [1.5, 1.0]
+    assert picture_score(map_BN, "attended", attention_BN=attention_BN).tolist() == [1.5, 3.0]
 
 
 def test_strongest_by_hand():

@@ -220,6 +220,11 @@ MISTAKES = {
     "no such network": (["--network", "resnet5000"], "timm has no model 'resnet5000'"),
     "trained statistics of parts": (["--batch-norm", "trained", "--accumulate", "2"], "--accumulate would change"),
     "two ways to say what is known": (["--protocol", "first-half"], "leave --known and --novel out"),
+    "an order without effect": (["--order", "folder"], "with --protocol first-half alone"),
+    "an order of no manifest": (
+        ["--known", "--protocol", "first-half", "--order", "folder"],
+        "the manifest keeps no order of folders for 6 of the 6 classes",
+    ),
 }
 
 

@@ -27,7 +27,9 @@ def test_end_to_end(finished):
     assert set(figures["comparisons"]) == {
         "nearest neighbour on pixels",
         "nearest neighbour on features of the given teacher",
+        "a student that ignores the picture",
     }
+    assert figures["explained"]["low"] <= figures["explained"]["value"] <= figures["explained"]["high"] < 1
     assert figures["counts"]["known"] + figures["counts"]["novel"] == 120
     assert "AUROC" in said.splitlines()[-1] and str(finished / "report.html") in said.splitlines()[-1]
     assert "<svg" in (finished / "report.html").read_text()
@@ -100,6 +102,7 @@ def test_two_processes_score(finished, small, tmp_path):
     one, two = scores(finished), scores(again)
     assert one["key"].tolist() == two["key"].tolist()
     assert (one["score"] - two["score"]).abs().max() < 1e-5
+    assert results(again)["explained"] == pytest.approx(results(finished)["explained"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,9 @@ def test_two_processes_score(finished, small, tmp_path):
         "--keep random",
         "--keep unattended --mask-ratio 0.25",
         "--mask-ratio 0",
+        "--predict hidden --keep random --score-pairs 2",
+        "--predict all --decoder-blocks 2 --distilled-blocks 1 --score-over attended",
+        "--score-over quantile --score-quantile 0.1 --distil-steps 3",
         "--normalisation layer --distilled-blocks 1",
         "--normalisation none --distance smooth_l1",
         "--no-normalise-student --distance smooth_l1",
@@ -180,6 +186,18 @@ MISTAKES = {
     "a scale that falls": (["--crop-scale", "0.5", "0.1"], "must not be above the second"),
     "no kernels for it": (["--attention", "xformers"], "it needs CUDA"),
     "a rate beyond fp32": (["--distil-lr", "1e38"], "--distil-lr is 1e+38; it must be from 0 to 1e+30"),
+    "nothing to predict": (["--predict", "hidden", "--mask-ratio", "0"], "leaves nothing to predict"),
+    "no hidden patch": (["--predict", "hidden", "--mask-ratio", "0.01"], "hides none of the 16 patches"),
+    "no pair": (["--predict", "hidden", "--score-pairs", "0"], "--score-pairs is 0; it must be at least 1"),
+    "too deep a decoder": (
+        ["--predict", "hidden", "--decoder-blocks", "3"],
+        "--decoder-blocks is 3, and the student has 2 blocks, the last of which complete the hidden patches: use 1",
+    ),
+    "too shallow a decoder": (
+        ["--predict", "all", "--distilled-blocks", "3"],
+        "--decoder-blocks is 1, and the tokens of the last 3 blocks are to be predicted",
+    ),
+    "no quantile": (["--score-quantile", "1"], "--score-quantile is 1.0; it must be from 0.001 to 0.999"),
     "a negative seed": (["--seed", "-1"], "--seed is -1"),
 }
 

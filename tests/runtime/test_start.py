@@ -42,22 +42,16 @@ def test_seed_step():
 
 
 @pytest.mark.parametrize(
-    ("cuda", "bf16", "width", "expected"),
-    [
-        (True, True, 192, "bf16"),
-        (True, False, 768, "fp16"),
-        (False, True, 384, "bf16"),
-        (False, True, 192, "fp32"),
-        (False, False, 768, "fp32"),
-    ],
+    ("cuda", "bf16", "expected"),
+    [(True, True, "bf16"), (True, False, "fp16"), (False, True, "fp32"), (False, False, "fp32")],
 )
-def test_auto_precision(monkeypatch, cuda, bf16, width, expected):
-    """The precision `auto` is a rule of device and width."""
+def test_auto_precision(monkeypatch, cuda, bf16, expected):
+    """The precision `auto` is a rule of the device: the same on every CPU, with bf16 instructions or without."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert choose_precision("auto", width) == expected
+    assert choose_precision("auto") == expected
 
 
 @pytest.mark.parametrize(
@@ -70,8 +64,8 @@ def test_precision_refused(monkeypatch, cuda, precision, says):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
     with pytest.raises(ValueError, match=says):
-        choose_precision(precision, 768)
-    assert choose_precision("fp32", 768) == "fp32"
+        choose_precision(precision)
+    assert choose_precision("fp32") == "fp32"
 
 
 def test_precisions_by_name():

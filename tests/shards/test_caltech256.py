@@ -26,6 +26,7 @@ def test_class_names(root):
     """The class is the name behind the folder's number, and classes are sorted by it."""
     about = caltech256.about(root, "all")
     assert about.classes == ["ak47", "clutter", "dog", "motorbikes-101", "spider"]
+    assert about.folder_order == ("ak47", "dog", "motorbikes-101", "spider", "clutter")
     found = list(caltech256.samples(root, "all"))
     assert about.total == len(found) == 10
     assert [s.key for s in found[:6]] == [

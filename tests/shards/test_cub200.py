@@ -20,6 +20,7 @@ FILES = {  # by the id of images.txt
 }
 CLASSES = {"1": "001.Black_footed_Albatross", "2": "002.Laysan_Albatross", "3": "010.Acadian_Flycatcher"}
 SORTED = ["Acadian_Flycatcher", "Black_footed_Albatross", "Laysan_Albatross"]
+NUMBERED = ("Black_footed_Albatross", "Laysan_Albatross", "Acadian_Flycatcher")
 
 
 def write_list(path: Path, lines: dict[str, str]) -> None:
@@ -60,6 +61,7 @@ def test_both_releases(of_2011, of_2010):
     for root, year, bottom in ((of_2011, 2011, 11.5), (of_2010, 2010, 11.0)):
         about = cub200.about(root, "train")
         assert (about.dataset, about.classes, about.total) == (f"cub200_{year}", SORTED, 2)
+        assert about.folder_order == NUMBERED
         found = list(cub200.samples(root, "train"))
         assert [s.key for s in found] == [
             "Black_footed_Albatross/Black_Footed_Albatross_0009_34",

@@ -49,6 +49,7 @@ def test_samples(root):
     """Dogs have the name behind the WordNet ID as class, and their box."""
     about = stanford_dogs.about(root, "train")
     assert (about.classes, about.total) == (["Chihuahua", "Shih-Tzu", "soft-coated_wheaten_terrier"], 3)
+    assert about.folder_order == ("Chihuahua", "Shih-Tzu", "soft-coated_wheaten_terrier")
     found = list(stanford_dogs.samples(root, "train"))
     assert [s.key for s in found] == [
         *("Chihuahua/n02085620_5927", "Shih-Tzu/n02086240_1011", "soft-coated_wheaten_terrier/n02098105_18"),
