@@ -6,6 +6,7 @@ from typing import Literal
 
 Keep = Literal["attended", "unattended", "random"]
 """Which patches a student sees: data/masks.py."""
+KeepOrAuto = Literal["auto", "attended", "unattended", "random"]
 Predict = Literal["visible", "hidden", "all"]
 """Which patches' tokens a student is to predict: objectives/losses.py."""
 ScoreOver = Literal["mean", "quantile", "attended"]

@@ -209,7 +209,8 @@ def given_networks(config: Config, known: Sequence[str]) -> dict[str, Network]:
     if not head_of(finetuned, known):
         raise ValueError(
             f"--finetuned {config.finetuned} tells other classes apart than the {len(known)} known ones: train it "
-            "with recipes/pretrain.py and the same --known, --novel or --protocol and --seed."
+            "with recipes/deep_novelty.py --branches one --membership-weight 0 and the same --known, --protocol and "
+            "--seed."
         )
     return {" pre": given, "": finetuned}
 

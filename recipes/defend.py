@@ -4,7 +4,17 @@
     accelerate launch recipes/defend.py --train data/train --test data/test --known dog --out runs/dog
 
 Stage 1 (3.1) tunes the teacher's last blocks so that patches of one object agree; stage 2 (3.2) distils it into a
-student that sees half of the patches; novelty (3.3) is their disagreement.
+student that sees half of the patches; novelty (3.3) is their disagreement. The defaults are the paper's values, and
+where it is silent the authors' code's.
+
+What the student predicts. The paper's student infers "the full context by only partially observing the input"; the
+authors' code takes the loss on the patches that the student sees, which is the default here (--predict visible). Such a
+student can copy what it sees: it explains novel pictures as well as known ones. --predict hidden takes the loss on the
+hidden patches, and scores each patch by the halves of the picture that hide it. What a student that ignores the picture
+would score stands beside every figure: a distillation means something above it alone.
+
+Which half it sees. The code shows the patches that the teacher attends to ("guided, code": --keep attended), the
+paper's Fig. 2 hides them ("guided, Fig. 2": --keep unattended).
 """
 
 from __future__ import annotations
@@ -13,6 +23,7 @@ import copy
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,6 +39,7 @@ from recipes.defend_settings import (
     Config,
     check_networks,
     check_settings,
+    kept,
     read_data,
     student_architecture,
 )
@@ -39,7 +51,9 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used, behind all m
 
     from bigtrain.data.plan import Plan
     from bigtrain.data.shard_set import ShardSet
-    from bigtrain.data.stream import Batch
+    from bigtrain.data.stream import Batch, Stream
+    from bigtrain.detectors.distillation import DistillationDetector
+    from bigtrain.evaluation.judge import Features
     from bigtrain.models.heads import TokenQueue
     from bigtrain.models.weights import Pretrained
     from recipes.run_setup import Setup
@@ -72,8 +86,6 @@ def defend(config: Config, run: RunFolder, data: Data) -> None:
     """The whole of the paper: tune, distil, judge. What an earlier start has finished is not done again."""
     began = time.monotonic()
     prepare_workers(config.run.workers)
-    import torch
-
     from bigtrain.data.pictures import jpeg_decoder
     from bigtrain.data.views import Resized
     from bigtrain.models.attention import resolve_backend, torch_dtype
@@ -109,8 +121,6 @@ def defend(config: Config, run: RunFolder, data: Data) -> None:
     student = masked_distillation(config, setup, train, fitted, teacher)
 
     from bigtrain.detectors.distillation import DistillationDetector, Scoring
-    from bigtrain.detectors.neighbours import pixel_features, token_features
-    from bigtrain.evaluation.collect import mean_over
     from bigtrain.evaluation.judge import judge
 
     scoring = Scoring(
@@ -129,15 +139,10 @@ def defend(config: Config, run: RunFolder, data: Data) -> None:
     )
     detector = DistillationDetector(teacher, student, scoring)
 
-    @torch.no_grad()
-    def teacher_features(image_B3HW: Tensor) -> Tensor:
-        with setup.autocast():
-            return token_features(image_B3HW, given)
-
     views = Resized(config.image_size)
     bank_N = seeded_choice(parts.fitted_N, config.neighbours_bank, config.seed)
-    bank = setup.in_order(train, bank_N, views, config.score_batch)
-    constant_LND = mean_over(accelerator, bank, detector.target)
+    bank = partial(setup.in_order, train, bank_N, views, config.score_batch)
+    plain, floors = plain_figures(config, setup, given, detector, bank)
     results = judge(
         run.path,
         accelerator,
@@ -146,21 +151,52 @@ def defend(config: Config, run: RunFolder, data: Data) -> None:
         protocol=protocol,
         test=setup.in_order(data.test, parts.test_N, views, config.score_batch),
         held_out=setup.in_order(train, parts.held_out_N, views, config.score_batch) if len(parts.held_out_N) else None,
-        bank=bank,
-        plain={"pixels": pixel_features, "features of the given teacher": teacher_features},
+        bank=bank(),
+        plain=plain,
         settings=result_settings(config),
         seed=config.seed,
-        floor=partial(detector.constant_score, constant_LND=constant_LND),
+        floors=floors,
     )
     if accelerator.is_main_process:
         run.finish(results)
     setup.end_trackers()
-    plain = ", ".join(f"{name} {figures['auroc']['value']:.3f}" for name, figures in results["comparisons"].items())
+    others = ", ".join(f"{name} {figures['auroc']['value']:.3f}" for name, figures in results["comparisons"].items())
     auroc = results["auroc"]
     accelerator.print(
-        f"AUROC {auroc['value']:.3f} (95 % interval {auroc['low']:.3f} to {auroc['high']:.3f}); {plain}; "
+        f"AUROC {auroc['value']:.3f} (95 % interval {auroc['low']:.3f} to {auroc['high']:.3f}); {others}; "
         f"this start took {clock(time.monotonic() - began)}; report: {run / 'report.html'}"
     )
+
+
+def plain_figures(
+    config: Config, setup: Setup, given: Pretrained, detector: DistillationDetector, bank: Callable[[], Stream]
+) -> tuple[dict[str, Features], dict[str, Features]]:
+    """What stands beside the detector: features for nearest neighbours, and the scores of a student that has learnt
+    nothing; of a tuned teacher and of the given one, which tells tuning (3.1) from distillation (3.2)."""
+    import torch
+
+    from bigtrain.detectors.distillation import DistillationDetector
+    from bigtrain.detectors.neighbours import pixel_features, token_features
+    from bigtrain.evaluation.collect import mean_over
+
+    def features_of(network: Pretrained) -> Features:
+        @torch.no_grad()
+        def features(image_B3HW: Tensor) -> Tensor:
+            with setup.autocast():
+                return token_features(image_B3HW, network)
+
+        return features
+
+    plain: dict[str, Features] = {"pixels": pixel_features, "features of the given teacher": features_of(given)}
+    of_teachers = {"": detector}
+    if config.tune:
+        plain["features of the tuned teacher"] = features_of(detector.teacher)
+        of_teachers[" (given teacher)"] = DistillationDetector(given, detector.student, detector.scoring)
+    floors: dict[str, Features] = {}
+    for whose, its in of_teachers.items():
+        constant_LND = mean_over(setup.accelerator, bank(), its.target)
+        floors[f"a student that ignores the picture{whose}"] = partial(its.constant_score, constant_LND=constant_LND)
+    return plain, floors
 
 
 def dense_tuning(
@@ -175,7 +211,7 @@ def dense_tuning(
     from bigtrain.models.heads import DenseTuner, TokenQueue, unit_rows
     from bigtrain.models.weights import load_vit, save_vit
     from bigtrain.objectives.losses import align_to_crops, dense_loss
-    from bigtrain.runtime.optim import cosine, decay_groups, follow, scaled_lr, set_schedule
+    from bigtrain.runtime.optim import adamw, cosine, decay_groups, follow, scaled_lr, set_schedule
     from recipes.stage import Stage
 
     accelerator, tuned_file = setup.accelerator, setup.run / LEAVES["tune"]
@@ -198,7 +234,7 @@ def dense_tuning(
     plan = replace(fitted, global_batch=config.tune_batch)
     stage = Stage(
         "tune", setup,
-        trained=tuner, optimizer=torch.optim.AdamW(groups, lr=head_lr), state=state, clip=config.clip,
+        trained=tuner, optimizer=adamw(groups, accelerator.device, lr=head_lr), state=state, clip=config.clip,
         stream=setup.stream(train, plan, views), steps=config.tune_epochs * plan.batches_per_epoch,
         flops_per_image=flops,
     )  # fmt: skip
@@ -278,7 +314,7 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
     from bigtrain.models.vit import masked_student
     from bigtrain.models.weights import Pretrained, load_vit, save_vit
     from bigtrain.objectives.losses import distillation_loss
-    from bigtrain.runtime.optim import decay_groups, follow, scaled_lr, schedule, set_schedule
+    from bigtrain.runtime.optim import adamw, decay_groups, follow, scaled_lr, schedule, set_schedule
     from recipes.stage import Stage
 
     accelerator, student_file = setup.accelerator, setup.run / LEAVES["distil"]
@@ -301,13 +337,15 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
         state["ema"] = ema
     stage = Stage(
         "distil", setup,
-        trained=student, optimizer=torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95)), state=state, clip=config.clip,
+        trained=student, state=state, clip=config.clip,
+        optimizer=adamw(groups, accelerator.device, lr=lr, betas=(0.9, 0.95)),
         stream=setup.stream(train, fitted, Resized(config.image_size)),
         steps=config.distil_steps or config.distil_epochs * fitted.batches_per_epoch,
         flops_per_image=flops,
     )  # fmt: skip
     warmup = round(config.warmup_epochs * fitted.batches_per_epoch)
-    guided = config.keep != "random" and config.mask_ratio > 0
+    keep = kept(config)
+    guided = keep != "random" and config.mask_ratio > 0
 
     for batch in stage.batches():
         factor = schedule(config.schedule, stage.step, total=stage.steps, warmup=warmup)
@@ -318,7 +356,7 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
                 with torch.no_grad():  # eq. 2: the teacher sees every patch ...
                     (seen,) = teacher.vit(image_B3HW, last=config.distilled_blocks, with_attention=guided)
                 attention_BN = seen.attention_BN if guided else image_B3HW.new_ones(seen.tokens_BND.shape[:2])
-                visible_BN = visible_patches(attention_BN, part.seed_B, keep=config.keep, mask_ratio=config.mask_ratio)
+                visible_BN = visible_patches(attention_BN, part.seed_B, keep=keep, mask_ratio=config.mask_ratio)
                 # ... the student half of them, whose tokens it predicts, or those of the others
                 (predicted,) = stage.module(image_B3HW, visible_BN=visible_BN, last=config.distilled_blocks)
             loss_B = distillation_loss(  # eq. 3, 4

@@ -12,6 +12,7 @@ from bigtrain.choices import (
     Chosen,
     Distance,
     Keep,
+    KeepOrAuto,
     Normalisation,
     Precision,
     Predict,
@@ -91,12 +92,14 @@ class Config:
     """Distil for so many steps instead of --distil-epochs, which are few on few pictures; 0: by epochs."""
     distil_batch: int = 64
     mask_ratio: float = 0.5
-    keep: Keep = "attended"
+    keep: KeepOrAuto = "auto"
     """Which patches the student sees: those that the teacher attends to (guided, as the authors' code), the others
-    (guided, as the paper's Fig. 2), or any."""
+    (guided, as the paper's Fig. 2), or any. auto: attended, and random where hidden patches are to be predicted, which
+    are scored by random halves."""
     predict: Predict = "visible"
     """Of which patches the student predicts the tokens: of those that it sees (the authors' code), of the hidden ones
-    ("inferring the full context by only partially observing the input", 3.2), or of all."""
+    ("inferring the full context by only partially observing the input", 3.2), or of all. Where hidden ones are among
+    them, they alone are scored."""
     decoder_blocks: int = 1
     """With --predict hidden or all: so many of the student's last blocks complete the hidden patches."""
     normalisation: Normalisation = "l2"
@@ -117,7 +120,8 @@ class Config:
     lr_batch: int = 0
     """The learning rates are meant for this global batch, and scaled to the given one; 0: not scaled."""
     score_pairs: int = 8
-    """With --predict hidden or all: so many pairs of complementary halves of a picture are scored, and cost."""
+    """With --predict hidden or all: a patch's score is its mean over so many pairs of complementary halves, which are
+    random whatever --mask-ratio and --keep are; the cost of scoring grows with them."""
     score_over: ScoreOver = "mean"
     """A picture's score: the mean of its patches' (3.3), their --score-quantile, or the mean over the half of them
     that the teacher attends to most. For pictures of many objects, which are known if any object is."""
@@ -172,11 +176,13 @@ def check_settings(config: Config) -> None:
         raise ValueError("--no-tune and --no-distil leave nothing to do: give one of them.")
     if config.tune and config.prototypes == 1:
         raise ValueError("--prototypes is 1: with one prototype every patch agrees with every other; use 2 or more.")
-    if config.predict == "hidden" and config.mask_ratio == 0:
+    if config.predict != "visible" and config.mask_ratio == 0:
         raise ValueError(
-            "--predict hidden with --mask-ratio 0 leaves nothing to predict: hide a share of the patches, such as 0.5, "
-            "or take --predict visible."
+            f"--predict {config.predict} with --mask-ratio 0 leaves nothing to predict: hide a share of the patches, "
+            "such as 0.5, or take --predict visible."
         )
+    if config.distil_steps and config.distil_epochs != Config.distil_epochs:
+        raise ValueError("--distil-steps and --distil-epochs were both given: how long to distil is one of them.")
     if config.predict != "visible" and config.decoder_blocks < config.distilled_blocks:
         raise ValueError(
             f"--decoder-blocks is {config.decoder_blocks}, and the tokens of the last {config.distilled_blocks} blocks "
@@ -212,10 +218,10 @@ def check_networks(config: Config, given: Pretrained, precision: Chosen) -> None
             f"--tuned-blocks is {config.tuned_blocks}, and the teacher has {depth} blocks: use 1 to {depth}."
         )
     if not given.vit.backbone.has_class_token:
-        if config.keep != "random" and config.mask_ratio > 0:
+        if kept(config) != "random" and config.mask_ratio > 0:
             raise ValueError("the teacher has no [CLS] token, whose attention guides the mask: use --keep random.")
         if config.score_over == "attended":
-            raise ValueError("the teacher has no [CLS] token, whose attention weighs patches: use --score-over mean.")
+            raise ValueError("the teacher has no [CLS] token, whose attention chooses patches: use --score-over mean.")
     resolve_backend(config.attention, torch.device(device_type()), torch_dtype(precision))
     with torch.device("meta"):
         student = masked_student(student_architecture(config, given))
@@ -233,6 +239,13 @@ def check_networks(config: Config, given: Pretrained, precision: Chosen) -> None
             f"--mask-ratio {config.mask_ratio} hides none of the {patches} patches of a picture of {config.image_size} "
             f"pixels, and --predict {config.predict} needs some: hide more, or take --predict visible."
         )
+
+
+def kept(config: Config) -> Keep:
+    """Which patches the student sees, once "auto" is decided."""
+    if config.keep == "auto":
+        return "attended" if config.predict == "visible" else "random"
+    return config.keep
 
 
 def student_architecture(config: Config, given: Pretrained) -> Architecture:

@@ -188,7 +188,7 @@ def pretrain(config: Config, run: RunFolder, images: Images) -> None:
     from bigtrain.models.heads import Classifier
     from bigtrain.models.vit import VisionTransformer, ViT
     from bigtrain.models.weights import save_vit
-    from bigtrain.runtime.optim import decay_groups, follow, scaled_lr, schedule, set_schedule
+    from bigtrain.runtime.optim import adamw, decay_groups, follow, scaled_lr, schedule, set_schedule
     from bigtrain.runtime.precision import choose_precision
     from recipes.run_setup import Setup
     from recipes.trunk import (
@@ -241,7 +241,7 @@ def pretrain(config: Config, run: RunFolder, images: Images) -> None:
         "pretrain",
         setup,
         trained=model,
-        optimizer=torch.optim.AdamW(groups, lr=lr),
+        optimizer=adamw(groups, accelerator.device, lr=lr),
         state=state,
         clip=config.clip,
         stream=setup.stream(train, plan, RandomResizedCrop(size, config.crop_scale, config.mirror)),

@@ -86,7 +86,7 @@ def build(settings: Settings, out: Path | str, workers: int = 1, max_skipped: fl
             manifest = Manifest(
                 about.dataset, settings.split, tuple(about.classes), about.licence, tuple(shards),
                 folder_order=about.folder_order,
-            )  # fmt: skip
+            ).checked(f"the adapter of {about.dataset}")  # fmt: skip
             with place.written(MANIFEST_FILE) as file:
                 file.write(manifest.to_json().encode())
             place.remove(PARTS_FOLDER)

@@ -34,7 +34,7 @@ class Scoring(saved.Scoring):
     predict: Predict = "visible"
     """Which patches the student has learnt to predict."""
     score_pairs: int = 8
-    """With "hidden" and "all": how many pairs of complementary halves of each picture the student sees."""
+    """With "hidden" and "all", which are scored alike: how many pairs of complementary halves of each picture the student sees."""
     score_over: ScoreOver = "mean"
     score_quantile: float = 0.25
 
@@ -65,8 +65,8 @@ class DistillationDetector(ImageDetector):
         """Score resized uint8 images on the detector's device: score_B and map_Bhw, float32.
 
         The map is || norm(F_t) - norm(F_s) ||^2 of each patch (3.3), >= 0 and exactly 0 where both agree. A student of
-        visible patches sees the whole picture, once. One of hidden patches sees pairs of complementary halves, and a
-        patch's score is its mean over the halves that hide it; one of all patches, its mean over all halves.
+        visible patches sees the whole picture, once. One that completes hidden patches sees pairs of complementary
+        halves, and a patch's score is its mean over the halves that hide it: what it sees it could copy.
         """
         image_B3HW = to_float(image_B3HW, self.teacher.mean, self.teacher.std)
         teacher = self._teach(image_B3HW)
@@ -76,15 +76,13 @@ class DistillationDetector(ImageDetector):
             return self._scored(self._distance(student.blocks_LBND, teacher.blocks_LBND), teacher)
         images, patches = teacher.tokens_BND.shape[:2]
         total_BN = torch.zeros(images, patches, device=image_B3HW.device)
-        halves_PN = complementary_halves(patches, self.scoring.score_pairs, image_B3HW.device)
-        for visible_N in halves_PN:
+        for visible_N in complementary_halves(patches, self.scoring.score_pairs, image_B3HW.device):
             with self.autocast():
                 (student,) = self.student.vit(
                     image_B3HW, visible_BN=visible_N.expand(images, -1), last=self.scoring.distilled_blocks
                 )
-            map_BN = self._distance(student.blocks_LBND, teacher.blocks_LBND)
-            total_BN += map_BN if self.scoring.predict == "all" else map_BN * ~visible_N
-        return self._scored(total_BN / (len(halves_PN) / (1 if self.scoring.predict == "all" else 2)), teacher)
+            total_BN += self._distance(student.blocks_LBND, teacher.blocks_LBND) * ~visible_N
+        return self._scored(total_BN / self.scoring.score_pairs, teacher)
 
     @torch.no_grad()
     def target(self, image_B3HW: Tensor) -> Tensor:

@@ -57,6 +57,9 @@ def mean_over(accelerator: Accelerator, stream: Stream, function: Callable[[Tens
         real_B = batch.weight_B > 0
         here = function(batch.views["image"])[real_B].double().sum(dim=0)
         stream.mark(f"computed a mean of batch {batch.position.batch}")
-        total, images = here if total is None else total + here, images + real_B.sum()
+        in_step = accelerator.reduce(real_B.sum(), "sum")
+        if accelerator.num_processes > 1:  # a stream alone has counted them itself
+            stream.budget.agree(batch.position.epoch, batch.samples_in_step - int(in_step))
+        total, images = here if total is None else total + here, images + in_step
     assert total is not None
-    return (accelerator.reduce(total, "sum") / accelerator.reduce(images, "sum")).float()
+    return (accelerator.reduce(total, "sum") / images).float()

@@ -29,7 +29,6 @@ from bigtrain.evaluation.pictures import Shown, most_telling
 from bigtrain.evaluation.report import write_report
 
 Features = Callable[[Tensor], Tensor]  # uint8 images (B, 3, H, W) to (B, D)
-FLOOR = "a student that ignores the picture"
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def judge(
     seed: int,
     quantile: float = 0.95,
     classes: Sequence[str] = (),
-    floor: Features | None = None,
+    floors: Mapping[str, Features] | None = None,
 ) -> dict[str, Any]:
     """Score, calibrate on held-out known images, write detector/, scores.parquet and report.html into the run folder.
 
@@ -75,8 +74,9 @@ def judge(
         quantile: share of the held-out known images that are to lie at or below the threshold.
         classes: the names of the detector's classes, where it tells which of them a picture shows: then there are
             `closed_set_accuracy` and `oscr` too.
-        floor: the score (B,) of a detector's errors had it learnt nothing: one more plain figure, and the measure of
-            `explained`, the share of the floor's error that the detector's is less.
+        floors: name -> the scores (B,) of a detector that has learnt nothing, whose scores are errors of the same kind.
+            They are plain figures too, and of the first one `explained` and `explained_novel` say by what share the
+            detector's error is smaller: on held-out known images and, for comparison, on novel ones.
 
     Returns:
         The record of results.json; the same on all ranks.
@@ -92,7 +92,7 @@ def judge(
         parts = [found.score_B] + ([found.class_B.to(found.score_B)] if found.class_B is not None and classes else [])
         return torch.stack(parts, dim=1)
 
-    floors = {FLOOR: floor} if floor else {}
+    floors = floors or {}
     scorers: dict[str, Features] = {"score": scored_and_classified, **floors}
     known_N, known = (
         collect(accelerator, held_out, scorers) if held_out else (np.zeros(0, np.int64), {"score": np.zeros((0, 1))})
@@ -116,8 +116,11 @@ def judge(
     else:
         further = {}
     comparisons = {name: (score_N, summary(scored.novel_N, score_N, seed=seed)) for name, score_N in found.items()}
-    if floor and len(known_N):
-        further["explained"] = explained(known["score"][:, 0], known[FLOOR], seed=seed)
+    for name in list(floors)[:1]:
+        novel_N = scored.novel_N
+        further["explained_novel"] = explained(scored.score_N[novel_N], comparisons[name][0][novel_N], seed=seed)
+        if len(known_N):
+            further["explained"] = explained(known["score"][:, 0], known[name], seed=seed)
     results = {
         "method": method,
         **figures,
@@ -206,8 +209,8 @@ def pictures(test: Scored, places: list[int], detector: ImageDetector) -> list[S
     """The pictures at some places of the scores, with their maps where the method has them."""
     payloads = test.shard_set.read([int(test.sample_N[place]) for place in places])
     images = [Picture(payload).rgb() for payload in payloads]
-    maps = detector.score_map(images)
-    maps = [None] * len(images) if maps is None else maps
+    found = detector.score_map(images)
+    maps = [None] * len(images) if found is None else list(found)
     return [
         Shown(
             key=test.shard_set.key(test.sample_N[place]),

@@ -136,16 +136,24 @@ def oscr(novel_N: ArrayLike, score_N: ArrayLike, is_right_N: ArrayLike) -> Estim
 
 
 def explained(score_N: ArrayLike, floor_N: ArrayLike, *, seed: int = 0) -> Estimate:
-    """How much of the floor's error a detector's is less: 1 - sum score / sum floor, with a bootstrap's 95 % interval.
+    """By what share a detector's error is below the floor's, 1 - sum score / sum floor; with a bootstrap's interval.
 
-    1 for a detector without error, 0 for one that has learnt nothing, below 0 for a worse one. Of held-out known
-    images it says how well a student knows them, and needs no novel image.
+    1 for a detector without error, 0 for one that has learnt nothing, below 0 for a worse one. On held-out known images
+    it measures learning without a novel image; where it is as high on novel ones, what was learnt is not the known
+    class (a student of visible patches can copy what it sees).
 
     Args:
         score_N: errors of the detector, >= 0.
         floor_N: those that it would have made of the same images had it learnt nothing.
+
+    Raises:
+        ValueError: an error is NaN or infinite.
     """
     score, floor = np.asarray(score_N, np.float64), np.asarray(floor_N, np.float64)
+    if not (np.isfinite(score).all() and np.isfinite(floor).all()):
+        raise ValueError(
+            "scores of held-out or novel images are NaN or infinite: look for an overflow (--precision fp32)."
+        )
 
     def share(score: Floats, floor: Floats, axis: int = -1) -> Floats:
         return 1 - score.sum(axis=axis) / floor.sum(axis=axis)
@@ -153,7 +161,11 @@ def explained(score_N: ArrayLike, floor_N: ArrayLike, *, seed: int = 0) -> Estim
     value = float(share(score, floor))
     if len(score) < 2:
         return Estimate(value, value, value)
-    found = bootstrap((score, floor), share, paired=True, n_resamples=1000, method="percentile", rng=seed)
+    found = bootstrap(
+        (score, floor), share, paired=True, method="percentile", rng=seed,
+        n_resamples=min(1000, max(FEWEST_RESAMPLES, MOST_DRAWS // len(score))),
+        batch=max(1, CHUNK_DRAWS // len(score)),
+    )  # fmt: skip
     low, high = found.confidence_interval
     return Estimate(value, min(float(low), value), max(float(high), value))
 

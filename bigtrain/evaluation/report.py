@@ -43,7 +43,7 @@ def write_report(
         title: the heading.
         results: "metrics" (the detector's `metrics.summary`), and where they are known "detector" (its name),
             "dataset", "known" and "novel" (class names), "seed", "threshold" (scores above it are flagged), "explained"
-            (`metrics.explained` of held-out known images), "settings".
+            and "explained_novel" (`metrics.explained` of held-out known and of novel images), "settings".
         novel_N: True where an image is novel.
         score_N: the detector's scores, raw, higher = more novel.
         comparisons: what the detector must beat, name -> (its scores of the same images, their summary).
@@ -100,7 +100,10 @@ def render(
             legend=[(number % SERIES, name, summaries[name]["auroc"]["value"]) for number, name in enumerate(scores)],
             histogram=histogram_chart(counts, threshold=threshold),
             histogram_counts=counts,
-            explained={end: percent(share) for end, share in results.get("explained", {}).items()},
+            **{
+                name: {end: percent(share) for end, share in results.get(name, {}).items()}
+                for name in ("explained", "explained_novel")
+            },
             threshold=threshold,
             threshold_rates=rates_at(threshold, novel_N, score_N),
             sections={

@@ -16,7 +16,7 @@ SWEEP_FILE = "sweep.json"
 WHAT_IS_KNOWN = ("known", "novel", "half", "category")  # an axis over whose values a table gives the mean
 MAX_NAMED = 20
 IN_PERCENT = ["auroc", "aupr_in", "aupr_out", "fpr_at_95_tpr_novel", "fpr_at_95_tpr_known", "detection_error"]
-IN_PERCENT += ["closed_set_accuracy", "oscr", "explained"]
+IN_PERCENT += ["closed_set_accuracy", "oscr", "explained", "explained_novel"]
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,15 @@ def several(results: list[Result], *, are_alike: bool = True, plain: bool = Fals
     of_runs = [None if result.figures is None else of_detectors(result.figures, plain) for result in results]
     if are_alike and not plain and not any(result.figures and "detectors" in result.figures for result in results):
         return results
-    names = dict.fromkeys(name for one in of_runs if one for name in one) or {"": None}
+    varying = ("seed", *WHAT_IS_KNOWN)
+    names: dict[Any, dict[str, None]] = {}  # what was judged at each place, up to seeds and known classes
+    places = [tuple((name, str(value)) for name, value in r.axes.items() if name not in varying) for r in results]
+    for place, one in zip(places, of_runs, strict=True):
+        names.setdefault(place, {}).update(dict.fromkeys(one or ()))
     return [
         Result(result.name, {"detector": name, **result.axes}, its)
-        for result, one in zip(results, of_runs, strict=True)
-        for name, its in (dict.fromkeys(names) if one is None else one).items()
+        for result, place, one in zip(results, places, of_runs, strict=True)
+        for name, its in (dict.fromkeys(names[place] or [""]) if one is None else one).items()
     ]
 
 

@@ -20,7 +20,8 @@ from bigtrain.models.timm_names import check_vit_name
 
 
 class Encoded(NamedTuple):
-    """What a ViT gives for B images of one size: N patch tokens of D features (the visible ones, if masked)."""
+    """What a ViT gives for B images of one size: N patch tokens of D features; if masked, of the visible patches, or
+    of all where it has decoder blocks."""
 
     blocks_LBND: Tensor  # patch tokens of the last L blocks, first to last; the last one after the final norm
     class_BD: Tensor | None  # the [CLS] token after the final norm
@@ -130,13 +131,13 @@ class ViT(nn.Module):
             )
         kept: list[Tensor] = []
         class_attention: list[Tensor] | None = None
-        is_completed = visible_BN is not None and self.decoder_blocks > 0
-        if is_completed and last > self.decoder_blocks:
+        completed_from = len(blocks) - self.decoder_blocks if self.decoder_blocks and visible_BN is not None else None
+        if completed_from is not None and last > self.decoder_blocks:
             raise ValueError(
                 f"the last {last} blocks were asked for at hidden patches, which {self.decoder_blocks} complete."
             )
         for depth, block in enumerate(blocks):
-            if is_completed and depth == len(blocks) - self.decoder_blocks:
+            if visible_BN is not None and depth == completed_from:
                 x_BTD = self._complete(x_TD.unflatten(0, runs[0]), visible_BN, views[0])
                 runs, x_TD = ((x_BTD.shape[0], x_BTD.shape[1]),), x_BTD.flatten(0, 1)
             if with_attention and depth == len(blocks) - 1:

@@ -15,7 +15,7 @@ def picture_score(
     """Novelty of pictures from that of their patches.
 
         "mean"      mean_N map_BN                         DEFEND 3.3: every patch must be explained
-        "quantile"  the q-quantile of a picture's patches, q low: known if some part of it is
+        "quantile"  the q-quantile of a picture's patches: known if a share q of them is, whatever the others are
         "attended"  the mean over the half of the patches that the teacher's [CLS] attends to most
 
     A picture of many objects is known if any of them is (4.4), which a mean over all patches does not ask.

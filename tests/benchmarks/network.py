@@ -76,6 +76,14 @@ def main() -> None:
         lambda: step(student, images),
         options.rounds,
     )
+    for blocks in (1, 2):
+        completing = masked_student(Architecture(options.model), drop_path=0, decoder_blocks=blocks).to(device)
+        ratio(
+            f"student step: half of the patches, the hidden ones predicted by {blocks} of its blocks / all",
+            lambda vit=completing: step(vit, images, visible_BN=half),
+            lambda: step(student, images),
+            options.rounds,
+        )
     crops = torch.randn(4 * options.batch, 3, 96, 96, device=device)
     ratio(
         "multi-crop step: one packed pass / two passes",

@@ -82,8 +82,11 @@ def test_explained(tmp_path):
     assert "it explains" not in written(tmp_path)[1].text
     rng = np.random.default_rng(0)
     results = {"metrics": summary(np.repeat([False, True], [60, 40]), rng.normal(size=100), resamples=50)}
-    _, page = written(tmp_path, results={**results, "explained": {"value": 0.4249, "low": 0.40, "high": 0.4501}})
-    assert "it explains 42.5 % (95 % interval 40.0 to 45.0)" in " ".join(page.text.split())
+    results["explained"] = {"value": 0.4249, "low": 0.40, "high": 0.4501}
+    results["explained_novel"] = {"value": -0.1, "low": -0.2, "high": 0.0}
+    said = " ".join(written(tmp_path, results=results)[1].text.split())
+    assert "it explains 42.5 % (95 % interval 40.0 to 45.0) on held-out known pictures" in said
+    assert "and -10.0 % (-20.0 to 0.0) on the novel ones" in said
 
 
 def test_self_contained(tmp_path):

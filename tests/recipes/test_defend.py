@@ -27,7 +27,9 @@ def test_end_to_end(finished):
     assert set(figures["comparisons"]) == {
         "nearest neighbour on pixels",
         "nearest neighbour on features of the given teacher",
+        "nearest neighbour on features of the tuned teacher",
         "a student that ignores the picture",
+        "a student that ignores the picture (given teacher)",
     }
     assert figures["explained"]["low"] <= figures["explained"]["value"] <= figures["explained"]["high"] < 1
     assert figures["counts"]["known"] + figures["counts"]["novel"] == 120
@@ -113,7 +115,7 @@ def test_two_processes_score(finished, small, tmp_path):
         "--mask-ratio 0",
         "--predict hidden --keep random --score-pairs 2",
         "--predict all --decoder-blocks 2 --distilled-blocks 1 --score-over attended",
-        "--score-over quantile --score-quantile 0.1 --distil-steps 3",
+        "--score-over quantile --score-quantile 0.1",
         "--normalisation layer --distilled-blocks 1",
         "--normalisation none --distance smooth_l1",
         "--no-normalise-student --distance smooth_l1",
@@ -186,6 +188,7 @@ MISTAKES = {
     "a scale that falls": (["--crop-scale", "0.5", "0.1"], "must not be above the second"),
     "no kernels for it": (["--attention", "xformers"], "it needs CUDA"),
     "a rate beyond fp32": (["--distil-lr", "1e38"], "--distil-lr is 1e+38; it must be from 0 to 1e+30"),
+    "steps and epochs": (["--distil-steps", "9"], "how long to distil is one of them"),
     "nothing to predict": (["--predict", "hidden", "--mask-ratio", "0"], "leaves nothing to predict"),
     "no hidden patch": (["--predict", "hidden", "--mask-ratio", "0.01"], "hides none of the 16 patches"),
     "no pair": (["--predict", "hidden", "--score-pairs", "0"], "--score-pairs is 0; it must be at least 1"),

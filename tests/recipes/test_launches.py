@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from bigtrain.runtime.ports import free_port
 from tests.launching import ENVIRONMENT, ROOT, accelerate, run, start
-from tests.runs import losses
+from tests.runs import losses, scores
 
 
 def launch(config, processes, *flags):
@@ -86,6 +86,21 @@ def test_accumulate_recompute(flags, alone, tmp_path):
     launch("cpu2", 2, *flags, "--accumulate", "3", "--recompute", "--out", tmp_path / "run")
     for stage in ("tune", "distil"):
         assert losses(tmp_path / "run", stage) == pytest.approx(losses(alone, stage), abs=1e-5)
+
+
+def test_hidden_patches(small, tmp_path):
+    """A student of hidden patches learns and scores alike alone, under DDP and under ZeRO-3, mask token and all."""
+    hidden = "--no-tune --drop-path 0 --predict hidden --score-pairs 2 --distil-lr 1e-4"
+    flags = [*small, *hidden.split()]
+    for config, processes in (("cpu", 1), ("ddp", 2), ("zero3", 2)):
+        launch(config, processes, *flags, "--out", tmp_path / config)
+        assert losses(tmp_path / config, "distil") == pytest.approx(losses(tmp_path / "cpu", "distil"), abs=1e-5)
+        one, other = (scores(tmp_path / name) for name in ("cpu", config))
+        assert one["key"].tolist() == other["key"].tolist()
+        assert (one["score"] - other["score"]).abs().max() < 1e-4  # of weights that differ by rounding
+    own = load_file(tmp_path / "cpu" / "student.safetensors")["mask_token"]
+    shared = load_file(tmp_path / "zero3" / "student.safetensors")["mask_token"]
+    assert own.std() > 0.01 and torch.allclose(own, shared, atol=1e-4)
 
 
 def test_ema_queue_zero(small, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bigtrain.models.vit import Architecture
-from bigtrain.runtime.optim import cosine, decay_groups, follow, scaled_lr, set_schedule, warmup_cosine
+from bigtrain.runtime.optim import adamw, cosine, decay_groups, follow, scaled_lr, set_schedule, warmup_cosine
 
 
 def test_a_cosine_by_hand():
@@ -25,6 +25,27 @@ def test_warmup_cosine():
     assert [warmup_cosine(s, total=2) for s in (0, 1, 2)] == pytest.approx([1, 0.5, 0])
     assert warmup_cosine(3, total=4, warmup=4) == 1  # nothing but warm-up
     assert warmup_cosine(4, total=4, warmup=4) == 1
+
+
+def test_adamw_by_hand():
+    """Two steps of torch's plain AdamW, with decay for matrices alone."""
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs.load_state_dict(ours.state_dict())
+    groups = decay_groups(ours.named_parameters(), base_lr=0.1)
+    optimizer = adamw(groups, torch.device("cpu"), lr=0.1, betas=(0.9, 0.95))
+    set_schedule(optimizer, lr_factor=0.5, weight_decay=0.2)
+    plain = torch.optim.AdamW(
+        [{"params": [theirs.weight], "weight_decay": 0.2}, {"params": [theirs.bias], "weight_decay": 0.0}],
+        lr=0.05, betas=(0.9, 0.95), foreach=False,
+    )  # fmt: skip
+    for one, its in ((ours, optimizer), (theirs, plain)):
+        for step in range(2):
+            one.zero_grad()
+            (one(torch.arange(3.0) - step) ** 2).sum().backward()
+            its.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    torch.testing.assert_close(ours.bias, theirs.bias)
 
 
 def test_decay_groups():
