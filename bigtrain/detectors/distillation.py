@@ -34,7 +34,7 @@ class Scoring(saved.Scoring):
     predict: Predict = "visible"
     """Which patches the student has learnt to predict."""
     score_pairs: int = 8
-    """With "hidden" and "all", which are scored alike: how many pairs of complementary halves of each picture the student sees."""
+    """With "hidden" and "all", which are scored alike: pairs of complementary halves of a picture to be seen."""
     score_over: ScoreOver = "mean"
     score_quantile: float = 0.25
 
