@@ -82,7 +82,7 @@ class Config(NetworkConfig):
     batch_norm: BatchNorm = "frozen"
     """Of a network that has it: statistics and scale stay as they were trained, or are trained on."""
     dropout: float = 0.5
-    """Behind fc6 and fc7, which VGG and AlexNet have; other networks have no such layers."""
+    """At fc6 and fc7, which VGG and AlexNet have; other networks have no such layers."""
     clip: float = 0.0
     """Largest norm of the gradient; 0: not clipped."""
     filter_images: int = 2000

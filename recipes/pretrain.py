@@ -79,6 +79,8 @@ class Config:
     weight_decay: float = 0.05
     warmup_epochs: float = 5.0
     drop_path: float = 0.1
+    dropout: float = 0.5
+    """At fc6 and fc7, which VGG and AlexNet have; other networks have no such layers."""
     label_smoothing: float = 0.1
     crop_scale: tuple[float, float] = (0.25, 1.0)
     mirror: bool = True
@@ -107,7 +109,7 @@ LIMITS: Limits = {
     **dict.fromkeys(("weight_decay", "warmup_epochs", "clip", "lr_batch"), (0, math.inf)),
     "ema": (0, 1),
     "layer_decay": (1e-3, 1),
-    **dict.fromkeys(("drop_path", "label_smoothing"), (0, 0.99)),
+    **dict.fromkeys(("drop_path", "dropout", "label_smoothing"), (0, 0.99)),
     "crop_scale": (0.001, 1),
 }
 
@@ -196,6 +198,7 @@ def pretrain(config: Config, run: RunFolder, images: Images) -> None:
         check_training,
         class_numbers,
         prepare_batch_norm,
+        set_dropout,
         set_recompute,
         with_batch_norm,
         without_padding,
@@ -219,6 +222,7 @@ def pretrain(config: Config, run: RunFolder, images: Images) -> None:
     model = prepare_batch_norm(model, config.batch_norm)
     precision = run.resolved("precision") or choose_precision(config.precision)
     set_recompute(model.trunk, config.run)
+    set_dropout(model.trunk, config.dropout)
 
     from recipes.stage import Stage  # imports Accelerate, as Setup.begin does
 

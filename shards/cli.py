@@ -76,13 +76,13 @@ def run_show(args: argparse.Namespace) -> int:
 
 
 def run_split(args: argparse.Namespace) -> int:
-    from shards.split import read_lines, split_annotated, split_classes, split_per_class, split_shares
+    from shards.split import read_lines, split_classes, split_per_class, split_shares
 
     if "://" in args.out:
         raise ValueError(f"--out {args.out} is a URL, and a view is two small local files: write it here, then copy.")
     out, seed = Path(args.out), args.seed or 0
     classes = args.classes or (read_lines(Path(args.classes_file)) if args.classes_file else None)
-    if (classes or args.annotated) and args.seed is not None:
+    if classes and args.seed is not None:
         raise ValueError("--seed has no effect on a view of classes, which takes all their samples: leave it out.")
     if args.shares:
         for name, view in split_shares(args.set, out, args.shares, seed).items():
@@ -90,8 +90,6 @@ def run_split(args: argparse.Namespace) -> int:
         return 0
     if classes:
         view, fewer = split_classes(args.set, out, classes), dict[str, int]()
-    elif args.annotated:
-        view, fewer = split_annotated(args.set, out), dict[str, int]()
     else:
         view, fewer = split_per_class(args.set, out, args.per_class, seed)
     of = f"{counted(view.samples, 'sample')} of {counted(len(view.classes), 'class')}"

@@ -175,7 +175,6 @@ def parser() -> Parser:
         "--classes", nargs="+", metavar="CLASS", help="a view DIR of the samples that show any of these classes"
     )
     how.add_argument("--classes-file", metavar="FILE", help="the same, with a class a line")
-    how.add_argument("--annotated", action="store_true", help="a view DIR of the samples that show any class at all")
     how.add_argument("--per-class", type=whole_number, metavar="N", help="a view DIR of N random samples of each class")
     splitting.add_argument("--seed", type=int, help="of --shares and --per-class (default: 0)")
     indexing = commands.add_parser(

@@ -73,17 +73,6 @@ def split_classes(url: str, out: Path, classes: Sequence[str]) -> Manifest:
     return write_views(url, out, index, {"": (manifest, rows)})[""]
 
 
-def split_annotated(url: str, out: Path) -> Manifest:
-    """Write the view of the samples that show any class at all; all classes stay the set's."""
-    check_new(out)
-    manifest, index = manifest_of(url), read_index(url)
-    rows = np.unique(objects(index)[0])
-    if not len(rows):
-        raise ValueError(f"no sample of {url} shows any class: --annotated takes none.")
-    described = replace(manifest, split=f"{manifest.split} (annotated)")
-    return write_views(url, out, index, {"": (described, rows)})[""]
-
-
 def split_per_class(url: str, out: Path, per_class: int, seed: int) -> tuple[Manifest, dict[str, int]]:
     """Write the view of N random samples of each class; returns also the classes that have fewer, with how many.
 

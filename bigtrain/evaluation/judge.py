@@ -24,7 +24,7 @@ from bigtrain.data.stream import Stream
 from bigtrain.detectors.neighbours import NearestNeighbours
 from bigtrain.detectors.saved import ImageDetector
 from bigtrain.evaluation.collect import collect
-from bigtrain.evaluation.metrics import closed_set_accuracy, explained, oscr, summary
+from bigtrain.evaluation.metrics import auroc, closed_set_accuracy, explained, oscr, summary
 from bigtrain.evaluation.pictures import Shown, most_telling
 from bigtrain.evaluation.report import write_report
 
@@ -79,7 +79,8 @@ def judge(
             detector's error is smaller: on held-out known images and, for comparison, on novel ones.
 
     Returns:
-        The record of results.json; the same on all ranks.
+        The record of results.json; the same on all ranks. Where some test images show no class, which makes them novel,
+        `auroc_annotated` is without them.
     """
     neighbours = {n: NearestNeighbours().fit(f) for n, f in collect(accelerator, bank, plain)[1].items()}
 
@@ -115,6 +116,9 @@ def judge(
         further = {"closed_set_accuracy": accuracy, "oscr": oscr(scored.novel_N, scored.score_N, is_right_N)}
     else:
         further = {}
+    shows_any_N = np.array([bool(test.shard_set.classes_of(sample)) for sample in test_N])
+    if not shows_any_N.all() and len(set(scored.novel_N[shows_any_N].tolist())) == 2:
+        further["auroc_annotated"] = auroc(scored.novel_N[shows_any_N], scored.score_N[shows_any_N])
     comparisons = {name: (score_N, summary(scored.novel_N, score_N, seed=seed)) for name, score_N in found.items()}
     for name in list(floors)[:1]:
         novel_N = scored.novel_N

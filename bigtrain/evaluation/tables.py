@@ -16,7 +16,7 @@ SWEEP_FILE = "sweep.json"
 WHAT_IS_KNOWN = ("known", "novel", "half", "category")  # an axis over whose values a table gives the mean
 MAX_NAMED = 20
 IN_PERCENT = ["auroc", "aupr_in", "aupr_out", "fpr_at_95_tpr_novel", "fpr_at_95_tpr_known", "detection_error"]
-IN_PERCENT += ["closed_set_accuracy", "oscr", "explained", "explained_novel"]
+IN_PERCENT += ["closed_set_accuracy", "oscr", "explained", "explained_novel", "auroc_annotated"]
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,19 @@ def test_save_load_same_bits(tmp_path, pictures, changes):
     assert before.std() > 0
 
 
+def test_older_detector(tmp_path, pictures):
+    """A detector that was saved before students predicted hidden patches scores what it did."""
+    detector = a_detector()
+    expected = detector.score(pictures)
+    detector.save(tmp_path / "detector")
+    record = json.loads((tmp_path / "detector" / "detector.json").read_text())
+    later = ("predict", "score_pairs", "score_over", "score_quantile")
+    older = {name: value for name, value in record.items() if name not in later}
+    (tmp_path / "detector" / "detector.json").write_text(json.dumps(older))
+    loaded = bigtrain.load_detector(tmp_path / "detector", device="cpu")
+    assert len(older) == len(record) - 4 and np.array_equal(loaded.score(pictures), expected)
+
+
 @pytest.mark.parametrize("predict", ["hidden", "all"])
 @torch.no_grad()
 def test_score_by_halves(predict):

@@ -9,7 +9,7 @@ from bigtrain.data.set_files import read_index
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import Resized
-from bigtrain.evaluation.collect import collect
+from bigtrain.evaluation.collect import collect, mean_over
 from shards.build import Settings, build
 
 
@@ -49,3 +49,17 @@ def test_over_budget(spoiled):
     """More undecodable pictures than the budget allows stop the evaluation."""
     with pytest.raises(ValueError, match="2 of 20 pictures cannot be decoded"):
         means(spoiled(2))
+
+
+def test_mean_over(spoiled):
+    """A mean over pictures counts each once, padding and what cannot be decoded left out."""
+    shard_set = spoiled(1)
+    _, values = means(shard_set)
+    stream = Stream(shard_set, shard_set.plan(np.arange(20), 6, shuffle=False), Resized(8))
+    found = mean_over(Accelerator(cpu=True), stream, lambda image_B3HW: image_B3HW.float().flatten(1)[:, :2])
+    stream = Stream(shard_set, shard_set.plan(np.arange(20), 6, shuffle=False), Resized(8))
+    kept = {"all": lambda image_B3HW: image_B3HW.float().flatten(1)[:, :2]}
+    expected = collect(Accelerator(cpu=True), stream, kept)[1]["all"]
+    assert len(values["mean"]) == len(expected) == 19 and found.shape == (2,)
+    assert found.tolist() == pytest.approx(expected.mean(axis=0))
+    assert list(stream.budget.skipped)

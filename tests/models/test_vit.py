@@ -294,11 +294,12 @@ def test_student_is_alive(model):
     size, patch = KINDS.get(model, (42, 14 if "patch14" in model else 16))
     torch.manual_seed(0)
     student = masked_student(Architecture(model, size // patch * patch, patch, 3)).eval()
-    tokens = []
-    for block in student.backbone.blocks:
-        block.register_forward_pre_hook(lambda _, given: tokens.append(given[0]))
-    student.backbone.forward_features(images(2, size // patch * patch, size // patch * patch))
-    for before, after in pairwise(tokens):
+    net = student.backbone
+    net.norm, net.fc_norm = nn.Identity(), nn.Identity()  # what the blocks give, as it is
+    image_B3HW = images(2, size // patch * patch, size // patch * patch)
+    embedded_BND = student._embed(image_B3HW)[:, net.num_prefix_tokens :]
+    blocks_LBND = student(image_B3HW, last=3)[0].blocks_LBND
+    for before, after in pairwise([embedded_BND, *blocks_LBND]):
         assert (after - before).norm() > 0.1 * before.norm()
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bigtrain
+from bigtrain.data.protocol import Protocol, split
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.models.vit import Architecture
 from bigtrain.models.weights import read_tensors, save_tensors
@@ -152,17 +153,35 @@ def test_tuned_blocks(finished, teacher):
     assert changed and all(key.startswith(("blocks.0.", "blocks.1.")) for key in changed)
 
 
+def with_broken_picture(source, folder, sample):
+    """A copy of a shard set in which a picture cannot be decoded."""
+    shutil.copytree(source, folder)
+    copy = ShardSet(str(folder))
+    shard = folder / copy.manifest.shards[int(copy.shard_N[sample])].file
+    data = bytearray(shard.read_bytes())
+    begin = int(copy._offset_N[sample])
+    data[begin : begin + 8] = b"not a png"[:8]
+    shard.write_bytes(data)
+    return copy
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_broken_known_picture(small, shards, tmp_path, processes):
+    """A broken picture to train on is passed over in training and in each plain figure, and named once."""
+    train, test = (ShardSet(str(shards / name)) for name in ("train", "test"))
+    known = Protocol.of(train.classes, known=["ankle_boot"])
+    sample = int(split(known, train, test, validation_share=0.1, seed=0, train_limit=24).fitted_N[0])
+    with_broken_picture(shards / "train", tmp_path / "train", sample)
+    flags = [*small, "--train", tmp_path / "train", "--no-tune", "--out", tmp_path / "run"]
+    done = run("defend.py", *flags, processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert list(results(tmp_path / "run")["skipped"]["train"]) == [train.key(sample)]
+
+
 def test_broken_picture(small, shards, tmp_path):
     """A broken picture is skipped, counted and named."""
-    broken = tmp_path / "test"
-    shutil.copytree(shards / "test", broken)
-    test = ShardSet(str(broken))
-    shard = broken / test.manifest.shards[0].file
-    data = bytearray(shard.read_bytes())
-    start = int(test._offset_N[7])
-    data[start : start + 8] = b"not a png"[:8]
-    shard.write_bytes(data)
-    flags = [*small, "--test", str(broken), "--test-limit", "0", "--out", str(tmp_path / "run")]
+    test = with_broken_picture(shards / "test", tmp_path / "test", 7)
+    flags = [*small, "--test", str(tmp_path / "test"), "--test-limit", "0", "--out", str(tmp_path / "run")]
     main(flags)
     figures = results(tmp_path / "run")
     assert figures["skipped"]["train"] == {} and list(figures["skipped"]["test"]) == [test.key(7)]

@@ -166,17 +166,6 @@ def test_classes(letters, tmp_path):
     assert index["key"].to_pylist() == [f"k{n}" for n in range(80, 95)]
 
 
-def test_annotated(letters, tmp_path, capsys):
-    """A view of what is annotated leaves out the samples that show nothing, and keeps every class."""
-    whole = read_index(letters)
-    shows = [bool(classes) for classes in whole["classes"].to_pylist()]
-    assert main(["split", letters, "--annotated", "--out", str(tmp_path / "view")]) == 0
-    view, index = read_manifest(str(tmp_path / "view")), read_index(str(tmp_path / "view"))
-    assert index["key"].to_pylist() == [key for key, its in zip(whole["key"].to_pylist(), shows, strict=True) if its]
-    assert 0 < view.samples < len(shows) and view.split == "train (annotated)"
-    assert view.classes == read_manifest(letters).classes
-
-
 def test_view_of_view(letters, tmp_path):
     """A view of a view points to the tars themselves."""
     split_classes(letters, tmp_path / "b", ["b"])
@@ -248,7 +237,7 @@ def test_failed_split(letters, tmp_path):
         ("--classes-file nobody.txt", "No such file"),
         ("--classes-file empty.txt", "names no class"),
         ("--per-class 0", "no whole number"),
-        ("", "one of the arguments --shares --classes --classes-file --annotated --per-class is required"),
+        ("", "one of the arguments --shares --classes --classes-file --per-class is required"),
         ("--per-class 2 --out full", "not empty"),
         ("--per-class 2 --out empty.txt", "is a file"),
         ("--per-class 2 --out s3://bucket/view", "is a URL"),
