@@ -57,8 +57,8 @@ FIGURES = ("auroc", "aupr_out", "fpr_at_95_tpr_known")  # of the page and of wha
 class Config(NetworkConfig):
     finetuned: str = ""
     """A network trained on the same known classes: network.safetensors of a run of recipes/deep_novelty.py with
-    --branches one --membership-weight 0. Give both the same --seed, --protocol and --validation-share, or images are
-    held out here that it was trained on."""
+    --branches one --membership-weight 0. Give both the same data and --seed, --protocol, --order, --train-limit and
+    --validation-share, or images are held out here that it was trained on."""
     layer: str = ""
     """The layer whose features are taken, by torch's name; empty: what the classifier would see."""
     detectors: tuple[str, ...] = ()
@@ -209,8 +209,8 @@ def given_networks(config: Config, known: Sequence[str]) -> dict[str, Network]:
     if not head_of(finetuned, known):
         raise ValueError(
             f"--finetuned {config.finetuned} tells other classes apart than the {len(known)} known ones: train it "
-            "with recipes/deep_novelty.py --branches one --membership-weight 0 and the same --known, --protocol and "
-            "--seed."
+            "with recipes/deep_novelty.py --branches one --membership-weight 0 and the same --known, --novel or "
+            "--protocol, --order and --seed."
         )
     return {" pre": given, "": finetuned}
 

@@ -4,14 +4,14 @@
     accelerate launch recipes/defend.py --train data/train --test data/test --known dog --out runs/dog
 
 Stage 1 (3.1) tunes the teacher's last blocks so that patches of one object agree; stage 2 (3.2) distils it into a
-student that sees half of the patches; novelty (3.3) is their disagreement. The defaults are the paper's values, and
-where it is silent the authors' code's.
+student that sees half of the patches; novelty (3.3) is their disagreement. The defaults are the paper's values and,
+where it is silent or may be read in two ways, the authors' code's.
 
 What the student predicts. The paper's student infers "the full context by only partially observing the input"; the
 authors' code takes the loss on the patches that the student sees, which is the default here (--predict visible). Such a
 student can copy what it sees: it explains novel pictures as well as known ones. --predict hidden takes the loss on the
-hidden patches, and scores each patch by the halves of the picture that hide it. What a student that ignores the picture
-would score stands beside every figure: a distillation means something above it alone.
+hidden patches, all on both; then each patch is scored by halves of the picture that hide it. What a student that
+ignores the picture would score stands beside every figure: a distillation means something above it alone.
 
 Which half it sees. The code shows the patches that the teacher attends to ("guided, code": --keep attended), the
 paper's Fig. 2 hides them ("guided, Fig. 2": --keep unattended).
@@ -304,7 +304,7 @@ def cluster_map(
 
 
 def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: Plan, teacher: Pretrained) -> Pretrained:
-    """3.2: a student from scratch predicts the teacher from half of the patches. Leaves student.safetensors."""
+    """3.2: a student from scratch predicts the teacher from a part of the patches. Leaves student.safetensors."""
     import torch
     from torch import nn
 
@@ -357,7 +357,7 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
                     (seen,) = teacher.vit(image_B3HW, last=config.distilled_blocks, with_attention=guided)
                 attention_BN = seen.attention_BN if guided else image_B3HW.new_ones(seen.tokens_BND.shape[:2])
                 visible_BN = visible_patches(attention_BN, part.seed_B, keep=keep, mask_ratio=config.mask_ratio)
-                # ... the student half of them, whose tokens it predicts, or those of the others
+                # ... the student a part of them, and it predicts the tokens of these, of the others or of all
                 (predicted,) = stage.module(image_B3HW, visible_BN=visible_BN, last=config.distilled_blocks)
             loss_B = distillation_loss(  # eq. 3, 4
                 predicted.blocks_LBND,

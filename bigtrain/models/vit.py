@@ -202,7 +202,7 @@ class ViT(nn.Module):
     def _class_attention(self, block: Any, x_TD: Tensor, runs: Runs) -> list[Tensor]:
         """softmax over all tokens of q_CLS k^T / sqrt(d), mean over heads, at the patches; one tensor for each run."""
         if not self.backbone.has_class_token:
-            raise ValueError("this network has no [CLS] token, whose attention guides the mask: use --keep random.")
+            raise ValueError("this network has no [CLS] token, whose attention to its patches was asked for.")
         prefix, result = self.backbone.num_prefix_tokens, []
         with torch.no_grad():
             q_THd, k_THd, _ = self._qkv(block, x_TD)
