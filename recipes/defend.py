@@ -23,16 +23,13 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
-from bigtrain.data.protocol import seeded_choice
 from bigtrain.data.workers import prepare_workers
 from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.run_folder import RunFolder
-from bigtrain.runtime.settings import check_ranges, print_if_asked, read_settings, result_settings
+from bigtrain.runtime.settings import check_ranges, print_if_asked, read_settings
 from bigtrain.text import clean, clock
 from recipes.defend_settings import (
     LIMITS,
@@ -51,9 +48,7 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used, behind all m
 
     from bigtrain.data.plan import Plan
     from bigtrain.data.shard_set import ShardSet
-    from bigtrain.data.stream import Batch, Stream
-    from bigtrain.detectors.distillation import DistillationDetector
-    from bigtrain.evaluation.judge import Features
+    from bigtrain.data.stream import Batch
     from bigtrain.models.heads import TokenQueue
     from bigtrain.models.weights import Pretrained
     from recipes.run_setup import Setup
@@ -87,7 +82,6 @@ def defend(config: Config, run: RunFolder, data: Data) -> None:
     began = time.monotonic()
     prepare_workers(config.run.workers)
     from bigtrain.data.pictures import jpeg_decoder
-    from bigtrain.data.views import Resized
     from bigtrain.models.attention import resolve_backend, torch_dtype
     from bigtrain.models.vit import Architecture
     from bigtrain.models.weights import load_vit
@@ -120,43 +114,9 @@ def defend(config: Config, run: RunFolder, data: Data) -> None:
             return
     student = masked_distillation(config, setup, train, fitted, teacher)
 
-    from bigtrain.detectors.distillation import DistillationDetector, Scoring
-    from bigtrain.evaluation.judge import judge
+    from recipes.defend_judging import judged
 
-    scoring = Scoring(
-        image_size=config.image_size,
-        normalisation=config.normalisation,
-        normalise_student=config.normalise_student,
-        distance=config.distance,
-        distilled_blocks=config.distilled_blocks,
-        precision=precision,
-        attention=config.attention,
-        batch=config.score_batch,
-        predict=config.predict,
-        score_pairs=config.score_pairs,
-        score_over=config.score_over,
-        score_quantile=config.score_quantile,
-    )
-    detector = DistillationDetector(teacher, student, scoring)
-
-    views = Resized(config.image_size)
-    bank_N = seeded_choice(parts.fitted_N, config.neighbours_bank, config.seed)
-    bank = partial(setup.in_order, train, bank_N, views, config.score_batch)
-    plain, floors = plain_figures(config, setup, given, detector, bank)
-    results = judge(
-        run.path,
-        accelerator,
-        detector,
-        method="DEFEND" if config.tune else "masked distillation",
-        protocol=protocol,
-        test=setup.in_order(data.test, parts.test_N, views, config.score_batch),
-        held_out=setup.in_order(train, parts.held_out_N, views, config.score_batch) if len(parts.held_out_N) else None,
-        bank=bank(),
-        plain=plain,
-        settings=result_settings(config),
-        seed=config.seed,
-        floors=floors,
-    )
+    results = judged(config, setup, data, given, teacher, student)
     if accelerator.is_main_process:
         run.finish(results)
     setup.end_trackers()
@@ -166,37 +126,6 @@ def defend(config: Config, run: RunFolder, data: Data) -> None:
         f"AUROC {auroc['value']:.3f} (95 % interval {auroc['low']:.3f} to {auroc['high']:.3f}); {others}; "
         f"this start took {clock(time.monotonic() - began)}; report: {run / 'report.html'}"
     )
-
-
-def plain_figures(
-    config: Config, setup: Setup, given: Pretrained, detector: DistillationDetector, bank: Callable[[], Stream]
-) -> tuple[dict[str, Features], dict[str, Features]]:
-    """What stands beside the detector: features for nearest neighbours, and the scores of a student that has learnt
-    nothing; of a tuned teacher and of the given one, which tells tuning (3.1) from distillation (3.2)."""
-    import torch
-
-    from bigtrain.detectors.distillation import DistillationDetector
-    from bigtrain.detectors.neighbours import pixel_features, token_features
-    from bigtrain.evaluation.collect import mean_over
-
-    def features_of(network: Pretrained) -> Features:
-        @torch.no_grad()
-        def features(image_B3HW: Tensor) -> Tensor:
-            with setup.autocast():
-                return token_features(image_B3HW, network)
-
-        return features
-
-    plain: dict[str, Features] = {"pixels": pixel_features, "features of the given teacher": features_of(given)}
-    of_teachers = {"": detector}
-    if config.tune:
-        plain["features of the tuned teacher"] = features_of(detector.teacher)
-        of_teachers[" (given teacher)"] = DistillationDetector(given, detector.student, detector.scoring)
-    floors: dict[str, Features] = {}
-    for whose, its in of_teachers.items():
-        constant_LND = mean_over(setup.accelerator, bank(), its.target)
-        floors[f"a student that ignores the picture{whose}"] = partial(its.constant_score, constant_LND=constant_LND)
-    return plain, floors
 
 
 def dense_tuning(
