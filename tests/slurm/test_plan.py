@@ -8,16 +8,23 @@ import pytest
 
 from bigtrain.data.schema import Manifest
 from bigtrain.data.set_files import read_manifest
-from recipes import deep_novelty, defend_settings
+from recipes import baselines, deep_novelty, defend_settings
 from slurm.sweep import plan, toml_value
 from tests.launching import ROOT
 
 SHIPPED = sorted((ROOT / "slurm" / "sweeps").glob("*.toml"))
 RUNS = {
-    "coco_uniclass": 240, "defend_masks": 300, "defend_table1_cifar10": 210, "defend_table1_mvtec": 315,
-    "defend_table2": 390, "defend_table3": 120, "defend_table4": 420, "defend_table5": 12,
-    "deep_novelty_table1": 48, "deep_novelty_table2": 9, "deep_novelty_ablation": 15,
+    "coco_uniclass": 240, "defend_masks": 570, "defend_table1_cifar10": 270, "defend_table1_mvtec": 405,
+    "defend_table2": 390, "defend_table3": 180, "defend_table4": 420, "defend_table5": 12,
+    "deep_novelty_table1": 48, "deep_novelty_table1_features": 36, "deep_novelty_table1_founder": 12,
+    "deep_novelty_table2": 9, "deep_novelty_table3": 24, "deep_novelty_ablation": 15,
+    "small_fashion": 60, "small_cifar10": 63, "small_growth": 12, "small_mosaics": 9, "small_vits14": 18,
 }  # fmt: skip
+CONFIGS = {
+    "recipes/defend.py": defend_settings.Config,
+    "recipes/deep_novelty.py": deep_novelty.Config,
+    "recipes/baselines.py": baselines.Config,
+}
 COUNTS = {"cifar10": 10, "mnist": 10, "fashion": 10, "cifar100": 20, "voc": 20, "coco": 80}
 
 
@@ -165,8 +172,7 @@ def test_shipped_sweeps(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = plan(file)
     assert len(found.runs) == RUNS[file.stem]
-    config = defend_settings.Config if file.stem.startswith(("defend", "coco")) else deep_novelty.Config
-    known = {*config.__dataclass_fields__, "workers"}
-    assert {name for run in found.runs for name in run.settings} <= known
+    for run in found.runs:
+        assert set(run.settings) <= {*CONFIGS[run.recipe].__dataclass_fields__, "workers"}, run.name
     text = (ROOT / "slurm" / "sweeps" / "README.md").read_text()
     assert re.search(rf"`{file.stem}`.*\| {RUNS[file.stem]} \|", text)
