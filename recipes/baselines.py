@@ -228,7 +228,7 @@ def read_inputs(config: Config, setup: Setup, source: NetworkDetector, data: Dat
     """The features of all images of the run, and of a fine-tuned network the logits."""
     from bigtrain.detectors.logits import MaxLogit
     from bigtrain.detectors.network import NetworkDetector
-    from recipes.features import extracted, head_of
+    from recipes.features import Source, extracted, head_of
 
     folder = Path(config.features) if config.features else setup.run / "features"
     parts, known_N = data.parts, np.sort(np.concatenate([data.parts.fitted_N, data.parts.held_out_N]))
@@ -239,8 +239,9 @@ def read_inputs(config: Config, setup: Setup, source: NetworkDetector, data: Dat
         kinds["logits"] = NetworkDetector(source.network, MaxLogit(), end)
     inputs: dict[str, Inputs] = {}
     for kind, its in kinds.items():
-        train = extracted(folder, setup, its, data.train, known_N)
-        test = extracted(folder, setup, its, data.test, parts.test_N)
+        layer = Source.layer(its)
+        train = extracted(folder, setup, layer, data.train, known_N)
+        test = extracted(folder, setup, layer, data.test, parts.test_N)
         (fitted_N, fitted_ND), (held_out_N, held_out_ND) = train.of(parts.fitted_N), train.of(parts.held_out_N)
         test_N, test_ND = test.of(parts.test_N)
         if kind == "logits":

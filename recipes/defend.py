@@ -245,6 +245,7 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
     from bigtrain.objectives.losses import distillation_loss
     from bigtrain.runtime.optim import adamw, decay_groups, follow, scaled_lr, schedule, set_schedule
     from recipes.stage import Stage
+    from recipes.teacher_tokens import TeacherTokens
 
     accelerator, student_file = setup.accelerator, setup.run / LEAVES["distil"]
     if student_file.is_file():
@@ -275,6 +276,10 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
     warmup = round(config.warmup_epochs * fitted.batches_per_epoch)
     keep = kept(config)
     guided = keep != "random" and config.mask_ratio > 0
+    tokens = TeacherTokens(
+        setup, teacher, train, fitted,
+        image_size=config.image_size, layers=config.distilled_blocks, with_attention=guided, batch=config.score_batch,
+    )  # fmt: skip
 
     for batch in stage.batches():
         factor = schedule(config.schedule, stage.step, total=stage.steps, warmup=warmup)
@@ -282,9 +287,10 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
         for part in stage.parts(batch):
             image_B3HW = to_float(part.views["image"], teacher.mean, teacher.std)
             with setup.autocast():
-                with torch.no_grad():  # eq. 2: the teacher sees every patch ...
-                    (seen,) = teacher.vit(image_B3HW, last=config.distilled_blocks, with_attention=guided)
-                attention_BN = seen.attention_BN if guided else image_B3HW.new_ones(seen.tokens_BND.shape[:2])
+                seen = tokens.of(part, image_B3HW)  # eq. 2: the teacher sees every patch ...
+                attention_BN = seen.attention_BN
+                if attention_BN is None:
+                    attention_BN = image_B3HW.new_ones(seen.tokens_BND.shape[:2])
                 visible_BN = visible_patches(attention_BN, part.seed_B, keep=keep, mask_ratio=config.mask_ratio)
                 # ... the student a part of them, and it predicts the tokens of these, of the others or of all
                 (predicted,) = stage.module(image_B3HW, visible_BN=visible_BN, last=config.distilled_blocks)
@@ -306,6 +312,7 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
     student = ema.eval() if config.ema_student else stage.into(student)
     if accelerator.is_main_process:
         save_vit(student_file, student, architecture, mean=teacher.mean, std=teacher.std)
+    tokens.remove()
     return Pretrained(student, architecture, teacher.mean, teacher.std, "")
 
 

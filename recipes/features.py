@@ -1,21 +1,23 @@
-"""Features of a network for many images, extracted once: each process its own parts, kept as safetensors, reused."""
+"""What a network gives for many images, computed once: each process its own parts, kept as safetensors, reused."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
+from bigtrain.data.views import Transform
 from bigtrain.detectors.network import NetworkDetector
 from bigtrain.models.backbone import Network
 from bigtrain.models.weights import read_tensors, save_tensors
@@ -29,7 +31,7 @@ LINE_EVERY_S = 10.0
 
 
 class Features(NamedTuple):
-    """Of some images in the order of the index: their numbers, float32 (N, D), and those that could not be decoded."""
+    """Of some images in the order of the index: their numbers, float32 (N, ...); and those that were not decoded."""
 
     sample_N: NDArray[np.int64]
     features_ND: NDArray[np.float32]
@@ -42,30 +44,51 @@ class Features(NamedTuple):
         return sample_N[is_there_N], self.features_ND[place_N[is_there_N]]
 
 
-def fingerprint(network: Network) -> str:
-    """A digest of a network's weights and of how it is fed."""
-    digest = hashlib.sha256(json.dumps([asdict(network.architecture), network.mean, network.std]).encode())
-    for name, value in network.trunk.state_dict().items():
+@dataclass(frozen=True)
+class Source:
+    """Where features come from."""
+
+    compute: Callable[[Tensor], Tensor]  # uint8 views (B, 3, H, W) to (B, ...), on the device
+    view: Transform
+    batch: int
+    identity: Mapping[str, Any]  # all that the features depend on, beside the device and the images
+
+    @classmethod
+    def layer(cls, detector: NetworkDetector) -> Source:
+        """The layer of a network that a detector is fitted to."""
+        scoring = detector.scoring
+        identity = {
+            "network": fingerprint(detector.network.trunk, of_network(detector.network)),
+            "layer": scoring.layer,
+            "view": [scoring.image_size, scoring.resize],
+            "precision": scoring.precision,
+            "batch": scoring.batch,
+        }
+        return cls(detector.features_of, detector.view(), scoring.batch, identity)
+
+
+def of_network(network: Network) -> list[Any]:
+    return [asdict(network.architecture), network.mean, network.std]
+
+
+def fingerprint(network: nn.Module, fed: Any) -> str:
+    """A digest of a network's weights and of how it is fed, as JSON."""
+    digest = hashlib.sha256(json.dumps(fed).encode())
+    for name, value in network.state_dict().items():
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def extracted(
-    folder: Path, setup: Setup, source: NetworkDetector, shard_set: ShardSet, sample_N: NDArray[np.int64]
-) -> Features:
+def extracted(folder: Path, setup: Setup, source: Source, shard_set: ShardSet, sample_N: NDArray[np.int64]) -> Features:
     """The features of these images: those that lie in the folder are read, the others computed and put there.
 
-    A folder may serve several runs: what is in it goes by the network's weights, the layer, the view, the precision and
-    the shards. Part files hold PART images, appear atomically, and are computed in batches that do not depend on the
-    number of processes, so that the features do not either. Called on all ranks.
+    A folder may serve several runs: what is in it goes by the source's identity, the device and the shards. Part files
+    hold PART images, appear atomically, and are computed in batches that do not depend on the number of processes, so
+    that the features do not either. Called on all ranks.
     """
     own = {
-        "network": fingerprint(source.network),
-        "layer": source.scoring.layer,
-        "view": [source.scoring.image_size, source.scoring.resize],
-        "precision": source.scoring.precision,
-        "batch": source.scoring.batch,
+        **source.identity,
         "device": setup.accelerator.device.type,
         "shards": [shard.sha256 for shard in shard_set.manifest.shards],
         "samples": len(shard_set),
@@ -103,17 +126,15 @@ def extracted(
     return Features(kept, features_ND, {key: why for key, why in found.skipped.items() if key in wanted})
 
 
-def compute_part(
-    place: Path, setup: Setup, source: NetworkDetector, shard_set: ShardSet, sample_N: NDArray[np.int64]
-) -> None:
+def compute_part(place: Path, setup: Setup, source: Source, shard_set: ShardSet, sample_N: NDArray[np.int64]) -> None:
     """Compute the features of some images, on this rank alone, and write them."""
-    plan = shard_set.plan(sample_N, source.scoring.batch, shuffle=False)
+    plan = shard_set.plan(sample_N, source.batch, shuffle=False)
     workers, mark = setup.settings.workers, setup.heartbeat.mark
-    stream = Stream(shard_set, plan, source.view(), workers=workers, mark=mark)
+    stream = Stream(shard_set, plan, source.view, workers=workers, mark=mark)
     samples, features = [], []
     for batch in stream.batches():
         is_real_B = batch.weight_B > 0
-        outputs = source.features_of(batch.to(setup.accelerator.device).views["image"])
+        outputs = source.compute(batch.to(setup.accelerator.device).views["image"])
         samples.append(batch.sample_B[is_real_B.numpy()])
         features.append(outputs.cpu()[is_real_B])
     name = f"{hashlib.sha256(sample_N.tobytes()).hexdigest()[:16]}.safetensors"

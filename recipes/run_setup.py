@@ -68,6 +68,8 @@ class Setup:
         from bigtrain.runtime.start import start
 
         settings = run.config.run
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
         accelerator = start(
             precision, timeout_min=2 * settings.hang_timeout_min, trackers=settings.trackers, folder=run.path,
             deterministic=settings.deterministic,

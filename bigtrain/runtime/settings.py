@@ -23,6 +23,11 @@ class RunSettings:
     """Run folder; the same command again continues in it."""
     workers: int = 0
     """Processes for each rank that read and decode; 0 does it in the training process."""
+    threads: int = 0
+    """Of a process on a CPU; 0: OMP_NUM_THREADS, which `accelerate launch` sets to 1 where nothing else does."""
+    cache_gib: float = 2.0
+    """Memory of a process on a CPU for what would be computed again in each epoch, such as a teacher's tokens; 0: none.
+    Results with and without differ by rounding."""
     log_every: int = 20
     """Steps between two lines of the log."""
     checkpoint_every: int = 200
@@ -54,7 +59,7 @@ class RunSettings:
 C = TypeVar("C")
 Limits = dict[str, tuple[float, float]]
 RUN_LIMITS: Limits = {
-    "workers": (0, math.inf),
+    **dict.fromkeys(("workers", "threads", "cache_gib"), (0, math.inf)),
     "log_every": (1, math.inf),
     "checkpoint_every": (1, math.inf),
     "keep_checkpoints": (1, math.inf),

@@ -1,0 +1,107 @@
+"""What the teacher says of the training pictures: on CPUs computed once, for distillation shows them unaugmented."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from bigtrain.data.plan import Plan
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.stream import Batch
+from bigtrain.data.views import Resized, to_float
+from bigtrain.models.vit import Encoded
+from bigtrain.models.weights import Pretrained
+from recipes.features import Features, Source, extracted, fingerprint
+from recipes.run_setup import Setup
+
+GIB = 2**30
+
+
+class TeacherTokens:
+    """The teacher's tokens of any training batch, from memory if they fit there, else computed each time.
+
+    Kept in the run folder until the student is done, so that a restart trains on the same bits. On a GPU they are
+    always computed: copying them there takes as long.
+
+    Args:
+        plan: of the distillation.
+        layers: so many of the teacher's last blocks.
+        with_attention: the attention of [CLS] too.
+        batch: images a forward pass, when they are computed once.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        teacher: Pretrained,
+        shard_set: ShardSet,
+        plan: Plan,
+        *,
+        image_size: int,
+        layers: int,
+        with_attention: bool,
+        batch: int,
+    ) -> None:
+        self.setup, self.teacher, self.layers, self.with_attention = setup, teacher, layers, with_attention
+        self.folder = setup.run / "teacher_tokens"
+        self.features: Features | None = None
+        if setup.accelerator.device.type != "cpu" or not setup.settings.cache_gib:
+            return
+        patches, width = (image_size // teacher.vit.patch_size) ** 2, teacher.vit.backbone.embed_dim
+        needed = 4 * len(plan.sample_N) * patches * (layers * width + with_attention)
+        if needed > setup.settings.cache_gib * GIB:
+            setup.accelerator.print(
+                f"distil: the teacher's tokens of {len(plan.sample_N)} images need {needed / GIB:.1f} GiB, more than "
+                f"--cache-gib {setup.settings.cache_gib:g}: they are computed in each step."
+            )
+            return
+        fed = [asdict(teacher.architecture), teacher.mean, teacher.std]
+        identity = {
+            "network": fingerprint(teacher.vit, fed),
+            "layers": layers,
+            "with_attention": with_attention,
+            "view": image_size,
+            "precision": setup.precision,
+            "batch": batch,
+        }
+        source = Source(self._row, Resized(image_size), batch, identity)
+        self.features = extracted(self.folder, setup, source, shard_set, plan.sample_N)
+
+    def of(self, batch: Batch, image_B3HW: Tensor) -> Encoded:
+        """For a batch, and its pictures as the network takes them; under autocast, without a gradient."""
+        if self.features is not None:
+            real_B = (batch.weight_B > 0).numpy()
+            found_N, row_NF = self.features.of(batch.sample_B[real_B])
+            if len(found_N) == real_B.sum():  # else a picture was decoded that could not be before
+                row_BF = torch.zeros(len(real_B), row_NF.shape[1])
+                row_BF[torch.from_numpy(real_B)] = torch.from_numpy(row_NF)
+                return self._encoded(row_BF)
+        with torch.no_grad():
+            (seen,) = self.teacher.vit(image_B3HW, last=self.layers, with_attention=self.with_attention)
+        return seen
+
+    def remove(self) -> None:
+        """What is kept of them in the run folder."""
+        if self.setup.accelerator.is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @torch.no_grad()
+    def _row(self, image_B3HW: Tensor) -> Tensor:
+        """Tokens and attention of each uint8 image in one row, float32 (B, L N D) or (B, L N D + N)."""
+        with self.setup.autocast():
+            image_B3HW = to_float(image_B3HW, self.teacher.mean, self.teacher.std)
+            (seen,) = self.teacher.vit(image_B3HW, last=self.layers, with_attention=self.with_attention)
+        parts = [seen.blocks_LBND.transpose(0, 1).flatten(1).float()]
+        if seen.attention_BN is not None:
+            parts.append(seen.attention_BN)
+        return torch.cat(parts, dim=1)
+
+    def _encoded(self, row_BF: Tensor) -> Encoded:
+        width = self.teacher.vit.backbone.embed_dim
+        patches = row_BF.shape[1] // (self.layers * width + self.with_attention)
+        tokens_BF = row_BF[:, : self.layers * patches * width]
+        blocks_LBND = tokens_BF.unflatten(1, (self.layers, patches, width)).transpose(0, 1)
+        return Encoded(blocks_LBND, None, row_BF[:, -patches:] if self.with_attention else None)
