@@ -1,11 +1,12 @@
 """What the training runtime costs: pairs taken in turn, reported as ratios, median (least .. most).
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/training.py --part overhead|checkpoint|scaling|memory [--rounds 5]
+    OMP_NUM_THREADS=1 python tests/benchmarks/training.py --part overhead|checkpoint|scaling|memory|teacher [--rounds 5]
 
 overhead: a step of recipes.stage.Stage / a bare PyTorch loop with the same network, pictures and batches.
 checkpoint: saving and loading / torch.save with fsync and torch.load of the same state.
 scaling: images/s of recipes/pretrain.py with two processes / with one.
 memory: what a process holds under ZeRO-1, 2 and 3 / under DDP (sharing.py).
+teacher: images/s of the preset's distillation (recipes/defend.py), the teacher's tokens computed once / in each step.
 
 Pictures are made here. --small is for a look at whether it runs, and its figures mean nothing.
 """
@@ -264,11 +265,11 @@ def checkpoint(options: argparse.Namespace) -> None:
 # --- scaling
 
 
-def started(out: Path, processes: int, flags: Sequence[str]) -> subprocess.Popen[bytes]:
+def started(recipe: str, out: Path, processes: int, flags: Sequence[str]) -> subprocess.Popen[bytes]:
     line = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", str(processes)]
     line += ["--config_file", str(ROOT / "recipes" / "accelerate" / ("cpu2.yaml" if processes > 1 else "cpu.yaml"))]
-    line += [str(ROOT / "recipes" / "pretrain.py"), "--out", str(out), *flags]
-    return subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    line += [str(ROOT / "recipes" / recipe), "--out", str(out), *flags]
+    return subprocess.Popen(line, cwd=out.parent, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def images_per_s(run: subprocess.Popen[bytes], out: Path, batch: int) -> float:
@@ -299,7 +300,7 @@ def scaling(options: argparse.Namespace) -> None:
                 ) -> tuple[subprocess.Popen[bytes], Path, int]:
                     whole, path = batch * processes, folder / f"{turn}-{out}"
                     more = ["--batch", str(whole), "--epochs", str(epochs)]
-                    return started(path, processes, [*flags, *more]), path, whole
+                    return started("pretrain.py", path, processes, [*flags, *more]), path, whole
 
                 one = images_per_s(*begin("one", 1, epochs // 2))
                 two = images_per_s(*begin("two", 2, epochs))
@@ -311,12 +312,32 @@ def scaling(options: argparse.Namespace) -> None:
         print(f"| {name} at {size}, batch {batch} a process | {speeds} | {ratios} |", flush=True)
 
 
+def teacher(options: argparse.Namespace) -> None:
+    """Ten epochs of the embedded sample, with one thread and with two."""
+    print("| threads | images/s: once | in each step | once / in each step |")
+    print("|---|---|---|---|")
+    batch, epochs = 16, 3 if options.small else 10
+    flags = ["--no-tune", "--test-limit", "40", "--distil-epochs", str(epochs)]
+    with tempfile.TemporaryDirectory() as temporary:
+        for threads in (1, 2):
+            found = []
+            for turn in range(options.rounds):
+                speeds = []
+                for kind, room in (("once", "2"), ("each", "0")):
+                    out = Path(temporary) / f"{threads}-{turn}-{kind}"
+                    more = ["--threads", str(threads), "--cache-gib", room]
+                    speeds.append(images_per_s(started("defend.py", out, 1, [*flags, *more]), out, batch))
+                found.append(speeds)
+            once_R, each_R = np.array(found).T
+            print(f"| {threads} | {np.median(once_R):.0f} | {np.median(each_R):.0f} | {shown(once_R / each_R, 2)} |")
+
+
 def memory(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         sharing.compare(Path(temporary), build(Path(temporary), 32), options.depth, options.processes)
 
 
-PARTS = {"overhead": overhead, "checkpoint": checkpoint, "scaling": scaling, "memory": memory}
+PARTS = {"overhead": overhead, "checkpoint": checkpoint, "scaling": scaling, "memory": memory, "teacher": teacher}
 
 
 def main() -> None:

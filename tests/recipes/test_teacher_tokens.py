@@ -40,7 +40,7 @@ def test_computed_once(small, tuned, monkeypatch):
     for name in ("_row", "_encoded"):
         monkeypatch.setattr(TeacherTokens, name, counted(calls, name))
     main([*small, "--out", str(tuned)])
-    assert calls == {"_row": 1, "_encoded": 8}  # of eight steps, two epochs and more
+    assert calls == {"_row": 1, "_encoded": 8}  # its eight steps are two epochs
 
 
 def counted(calls, name):

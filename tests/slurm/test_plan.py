@@ -173,6 +173,6 @@ def test_shipped_sweeps(file, tmp_path, monkeypatch):
     found = plan(file)
     assert len(found.runs) == RUNS[file.stem]
     for run in found.runs:
-        assert set(run.settings) <= {*CONFIGS[run.recipe].__dataclass_fields__, "workers"}, run.name
+        assert set(run.settings) <= {*CONFIGS[run.recipe].__dataclass_fields__, "workers", "threads"}, run.name
     text = (ROOT / "slurm" / "sweeps" / "README.md").read_text()
     assert re.search(rf"`{file.stem}`.*\| {RUNS[file.stem]} \|", text)
