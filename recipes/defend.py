@@ -115,7 +115,9 @@ def defend(config: Config, run: RunFolder, data: Data) -> None:
     student = masked_distillation(config, setup, train, fitted, teacher)
 
     from recipes.defend_judging import judged
+    from recipes.teacher_tokens import remove_tokens
 
+    remove_tokens(setup)
     results = judged(config, setup, data, given, teacher, student)
     if accelerator.is_main_process:
         run.finish(results)
@@ -312,7 +314,6 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
     student = ema.eval() if config.ema_student else stage.into(student)
     if accelerator.is_main_process:
         save_vit(student_file, student, architecture, mean=teacher.mean, std=teacher.std)
-    tokens.remove()
     return Pretrained(student, architecture, teacher.mean, teacher.std, "")
 
 

@@ -18,6 +18,7 @@ from recipes.features import Features, Source, extracted, fingerprint
 from recipes.run_setup import Setup
 
 GIB = 2**30
+FOLDER = "teacher_tokens"  # in the run folder
 
 
 class TeacherTokens:
@@ -46,7 +47,6 @@ class TeacherTokens:
         batch: int,
     ) -> None:
         self.setup, self.teacher, self.layers, self.with_attention = setup, teacher, layers, with_attention
-        self.folder = setup.run / "teacher_tokens"
         self.features: Features | None = None
         if setup.accelerator.device.type != "cpu" or not setup.settings.cache_gib:
             return
@@ -68,7 +68,7 @@ class TeacherTokens:
             "batch": batch,
         }
         source = Source(self._row, Resized(image_size), batch, identity)
-        self.features = extracted(self.folder, setup, source, shard_set, plan.sample_N)
+        self.features = extracted(setup.run / FOLDER, setup, source, shard_set, plan.sample_N)
 
     def of(self, batch: Batch, image_B3HW: Tensor) -> Encoded:
         """For a batch, and its pictures as the network takes them; under autocast, without a gradient."""
@@ -82,11 +82,6 @@ class TeacherTokens:
         with torch.no_grad():
             (seen,) = self.teacher.vit(image_B3HW, last=self.layers, with_attention=self.with_attention)
         return seen
-
-    def remove(self) -> None:
-        """What is kept of them in the run folder."""
-        if self.setup.accelerator.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     @torch.no_grad()
     def _row(self, image_B3HW: Tensor) -> Tensor:
@@ -105,3 +100,9 @@ class TeacherTokens:
         tokens_BF = row_BF[:, : self.layers * patches * width]
         blocks_LBND = tokens_BF.unflatten(1, (self.layers, patches, width)).transpose(0, 1)
         return Encoded(blocks_LBND, None, row_BF[:, -patches:] if self.with_attention else None)
+
+
+def remove_tokens(setup: Setup) -> None:
+    """What is kept of them in the run folder, once the student is done."""
+    if setup.accelerator.is_main_process:
+        shutil.rmtree(setup.run / FOLDER, ignore_errors=True)
