@@ -22,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables.add_argument("folder", type=Path, help="of a sweep, or one that holds runs' folders")
     tables.add_argument("--metric", default="auroc", help="a figure of results.json (auroc)")
     tables.add_argument("--plain", action="store_true", help="with a row for each plain figure beside the detectors")
+    tables.add_argument(
+        "--against", default="", metavar="AXIS=VALUE", help="with the paired differences to the runs of this row"
+    )
     given = parser.parse_args(argv)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a frame's lines still shows the figures
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             from bigtrain.evaluation.tables import read_results, table  # scipy, which a live page does without
 
-            print(table(read_results(given.folder, plain=given.plain), given.metric))
+            print(table(read_results(given.folder, plain=given.plain), given.metric, against=given.against))
     except KeyboardInterrupt:
         return 0
     except ValueError as error:

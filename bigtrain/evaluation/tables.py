@@ -168,11 +168,47 @@ def mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(there)) if len(there) == len(values) else None
 
 
-def table(results: Sequence[Result], metric: str = "auroc") -> str:
-    """Markdown, as a README takes it.
+def less(results: Sequence[Result], metric: str, against: str) -> list[Result]:
+    """Each run's figure less that of its counterpart, which differs from it in one axis only: paired differences.
+
+    Args:
+        against: AXIS=VALUE, which the counterparts have.
+
+    Returns:
+        The differences as results of the same metric; without figures where there is no counterpart, or it is this.
 
     Raises:
-        ValueError: the runs have no such figure.
+        ValueError: there is no such axis, or none of its values is this one.
+    """
+    axis, _, wanted = against.partition("=")
+    values = {str(result.axes[axis]): None for result in results if axis in result.axes}
+    if not values:
+        raise ValueError(
+            f"--against {against} names no axis of these runs: use AXIS=VALUE with one of {', '.join(results[0].axes)}."
+        )
+    if wanted not in values:
+        raise ValueError(f"--against {against}: no run has that {axis}; there are {'; '.join(values)}.")
+
+    def place(result: Result) -> frozenset[tuple[str, str]]:
+        return frozenset((name, str(value)) for name, value in result.axes.items() if name != axis)
+
+    others = {place(result): result.value(metric) for result in results if str(result.axes.get(axis)) == wanted}
+    found = []
+    for result in results:
+        own, other = result.value(metric), others.get(place(result)) if str(result.axes.get(axis)) != wanted else None
+        both = None if own is None or other is None else {metric: {"value": own - other}}
+        found.append(Result(result.name, result.axes, both))
+    return found
+
+
+def table(results: Sequence[Result], metric: str = "auroc", *, against: str = "") -> str:
+    """Markdown, as a README takes it.
+
+    Args:
+        against: see `less`; the paired differences are further columns.
+
+    Raises:
+        ValueError: the runs have no such figure, or what they are to be compared with is not there.
     """
     has_it = [r.figures is None or bool(figure_of(r.figures, metric)) for r in results]
     if not any(result.figures and its for result, its in zip(results, has_it, strict=True)):
@@ -184,17 +220,16 @@ def table(results: Sequence[Result], metric: str = "auroc") -> str:
     without = [result for result, its in zip(results, has_it, strict=True) if not its]
     results = [result for result, its in zip(results, has_it, strict=True) if its]
     names, found = rows(results, metric)
-    scale, unit = (100.0, ", %") if metric in IN_PERCENT else (1.0, "")
-    lines = [[*names, f"{metric}{unit}", "95 % interval", "seeds"]]
+    in_percent = metric in IN_PERCENT
+    lines = [[*names, metric + ", %" * in_percent, "95 % interval", "seeds"]]
     for row in found:
-        told = ["", ""]
-        if row.estimate:
-            middle, low, high = row.estimate
-            told = [f"{scale * middle:.1f}" if scale > 1 else f"{middle:.4f}", ""]
-            if low is not None and high is not None:
-                told[1] = " .. ".join(f"{scale * end:.1f}" if scale > 1 else f"{end:.4f}" for end in (low, high))
         of = f" of {row.expected}" if row.seeds < row.expected else ""
-        lines.append([*(str(value).replace("|", "\\|") for value in row.axes), *told, f"{row.seeds}{of}"])
+        cells = [*map(str, row.axes), *told(row.estimate, in_percent), f"{row.seeds}{of}"]
+        lines.append([cell.replace("|", "\\|") for cell in cells])
+    if against:
+        lines[0] += [f"less {against.partition('=')[2]}".replace("|", "\\|"), "95 % interval"]
+        for line, row in zip(lines[1:], rows(less(results, metric, against), metric)[1], strict=True):
+            line += told(row.estimate, in_percent)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     text = [f"| {' | '.join(line)} |" for line in padded]
@@ -206,6 +241,16 @@ def table(results: Sequence[Result], metric: str = "auroc") -> str:
         named = [" ".join(filter(None, (result.name, result.axes.get("detector")))) for result in without]
         text += ["", f"{len(without)} without {metric} are left out: {first_of(named)}"]
     return "\n".join(text)
+
+
+def told(estimate: tuple[float, float | None, float | None] | None, in_percent: bool) -> list[str]:
+    """The cells of a figure and its interval."""
+    if estimate is None:
+        return ["", ""]
+    middle, *ends = (
+        "" if value is None else f"{100 * value:.1f}" if in_percent else f"{value:.4f}" for value in estimate
+    )
+    return [middle, " .. ".join(filter(None, ends))]
 
 
 def first_of(names: Sequence[str]) -> str:

@@ -70,6 +70,32 @@ def test_plain_figures(tmp_path):
     assert found == {"DEFEND": "70.0", "pixels": "80.0"}
 
 
+def test_against(tmp_path):
+    """Differences are taken in pairs, run by run, and then averaged as the figures are."""
+    runs = {
+        f"{known}-{row}-s{seed}": {"known": known, "row": row, "seed": seed}
+        for known in ("a", "b")
+        for row in ("plain", "new, masked")
+        for seed in (0, 1)
+    }
+    write_sweep(tmp_path, runs)
+    for name, auroc in zip(runs, (0.5, 0.7, 0.6, 0.9, 0.4, 0.4, 0.8), strict=False):  # the last run is missing
+        put(tmp_path, name, auroc)
+    lines = table(read_results(tmp_path), against="row=plain").splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert cells[0][-2:] == ["less plain", "95 % interval"]
+    by_place = {(line[0], line[1]): line[-2:] for line in cells[2:]}
+    low, high = mean_and_interval([0.1, 0.2])[1:]
+    assert by_place["a", "new, masked"] == ["15.0", f"{100 * low:.1f} .. {100 * high:.1f}"]
+    assert by_place["b", "new, masked"] == ["40.0", ""]
+    assert by_place["mean", "new, masked"] == ["25.0", ""]  # of seed 0 alone: .1 and .4
+    assert by_place["a", "plain"] == by_place["mean", "plain"] == ["", ""]
+    with pytest.raises(ValueError, match=r"names no axis of these runs: .* known, row, seed"):
+        table(read_results(tmp_path), against="student=plain")
+    with pytest.raises(ValueError, match="no run has that row; there are plain; new, masked"):
+        table(read_results(tmp_path), against="row=old")
+
+
 def test_without_sweep(tmp_path):
     """Without a sweep, runs are told apart by the settings in which they differ."""
     for name, settings in (("one", {"known": ["a", "b"], "seed": 0}), ("two", {"known": ["a", "b"], "seed": 1})):
