@@ -262,8 +262,15 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
     lr = scaled_lr(config.distil_lr, config.distil_batch, config.lr_batch)
     groups = decay_groups(student.named_parameters(), base_lr=lr)
     visible = visible_count(math.prod(student.backbone.patch_embed.grid_size), config.mask_ratio)
-    flops = vit_forward_flops(teacher.vit, config.image_size)
-    flops += trained_flops(student, config.image_size, visible)
+    keep = kept(config)
+    guided = keep != "random" and config.mask_ratio > 0
+    steps = config.distil_steps or config.distil_epochs * fitted.batches_per_epoch
+    tokens = TeacherTokens(
+        setup, teacher, train, fitted, steps=steps, batch=config.score_batch,
+        image_size=config.image_size, layers=config.distilled_blocks, with_attention=guided,
+    )  # fmt: skip
+    flops = trained_flops(student, config.image_size, visible)
+    flops += 0 if tokens.features is not None else vit_forward_flops(teacher.vit, config.image_size)
     state, ema = nn.ModuleDict({"student": student}), copy.deepcopy(student).requires_grad_(False)
     if config.ema_student:
         state["ema"] = ema
@@ -272,16 +279,10 @@ def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: P
         trained=student, state=state, clip=config.clip,
         optimizer=adamw(groups, accelerator.device, lr=lr, betas=(0.9, 0.95)),
         stream=setup.stream(train, fitted, Resized(config.image_size)),
-        steps=config.distil_steps or config.distil_epochs * fitted.batches_per_epoch,
+        steps=steps,
         flops_per_image=flops,
     )  # fmt: skip
     warmup = round(config.warmup_epochs * fitted.batches_per_epoch)
-    keep = kept(config)
-    guided = keep != "random" and config.mask_ratio > 0
-    tokens = TeacherTokens(
-        setup, teacher, train, fitted,
-        image_size=config.image_size, layers=config.distilled_blocks, with_attention=guided, batch=config.score_batch,
-    )  # fmt: skip
 
     for batch in stage.batches():
         factor = schedule(config.schedule, stage.step, total=stage.steps, warmup=warmup)

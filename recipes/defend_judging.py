@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bigtrain.data.protocol import seeded_choice
@@ -16,6 +15,7 @@ from bigtrain.detectors.distillation import DistillationDetector, Scoring
 from bigtrain.detectors.neighbours import pixel_features, token_features
 from bigtrain.evaluation.collect import mean_over
 from bigtrain.evaluation.judge import Features, judge
+from bigtrain.models.vit import Encoded
 from bigtrain.models.weights import Pretrained
 from bigtrain.runtime.settings import result_settings
 from recipes.defend_settings import Config
@@ -46,7 +46,7 @@ def judged(
         score_over=config.score_over,
         score_quantile=config.score_quantile,
     )
-    detector = DistillationDetector(teacher, student, scoring)
+    detector = AskedOnce(teacher, student, scoring)
     views = Resized(config.image_size)
     bank_N = seeded_choice(parts.fitted_N, config.neighbours_bank, config.seed)
     bank = partial(setup.in_order, data.train, bank_N, views, config.score_batch)
@@ -70,25 +70,32 @@ def judged(
     )
 
 
+class AskedOnce(DistillationDetector):
+    """Its teacher sees a batch once, for the score and for the plain figures beside it, which follow each other."""
+
+    asked: tuple[Tensor, Encoded] | None = None
+
+    def teach(self, image_B3HW: Tensor) -> Encoded:
+        if self.asked is None or self.asked[0] is not image_B3HW:
+            self.asked = image_B3HW, super().teach(image_B3HW)
+        return self.asked[1]
+
+    def features(self, image_B3HW: Tensor) -> Tensor:
+        """Of the teacher, for nearest neighbours."""
+        return token_features(self.teach(image_B3HW).tokens_BND)
+
+
 def plain_figures(
-    config: Config, setup: Setup, given: Pretrained, detector: DistillationDetector, bank: Callable[[], Stream]
+    config: Config, setup: Setup, given: Pretrained, detector: AskedOnce, bank: Callable[[], Stream]
 ) -> tuple[dict[str, Features], dict[str, Features]]:
     """What stands beside the detector: features for nearest neighbours, and the scores of a student that has learnt
     nothing; of a tuned teacher and of the given one, which tells tuning (3.1) from distillation (3.2)."""
-
-    def features_of(network: Pretrained) -> Features:
-        @torch.no_grad()
-        def features(image_B3HW: Tensor) -> Tensor:
-            with setup.autocast():
-                return token_features(image_B3HW, network)
-
-        return features
-
-    plain: dict[str, Features] = {"pixels": pixel_features, "features of the given teacher": features_of(given)}
+    of_given = AskedOnce(given, detector.student, detector.scoring) if config.tune else detector
+    plain: dict[str, Features] = {"pixels": pixel_features, "features of the given teacher": of_given.features}
     of_teachers = {"": detector}
     if config.tune:
-        plain["features of the tuned teacher"] = features_of(detector.teacher)
-        of_teachers[" (given teacher)"] = DistillationDetector(given, detector.student, detector.scoring)
+        plain["features of the tuned teacher"] = detector.features
+        of_teachers[" (given teacher)"] = of_given
     floors: dict[str, Features] = {}
     for whose, its in of_teachers.items():
         constant_LND = mean_over(setup.accelerator, bank(), its.target)

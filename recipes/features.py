@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.stream import Stream
+from bigtrain.data.stream import ErrorBudget, Stream
 from bigtrain.data.views import Transform
 from bigtrain.detectors.network import NetworkDetector
 from bigtrain.models.backbone import Network
@@ -26,7 +26,6 @@ from bigtrain.text import clock
 if TYPE_CHECKING:
     from recipes.run_setup import Setup
 
-PART = 1024  # images of a file
 LINE_EVERY_S = 10.0
 
 
@@ -39,6 +38,8 @@ class Features(NamedTuple):
 
     def of(self, sample_N: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Those of these images that could be decoded, in this order."""
+        if np.array_equal(sample_N, self.sample_N):
+            return sample_N, self.features_ND  # without a copy
         place_N = np.searchsorted(self.sample_N, sample_N).clip(max=len(self.sample_N) - 1)
         is_there_N = self.sample_N[place_N] == sample_N
         return sample_N[is_there_N], self.features_ND[place_N[is_there_N]]
@@ -52,6 +53,8 @@ class Source:
     view: Transform
     batch: int
     identity: Mapping[str, Any]  # all that the features depend on, beside the device and the images
+    part: int = 1024  # images of a file
+    name: str = "features"
 
     @classmethod
     def layer(cls, detector: NetworkDetector) -> Source:
@@ -84,8 +87,8 @@ def extracted(folder: Path, setup: Setup, source: Source, shard_set: ShardSet, s
     """The features of these images: those that lie in the folder are read, the others computed and put there.
 
     A folder may serve several runs: what is in it goes by the source's identity, the device and the shards. Part files
-    hold PART images, appear atomically, and are computed in batches that do not depend on the number of processes, so
-    that the features do not either. Called on all ranks.
+    appear atomically, and are computed in batches that do not depend on the number of processes, so that the features
+    do not either. Memory: the features and one part. Called on all ranks.
     """
     own = {
         **source.identity,
@@ -103,20 +106,21 @@ def extracted(folder: Path, setup: Setup, source: Source, shard_set: ShardSet, s
     missing_N = np.setdiff1d(sample_N, before.sample_N)
     missing_N = missing_N[[shard_set.key(sample) not in before.skipped for sample in missing_N.tolist()]]
     setup.accelerator.wait_for_everyone()  # all have looked before anybody writes
-    parts = np.split(missing_N, range(PART, len(missing_N), PART)) if len(missing_N) else []
+    parts = np.split(missing_N, range(source.part, len(missing_N), source.part)) if len(missing_N) else []
+    budget = ErrorBudget(shard_set, len(sample_N))
     rank, world_size = setup.accelerator.process_index, setup.accelerator.num_processes
     began = last_line = time.monotonic()
     for first in range(0, len(parts), world_size):
         if first + rank < len(parts):
-            compute_part(place, setup, source, shard_set, parts[first + rank])
-        setup.heartbeat.mark(f"computed features, part {first + rank} of {len(parts)}")
+            compute_part(place, setup, source, shard_set, parts[first + rank], budget)
+        setup.heartbeat.mark(f"computed {source.name}, part {first + rank} of {len(parts)}")
         setup.stop.leave_if_asked()
         if time.monotonic() - last_line > LINE_EVERY_S:
             last_line = time.monotonic()
-            done = min((first + world_size) * PART, len(missing_N))
+            done = min((first + world_size) * source.part, len(missing_N))
             rate = done / (last_line - began)
             setup.accelerator.print(
-                f"features of {shard_set.manifest.dataset}  {done}/{len(missing_N)} images  {rate:.0f} images/s  "
+                f"{source.name} of {shard_set.manifest.dataset}  {done}/{len(missing_N)} images  {rate:.0f} images/s  "
                 f"left {clock((len(missing_N) - done) / rate)}"
             )
     setup.accelerator.wait_for_everyone()
@@ -126,11 +130,14 @@ def extracted(folder: Path, setup: Setup, source: Source, shard_set: ShardSet, s
     return Features(kept, features_ND, {key: why for key, why in found.skipped.items() if key in wanted})
 
 
-def compute_part(place: Path, setup: Setup, source: Source, shard_set: ShardSet, sample_N: NDArray[np.int64]) -> None:
+def compute_part(
+    place: Path, setup: Setup, source: Source, shard_set: ShardSet, sample_N: NDArray[np.int64], budget: ErrorBudget
+) -> None:
     """Compute the features of some images, on this rank alone, and write them."""
     plan = shard_set.plan(sample_N, source.batch, shuffle=False)
     workers, mark = setup.settings.workers, setup.heartbeat.mark
     stream = Stream(shard_set, plan, source.view, workers=workers, mark=mark)
+    stream.budget = budget  # of the whole: two bad pictures may be many for a part
     samples, features = [], []
     for batch in stream.batches():
         is_real_B = batch.weight_B > 0
@@ -139,21 +146,24 @@ def compute_part(place: Path, setup: Setup, source: Source, shard_set: ShardSet,
         features.append(outputs.cpu()[is_real_B])
     name = f"{hashlib.sha256(sample_N.tobytes()).hexdigest()[:16]}.safetensors"
     tensors = {"sample_N": torch.from_numpy(np.concatenate(samples)), "features_ND": torch.cat(features)}
-    save_tensors(place / name, tensors, {"skipped": stream.budget.skipped})
+    save_tensors(place / name, tensors, {"skipped": budget.skipped})
 
 
 def read_parts(place: Path, *, with_features: bool = True) -> Features:
     """All that a folder holds."""
-    samples, features = [np.zeros(0, np.int64)], []
+    samples: list[NDArray[np.int64]] = []
+    parts: list[NDArray[np.float32]] = []
     skipped: dict[str, str] = {}
     for file in sorted(place.glob("*.safetensors")):
         tensors, about = read_tensors(file)
         samples.append(tensors["sample_N"].numpy())
         skipped |= about["skipped"]
         if with_features:
-            features.append(tensors["features_ND"].numpy())
-    sample_N, order_N = np.unique(np.concatenate(samples), return_index=True)
-    features_ND = np.concatenate(features)[order_N] if features else np.zeros((0, 0), np.float32)
+            parts.append(tensors["features_ND"].numpy())
+    sample_N = np.unique(np.concatenate([np.zeros(0, np.int64), *samples]))
+    features_ND = np.empty((len(sample_N), *parts[0].shape[1:]) if parts else (0, 0), np.float32)
+    while parts:  # the last first, so that of an image in two files the first counts, and each is freed
+        features_ND[np.searchsorted(sample_N, samples.pop())] = parts.pop()
     return Features(sample_N, features_ND, skipped)
 
 

@@ -68,12 +68,12 @@ class Setup:
         from bigtrain.runtime.start import start
 
         settings = run.config.run
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         accelerator = start(
             precision, timeout_min=2 * settings.hang_timeout_min, trackers=settings.trackers, folder=run.path,
             deterministic=settings.deterministic,
         )  # fmt: skip
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
         show_warnings(accelerator.process_index)
         check_alike(asdict(run.config) | asdict(settings) | {"precision": precision})
         problem: list[Exception | None] = [None]

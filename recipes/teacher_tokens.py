@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from dataclasses import asdict
 
@@ -29,6 +30,7 @@ class TeacherTokens:
 
     Args:
         plan: of the distillation.
+        steps: of the distillation; within one epoch nothing is computed twice.
         layers: so many of the teacher's last blocks.
         with_attention: the attention of [CLS] too.
         batch: images a forward pass, when they are computed once.
@@ -41,6 +43,7 @@ class TeacherTokens:
         shard_set: ShardSet,
         plan: Plan,
         *,
+        steps: int,
         image_size: int,
         layers: int,
         with_attention: bool,
@@ -48,7 +51,7 @@ class TeacherTokens:
     ) -> None:
         self.setup, self.teacher, self.layers, self.with_attention = setup, teacher, layers, with_attention
         self.features: Features | None = None
-        if setup.accelerator.device.type != "cpu" or not setup.settings.cache_gib:
+        if setup.accelerator.device.type != "cpu" or steps <= plan.batches_per_epoch or not setup.settings.cache_gib:
             return
         patches, width = (image_size // teacher.vit.patch_size) ** 2, teacher.vit.backbone.embed_dim
         needed = 4 * len(plan.sample_N) * patches * (layers * width + with_attention)
@@ -67,8 +70,16 @@ class TeacherTokens:
             "precision": setup.precision,
             "batch": batch,
         }
-        source = Source(self._row, Resized(image_size), batch, identity)
-        self.features = extracted(setup.run / FOLDER, setup, source, shard_set, plan.sample_N)
+        source = Source(self._row, Resized(image_size), batch, identity, part=4 * batch, name="the teacher's tokens")
+        try:
+            self.features = extracted(setup.run / FOLDER, setup, source, shard_set, plan.sample_N)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OSError(
+                f"there is no room in {setup.run / FOLDER} for the teacher's tokens ({needed / GIB:.1f} GiB): free "
+                "some, or have them computed in each step by --cache-gib 0."
+            ) from error
 
     def of(self, batch: Batch, image_B3HW: Tensor) -> Encoded:
         """For a batch, and its pictures as the network takes them; under autocast, without a gradient."""

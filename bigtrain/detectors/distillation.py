@@ -68,8 +68,8 @@ class DistillationDetector(ImageDetector):
         visible patches sees the whole picture, once. One that completes hidden patches sees pairs of complementary
         halves, and a patch's score is its mean over the halves that hide it: what it sees it could copy.
         """
+        teacher = self.teach(image_B3HW)
         image_B3HW = to_float(image_B3HW, self.teacher.mean, self.teacher.std)
-        teacher = self._teach(image_B3HW)
         if self.scoring.predict == "visible":
             with self.autocast():
                 (student,) = self.student.vit(image_B3HW, last=self.scoring.distilled_blocks)
@@ -87,7 +87,7 @@ class DistillationDetector(ImageDetector):
     @torch.no_grad()
     def target(self, image_B3HW: Tensor) -> Tensor:
         """The teacher's tokens as they are compared, float32 (B, L, N, D)."""
-        teacher = self._teach(to_float(image_B3HW, self.teacher.mean, self.teacher.std))
+        teacher = self.teach(image_B3HW)
         return normalised(teacher.blocks_LBND.float(), self.scoring.normalisation).transpose(0, 1)
 
     @torch.no_grad()
@@ -95,14 +95,16 @@ class DistillationDetector(ImageDetector):
         """The score of a student that ignores the picture and answers with the same tokens always, such as the mean
         `target` of the known pictures. It has learnt nothing that it could not know without looking: a figure of the
         student means something above this one alone."""
-        teacher = self._teach(to_float(image_B3HW, self.teacher.mean, self.teacher.std))
+        teacher = self.teach(image_B3HW)
         constant_LBND = constant_LND[:, None].expand_as(teacher.blocks_LBND)
         return self._scored(self._distance(constant_LBND, teacher.blocks_LBND), teacher).score_B
 
-    def _teach(self, image_B3HW: Tensor) -> Encoded:
+    @torch.no_grad()
+    def teach(self, image_B3HW: Tensor) -> Encoded:
+        """What the teacher says of resized uint8 images."""
         with self.autocast():
             (teacher,) = self.teacher.vit(
-                image_B3HW,
+                to_float(image_B3HW, self.teacher.mean, self.teacher.std),
                 last=self.scoring.distilled_blocks,
                 with_attention=self.scoring.score_over == "attended",
             )

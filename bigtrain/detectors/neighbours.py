@@ -6,9 +6,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigtrain.data.views import to_float
 from bigtrain.detectors.contract import FeatureDetector, Floats, Ints
-from bigtrain.models.weights import Pretrained
 
 
 class NearestNeighbours(FeatureDetector):
@@ -38,7 +36,6 @@ def pixel_features(image_B3HW: Tensor) -> Tensor:
     return small.flatten(1) / 255
 
 
-def token_features(image_B3HW: Tensor, network: Pretrained) -> Tensor:
-    """What a ViT sees in the picture: the mean of its L2-normalised patch tokens, L2-normalised; float32 (B, D)."""
-    (seen,) = network.vit(to_float(image_B3HW, network.mean, network.std))
-    return F.normalize(F.normalize(seen.tokens_BND.float(), dim=-1).mean(dim=1), dim=-1)
+def token_features(tokens_BND: Tensor) -> Tensor:
+    """What a ViT sees in a picture: the mean of its L2-normalised patch tokens, L2-normalised; float32 (B, D)."""
+    return F.normalize(F.normalize(tokens_BND.float(), dim=-1).mean(dim=1), dim=-1)

@@ -17,7 +17,7 @@ PRINT_CONFIG = "--print-config"
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings that must not change the result; every recipe has them as its field `run`."""
+    """Settings that change the result by rounding at most; every recipe has them as its field `run`."""
 
     out: str = ""
     """Run folder; the same command again continues in it."""
@@ -26,8 +26,8 @@ class RunSettings:
     threads: int = 0
     """Of a process on a CPU; 0: OMP_NUM_THREADS, which `accelerate launch` sets to 1 where nothing else does."""
     cache_gib: float = 2.0
-    """Memory of a process on a CPU for what would be computed again in each epoch, such as a teacher's tokens; 0: none.
-    Results with and without differ by rounding."""
+    """On a CPU, memory of a process, and room in the run folder, for what would be computed again in each epoch, such
+    as a teacher's tokens; 0: none."""
     log_every: int = 20
     """Steps between two lines of the log."""
     checkpoint_every: int = 200

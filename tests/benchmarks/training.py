@@ -313,7 +313,8 @@ def scaling(options: argparse.Namespace) -> None:
 
 
 def teacher(options: argparse.Namespace) -> None:
-    """Ten epochs of the embedded sample, with one thread and with two."""
+    """Ten epochs of the embedded sample, with one thread and with two; the first rows, and with them the seconds in
+    which all tokens are computed, do not count."""
     print("| threads | images/s: once | in each step | once / in each step |")
     print("|---|---|---|---|")
     batch, epochs = 16, 3 if options.small else 10
