@@ -26,7 +26,7 @@ class TeacherTokens:
     """The teacher's tokens of any training batch, from memory if they fit there, else computed each time.
 
     Kept in the run folder until the student is done, so that a restart trains on the same bits. On a GPU they are
-    always computed: copying them there takes as long.
+    always computed.
 
     Args:
         plan: of the distillation.
