@@ -18,7 +18,8 @@ RUNS = {
     "defend_table2": 390, "defend_table3": 180, "defend_table4": 420, "defend_table5": 12,
     "deep_novelty_table1": 48, "deep_novelty_table1_features": 36, "deep_novelty_table1_founder": 12,
     "deep_novelty_table2": 9, "deep_novelty_table3": 24, "deep_novelty_ablation": 15,
-    "small_fashion": 60, "small_cifar10": 63, "small_growth": 12, "small_mosaics": 9, "small_vits14": 18, "small_coco": 3,
+    "small_fashion": 60, "small_cifar10": 63, "small_growth": 12, "small_mosaics": 9, "small_vits14": 18,
+    "small_coco": 3,
 }  # fmt: skip
 CONFIGS = {
     "recipes/defend.py": defend_settings.Config,
