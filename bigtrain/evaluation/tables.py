@@ -168,14 +168,14 @@ def mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(there)) if len(there) == len(values) else None
 
 
-def less(results: Sequence[Result], metric: str, against: str) -> list[Result]:
-    """Each run's figure less that of its counterpart, which differs from it in one axis only: paired differences.
+def paired_differences(results: Sequence[Result], metric: str, against: str) -> list[Result]:
+    """Each run's figure minus that of its counterpart, the run that differs from it in one axis only.
 
     Args:
         against: AXIS=VALUE, which the counterparts have.
 
     Returns:
-        The differences as results of the same metric; without figures where there is no counterpart, or it is this.
+        The differences as results of the same metric; without figures for the counterparts, and where there is none.
 
     Raises:
         ValueError: there is no such axis, or none of its values is this one.
@@ -183,8 +183,9 @@ def less(results: Sequence[Result], metric: str, against: str) -> list[Result]:
     axis, _, wanted = against.partition("=")
     values = {str(result.axes[axis]): None for result in results if axis in result.axes}
     if not values:
+        there = f"use AXIS=VALUE with one of {', '.join(axes)}" if (axes := results[0].axes) else "they differ in none"
         raise ValueError(
-            f"--against {against} names no axis of these runs: use AXIS=VALUE with one of {', '.join(results[0].axes)}."
+            f"--against {against} names no axis of these runs: {there}; with --plain there is the axis detector too."
         )
     if wanted not in values:
         raise ValueError(f"--against {against}: no run has that {axis}; there are {'; '.join(values)}.")
@@ -205,7 +206,7 @@ def table(results: Sequence[Result], metric: str = "auroc", *, against: str = ""
     """Markdown, as a README takes it.
 
     Args:
-        against: see `less`; the paired differences are further columns.
+        against: AXIS=VALUE; see `paired_differences`, which are two more columns.
 
     Raises:
         ValueError: the runs have no such figure, or what they are to be compared with is not there.
@@ -224,12 +225,12 @@ def table(results: Sequence[Result], metric: str = "auroc", *, against: str = ""
     lines = [[*names, metric + ", %" * in_percent, "95 % interval", "seeds"]]
     for row in found:
         of = f" of {row.expected}" if row.seeds < row.expected else ""
-        cells = [*map(str, row.axes), *told(row.estimate, in_percent), f"{row.seeds}{of}"]
+        cells = [*map(str, row.axes), *estimate_cells(row.estimate, in_percent), f"{row.seeds}{of}"]
         lines.append([cell.replace("|", "\\|") for cell in cells])
     if against:
-        lines[0] += [f"less {against.partition('=')[2]}".replace("|", "\\|"), "95 % interval"]
-        for line, row in zip(lines[1:], rows(less(results, metric, against), metric)[1], strict=True):
-            line += told(row.estimate, in_percent)
+        lines[0] += [f"minus {against.partition('=')[2]}".replace("|", "\\|"), "95 % interval"]
+        for line, row in zip(lines[1:], rows(paired_differences(results, metric, against), metric)[1], strict=True):
+            line += estimate_cells(row.estimate, in_percent)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     text = [f"| {' | '.join(line)} |" for line in padded]
@@ -243,7 +244,7 @@ def table(results: Sequence[Result], metric: str = "auroc", *, against: str = ""
     return "\n".join(text)
 
 
-def told(estimate: tuple[float, float | None, float | None] | None, in_percent: bool) -> list[str]:
+def estimate_cells(estimate: tuple[float, float | None, float | None] | None, in_percent: bool) -> list[str]:
     """The cells of a figure and its interval."""
     if estimate is None:
         return ["", ""]

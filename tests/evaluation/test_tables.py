@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from bigtrain.evaluation.tables import mean_and_interval, read_results, rows, table
+from bigtrain.evaluation.tables import Result, mean_and_interval, read_results, rows, table
 
 
 def put(folder, name, auroc):
@@ -83,7 +83,7 @@ def test_against(tmp_path):
         put(tmp_path, name, auroc)
     lines = table(read_results(tmp_path), against="row=plain").splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
-    assert cells[0][-2:] == ["less plain", "95 % interval"]
+    assert cells[0][-2:] == ["minus plain", "95 % interval"]
     by_place = {(line[0], line[1]): line[-2:] for line in cells[2:]}
     low, high = mean_and_interval([0.1, 0.2])[1:]
     assert by_place["a", "new, masked"] == ["15.0", f"{100 * low:.1f} .. {100 * high:.1f}"]
@@ -92,6 +92,8 @@ def test_against(tmp_path):
     assert by_place["a", "plain"] == by_place["mean", "plain"] == ["", ""]
     with pytest.raises(ValueError, match=r"names no axis of these runs: .* known, row, seed"):
         table(read_results(tmp_path), against="student=plain")
+    with pytest.raises(ValueError, match="they differ in none; with --plain there is the axis detector"):
+        table([Result("only", {}, {"auroc": {"value": 0.5}})], against="row=plain")
     with pytest.raises(ValueError, match="no run has that row; there are plain; new, masked"):
         table(read_results(tmp_path), against="row=old")
 
