@@ -46,7 +46,7 @@ def judged(
         score_over=config.score_over,
         score_quantile=config.score_quantile,
     )
-    detector = AskedOnce(teacher, student, scoring)
+    detector = CachedTeacherDetector(teacher, student, scoring)
     views = Resized(config.image_size)
     bank_N = seeded_choice(parts.fitted_N, config.neighbours_bank, config.seed)
     bank = partial(setup.in_order, data.train, bank_N, views, config.score_batch)
@@ -70,27 +70,27 @@ def judged(
     )
 
 
-class AskedOnce(DistillationDetector):
-    """Its teacher sees a batch once, for the score and for the plain figures beside it, which follow each other."""
+class CachedTeacherDetector(DistillationDetector):
+    """Keeps the teacher's tokens of the latest batch: the score and all plain figures beside it need them."""
 
-    asked: tuple[Tensor, Encoded] | None = None
+    latest: tuple[Tensor, Encoded] | None = None
 
-    def teach(self, image_B3HW: Tensor) -> Encoded:
-        if self.asked is None or self.asked[0] is not image_B3HW:
-            self.asked = image_B3HW, super().teach(image_B3HW)
-        return self.asked[1]
+    def encode_by_teacher(self, image_B3HW: Tensor) -> Encoded:
+        if self.latest is None or self.latest[0] is not image_B3HW:
+            self.latest = image_B3HW, super().encode_by_teacher(image_B3HW)
+        return self.latest[1]
 
     def features(self, image_B3HW: Tensor) -> Tensor:
         """Of the teacher, for nearest neighbours."""
-        return token_features(self.teach(image_B3HW).tokens_BND)
+        return token_features(self.encode_by_teacher(image_B3HW).tokens_BND)
 
 
 def plain_figures(
-    config: Config, setup: Setup, given: Pretrained, detector: AskedOnce, bank: Callable[[], Stream]
+    config: Config, setup: Setup, given: Pretrained, detector: CachedTeacherDetector, bank: Callable[[], Stream]
 ) -> tuple[dict[str, Features], dict[str, Features]]:
     """What stands beside the detector: features for nearest neighbours, and the scores of a student that has learnt
     nothing; of a tuned teacher and of the given one, which tells tuning (3.1) from distillation (3.2)."""
-    of_given = AskedOnce(given, detector.student, detector.scoring) if config.tune else detector
+    of_given = CachedTeacherDetector(given, detector.student, detector.scoring) if config.tune else detector
     plain: dict[str, Features] = {"pixels": pixel_features, "features of the given teacher": of_given.features}
     of_teachers = {"": detector}
     if config.tune:

@@ -20,7 +20,7 @@ from bigtrain.data.stream import ErrorBudget, Stream
 from bigtrain.data.views import Transform
 from bigtrain.detectors.network import NetworkDetector
 from bigtrain.models.backbone import Network
-from bigtrain.models.weights import read_tensors, save_tensors
+from bigtrain.models.weights import Pretrained, read_tensors, save_tensors
 from bigtrain.text import clock
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Source:
         """The layer of a network that a detector is fitted to."""
         scoring = detector.scoring
         identity = {
-            "network": fingerprint(detector.network.trunk, of_network(detector.network)),
+            "network": fingerprint(detector.network.trunk, detector.network),
             "layer": scoring.layer,
             "view": [scoring.image_size, scoring.resize],
             "precision": scoring.precision,
@@ -70,14 +70,10 @@ class Source:
         return cls(detector.features_of, detector.view(), scoring.batch, identity)
 
 
-def of_network(network: Network) -> list[Any]:
-    return [asdict(network.architecture), network.mean, network.std]
-
-
-def fingerprint(network: nn.Module, fed: Any) -> str:
-    """A digest of a network's weights and of how it is fed, as JSON."""
-    digest = hashlib.sha256(json.dumps(fed).encode())
-    for name, value in network.state_dict().items():
+def fingerprint(module: nn.Module, network: Network | Pretrained) -> str:
+    """A digest of a network's weights, its architecture and how its input is normalised."""
+    digest = hashlib.sha256(json.dumps([asdict(network.architecture), network.mean, network.std]).encode())
+    for name, value in module.state_dict().items():
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -1,10 +1,9 @@
-"""What the teacher says of the training pictures: on CPUs computed once, for distillation shows them unaugmented."""
+"""The teacher's tokens of the training pictures, computed once on CPUs: distillation does not augment pictures."""
 
 from __future__ import annotations
 
 import errno
 import shutil
-from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ class TeacherTokens:
 
     Args:
         plan: of the distillation.
-        steps: of the distillation; within one epoch nothing is computed twice.
+        steps: of the distillation; within one epoch no picture comes twice, and nothing is kept.
         layers: so many of the teacher's last blocks.
         with_attention: the attention of [CLS] too.
         batch: images a forward pass, when they are computed once.
@@ -61,9 +60,8 @@ class TeacherTokens:
                 f"--cache-gib {setup.settings.cache_gib:g}: they are computed in each step."
             )
             return
-        fed = [asdict(teacher.architecture), teacher.mean, teacher.std]
         identity = {
-            "network": fingerprint(teacher.vit, fed),
+            "network": fingerprint(teacher.vit, teacher),
             "layers": layers,
             "with_attention": with_attention,
             "view": image_size,
@@ -82,7 +80,7 @@ class TeacherTokens:
             ) from error
 
     def of(self, batch: Batch, image_B3HW: Tensor) -> Encoded:
-        """For a batch, and its pictures as the network takes them; under autocast, without a gradient."""
+        """The tokens of a batch, whose normalised pictures are given for the case that they must be computed."""
         if self.features is not None:
             real_B = (batch.weight_B > 0).numpy()
             found_N, row_NF = self.features.of(batch.sample_B[real_B])
@@ -114,6 +112,6 @@ class TeacherTokens:
 
 
 def remove_tokens(setup: Setup) -> None:
-    """What is kept of them in the run folder, once the student is done."""
+    """Delete the run folder's copy, once the student is done."""
     if setup.accelerator.is_main_process:
         shutil.rmtree(setup.run / FOLDER, ignore_errors=True)

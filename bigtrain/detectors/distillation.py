@@ -68,7 +68,7 @@ class DistillationDetector(ImageDetector):
         visible patches sees the whole picture, once. One that completes hidden patches sees pairs of complementary
         halves, and a patch's score is its mean over the halves that hide it: what it sees it could copy.
         """
-        teacher = self.teach(image_B3HW)
+        teacher = self.encode_by_teacher(image_B3HW)
         image_B3HW = to_float(image_B3HW, self.teacher.mean, self.teacher.std)
         if self.scoring.predict == "visible":
             with self.autocast():
@@ -87,7 +87,7 @@ class DistillationDetector(ImageDetector):
     @torch.no_grad()
     def target(self, image_B3HW: Tensor) -> Tensor:
         """The teacher's tokens as they are compared, float32 (B, L, N, D)."""
-        teacher = self.teach(image_B3HW)
+        teacher = self.encode_by_teacher(image_B3HW)
         return normalised(teacher.blocks_LBND.float(), self.scoring.normalisation).transpose(0, 1)
 
     @torch.no_grad()
@@ -95,13 +95,13 @@ class DistillationDetector(ImageDetector):
         """The score of a student that ignores the picture and answers with the same tokens always, such as the mean
         `target` of the known pictures. It has learnt nothing that it could not know without looking: a figure of the
         student means something above this one alone."""
-        teacher = self.teach(image_B3HW)
+        teacher = self.encode_by_teacher(image_B3HW)
         constant_LBND = constant_LND[:, None].expand_as(teacher.blocks_LBND)
         return self._scored(self._distance(constant_LBND, teacher.blocks_LBND), teacher).score_B
 
     @torch.no_grad()
-    def teach(self, image_B3HW: Tensor) -> Encoded:
-        """What the teacher says of resized uint8 images."""
+    def encode_by_teacher(self, image_B3HW: Tensor) -> Encoded:
+        """The teacher's tokens of resized uint8 images (B, 3, H, W); its attention too where the score needs it."""
         with self.autocast():
             (teacher,) = self.teacher.vit(
                 to_float(image_B3HW, self.teacher.mean, self.teacher.std),

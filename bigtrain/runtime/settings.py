@@ -24,10 +24,10 @@ class RunSettings:
     workers: int = 0
     """Processes for each rank that read and decode; 0 does it in the training process."""
     threads: int = 0
-    """Of a process on a CPU; 0: OMP_NUM_THREADS, which `accelerate launch` sets to 1 where nothing else does."""
+    """CPU threads of each process; 0: as OMP_NUM_THREADS says, which `accelerate launch` sets to 1 by default."""
     cache_gib: float = 2.0
-    """On a CPU, memory of a process, and room in the run folder, for what would be computed again in each epoch, such
-    as a teacher's tokens; 0: none."""
+    """On CPUs, memory of a process and room in the run folder, in GiB, for what each epoch would compute again
+    (DEFEND's teacher tokens); 0: compute them in each step."""
     log_every: int = 20
     """Steps between two lines of the log."""
     checkpoint_every: int = 200

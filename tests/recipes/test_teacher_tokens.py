@@ -3,14 +3,18 @@
 import errno
 import shutil
 from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bigtrain
-from bigtrain.models.weights import read_tensors
+from bigtrain.data.views import to_float
+from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.weights import Pretrained, read_tensors
 from recipes.defend import main
-from recipes.defend_judging import AskedOnce
+from recipes.defend_judging import CachedTeacherDetector
 from recipes.teacher_tokens import TeacherTokens
 from tests.runs import results
 
@@ -85,10 +89,10 @@ def test_no_room(small, tuned, capsys):
     assert "more than --cache-gib 1e-06: they are computed in each step" in capsys.readouterr().out
 
 
-def test_asked_once(finished):
+def test_one_pass_for_all_figures(finished):
     """For all figures of a batch the teacher sees it once; the figures are those of the saved detector."""
     saved = bigtrain.load_detector(finished / "detector", device="cpu")
-    detector, calls = AskedOnce(saved.teacher, saved.student, saved.scoring), []
+    detector, calls = CachedTeacherDetector(saved.teacher, saved.student, saved.scoring), []
     saved.teacher.vit.register_forward_hook(lambda *given: calls.append(1))
     constant_LND = torch.zeros(1, 16, saved.teacher.vit.backbone.embed_dim)
     images = torch.randint(0, 256, (2, 2, 3, 32, 32), dtype=torch.uint8)
@@ -99,3 +103,17 @@ def test_asked_once(finished):
         assert found[0].equal(saved.score_tensor(image_B3HW).score_B)
         assert found[1].equal(saved.constant_score(image_B3HW, constant_LND))
         calls.clear()
+
+
+def test_several_blocks():
+    """Tokens of several blocks and the attention come back from their row as they were."""
+    architecture = Architecture("vit_tiny_patch16_224", 32, 8, 4)
+    teacher = Pretrained(ViT(architecture.build()).eval(), architecture, (0.5,) * 3, (0.5,) * 3, "")
+    own = SimpleNamespace(
+        setup=SimpleNamespace(autocast=nullcontext), teacher=teacher, layers=3, with_attention=True
+    )  # fmt: skip
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    found = TeacherTokens._encoded(own, TeacherTokens._row(own, images))
+    with torch.no_grad():
+        (seen,) = teacher.vit(to_float(images, teacher.mean, teacher.std), last=3, with_attention=True)
+    assert found.blocks_LBND.equal(seen.blocks_LBND) and found.attention_BN.equal(seen.attention_BN)
