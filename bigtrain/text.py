@@ -1,4 +1,4 @@
-"""Words and counts for people: what may be printed on a terminal, and how long things take."""
+"""Text for people: what may be printed on a terminal, counts with their nouns, durations."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def clock(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 shard, 2 shards, 0 classes."""
+    return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith(('s', 'x')) else 's'}"

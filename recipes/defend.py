@@ -21,134 +21,192 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
-import time
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
-from bigtrain.data.workers import prepare_workers
-from bigtrain.runtime.exit import user_errors
-from bigtrain.runtime.run_folder import RunFolder
-from bigtrain.runtime.settings import check_ranges, print_if_asked, read_settings
-from bigtrain.text import clean, clock
-from recipes.defend_settings import (
-    LIMITS,
-    Config,
-    check_networks,
-    check_settings,
-    kept,
-    read_data,
-    student_architecture,
+from bigtrain.choices import (
+    HIGHEST_LR,
+    Backend,
+    Chosen,
+    Distance,
+    KeepOrAuto,
+    Normalisation,
+    Predict,
+    Schedule,
+    ScoreOver,
 )
-from recipes.network_settings import Data
-from recipes.presets.fashion.prepare import PRESET, build_embedded_shards, with_embedded_data
+from bigtrain.data.protocol import Split
+from bigtrain.methods.defend.checks import check_networks, check_settings, kept, student_architecture
+from bigtrain.runtime.launch import check_batch, check_launch, check_moving_average
+from bigtrain.runtime.settings import setting
+from bigtrain.training.mixins import DataMixin, JudgeMixin, OptimMixin, RunMixin
+from bigtrain.training.read_split import read_split
+from bigtrain.training.run import Recipe, Result, run_recipe
+from recipes.presets.fashion.prepare import build_embedded_shards, is_embedded, with_preset
 
-if TYPE_CHECKING:  # what needs torch is imported where it is used, behind all mistakes that can be told without
+if TYPE_CHECKING:  # what needs torch is imported where it is used
     from torch import Tensor, nn
 
-    from bigtrain.data.plan import Plan
-    from bigtrain.data.shard_set import ShardSet
     from bigtrain.data.stream import Batch
-    from bigtrain.models.heads import TokenQueue
-    from bigtrain.models.weights import Pretrained
-    from recipes.run_setup import Setup
+    from bigtrain.methods.defend.network import TokenQueue
+    from bigtrain.models.network import Network
+    from bigtrain.training.run_setup import Setup
 
 LEAVES = {"tune": "teacher.safetensors", "distil": "student.safetensors"}  # stage -> file, in their order
 
 
-def main(argv: list[str] | None = None) -> None:
-    with user_errors("defend.py"):
-        argv = sys.argv[1:] if argv is None else argv
-        config = read_settings(Config, argv, description=__doc__)
-        embedded = not config.train
-        if embedded:
-            config = with_embedded_data(read_settings(Config, argv, PRESET, description=__doc__))
-        check_ranges(config, LIMITS)
-        print_if_asked(config, argv)
-        if not config.test or not config.run.out:
-            raise ValueError("--test SHARDS and --out FOLDER are needed: what to judge on, and where the run goes.")
-        run = RunFolder(config.run.out, config)
-        if run.is_already_finished():
-            return
-        if embedded:
-            build_embedded_shards()
-        data = read_data(config)
-        check_settings(config)
-        defend(config, run, data)
+@dataclass(frozen=True)
+class Config(RunMixin, JudgeMixin, OptimMixin, DataMixin):
+    teacher: str = "vit_base_patch16_224.augreg_in21k"
+    """A timm name, or a local .safetensors, .pth or AugReg .npz."""
+    arch: str = ""
+    """The timm vit_* that a local file's weights belong to; bigtrain's own files know theirs."""
+    pretrained: bool = True
+    """--no-pretrained: a name's teacher with random weights."""
+    student: str = ""
+    """The student's architecture, a timm vit_* as wide as the teacher; empty: the teacher's."""
+    image_size: int = setting(224, 1)
+    crop_size: int = setting(96, 1)
+    attention: Backend = "auto"
+
+    tune: bool = True
+    """Stage 1; without it (--no-tune) the teacher is distilled as it is."""
+    distil: bool = True
+    """Stage 2; without it (--no-distil) the run ends with the tuned teacher.safetensors, for others' --teacher."""
+    tune_epochs: int = setting(3, 1)
+    tune_batch: int = setting(64, 1)
+    tuned_blocks: int = setting(2, 1)
+    crops: int = setting(4, 1)
+    crop_scale: tuple[float, float] = setting((0.1, 0.3), 0.001, 1)
+    global_crops: int = setting(0, 0)
+    """Further crops of scale .3-1 at the image's size; the authors' code has one."""
+    prototypes: int = setting(0, 0)
+    """K; 0: twice the number of classes that the training images show (4.3)."""
+    temperature: float = setting(0.1, 1e-4)
+    epsilon: float = setting(0.05, 1e-4)
+    sinkhorn_iterations: int = setting(3, 1)
+    tune_lr: float = setting(1e-5, 0, HIGHEST_LR)
+    """Of the tuned blocks."""
+    head_lr: float = setting(1e-4, 0, HIGHEST_LR)
+    """Of projection head and prototypes."""
+    tune_decay: tuple[float, float] = setting((0.04, 0.5), 0)
+    layer_decay: float = setting(1.0, 1e-3, 1)
+    """Of tuning: each block's learning rate is that of the block after it times this."""
+    ema_teacher: bool = False
+    """Take the targets from a moving average of the network, as the authors' code can."""
+    ema_momentum: float = setting(0.9995, 0, 1)
+    """At the start; it rises to 1 along a cosine."""
+    queue: int = setting(0, 0)
+    """Projected tokens of earlier batches that join Sinkhorn; 8192 in the authors' code."""
+
+    distil_epochs: int = setting(10, 1)
+    distil_steps: int = setting(0, 0)
+    """Distil for so many steps instead of --distil-epochs, which are few on few pictures; 0: by epochs."""
+    distil_batch: int = setting(64, 1)
+    mask_ratio: float = setting(0.5, 0, 0.99)
+    keep: KeepOrAuto = "auto"
+    """Which patches the student sees: those that the teacher attends to (guided, as the authors' code), the others
+    (guided, as the paper's Fig. 2), or any. auto: attended, and random where hidden patches are to be predicted, which
+    are scored by random halves."""
+    predict: Predict = "visible"
+    """Of which patches the student predicts the tokens: of those that it sees (the authors' code), of the hidden ones
+    ("inferring the full context by only partially observing the input", 3.2), or of all. Where hidden ones are among
+    them, they alone are scored."""
+    decoder_blocks: int = setting(1, 1)
+    """With --predict hidden or all: so many of the student's last blocks complete the hidden patches."""
+    normalisation: Normalisation = "l2"
+    normalise_student: bool = True
+    """--no-normalise-student: teacher only, for the pixel level (4.6)."""
+    distance: Distance = "squared"
+    distilled_blocks: Literal[1, 3, 5] = 1
+    distil_lr: float = setting(1e-5, 0, HIGHEST_LR)
+    schedule: Schedule = "constant"
+    warmup_epochs: float = setting(0.0, 0)
+    distil_decay: float = setting(0.05, 0)
+    drop_path: float = setting(0.1, 0, 0.99)
+    ema_student: float = setting(0.0, 0, 1)
+    """Momentum of a moving average of the student's weights, which becomes the student; 0: none."""
+
+    score_pairs: int = setting(8, 1)
+    """With --predict hidden or all: a patch's score is its mean over so many pairs of complementary halves, which are
+    random whatever --mask-ratio and --keep are; the cost of scoring grows with them."""
+    score_over: ScoreOver = "mean"
+    """A picture's score: the mean of its patches' (3.3), their --score-quantile, or the mean over the half of them
+    that the teacher attends to most. For pictures of many objects, which are known if any object is."""
+    score_quantile: float = setting(0.25, 0.001, 0.999)
 
 
-def defend(config: Config, run: RunFolder, data: Data) -> None:
-    """The whole of the paper: tune, distil, judge. What an earlier start has finished is not done again."""
-    began = time.monotonic()
-    prepare_workers(config.run.workers)
-    from bigtrain.data.pictures import jpeg_decoder
-    from bigtrain.models.attention import resolve_backend, torch_dtype
+def check(config: Config) -> None:
+    check_settings(config)
+    check_launch()
+    if config.ema_teacher or config.ema_student:
+        check_moving_average("--ema-teacher, --ema-student")
+    for global_batch in (config.tune_batch, config.distil_batch) if config.tune else (config.distil_batch,):
+        check_batch(global_batch, config.run.accumulate)
+
+
+def read(config: Config) -> Split:
+    if is_embedded(config):
+        build_embedded_shards()
+    return read_split(config, config.seed)
+
+
+def load(config: Config, split: Split, precision: Chosen) -> Network:
+    from bigtrain.models.network import load_network
     from bigtrain.models.vit import Architecture
-    from bigtrain.models.weights import load_vit
-    from bigtrain.runtime.precision import choose_precision
-    from recipes.run_setup import Setup
+    from bigtrain.runtime.precision import device_type
 
-    train, parts, protocol = data.train, data.parts, data.protocol
-    given = load_vit(config.teacher, Architecture(config.arch) if config.arch else None, attention=config.attention)
-    precision = run.resolved("precision") or choose_precision(config.precision)
-    check_networks(config, given, precision)
-    setup = Setup.begin(run, precision, LEAVES)
-    accelerator = setup.accelerator
-    given.vit.to(accelerator.device)
-    accelerator.print(
-        f"defend: {train.manifest.dataset}, {len(parts.fitted_N)} known images ({clean(', '.join(protocol.known))}) to "
-        f"train on and {len(parts.test_N)} to judge; teacher {given.architecture.model}, {given.report}; "
-        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {precision}, attention "
-        f"{resolve_backend(config.attention, accelerator.device, torch_dtype(precision))}, JPEGs by {jpeg_decoder()}"
+    architecture = Architecture(config.arch) if config.arch else None
+    given = load_network(
+        config.teacher, architecture, pretrained=config.pretrained, plain_vit=True, attention=config.attention
     )
-    fitted = train.plan(parts.fitted_N, config.distil_batch, config.seed)
-    teacher = given
-    if config.tune:
-        prototypes = config.prototypes or 2 * train.count_classes(parts.fitted_N)
-        teacher = dense_tuning(config, setup, train, fitted, given, prototypes)
-        if not config.distil:
-            if accelerator.is_main_process:
-                run.finish({"leaves": LEAVES["tune"]})
-            setup.end_trackers()
-            accelerator.print(f"the tuned teacher: {run / LEAVES['tune']}")
-            return
-    student = masked_distillation(config, setup, train, fitted, teacher)
+    check_networks(config, given, precision, device_type())
+    return given
 
-    from recipes.defend_judging import judged
-    from recipes.teacher_tokens import remove_tokens
 
+def defend(config: Config, setup: Setup, split: Split, given: Network) -> Result:
+    """The whole of the paper: tune (3.1), distil (3.2), score by disagreement (3.3)."""
+    from bigtrain.methods.defend.detector import scoring_of
+    from bigtrain.methods.defend.judging import compared
+    from bigtrain.models.attention import resolve_backend, torch_dtype
+    from bigtrain.training.judging import judged
+    from bigtrain.training.teacher_tokens import remove_tokens
+
+    given.to(setup.accelerator.device)
+    backend = resolve_backend(config.attention, setup.accelerator.device, torch_dtype(setup.precision))
+    setup.announce(f"defend: {split}; teacher {given.described}; attention {backend}")
+    teacher = dense_tuning(config, setup, split, given) if config.tune else given
+    if not config.distil:
+        return Result({"leaves": LEAVES["tune"]}, "the teacher is tuned", LEAVES["tune"])
+    student = masked_distillation(config, setup, split, teacher)
     remove_tokens(setup)
-    results = judged(config, setup, data, given, teacher, student)
-    if accelerator.is_main_process:
-        run.finish(results)
-    setup.end_trackers()
-    others = ", ".join(f"{name} {figures['auroc']['value']:.3f}" for name, figures in results["comparisons"].items())
-    auroc = results["auroc"]
-    accelerator.print(
-        f"AUROC {auroc['value']:.3f} (95 % interval {auroc['low']:.3f} to {auroc['high']:.3f}); {others}; "
-        f"this start took {clock(time.monotonic() - began)}; report: {run / 'report.html'}"
+    detector, plain, floors = compared(
+        given, teacher, student, scoring_of(config, setup.precision), is_tuned=config.tune
     )
+    method = "DEFEND" if config.tune else "masked distillation"
+    return judged(config, setup, split, detector, method=method, plain=plain, floors=floors)
 
 
-def dense_tuning(
-    config: Config, setup: Setup, train: ShardSet, fitted: Plan, given: Pretrained, prototypes: int
-) -> Pretrained:
+def dense_tuning(config: Config, setup: Setup, split: Split, given: Network) -> Network:
     """3.1: patches of one object come to agree. Leaves teacher.safetensors in the run folder, which ends the stage."""
     import torch
     from torch import nn
 
-    from bigtrain.data.views import MultiCrop, to_float
+    from bigtrain.data.views import MultiCrop
+    from bigtrain.methods.defend.equations import multi_crop_loss
+    from bigtrain.methods.defend.network import DenseTuner, TokenQueue, unit_rows
     from bigtrain.models.flops import trained_flops, vit_forward_flops
-    from bigtrain.models.heads import DenseTuner, TokenQueue, unit_rows
-    from bigtrain.models.weights import load_vit, save_vit
-    from bigtrain.objectives.losses import align_to_crops, dense_loss
-    from bigtrain.runtime.optim import adamw, cosine, decay_groups, follow, scaled_lr, set_schedule
-    from recipes.stage import Stage
+    from bigtrain.models.network import load_network
+    from bigtrain.training.optim import adamw, cosine, decay_groups, follow, scaled_lr, set_schedule
+    from bigtrain.training.stage import Stage
 
     accelerator, tuned_file = setup.accelerator, setup.run / LEAVES["tune"]
     if tuned_file.is_file():
-        return load_vit(str(tuned_file), attention=config.attention, device=accelerator.device)
+        return load_network(tuned_file, attention=config.attention, device=accelerator.device)
     torch.manual_seed(config.seed)
+    prototypes = config.prototypes or 2 * split.train.count_classes(split.fitted_N)
     tuner = DenseTuner(copy.deepcopy(given.vit), prototypes, config.tuned_blocks)
     tuner.vit.recompute = config.run.recompute
     queue = TokenQueue(config.queue)
@@ -162,61 +220,53 @@ def dense_tuning(
     flops = vit_forward_flops(tuner.vit, config.image_size) + config.crops * trained_flops(tuner.vit, config.crop_size)
     flops += config.global_crops * trained_flops(tuner.vit, config.image_size)
     views = MultiCrop(config.image_size, config.crop_size, config.crops, config.crop_scale, config.global_crops)
-    plan = replace(fitted, global_batch=config.tune_batch)
+    plan = split.train.plan(split.fitted_N, config.tune_batch, config.seed)
     stage = Stage(
         "tune", setup,
         trained=tuner, optimizer=adamw(groups, accelerator.device, lr=head_lr), state=state, clip=config.clip,
-        stream=setup.stream(train, plan, views), steps=config.tune_epochs * plan.batches_per_epoch,
+        stream=setup.stream(split.train, plan, views), steps=config.tune_epochs * plan.batches_per_epoch,
         flops_per_image=flops,
     )  # fmt: skip
     source = ema if config.ema_teacher else stage.module
-    kinds = [("crops", "boxes"), ("global_crops", "global_boxes")][: 2 if config.global_crops else 1]
-    patch = given.vit.patch_size
 
-    for batch in stage.batches():
+    for step in stage:
         factor = cosine(stage.step, total=stage.steps, start=1.0, end=0.0)
         decay = cosine(stage.step, total=stage.steps, start=config.tune_decay[0], end=config.tune_decay[1])
         set_schedule(stage.optimizer, lr_factor=factor, weight_decay=decay)
-        q_BhwK = cluster_map(config, setup, source, queue, batch, given)
-        for part, q_bhwK in zip(stage.parts(batch), q_BhwK.chunk(config.run.accumulate), strict=True):
-            crops = [to_float(part.views[crop].flatten(0, 1), given.mean, given.std) for crop, _ in kinds]
+        q_BhwK = cluster_map(config, setup, source, queue, step.batch, given)
+        for part, q_bhwK in zip(step.parts(), q_BhwK.chunk(config.run.accumulate), strict=True):
+            crops, boxes = views.crops_of(part.views)
             with setup.autocast():
-                _, cosines = stage.module(*crops)  # z' p
-            loss_B = torch.zeros_like(part.weight_B)
-            for cosines_RMK, crop, (_, boxes) in zip(cosines, crops, kinds, strict=True):
-                box_BV4 = part.views[boxes]
-                grid = (crop.shape[-2] // patch, crop.shape[-1] // patch)
-                target_BVMK = align_to_crops(q_bhwK, box_BV4, patch_size=patch, grid=grid)  # alpha(Q)
-                cosines_BVMK = cosines_RMK.unflatten(0, box_BV4.shape[:2])
-                share = box_BV4.shape[1] / (config.crops + config.global_crops)
-                loss_B = loss_B + share * dense_loss(cosines_BVMK, target_BVMK, temperature=config.temperature)  # eq. 1
-            stage.backward(part.mean(loss_B, accelerator.num_processes))
-        if stage.update():
+                _, cosines = stage.module(*(given.normalise(crop_BV3HW.flatten(0, 1)) for crop_BV3HW in crops))  # z' p
+            loss_B = multi_crop_loss(
+                cosines, q_bhwK, crops, boxes, patch_size=given.vit.patch_size, temperature=config.temperature
+            )
+            step.backward(part.mean(loss_B, accelerator.num_processes))
+        if step.update(lr=factor * lr):
             stage.constrain("prototypes.weight_KD", unit_rows)
             if config.ema_teacher:
                 follow(ema, tuner, cosine(stage.step, total=stage.steps, start=config.ema_momentum, end=1.0))
                 ema.prototypes.weight_KD.copy_(unit_rows(ema.prototypes.weight_KD))
-        stage.advance(batch, lr=factor * lr)
 
-    tuned = replace(given, vit=stage.into(copy.deepcopy(given.vit), "vit."))
+    tuned = replace(given, trunk=stage.into(copy.deepcopy(given.vit), "vit."))
     if accelerator.is_main_process:
-        save_vit(tuned_file, tuned.vit, tuned.architecture, mean=tuned.mean, std=tuned.std)
+        tuned.save(tuned_file)
     return tuned
 
 
 def cluster_map(
-    config: Config, setup: Setup, source: nn.Module, queue: TokenQueue, batch: Batch, given: Pretrained
+    config: Config, setup: Setup, source: nn.Module, queue: TokenQueue, batch: Batch, given: Network
 ) -> Tensor:
-    """The optimal cluster map Q of each image over its patch grid (3.1), balanced over the tokens of all ranks."""
+    """The optimal cluster map Q (3.1) of each image over its patch grid, (B, h, w, K), balanced over the tokens of all
+    ranks."""
     import torch
 
-    from bigtrain.data.views import to_float
     from bigtrain.objectives.sinkhorn import sinkhorn
 
     accelerator = setup.accelerator
     with torch.no_grad(), setup.autocast():
         parts = (batch.part(number, config.run.accumulate) for number in range(config.run.accumulate))
-        seen = [source(to_float(part.views["image"], given.mean, given.std)) for part in parts]
+        seen = [source(given.normalise(part.views["image"])) for part in parts]
         z_TD = torch.cat([z_BND.flatten(0, 1) for (z_BND,), _ in seen]).float()
         scores = [cosines_BNK.flatten(0, 1).float() for _, (cosines_BNK,) in seen]
         valid_T = (batch.weight_B > 0).repeat_interleave(len(z_TD) // len(batch.weight_B))
@@ -234,88 +284,77 @@ def cluster_map(
     return q_TK.unflatten(0, (len(batch.weight_B), side, side))
 
 
-def masked_distillation(config: Config, setup: Setup, train: ShardSet, fitted: Plan, teacher: Pretrained) -> Pretrained:
+def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Network) -> Network:
     """3.2: a student from scratch predicts the teacher from a part of the patches. Leaves student.safetensors."""
     import torch
     from torch import nn
 
-    from bigtrain.data.masks import visible_count, visible_patches
-    from bigtrain.data.views import Resized, to_float
-    from bigtrain.models.flops import trained_flops, vit_forward_flops
-    from bigtrain.models.vit import masked_student
-    from bigtrain.models.weights import Pretrained, load_vit, save_vit
-    from bigtrain.objectives.losses import distillation_loss
-    from bigtrain.runtime.optim import adamw, decay_groups, follow, scaled_lr, schedule, set_schedule
-    from recipes.stage import Stage
-    from recipes.teacher_tokens import TeacherTokens
+    from bigtrain.data.views import Resized
+    from bigtrain.methods.defend.equations import distillation_loss
+    from bigtrain.methods.defend.masks import visible_count, visible_patches
+    from bigtrain.methods.defend.network import student_network
+    from bigtrain.models.flops import trained_flops
+    from bigtrain.models.network import load_network
+    from bigtrain.training.optim import adamw, decay_groups, follow, scaled_lr, schedule, set_schedule
+    from bigtrain.training.stage import Stage
+    from bigtrain.training.teacher_tokens import TeacherTokens
 
     accelerator, student_file = setup.accelerator, setup.run / LEAVES["distil"]
     if student_file.is_file():
-        return load_vit(str(student_file), attention=config.attention, device=accelerator.device)
+        return load_network(student_file, attention=config.attention, device=accelerator.device)
     torch.manual_seed(config.seed)
-    architecture = student_architecture(config, teacher)
     decoder = 0 if config.predict == "visible" else config.decoder_blocks
-    student = masked_student(
-        architecture, drop_path=config.drop_path, attention=config.attention, decoder_blocks=decoder
-    ).train()
+    new_student = partial(student_network, teacher, student_architecture(config, teacher), config.attention, decoder)
+    student = new_student(config.drop_path).vit.train()
     student.recompute = config.run.recompute
     lr = scaled_lr(config.distil_lr, config.distil_batch, config.lr_batch)
-    groups = decay_groups(student.named_parameters(), base_lr=lr)
     visible = visible_count(math.prod(student.backbone.patch_embed.grid_size), config.mask_ratio)
-    keep = kept(config)
-    guided = keep != "random" and config.mask_ratio > 0
-    steps = config.distil_steps or config.distil_epochs * fitted.batches_per_epoch
+    keep, plan = kept(config), split.train.plan(split.fitted_N, config.distil_batch, config.seed)
+    steps = config.distil_steps or config.distil_epochs * plan.batches_per_epoch
     tokens = TeacherTokens(
-        setup, teacher, train, fitted, steps=steps, batch=config.score_batch,
-        image_size=config.image_size, layers=config.distilled_blocks, with_attention=guided,
+        setup, teacher, split.train, plan, steps=steps, batch=config.score_batch, image_size=config.image_size,
+        layers=config.distilled_blocks, with_attention=keep != "random" and config.mask_ratio > 0,
     )  # fmt: skip
-    flops = trained_flops(student, config.image_size, visible)
-    flops += 0 if tokens.features is not None else vit_forward_flops(teacher.vit, config.image_size)
     state, ema = nn.ModuleDict({"student": student}), copy.deepcopy(student).requires_grad_(False)
     if config.ema_student:
         state["ema"] = ema
+    groups = decay_groups(student.named_parameters(), base_lr=lr)
     stage = Stage(
         "distil", setup,
         trained=student, state=state, clip=config.clip,
         optimizer=adamw(groups, accelerator.device, lr=lr, betas=(0.9, 0.95)),
-        stream=setup.stream(train, fitted, Resized(config.image_size)),
-        steps=steps,
-        flops_per_image=flops,
+        stream=setup.stream(split.train, plan, Resized(config.image_size)), steps=steps,
+        flops_per_image=trained_flops(student, config.image_size, visible) + tokens.flops_per_image,
     )  # fmt: skip
-    warmup = round(config.warmup_epochs * fitted.batches_per_epoch)
+    warmup = round(config.warmup_epochs * plan.batches_per_epoch)
 
-    for batch in stage.batches():
+    for step in stage:
         factor = schedule(config.schedule, stage.step, total=stage.steps, warmup=warmup)
         set_schedule(stage.optimizer, lr_factor=factor, weight_decay=config.distil_decay)
-        for part in stage.parts(batch):
-            image_B3HW = to_float(part.views["image"], teacher.mean, teacher.std)
+        for part in step.parts():
+            image_B3HW = teacher.normalise(part.views["image"])
             with setup.autocast():
                 seen = tokens.of(part, image_B3HW)  # eq. 2: the teacher sees every patch ...
-                attention_BN = seen.attention_BN
-                if attention_BN is None:
-                    attention_BN = image_B3HW.new_ones(seen.tokens_BND.shape[:2])
-                visible_BN = visible_patches(attention_BN, part.seed_B, keep=keep, mask_ratio=config.mask_ratio)
+                visible_BN = visible_patches(seen.guide_BN, part.seed_B, keep=keep, mask_ratio=config.mask_ratio)
                 # ... the student a part of them, and it predicts the tokens of these, of the others or of all
                 (predicted,) = stage.module(image_B3HW, visible_BN=visible_BN, last=config.distilled_blocks)
             loss_B = distillation_loss(  # eq. 3, 4
-                predicted.blocks_LBND,
-                seen.blocks_LBND,
-                visible_BN,
-                predict=config.predict,
-                normalisation=config.normalisation,
-                normalise_student=config.normalise_student,
-                distance=config.distance,
-            )
-            stage.backward(part.mean(loss_B, accelerator.num_processes))
-        if stage.update() and config.ema_student:
+                predicted.blocks_LBND, seen.blocks_LBND, visible_BN, predict=config.predict, distance=config.distance,
+                normalisation=config.normalisation, normalise_student=config.normalise_student,
+            )  # fmt: skip
+            step.backward(part.mean(loss_B, accelerator.num_processes))
+        if step.update(lr=factor * lr) and config.ema_student:
             follow(ema, student, config.ema_student)
-        stage.advance(batch, lr=factor * lr)
 
-    student = masked_student(architecture, attention=config.attention, decoder_blocks=decoder)
-    student = ema.eval() if config.ema_student else stage.into(student)
+    made = new_student(config.drop_path)
+    network = replace(made, trunk=ema.eval() if config.ema_student else stage.into(made.vit))
     if accelerator.is_main_process:
-        save_vit(student_file, student, architecture, mean=teacher.mean, std=teacher.std)
-    return Pretrained(student, architecture, teacher.mean, teacher.std, "")
+        network.save(student_file)
+    return network
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_recipe(Recipe("defend", Config, __doc__ or "", check, read, load, defend, LEAVES, with_preset), argv)
 
 
 if __name__ == "__main__":

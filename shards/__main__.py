@@ -2,7 +2,7 @@
 
 import sys
 
-from shards.cli import main
+from shards.shards_cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

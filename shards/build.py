@@ -20,20 +20,22 @@ from numpy.typing import NDArray
 
 from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Sample, Shard
 from bigtrain.data.set_files import read_manifest
-from shards.adapters import ADAPTERS, About
+from bigtrain.files import TEMPORARY
+from bigtrain.text import counted
+from shards.adapters import ADAPTERS
+from shards.adapters.about import About
 from shards.adapters.lists import few
-from shards.crew import Done, in_order
+from shards.build_settings import Settings, begun_with
+from shards.disk import space_for
 from shards.duplicates import Equals, duplicates
-from shards.durable import TEMPORARY, space_for
-from shards.given import SETTINGS_FILE
+from shards.existing_set import SETTINGS_FILE
 from shards.index_file import IndexWriter
 from shards.labels import as_text
+from shards.location import Place
 from shards.order import keyed, shuffled
 from shards.pack import Part, Task, fingerprint, shard_name, write_shard
-from shards.place import Place
 from shards.progress import Progress
-from shards.settings import Settings, begun_with
-from shards.words import counted
+from shards.worker_pool import Done, in_order
 
 # this builder's own notes; no part of the shard contract
 SKIPPED_FILE = "skipped.jsonl"
@@ -235,7 +237,7 @@ def part_name(number: int) -> str:
 
 def save_part(out: Place, part: Part) -> None:
     # one that a power cut empties costs its shard's work again
-    with out.written(f"{PARTS_FOLDER}/{part_name(part.number)}", synced=False) as file:
+    with out.written(f"{PARTS_FOLDER}/{part_name(part.number)}", "renamed") as file:
         shard = vars(part.shard) if part.shard else None
         file.write(json.dumps({**vars(part), "shard": shard}).encode())
 

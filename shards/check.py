@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 
 from bigtrain.data.schema import MANIFEST_FILE, MASK_SUFFIX, Manifest, Shard
 from bigtrain.data.set_files import read_index, shards_url
+from bigtrain.text import counted
 from shards.build import SKIPPED_FILE
-from shards.crew import Done, in_order
-from shards.given import listed, manifest_of
+from shards.existing_set import listed, manifest_of
+from shards.location import Place
 from shards.members import Digested, members
-from shards.place import Place
 from shards.progress import Progress
-from shards.words import counted
+from shards.worker_pool import Done, in_order
 
 MAX_NAMED = 20  # of one kind in one shard
 MAX_JSON = 64 << 20  # bytes of a json that is read

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bigtrain.data.schema import Shard
 from shards.index_file import columns_at, repeated
-from shards.place import Place
+from shards.location import Place
 
 
 def content_digest(encoded: bytes) -> int:

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from bigtrain.data.schema import IMAGE_EXTENSIONS, MASK_SUFFIX
-from shards.names import META
+from shards.keys import META
 
 KEY_AND_EXT = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")  # WebDataset: the first dot of the file name divides them
 PICKLED = ("pyd", "pkl", "pickle", "pth", "pt")  # what WebDataset would unpickle, and so run; nothing here reads them

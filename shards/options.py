@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from shards.adapters import ADAPTERS
 from shards.labels import CLASSES_FROM
-from shards.pictures import VERIFY
+from shards.treatment import VERIFY
 
 MISTAKE = 2  # exit code
 MAX_NAMED = 3  # unknown arguments: a forgotten quote around photos/* gives hundreds

@@ -13,7 +13,7 @@ import numpy as np
 
 from bigtrain.data.schema import Sample
 from shards.index_file import hash64
-from shards.names import safe_key
+from shards.keys import safe_key
 
 Samples = Callable[[], Iterator[Sample]]  # begins anew at each call
 

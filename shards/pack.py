@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import pickle
 import tarfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from bigtrain.data.schema import IMAGE_EXTENSIONS, MASK_SUFFIX, Box, Object, Sample, Shard
+from bigtrain.images import UnreadableError, open_image
+from bigtrain.retry import RetryPolicy, is_permanent, retried
+from shards.disk import start_writing
 from shards.duplicates import content_digest
-from shards.durable import start_writing
-from shards.pictures import Picture, Treatment, UnreadableError, checked, checked_mask, read_size
-from shards.place import Place
+from shards.location import Place
+from shards.treatment import Treated, Treatment, checked, checked_mask, displayed_size
 
 RECORD = 10240  # a tar ends on a multiple of this
-ATTEMPTS, FIRST_WAIT_S = 4, 0.5
-# a file that is missing or none of ours; any other error may be the disk's
-NOT_THERE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+RETRY = RetryPolicy(attempts=4)
 AHEAD_BYTES = 16 << 20  # written by the program before the disk is asked to begin
 
 
@@ -153,7 +151,7 @@ class NothingToWrite(Exception):  # noqa: N818
     """Not one picture of the block can be read, so there is no shard."""
 
 
-def prepare(sample: Sample, treatment: Treatment) -> tuple[Picture, list[tuple[str, bytes]]]:
+def prepare(sample: Sample, treatment: Treatment) -> tuple[Treated, list[tuple[str, bytes]]]:
     """The picture and the other members of a sample, or UnreadableError."""
     if sample.image_ext not in IMAGE_EXTENSIONS:
         raise ValueError(f"{sample.key} is a .{sample.image_ext}; pictures may be {', '.join(IMAGE_EXTENSIONS)}.")
@@ -162,7 +160,7 @@ def prepare(sample: Sample, treatment: Treatment) -> tuple[Picture, list[tuple[s
     size = original_size = (picture.width, picture.height)
     if sample.mask is not None or any(thing.box for thing in sample.objects):
         if picture.encoded is not original:
-            original_size = read_size(original)
+            original_size = displayed_size(open_image(original), original)
         sample = replace(sample, objects=[placed(thing, original_size, size) for thing in sample.objects])
     members = [("json", sample.to_json())]
     if sample.mask is not None:
@@ -172,26 +170,26 @@ def prepare(sample: Sample, treatment: Treatment) -> tuple[Picture, list[tuple[s
 
 
 def content(image: Path | bytes | Callable[[], bytes]) -> bytes:
-    """The bytes of a picture; what is not there is left out, what a disk does not give now is asked for again."""
+    """The bytes of a picture; a missing file is an UnreadableError, an error of the disk is retried."""
     if isinstance(image, bytes):
         return image
     if not isinstance(image, Path):
         return image()
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            with image.open("rb", buffering=0) as file:
-                return file.read()
-        except OSError as error:
-            if error.errno in NOT_THERE:
-                raise UnreadableError(f"{type(error).__name__}: {error.strerror}") from error
-            if attempt == ATTEMPTS:
-                raise OSError(
-                    error.errno,
-                    f"{image} cannot be read (tried {attempt} times, {error.strerror}): look after its disk, and run "
-                    "the same command again; the build continues.",
-                ) from error
-            time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
-    raise AssertionError("unreachable")
+    try:
+        return retried(lambda: read_unbuffered(image), RETRY)
+    except OSError as error:
+        if is_permanent(error):
+            raise UnreadableError(f"{type(error).__name__}: {error.strerror}") from error
+        raise OSError(
+            error.errno,
+            f"{image} cannot be read (tried {RETRY.attempts} times, {error.strerror}): check its disk, and run the "
+            "same command again; the build continues.",
+        ) from error
+
+
+def read_unbuffered(path: Path) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        return file.read()
 
 
 def placed(thing: Object, original: tuple[int, int], size: tuple[int, int]) -> Object:

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigtrain.data.set_files import read_index, shards_url
-from shards.given import manifest_of
+from shards.existing_set import manifest_of
 
 COLUMNS = ("image_size", "image_ext", "width", "height", "classes")
 MAX_CLASSES = 40  # listed, unless all are asked for

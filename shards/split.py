@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -23,8 +22,9 @@ from numpy.typing import NDArray
 
 from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest
 from bigtrain.data.set_files import filesystem, read_index, shards_url
-from shards.durable import space_for, sync_folder, written_whole
-from shards.given import check_classes, manifest_of
+from bigtrain.files import remove_unfinished, whole_file, whole_folder, write_text
+from shards.disk import space_for
+from shards.existing_set import check_classes, manifest_of
 
 Rows = NDArray[np.int64]
 MAX_NAMED = 3  # classes in the split of a view
@@ -146,20 +146,13 @@ def write_views(url: str, out: Path, index: pa.Table, views: dict[str, tuple[Man
     """Write the views (manifest of the whole set, rows) to out/<name> in a folder that gets its name at the end."""
     out = out.absolute()
     tars = shards_url(url, manifest_of(url))
-    unfinished = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    written = {}
-    for left in out.parent.glob(f"{glob.escape(out.name)}.*.tmp"):  # by one that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    try:
-        with space_for(str(out)):
-            for name, (manifest, rows) in views.items():
-                folder = unfinished / name
-                folder.mkdir(parents=True)
-                written[name] = write_view(folder, manifest, index.take(pa.array(rows)), shards_at(tars, out / name))
-            unfinished.replace(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    sync_folder(out.parent)
+    remove_unfinished(out.parent, f"{glob.escape(out.name)}.*")
+    with space_for(str(out)), whole_folder(out, "durable") as unfinished:
+        written = {}
+        for name, (manifest, rows) in views.items():
+            (unfinished / name).mkdir(parents=True, exist_ok=True)
+            rows_of_view = index.take(pa.array(rows))
+            written[name] = write_view(unfinished / name, manifest, rows_of_view, shards_at(tars, out / name))
     return written
 
 
@@ -175,11 +168,10 @@ def write_view(folder: Path, manifest: Manifest, index: pa.Table, shards_at: str
     shards = tuple(replace(manifest.shards[number], samples=int(samples[number])) for number in used)
     position = np.searchsorted(used, index["shard"].to_numpy()).astype(np.int32)
     index = index.set_column(index.schema.get_field_index("shard"), index.schema.field("shard"), pa.array(position))
-    with written_whole(folder / INDEX_FILE) as file:
+    with whole_file(folder / INDEX_FILE) as file:
         pq.write_table(index, file, row_group_size=65536)
     manifest = replace(manifest, shards=shards, shards_at=shards_at)
-    with written_whole(folder / MANIFEST_FILE) as file:
-        file.write(manifest.to_json().encode())
+    write_text(folder / MANIFEST_FILE, manifest.to_json())
     return manifest
 
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigtrain.data.schema import Shard
+from bigtrain.images import UnreadableError
 from shards.labels import CLASSES_FROM, LABEL_EXTENSIONS, class_of_folder, classes_of
+from shards.location import Place
 from shards.members import Digested, Member, RefusedError, members
-from shards.pictures import Treatment, UnreadableError, checked
-from shards.place import Place
+from shards.treatment import Treatment, checked
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstandard", b"\x04\x22": "lz4"}
 MAX_NAMED = 10

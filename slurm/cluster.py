@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from slurm import jobs
+from slurm import scheduler as jobs
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
 

@@ -8,9 +8,9 @@ import time
 from collections.abc import Mapping
 
 from bigtrain.runtime.exit_codes import INTERRUPTED, LOST, STOPPED, USER_ERROR
-from slurm import jobs
-from slurm.history import LAST_WORDS, Owner, events, idle_lives, position
-from slurm.task import Task
+from slurm import scheduler as jobs
+from slurm.rank import Task
+from slurm.run_record import LAST_WORDS, Owner, events, idle_lives, position
 
 NO_WORD_S = 30  # rank 0 has said nothing of the end: another decides
 BACKOFF_S, LONGEST_BACKOFF_S = 15, 600

@@ -13,9 +13,9 @@ from typing import Any
 
 import submitit
 
+from slurm.attempt import Life
 from slurm.cluster import Cluster
-from slurm.history import RESULTS_FILE, events, tell
-from slurm.life import Life
+from slurm.run_record import RESULTS_FILE, events, tell
 
 NO_LIMIT_MIN = 60 * 24 * 365
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigtrain.runtime.watch import Follower
+from bigtrain.runtime.follow_log import Follower
 from bigtrain.text import clean, clock
-from slurm import jobs
-from slurm.history import FOLDER, JOB_FILE, RESULTS_FILE, Job, events, is_alive
+from slurm import scheduler as jobs
+from slurm.run_record import FOLDER, JOB_FILE, RESULTS_FILE, Job, events, is_alive
 
 SWEEP_FILE = "sweep.json"
 ENDED_BADLY = {

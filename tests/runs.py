@@ -5,7 +5,7 @@ import time
 
 import pyarrow.parquet as pq
 
-from bigtrain.data.pictures import Picture
+from bigtrain.data.decode import Picture
 from bigtrain.data.shard_set import ShardSet
 
 

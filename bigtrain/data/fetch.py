@@ -1,7 +1,7 @@
 """Bytes from files near and far: time limits, retries, and a clear stop.
 
 A shard set lies on a disk or behind any fsspec URL, and both fail: a disk loses a file, a server is busy, slow, silent,
-or closes the connection in mid-answer. What may pass is asked for again, what will not stops at once.
+or closes the connection in mid-answer. Transient errors are retried, permanent ones are raised at once.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import asyncio
 import logging
 import os
 import posixpath
-import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,16 +19,13 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.local import LocalFileSystem
 
+from bigtrain.retry import RetryPolicy, described, http_status, is_permanent
+
 log = logging.getLogger(__name__)
 MAX_OPEN_FILES = 64  # far below the usual limit
 MAX_REQUESTS = 16  # at once, of one process
-MAX_WAIT_S = 30.0
 SLOWEST_BYTES_PER_S = 250_000  # what is slower counts as silent
 FIRST_PIECE_BYTES, MAX_PIECE_BYTES = 256 << 10, 32 << 20  # of a file that is read whole
-MAY_PASS = (408, 425, 429)  # of HTTP's 4xx: too slow, too early, too many
-# what no second try changes; TimeoutError is an OSError as well, and is not among them
-PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError, TypeError)
-_jitter = random.SystemRandom()  # so that neither the run's random numbers nor those of other workers take part
 
 
 class Range(NamedTuple):
@@ -39,21 +34,6 @@ class Range(NamedTuple):
     path: str
     start: int
     end: int
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long to bear with a server: `attempts` requests, with waits of about first_wait_s, twice that, and so on.
-
-    A request has answer_s, and the time its bytes take at SLOWEST_BYTES_PER_S.
-    """
-
-    attempts: int = 6
-    first_wait_s: float = 0.5
-    answer_s: float = 30.0
-
-
-PATIENCE = Patience()
 
 
 class LocalFiles:
@@ -110,14 +90,14 @@ class LocalFiles:
 class RemoteFiles:
     """Files behind an fsspec file system; several requests at once where it can. Its connections are not pickled."""
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, answer_s: float) -> None:
-        self._fs, self._answer_s = fs, answer_s
-        self._limit = {"timeout": answer_s} if isinstance(fs, AsyncFileSystem) else {}  # fsspec's, of any call
+    def __init__(self, fs: fsspec.AbstractFileSystem, timeout_s: float) -> None:
+        self._fs, self._timeout_s = fs, timeout_s
+        self._limit = {"timeout": timeout_s} if isinstance(fs, AsyncFileSystem) else {}  # fsspec's, of any call
 
     def get(self, ranges: Sequence[Range]) -> list[bytes | BaseException]:
         # those at work together share one line, so that each may take as long as all of them
         largest = sorted((end - start for _, start, end in ranges), reverse=True)[:MAX_REQUESTS]
-        limit_s = self._answer_s + sum(largest) / SLOWEST_BYTES_PER_S
+        limit_s = self._timeout_s + sum(largest) / SLOWEST_BYTES_PER_S
         if isinstance(self._fs, AsyncFileSystem):
             return sync(self._fs.loop, self._get_together, ranges, limit_s)
         return [self._get_one(r) for r in ranges]
@@ -159,7 +139,7 @@ class RemoteFiles:
         except FileNotFoundError:
             return {}
         except Exception as error:  # each file system has errors of its own; reading will say what is wrong
-            log.info("%s is not listed (%s): its files' sizes are not checked", self.name(folder), _said(error))
+            log.info("%s is not listed (%s): its files' sizes are not checked", self.name(folder), described(error))
             return None
         sizes = {posixpath.basename(entry["name"]): entry["size"] for entry in entries}
         return None if None in sizes.values() else sizes
@@ -171,11 +151,11 @@ class RemoteFiles:
 Files = LocalFiles | RemoteFiles
 
 
-def files_of(fs: fsspec.AbstractFileSystem, patience: Patience) -> Files:
-    return LocalFiles() if isinstance(fs, LocalFileSystem) else RemoteFiles(fs, patience.answer_s)
+def files_of(fs: fsspec.AbstractFileSystem, policy: RetryPolicy) -> Files:
+    return LocalFiles() if isinstance(fs, LocalFileSystem) else RemoteFiles(fs, policy.timeout_s)
 
 
-def fetch(files: Files, ranges: Sequence[Range], patience: Patience, *, whole: bool = True) -> list[bytes]:
+def fetch(files: Files, ranges: Sequence[Range], policy: RetryPolicy, *, whole: bool = True) -> list[bytes]:
     """The bytes of each range, in the order asked for; only what failed is asked for again.
 
     Args:
@@ -183,15 +163,15 @@ def fetch(files: Files, ranges: Sequence[Range], patience: Patience, *, whole: b
 
     Raises:
         FileNotFoundError, PermissionError, OSError: a file is missing, may not be read, is shorter than the ranges say,
-            or failed `patience.attempts` times.
+            or failed `policy.attempts` times.
     """
     answers: list[bytes] = [b""] * len(ranges)
     wanted = list(range(len(ranges)))
-    for attempt in range(1, patience.attempts + 1):
+    for attempt in range(1, policy.attempts + 1):
         failed: dict[int, BaseException] = {}
         for i, answer in zip(wanted, files.get([ranges[i] for i in wanted]), strict=True):
             asked = ranges[i].end - ranges[i].start
-            is_past_end = isinstance(answer, BaseException) and _status(answer) == 416
+            is_past_end = isinstance(answer, BaseException) and http_status(answer) == 416
             if is_past_end and not whole:
                 continue
             if isinstance(answer, bytes) and (len(answer) == asked or not whole):
@@ -200,57 +180,39 @@ def fetch(files: Files, ranges: Sequence[Range], patience: Patience, *, whole: b
             if isinstance(answer, bytes) or is_past_end:
                 _check_cut(files, ranges[i], len(answer) if isinstance(answer, bytes) else 0)
             problem = OSError(f"{len(answer)} of {asked} bytes came") if isinstance(answer, bytes) else answer
-            if _is_permanent(problem) or attempt == patience.attempts:
+            if is_permanent(problem) or attempt == policy.attempts:
                 raise _stop(files, ranges[i].path, problem, attempt) from problem
             failed[i] = problem
         if not failed:
             return answers
         wanted = list(failed)
-        wait_s = min(MAX_WAIT_S, patience.first_wait_s * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1.5)
+        wait_s = policy.wait_s(attempt)
         first = wanted[0]
         log.warning(
             "%s: %s%s; attempt %d of %d in %.1f s",
             files.name(ranges[first].path),
-            _said(failed[first]),
+            described(failed[first]),
             f", and {len(wanted) - 1} more requests failed" if len(wanted) > 1 else "",
             attempt + 1,
-            patience.attempts,
+            policy.attempts,
             wait_s,
         )
         time.sleep(wait_s)
     raise AssertionError("unreachable")
 
 
-def fetch_file(files: Files, path: str, patience: Patience) -> bytes:
+def fetch_file(files: Files, path: str, policy: RetryPolicy) -> bytes:
     """A whole file, in growing pieces: a cut connection costs one of them, and a small file has a short time limit."""
     size = files.size(path)  # without it, an answer that was cut short would look like the file's end
     pieces: list[bytes] = []
     start, step = 0, FIRST_PIECE_BYTES
     while size is None or start < size:
         end = start + step if size is None else min(start + step, size)
-        pieces += fetch(files, [Range(path, start, end)], patience, whole=size is not None)
+        pieces += fetch(files, [Range(path, start, end)], policy, whole=size is not None)
         if len(pieces[-1]) != end - start:
             break  # the end; or a server that ignores ranges, which has answered the first request with everything
         start, step = end, min(step * 2, MAX_PIECE_BYTES)
     return b"".join(pieces)
-
-
-def _is_permanent(error: BaseException) -> bool:
-    if isinstance(error, TimeoutError):
-        return False
-    status = _status(error)
-    if status is not None:
-        return 400 <= status < 500 and status not in MAY_PASS
-    return isinstance(error, PERMANENT)
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error of aiohttp, botocore (below s3fs's own error) or gcsfs, if there is one."""
-    response = getattr(error.__cause__, "response", None)
-    if isinstance(response, dict):
-        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    numbers = (getattr(error, name, None) for name in ("status", "code"))
-    return next((number for number in numbers if isinstance(number, int)), None)
 
 
 def _check_cut(files: Files, wanted: Range, came: int) -> None:
@@ -272,15 +234,11 @@ def _check_cut(files: Files, wanted: Range, came: int) -> None:
 
 
 def _stop(files: Files, path: str, error: BaseException, attempts: int) -> OSError:
-    name, status = files.name(path), _status(error)
+    name, status = files.name(path), http_status(error)
     if isinstance(error, FileNotFoundError | NotADirectoryError) or status in (404, 410):
-        return FileNotFoundError(f"{name} is missing ({_said(error)}): copy it there, or check the address.")
+        return FileNotFoundError(f"{name} is missing ({described(error)}): copy it there, or check the address.")
     if isinstance(error, PermissionError) or status in (401, 403):
-        text = f"{name} may not be read ({_said(error)}): check the rights of the file or your credentials."
+        text = f"{name} may not be read ({described(error)}): check the rights of the file or your credentials."
         return PermissionError(text)
     tried = "once" if attempts == 1 else f"{attempts} times"
-    return OSError(f"{name} cannot be read: tried {tried}, at last {_said(error)}.")
-
-
-def _said(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return OSError(f"{name} cannot be read: tried {tried}, at last {described(error)}.")

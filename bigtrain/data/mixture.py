@@ -96,26 +96,3 @@ class Mixture:
 
     def keys(self, batches: Mapping[str, Batch]) -> list[str]:
         return [key for name, batch in batches.items() for key in self.streams[name].keys(batch)]
-
-
-def divided(global_batch: int, ratios: Mapping[str, float], world_size: int = 1) -> dict[str, int]:
-    """Divide a global batch among sources by ratio, each number a multiple of the world size.
-
-    By largest remainders (Hamilton's method), so that the numbers add up: 64 at 3 : 1 is 48 and 16.
-    """
-    if not ratios or any(not ratio > 0 for ratio in ratios.values()):
-        raise ValueError(f"the ratios of a mixture must be above 0, and {dict(ratios)} were given.")
-    if global_batch % world_size:
-        raise ValueError(f"a global batch of {global_batch} does not divide among {world_size} processes.")
-    shares, total = global_batch // world_size, sum(ratios.values())
-    exact = {name: shares * ratio / total for name, ratio in ratios.items()}
-    sizes = {name: int(share) for name, share in exact.items()}
-    rest = sorted(exact, key=lambda name: (sizes[name] - exact[name], name))  # the largest remainder first
-    for name in rest[: shares - sum(sizes.values())]:
-        sizes[name] += 1
-    if empty := [name for name, size in sizes.items() if size == 0]:
-        raise ValueError(
-            f"a global batch of {global_batch} on {world_size} processes leaves nothing for {', '.join(empty)} at the "
-            f"ratios {dict(ratios)}: use a larger batch, or other ratios."
-        )
-    return {name: size * world_size for name, size in sizes.items()}

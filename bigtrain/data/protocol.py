@@ -133,12 +133,22 @@ def in_validation(keys: Sequence[str], *, share: float, seed: int) -> NDArray[np
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Sample numbers of the parts of a run: known images to train on, known ones held out, and the test split."""
+class Split:
+    """The images of a run: known ones to train on, known ones held out for the threshold, and those to judge on."""
 
+    protocol: Protocol
+    train: ShardSet
+    test: ShardSet
     fitted_N: NDArray[np.int64]
+    """Numbers of samples in `train`; so are those held out."""
     held_out_N: NDArray[np.int64]
     test_N: NDArray[np.int64]
+    """Numbers of samples in `test`, which may be `train` itself."""
+
+    def __str__(self) -> str:
+        known = len(self.protocol.known)
+        classes = f"{known} known classes" if known > 1 else f"the known class {self.protocol.known[0]}"
+        return f"{self.train.manifest.dataset}, {len(self.fitted_N)} images of {classes}, {len(self.test_N)} to judge"
 
 
 def halved(protocol: Protocol, images: ShardSet, *, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -175,7 +185,7 @@ def split(
     seed: int,
     train_limit: int = 0,
     test_limit: int = 0,
-) -> Parts:
+) -> Split:
     """Divide the images of a run; a limit takes a random choice of so many (of the test split the same for every seed).
 
     Args:
@@ -198,7 +208,7 @@ def split(
         raise ValueError(
             f"{train.url} has no image of the known classes ({', '.join(protocol.known)}) to train on: choose others."
         )
-    return Parts(fitted_N, known_N[held_out], test_N)
+    return Split(protocol, train, test or train, fitted_N, known_N[held_out], test_N)
 
 
 def check_every_class(protocol: Protocol, train: ShardSet, fitted_N: NDArray[np.int64]) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.data.fetch import PATIENCE, LocalFiles, Patience, Range, fetch, files_of
+from bigtrain.data.fetch import LocalFiles, Range, fetch, files_of
 from bigtrain.data.set_files import filesystem
+from bigtrain.retry import DEFAULT, RetryPolicy
 
 MAX_GAP_BYTES = 64 << 10  # what another request costs in bytes of the same line; headers and labels are far less
 MAX_RANGE_BYTES = 8 << 20  # longer runs are several requests, which go at once
@@ -23,15 +24,15 @@ class Reader:
     Args:
         url: the folder or URL prefix where the shards lie.
         files: their names, by number.
-        patience: with a server that fails.
+        retry: how often, and how long, a disk or server is asked again.
 
     `bytes_read` counts what was read since it was made or unpickled, gaps included. Not for two threads at once.
     """
 
-    def __init__(self, url: str, files: Sequence[str], patience: Patience = PATIENCE) -> None:
+    def __init__(self, url: str, files: Sequence[str], retry: RetryPolicy = DEFAULT) -> None:
         fs, self._path = filesystem(url)
-        self._names, self._patience = tuple(files), patience
-        self._files = files_of(fs, patience)
+        self._names, self._retry = tuple(files), retry
+        self._files = files_of(fs, retry)
         is_local = isinstance(self._files, LocalFiles)
         self._max_gap = MAX_LOCAL_GAP_BYTES if is_local else MAX_GAP_BYTES
         self._max_range = MAX_LOCAL_RANGE_BYTES if is_local else MAX_RANGE_BYTES
@@ -44,7 +45,7 @@ class Reader:
         ranges, members = self._merged(shard_N.tolist(), start_N, size, np.lexsort((offset_N, shard_N)).tolist())
         pictures: list[bytes] = [b""] * len(start_N)
         for (path, first, end), places, data in zip(
-            ranges, members, fetch(self._files, ranges, self._patience), strict=True
+            ranges, members, fetch(self._files, ranges, self._retry), strict=True
         ):
             self.bytes_read += end - first
             if path not in self._checked:

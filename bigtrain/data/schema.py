@@ -26,7 +26,6 @@ MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.parquet"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 MASK_SUFFIX = "mask.png"
-MAX_PIXELS = 89_478_485  # of a picture, 256 MiB in RGB: more is refused, as a decompression bomb (Pillow's own limit)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bigtrain.data.fetch import PATIENCE, Patience, fetch_file, files_of
+from bigtrain.data.fetch import fetch_file, files_of
 from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest
+from bigtrain.retry import DEFAULT, RetryPolicy
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -48,11 +49,11 @@ def shards_url(url: str, manifest: Manifest) -> str:
     return scheme + separator + posixpath.normpath(posixpath.join(path, manifest.shards_at))
 
 
-def read_manifest(url: str, patience: Patience = PATIENCE) -> Manifest:
+def read_manifest(url: str, retry: RetryPolicy = DEFAULT) -> Manifest:
     """Read the manifest of the shard set at `url`; a set without one is an unfinished build or no set at all."""
     fs, path = filesystem(url)
     try:
-        text = fetch_file(files_of(fs, patience), f"{path}/{MANIFEST_FILE}", patience).decode(errors="replace")
+        text = fetch_file(files_of(fs, retry), f"{path}/{MANIFEST_FILE}", retry).decode(errors="replace")
     except FileNotFoundError as error:
         raise ValueError(
             f"{url} holds no {MANIFEST_FILE}, so it is no finished shard set: build one from a folder of class folders "
@@ -62,12 +63,12 @@ def read_manifest(url: str, patience: Patience = PATIENCE) -> Manifest:
     return Manifest.from_json(text, where=f"{url}/{MANIFEST_FILE}")
 
 
-def read_index(url: str, columns: Sequence[str] = tuple(INDEX_SCHEMA.names), patience: Patience = PATIENCE) -> pa.Table:
+def read_index(url: str, columns: Sequence[str] = tuple(INDEX_SCHEMA.names), retry: RetryPolicy = DEFAULT) -> pa.Table:
     """Read the index of the shard set at `url`: a table of INDEX_SCHEMA, or of some of its columns."""
     fs, path = filesystem(url)
     advice = f"make it with `bigtrain-shards index {url}`."
     try:
-        data = fetch_file(files_of(fs, patience), f"{path}/{INDEX_FILE}", patience)
+        data = fetch_file(files_of(fs, retry), f"{path}/{INDEX_FILE}", retry)
     except FileNotFoundError as error:
         raise ValueError(f"{url} has no {INDEX_FILE}: {advice}") from error
     try:

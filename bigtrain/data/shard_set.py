@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from bigtrain.data.fetch import PATIENCE, Patience
 from bigtrain.data.plan import MAX_RUN, Plan
 from bigtrain.data.reader import Reader
 from bigtrain.data.set_files import read_index, read_manifest, shards_url
+from bigtrain.retry import DEFAULT, RetryPolicy
 
 log = logging.getLogger(__name__)
 RUN_BYTES = 1 << 20  # of pictures, read at once: enough for a disk or a server to be worth the request
@@ -28,17 +28,17 @@ class ShardSet:
 
     Args:
         url: a folder, or any fsspec URL prefix.
-        patience: with a server that fails.
+        retry: how often, and how long, a disk or server is asked again.
 
     Raises:
         ValueError: there is no manifest, or a shard is not as long as the manifest says.
         OSError: the server does not answer.
     """
 
-    def __init__(self, url: str, patience: Patience = PATIENCE) -> None:
-        self.url, self._patience = str(url), patience
-        self.manifest = read_manifest(self.url, patience)
-        table = read_index(self.url, COLUMNS, patience)
+    def __init__(self, url: str, retry: RetryPolicy = DEFAULT) -> None:
+        self.url, self._retry = str(url), retry
+        self.manifest = read_manifest(self.url, retry)
+        table = read_index(self.url, COLUMNS, retry)
         if table.num_rows != self.manifest.samples:
             raise ValueError(
                 f"{url}: the index has {table.num_rows} rows and the manifest {self.manifest.samples} samples: "
@@ -101,22 +101,6 @@ class ShardSet:
         common = {s.sha256 for s in self.manifest.shards} & {s.sha256 for s in other.manifest.shards}
         return len(places(self) & places(other)) if common else 0
 
-    def check_single_objects(self) -> None:
-        """Refuse a set in which an image shows no class or several: a classifier needs exactly one for each."""
-        wrong_N = np.flatnonzero(np.diff(self._class_start_N) != 1)
-        if len(wrong_N):
-            self.only_class_of(int(wrong_N[0]))
-
-    def only_class_of(self, sample: int) -> str:
-        """The class of an image that shows one; a classifier cannot learn from any other."""
-        names = self.classes_of(sample)
-        if len(names) != 1:
-            raise ValueError(
-                f"{self.url}: image {self.key(sample)} shows {len(names)} classes {names}; a classifier needs exactly "
-                "one for each image: use a data set of single objects."
-            )
-        return names[0]
-
     def plan(self, sample_N: NDArray[np.int64], global_batch: int, seed: int = 0, shuffle: bool = True) -> Plan:
         """The plan of an epoch over some of the samples, ascending, with runs as long as this set bears.
 
@@ -152,7 +136,7 @@ class ShardSet:
     def reader(self) -> Reader:
         """What reads by `places`, in this process or in a worker, which needs no index for it."""
         files = [shard.file for shard in self.manifest.shards]
-        return Reader(shards_url(self.url, self.manifest), files, self._patience)
+        return Reader(shards_url(self.url, self.manifest), files, self._retry)
 
     def read(self, samples: Sequence[int]) -> list[bytes]:
         """The original bytes of some images, in the order asked for; a shard that cannot be read stops the run."""

@@ -21,13 +21,14 @@ import webdataset as wds
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bigtrain.data.decode import Picture, jpeg_decoder
 from bigtrain.data.memory import keep_freed_memory
-from bigtrain.data.pictures import Picture, UnreadableError, jpeg_decoder
 from bigtrain.data.plan import PADDING, Plan, Position, check_divides, sample_seeds
 from bigtrain.data.reader import Reader
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.views import Transform, Views
 from bigtrain.data.workers import start_worker, worker_context
+from bigtrain.images import UnreadableError
 
 log = logging.getLogger(__name__)
 START = Position()

@@ -1,25 +1,25 @@
 """What is made of one picture: the resized image, crops with their boxes, training crops; all keyed by the sample's
 seed.
 
-Views are uint8 and channels first; they are normalised on the device (`to_float`). Crops lie on whole pixels of the
-picture, and the boxes that are told are those.
+Views are uint8 and channels first; the network normalises them on its device. Crops lie on whole pixels of the picture,
+and the boxes that are told are those.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol as Interface
+from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from bigtrain.data.pictures import Box, Picture
+from bigtrain.data.decode import Box, Picture
 
 Views = dict[str, NDArray[np.generic]]
+V = TypeVar("V")
 
 
 class Transform(Interface):
@@ -75,6 +75,11 @@ class MultiCrop:
         if self.global_crops:
             views |= {"global_crops": np.stack(cuts[self.crops :]), "global_boxes": box_V4[self.crops :]}
         return views
+
+    def crops_of(self, views: Mapping[str, V]) -> tuple[list[V], list[V]]:
+        """The crops of a batch and their boxes, by kind: the small ones, then the global ones where there are any."""
+        kinds = [("crops", "boxes"), ("global_crops", "global_boxes")][: 2 if self.global_crops else 1]
+        return [views[crops] for crops, _ in kinds], [views[boxes] for _, boxes in kinds]
 
     def blank(self) -> Views:
         black = Picture.of(np.zeros((self.size, self.size, 3), np.uint8))
@@ -165,10 +170,3 @@ def random_box(
     h, w = min(math.sqrt(area / shape), height), min(math.sqrt(area * shape), width)
     top, left = rng.uniform(0, height - h), rng.uniform(0, width - w)
     return top, left, top + h, left + w
-
-
-def to_float(view: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 (..., 3, H, W) to float32: (x / 255 - mean) / std for each channel."""
-    mean_311 = torch.tensor(mean, device=view.device).view(3, 1, 1)
-    std_311 = torch.tensor(std, device=view.device).view(3, 1, 1)
-    return (view.float() / 255 - mean_311) / std_311

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bigtrain.detectors.saved import ImageDetector
+    from bigtrain.detectors.image_detector import ImageDetector
 
 DETECTOR_FILE = "detector.json"
+KINDS = {  # its `method` -> a class, imported when it is used
+    "defend": "bigtrain.methods.defend.detector.DistillationDetector",
+    "network": "bigtrain.detectors.network_detector.NetworkDetector",
+}
 
 
 def load_detector(path: str | Path, *, device: str | None = None) -> ImageDetector:
@@ -18,14 +23,12 @@ def load_detector(path: str | Path, *, device: str | None = None) -> ImageDetect
     Raises:
         ValueError: the folder holds no detector, or one of a method this bigtrain lacks.
     """
-    from bigtrain.detectors.distillation import DistillationDetector
-    from bigtrain.detectors.network import NetworkDetector
-
-    kinds: dict[str, type[ImageDetector]] = {kind.method: kind for kind in (DistillationDetector, NetworkDetector)}
     file = Path(path) / DETECTOR_FILE
     if not file.is_file():
         raise ValueError(f"{path} holds no {DETECTOR_FILE}: give the folder `detector` of a finished run.")
     method = json.loads(file.read_text()).get("method")
-    if method not in kinds:
-        raise ValueError(f"{file} is of method {method!r}; this bigtrain loads {', '.join(kinds)}.")
-    return kinds[method].load(Path(path), device=device)
+    if method not in KINDS:
+        raise ValueError(f"{file} is of method {method!r}; this bigtrain loads {', '.join(KINDS)}.")
+    module, _, name = KINDS[method].rpartition(".")
+    kind: type[ImageDetector] = getattr(import_module(module), name)
+    return kind.load(Path(path), device=device)

@@ -1,4 +1,4 @@
-"""The classical detectors by name, imported when they are used: most need scikit-learn or scipy."""
+"""Detectors on features and on logits by name, imported when they are used: most need scikit-learn or SciPy."""
 
 from __future__ import annotations
 
@@ -6,30 +6,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bigtrain.detectors.contract import FeatureDetector
+    from bigtrain.detectors.feature_detector import FeatureDetector
 
+CLASSICAL, METHODS = "bigtrain.detectors.classical", "bigtrain.methods"
 ON_FEATURES = {  # name -> module and class
-    "nearest neighbours": "neighbours.NearestNeighbours",
-    "one-class SVM": "one_class.OneClassSVM",
-    "SVDD": "one_class.SVDD",
-    "KNFST": "knfst.KNFST",
-    "local KNFST": "knfst.LocalKNFST",
-    "K-extremes": "signatures.Signatures",
-    "Mahalanobis": "gaussian.Mahalanobis",
-    "Gaussian mixture": "gaussian.GaussianMixture",
+    "nearest neighbours": f"{CLASSICAL}.nearest.NearestNeighbours",
+    "one-class SVM": f"{CLASSICAL}.one_class.OneClassSVM",
+    "SVDD": f"{CLASSICAL}.one_class.SVDD",
+    "KNFST": f"{CLASSICAL}.knfst.KNFST",
+    "local KNFST": f"{CLASSICAL}.knfst.LocalKNFST",
+    "K-extremes": f"{METHODS}.signatures.detector.Signatures",
+    "Mahalanobis": f"{CLASSICAL}.gaussian.Mahalanobis",
+    "Gaussian mixture": f"{CLASSICAL}.gaussian.GaussianMixture",
 }
-ON_LOGITS = {"max logit": "logits.MaxLogit", "max softmax": "logits.MaxSoftmax", "OpenMax": "openmax.OpenMax"}
+ON_LOGITS = {
+    "max logit": f"{CLASSICAL}.logits.MaxLogit",
+    "max softmax": f"{CLASSICAL}.logits.MaxSoftmax",
+    "OpenMax": f"{CLASSICAL}.openmax.OpenMax",
+}
 EVERY = ON_FEATURES | ON_LOGITS
 
 
 def detector_class(name: str) -> type[FeatureDetector]:
-    module, _, kind = EVERY[name].partition(".")
-    return getattr(import_module(f"{__package__}.{module}"), kind)
+    module, _, kind = EVERY[name].rpartition(".")
+    return getattr(import_module(module), kind)
 
 
 def name_of(detector: FeatureDetector) -> str:
     """The name of a detector's class here."""
     kind = type(detector)
-    return next(
-        name for name, place in EVERY.items() if f"{__package__}.{place}" == f"{kind.__module__}.{kind.__name__}"
-    )
+    return next(name for name, place in EVERY.items() if place == f"{kind.__module__}.{kind.__name__}")

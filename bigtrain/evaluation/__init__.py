@@ -1,1 +1,3 @@
-"""From scores to what a person can believe: collected scores, metrics with intervals, tables, a report."""
+"""From scores to figures. judge: what every detector goes through; collect: scores over all ranks; metrics: FIGURES,
+the one list, with intervals; tables: over runs and seeds; report/: pages.
+"""

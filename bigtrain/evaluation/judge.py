@@ -17,16 +17,17 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigtrain.data.pictures import Picture
-from bigtrain.data.protocol import Protocol
+from bigtrain.data.decode import Picture
+from bigtrain.data.protocol import Split
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
-from bigtrain.detectors.neighbours import NearestNeighbours
-from bigtrain.detectors.saved import ImageDetector
-from bigtrain.evaluation.collect import collect
-from bigtrain.evaluation.metrics import auroc, closed_set_accuracy, explained, oscr, summary
-from bigtrain.evaluation.pictures import Shown, most_telling
-from bigtrain.evaluation.report import write_report
+from bigtrain.detectors.classical.nearest import NearestNeighbours
+from bigtrain.detectors.image_detector import ImageDetector
+from bigtrain.evaluation.collect import collect, mean_over
+from bigtrain.evaluation.metrics import Estimate, auroc, closed_set_accuracy, explained, oscr, summary
+from bigtrain.evaluation.report.overlays import Shown, most_telling
+from bigtrain.evaluation.report.report import write_report
+from bigtrain.files import whole_file
 
 Features = Callable[[Tensor], Tensor]  # uint8 images (B, 3, H, W) to (B, D)
 
@@ -47,117 +48,149 @@ def judge(
     folder: Path,
     accelerator: Accelerator,
     detector: ImageDetector,
+    split: Split,
+    read: Callable[[ShardSet, NDArray[np.int64]], Stream],
     *,
     method: str,
-    protocol: Protocol,
-    test: Stream,
-    held_out: Stream | None,
-    bank: Stream,
     plain: Mapping[str, Features],
+    bank_N: NDArray[np.int64],
     settings: Mapping[str, Any],
     seed: int,
     quantile: float = 0.95,
     classes: Sequence[str] = (),
-    floors: Mapping[str, Features] | None = None,
+    floors: Mapping[str, ImageDetector] | None = None,
 ) -> dict[str, Any]:
     """Score, calibrate on held-out known images, write detector/, scores.parquet and report.html into the run folder.
 
     Called on all ranks; the first one writes.
 
     Args:
+        split: its test images are what figures are computed of, and nothing is chosen by them; the held-out known ones
+            give the threshold, where there are any.
+        read: this rank's share of some samples, in the order of the index.
         method: what the detector's figures are called.
-        test: the test split; its figures are computed here, and nothing is chosen by them.
-        held_out: known training images that were held out; they give the threshold. None: there are none.
-        bank: known training images for the plain figures.
-        plain: name -> features; beside the detector, nearest neighbours on each of them.
+        plain: name -> features; nearest neighbours on each of them stand beside the detector.
+        bank_N: known training images for these.
         settings: of the run, for the report.
         quantile: share of the held-out known images that are to lie at or below the threshold.
-        classes: the names of the detector's classes, where it tells which of them a picture shows: then there are
+        classes: the names of the detector's classes, where it tells which of them an image shows: then there are
             `closed_set_accuracy` and `oscr` too.
-        floors: name -> the scores (B,) of a detector that has learnt nothing, whose scores are errors of the same kind.
-            They are plain figures too, and of the first one `explained` and `explained_novel` say by what share the
-            detector's error is smaller: on held-out known images and, for comparison, on novel ones.
+        floors: name -> a detector that predicts (`ImageDetector.target`); the score of one that ignores the image and
+            always predicts the mean target stands beside it. Of the first one `explained` and `explained_novel` say by
+            what share the detector's error is smaller: on held-out known images and, for comparison, on novel ones.
 
     Returns:
         The record of results.json; the same on all ranks. Where some test images show no class, which makes them novel,
         `auroc_annotated` is without them.
     """
-    neighbours = {n: NearestNeighbours().fit(f) for n, f in collect(accelerator, bank, plain)[1].items()}
-
-    def distance_to_known(name: str, image_B3HW: Tensor) -> Tensor:
-        score_B = neighbours[name].score(plain[name](image_B3HW).float().cpu().numpy())
-        return torch.from_numpy(score_B).to(accelerator.device)
-
-    def scored_and_classified(image_B3HW: Tensor) -> Tensor:
-        found = detector.score_tensor(image_B3HW)
-        parts = [found.score_B] + ([found.class_B.to(found.score_B)] if found.class_B is not None and classes else [])
-        return torch.stack(parts, dim=1)
-
-    floors = floors or {}
-    scorers: dict[str, Features] = {"score": scored_and_classified, **floors}
+    bank = read(split.train, bank_N)
+    others = {f"nearest neighbour on {name}": f for name, f in nearest_scorers(accelerator, bank, plain).items()}
+    constants = {n: constant_scorer(accelerator, read(split.train, bank_N), d) for n, d in (floors or {}).items()}
+    scorers: dict[str, Features] = {"score": partial(scored_and_classified, detector, bool(classes)), **constants}
+    held_out = read(split.train, split.held_out_N) if len(split.held_out_N) else None
     known_N, known = (
         collect(accelerator, held_out, scorers) if held_out else (np.zeros(0, np.int64), {"score": np.zeros((0, 1))})
     )
     threshold = detector.calibrate(known["score"][:, 0], quantile)
-    others = {f"nearest neighbour on {name}": partial(distance_to_known, name) for name in plain}
+    test = read(split.test, split.test_N)
     test_N, found = collect(accelerator, test, scorers | others)
-    skipped = {
-        "train": all_skipped([bank] + ([held_out] if held_out else [])),
-        "test": all_skipped([test]),
-    }
+    skipped = {"train": all_skipped([bank] + ([held_out] if held_out else [])), "test": all_skipped([test])}
 
     answer_NA = found.pop("score")
-    scored = Scored(test.shard_set, "test", test_N, ~protocol.is_known(test.shard_set)[test_N], answer_NA[:, 0])
+    scored = Scored(split.test, "test", test_N, ~split.protocol.is_known(split.test)[test_N], answer_NA[:, 0])
+    known_scored = Scored(split.train, "held_out", known_N, np.zeros(len(known_N), bool), known["score"][:, 0])
     figures = summary(scored.novel_N, scored.score_N, seed=seed)
-    if answer_NA.shape[1] > 1:
-        shown = [test.shard_set.classes_of(sample) for sample in test_N]
-        is_right_N = np.array([classes[int(a)] in names for a, names in zip(answer_NA[:, 1], shown, strict=True)])
-        accuracy = closed_set_accuracy(is_right_N[~scored.novel_N])
-        further = {"closed_set_accuracy": accuracy, "oscr": oscr(scored.novel_N, scored.score_N, is_right_N)}
-    else:
-        further = {}
-    shows_any_N = np.array([bool(test.shard_set.classes_of(sample)) for sample in test_N])
-    if not shows_any_N.all() and len(set(scored.novel_N[shows_any_N].tolist())) == 2:
-        further["auroc_annotated"] = auroc(scored.novel_N[shows_any_N], scored.score_N[shows_any_N])
     comparisons = {name: (score_N, summary(scored.novel_N, score_N, seed=seed)) for name, score_N in found.items()}
-    for name in list(floors)[:1]:
-        novel_N = scored.novel_N
-        further["explained_novel"] = explained(scored.score_N[novel_N], comparisons[name][0][novel_N], seed=seed)
-        if len(known_N):
-            further["explained"] = explained(known["score"][:, 0], known[name], seed=seed)
+    further = further_figures(scored, answer_NA, classes)
+    if constants:
+        first = next(iter(constants))
+        further |= explained_figures(scored, comparisons[first][0], known_scored, known.get(first), seed)
     results = {
         "method": method,
         **figures,
         **{name: estimate._asdict() for name, estimate in further.items()},
         "comparisons": {name: its for name, (_, its) in comparisons.items()},
         "threshold": rates(threshold, scored),
-        "dataset": test.shard_set.manifest.dataset,
-        "known": list(protocol.known),
-        "novel": list(protocol.novel),
+        "dataset": split.test.manifest.dataset,
+        "known": list(split.protocol.known),
+        "novel": list(split.protocol.novel),
         "seed": seed,
         "held_out_known": len(known_N),
         "skipped": skipped,  # key -> why it could not be decoded
     }
     if accelerator.is_main_process:
         detector.save(folder / "detector")
-        parts = [scored]
-        if held_out:
-            parts.append(
-                Scored(held_out.shard_set, "held_out", known_N, np.zeros(len(known_N), bool), known["score"][:, 0])
-            )
-        write_scores(folder / "scores.parquet", parts)
-        sections = most_telling(scored.novel_N, scored.score_N)
+        write_scores(folder / "scores.parquet", [scored, known_scored] if held_out else [scored])
+        known_classes = split.protocol.known
         write_report(
             folder / "report.html",
-            title=f"{method}: {', '.join(protocol.known[:3])}{' ...' if len(protocol.known) > 3 else ''}",
+            title=f"{method}: {', '.join(known_classes[:3])}{' ...' if len(known_classes) > 3 else ''}",
             results={**results, "metrics": figures, "detector": method, "threshold": threshold, "settings": settings},
             novel_N=scored.novel_N,
             score_N=scored.score_N,
             comparisons=comparisons,
-            pictures={title: pictures(scored, places, detector) for title, places in sections.items()},
+            pictures={
+                title: shown(scored, places, detector)
+                for title, places in most_telling(scored.novel_N, scored.score_N).items()
+            },
         )
     accelerator.wait_for_everyone()
     return results
+
+
+def scored_and_classified(detector: ImageDetector, has_classes: bool, image_B3HW: Tensor) -> Tensor:
+    """The novelty of uint8 images and, where asked for and known, the class that each shows: (B, 1) or (B, 2)."""
+    found = detector.score_tensor(image_B3HW)
+    parts = [found.score_B]
+    if has_classes and found.class_B is not None:
+        parts.append(found.class_B.to(found.score_B))
+    return torch.stack(parts, dim=1)
+
+
+def nearest_scorers(accelerator: Accelerator, bank: Stream, plain: Mapping[str, Features]) -> dict[str, Features]:
+    """For each kind of features, the distance of an image to its nearest neighbours among the bank's."""
+    neighbours = {name: NearestNeighbours().fit(f) for name, f in collect(accelerator, bank, plain)[1].items()}
+
+    def distance_to_known(name: str, image_B3HW: Tensor) -> Tensor:
+        score_B = neighbours[name].score(plain[name](image_B3HW).float().cpu().numpy())
+        return torch.from_numpy(score_B).to(accelerator.device)
+
+    return {name: partial(distance_to_known, name) for name in plain}
+
+
+def constant_scorer(accelerator: Accelerator, bank: Stream, detector: ImageDetector) -> Features:
+    """The score of a predictor that has learnt nothing: it answers each image with the known images' mean target."""
+    constant = mean_over(accelerator, bank, detector.target)
+    return partial(detector.constant_score, constant=constant)
+
+
+def further_figures(test: Scored, answer_NA: NDArray[np.float64], classes: Sequence[str]) -> dict[str, Estimate]:
+    """Figures that not every run has: of the classes that were told, and without images that show none."""
+    found: dict[str, Estimate] = {}
+    shown_N = [test.shard_set.classes_of(sample) for sample in test.sample_N]
+    if answer_NA.shape[1] > 1:
+        is_right_N = np.array([classes[int(a)] in names for a, names in zip(answer_NA[:, 1], shown_N, strict=True)])
+        found["closed_set_accuracy"] = closed_set_accuracy(is_right_N[~test.novel_N])
+        found["oscr"] = oscr(test.novel_N, test.score_N, is_right_N)
+    shows_any_N = np.array([bool(names) for names in shown_N])
+    if not shows_any_N.all() and len(set(test.novel_N[shows_any_N].tolist())) == 2:
+        found["auroc_annotated"] = auroc(test.novel_N[shows_any_N], test.score_N[shows_any_N])
+    return found
+
+
+def explained_figures(
+    test: Scored,
+    constant_N: NDArray[np.float64],
+    known: Scored,
+    known_constant_N: NDArray[np.float64] | None,
+    seed: int,
+) -> dict[str, Estimate]:
+    """By what share the detector's error is below the constant predictor's, on novel and on held-out known images."""
+    novel_N = test.novel_N
+    found = {"explained_novel": explained(test.score_N[novel_N], constant_N[novel_N], seed=seed)}
+    if known_constant_N is not None:
+        found["explained"] = explained(known.score_N, known_constant_N, seed=seed)
+    return found
 
 
 def all_skipped(streams: Sequence[Stream]) -> dict[str, str]:
@@ -192,9 +225,8 @@ def write_scores(path: Path, parts: list[Scored]) -> None:
             ("score", pa.float64()),
         ]
     )
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
-    temporary.replace(path)
+    with whole_file(path) as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
 
 
 def rates(threshold: float | None, test: Scored) -> dict[str, float] | None:
@@ -209,7 +241,7 @@ def rates(threshold: float | None, test: Scored) -> dict[str, float] | None:
     }
 
 
-def pictures(test: Scored, places: list[int], detector: ImageDetector) -> list[Shown]:
+def shown(test: Scored, places: list[int], detector: ImageDetector) -> list[Shown]:
     """The pictures at some places of the scores, with their maps where the method has them."""
     payloads = test.shard_set.read([int(test.sample_N[place]) for place in places])
     images = [Picture(payload).rgb() for payload in payloads]

@@ -7,23 +7,50 @@ as novel when its score is >= a threshold.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
+from numpy.typing import ArrayLike
 from scipy.stats import binomtest, bootstrap, norm, rankdata
-from sklearn.metrics import average_precision_score, roc_curve
 
-CONFIDENCE = 0.95
-FEWEST_RESAMPLES = 200
-MOST_DRAWS = 20_000_000  # images drawn by one bootstrap: about three seconds
-CHUNK_DRAWS = 500_000  # of these at a time, so that the arrays stay in the cache
+from bigtrain.evaluation.intervals import (
+    CHUNK_DRAWS,
+    CONFIDENCE,
+    FEWEST_RESAMPLES,
+    MOST_DRAWS,
+    Bools,
+    Floats,
+    Ints,
+    bias_corrected_interval,
+    newcombe_interval,
+    resampled_counts,
+)
 
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+
+class Figure(NamedTuple):
+    """How a figure is called and read, wherever it is shown."""
+
+    heading: str
+    more_is_better: bool
+    meaning: str
+    is_in_report: bool = True  # else of some runs only, or a share that no detector is compared by
+
+
+FIGURES = {  # the one list: report, tables and recipes take names, headings and direction from it
+    "auroc": Figure("AUROC", True, "share of pairs in which the novel picture scores above the known one"),
+    "aupr_in": Figure("AUPR-in", True, "average precision, known is the positive class"),
+    "aupr_out": Figure("AUPR-out", True, "average precision, novel is the positive class"),
+    "fpr_at_95_tpr_novel": Figure("FPR, 95\u00a0% of novel caught", False, "share of known flagged at that threshold"),
+    "fpr_at_95_tpr_known": Figure(
+        "FPR, 95\u00a0% of known accepted", False, "share of novel accepted at that threshold"
+    ),
+    "detection_error": Figure("Detection error", False, "smallest mean of both error rates, over all thresholds"),
+    "closed_set_accuracy": Figure("Closed-set accuracy", True, "share of known pictures told rightly", False),
+    "oscr": Figure("OSCR", True, "area under the open-set classification rate curve", False),
+    "explained": Figure("Explained", True, "by what share the error is below that of a constant answer", False),
+    "explained_novel": Figure("Explained, novel", False, "the same on novel pictures", False),
+    "auroc_annotated": Figure("AUROC, annotated", True, "AUROC without pictures that show no class", False),
+}
 
 
 class Estimate(NamedTuple):
@@ -170,34 +197,18 @@ def explained(score_N: ArrayLike, floor_N: ArrayLike, *, seed: int = 0) -> Estim
     return Estimate(value, min(float(low), value), max(float(high), value))
 
 
-def newcombe_interval(value: float, m: int, n: int) -> tuple[float, float]:
-    """Interval of an AUROC from its value and the class sizes alone: Newcombe, Statistics in Medicine 2006, method 5.
-
-    Like Wilson's for a share, it holds each A' for which the value found is not surprising,
-
-        |value - A'| <= z sqrt( A' (1 - A') [1 + (k - 1) ((1 - A') / (2 - A') + A' / (1 + A'))] / (m n) )
-
-    with k = (m + n) / 2, so perfect separation of few images claims no perfect detector: 10 + 10 give 0.80 .. 1.
-    """
-    z = norm.ppf(0.5 + CONFIDENCE / 2)
-
-    def surprise(a: float) -> float:
-        spread = 1 + ((m + n) / 2 - 1) * ((1 - a) / (2 - a) + a / (1 + a))
-        return float((value - a) ** 2 - z**2 * a * (1 - a) * spread / (m * n))
-
-    low = 0.0 if value == 0 else brentq(surprise, 0.0, value - 1e-12)
-    high = 1.0 if value == 1 else brentq(surprise, value + 1e-12, 1.0)
-    return float(low), float(high)
-
-
 def aupr_in(novel_N: ArrayLike, score_N: ArrayLike) -> AveragePrecision:
     """Average precision with known as the positive class, scored by -score."""
+    from sklearn.metrics import average_precision_score
+
     novel, score = checked(novel_N, score_N)
     return AveragePrecision(float(average_precision_score(~novel, -score)), float((~novel).mean()))
 
 
 def aupr_out(novel_N: ArrayLike, score_N: ArrayLike) -> AveragePrecision:
     """Average precision with novel as the positive class."""
+    from sklearn.metrics import average_precision_score
+
     novel, score = checked(novel_N, score_N)
     return AveragePrecision(float(average_precision_score(novel, score)), float(novel.mean()))
 
@@ -226,6 +237,8 @@ def detection_error(novel_N: ArrayLike, score_N: ArrayLike) -> float:
 
     Liang, Li & Srikant, ICLR 2018. The threshold is chosen on the images that are judged, so it is a bound.
     """
+    from sklearn.metrics import roc_curve
+
     fpr_T, tpr_T, _ = roc_curve(*checked(novel_N, score_N))
     return float((0.5 * (fpr_T + 1 - tpr_T)).min())
 
@@ -266,39 +279,6 @@ def summary(novel_N: ArrayLike, score_N: ArrayLike, *, seed: int = 0, resamples:
     result["counts"] = {"known": int((~novel).sum()), "novel": int(novel.sum())}
     result["bootstrap"] = {"resamples": resamples, "seed": seed}
     return result
-
-
-def bias_corrected_interval(value: float, resampled_R: Floats) -> tuple[float, float]:
-    """Bias-corrected percentile interval of a bootstrap: Efron & Tibshirani, An Introduction to the Bootstrap, 14.3.
-
-    With b the share of resamples below the value (ties half) and z0 = Phi^-1(b), it reaches from the quantile
-    Phi(2 z0 - z) of the resamples to Phi(2 z0 + z); for b = 1/2 these are the plain percentiles. It matters to the
-    detection error: a minimum over thresholds comes out lower in every resample, and plain percentiles held the truth
-    in 78 % of simulated sets (100 + 100 images) where these hold it in 90 %.
-    """
-    resamples = len(resampled_R)
-    below = (np.count_nonzero(resampled_R < value) + np.count_nonzero(resampled_R <= value)) / (2 * resamples)
-    z0 = norm.ppf(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples))
-    z = norm.ppf(0.5 + CONFIDENCE / 2)
-    low, high = np.quantile(resampled_R, norm.cdf([2 * z0 - z, 2 * z0 + z]))
-    return min(float(low), value), max(float(high), value)
-
-
-def resampled_counts(novel_N: Bools, score_N: Floats, seed: int, resamples: int) -> Iterator[tuple[Ints, Ints]]:
-    """Yield (known_RG, novel_RG) for chunks of R resamples: the images drawn at each of G scores, highest first."""
-    rng = np.random.default_rng(seed)
-    distinct_G, group_N = np.unique(-score_N, return_inverse=True)
-    groups = len(distinct_G)
-    rows = max(1, CHUNK_DRAWS // len(score_N))
-
-    def drawn(group_M: Ints, chunk: int) -> Ints:
-        drawn_RM = group_M[rng.integers(len(group_M), size=(chunk, len(group_M)))]
-        drawn_RM += groups * np.arange(chunk)[:, None]
-        return np.bincount(drawn_RM.ravel(), minlength=chunk * groups).reshape(chunk, groups)
-
-    for start in range(0, resamples, rows):
-        chunk = min(rows, resamples - start)
-        yield drawn(group_N[~novel_N], chunk), drawn(group_N[novel_N], chunk)
 
 
 def figures_of_counts(known_RG: Ints, novel_RG: Ints) -> dict[str, Floats]:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
+from bigtrain.evaluation.metrics import FIGURES
+
 SWEEP_FILE = "sweep.json"
 WHAT_IS_KNOWN = ("known", "novel", "half", "category")  # an axis over whose values a table gives the mean
 MAX_NAMED = 20
-IN_PERCENT = ["auroc", "aupr_in", "aupr_out", "fpr_at_95_tpr_novel", "fpr_at_95_tpr_known", "detection_error"]
-IN_PERCENT += ["closed_set_accuracy", "oscr", "explained", "explained_novel", "auroc_annotated"]
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def table(results: Sequence[Result], metric: str = "auroc", *, against: str = ""
     without = [result for result, its in zip(results, has_it, strict=True) if not its]
     results = [result for result, its in zip(results, has_it, strict=True) if its]
     names, found = rows(results, metric)
-    in_percent = metric in IN_PERCENT
+    in_percent = metric in FIGURES
     lines = [[*names, metric + ", %" * in_percent, "95 % interval", "seeds"]]
     for row in found:
         of = f" of {row.expected}" if row.seeds < row.expected else ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from bigtrain.models.vit import ViT, check_image_size
@@ -88,6 +89,19 @@ def _flops(vit: ViT, image_size: ImageSize, visible: int | None) -> tuple[int, i
                 backward += product * (gradient + module.weight.requires_grad)
             gradient |= any(p.requires_grad for p in module.parameters(recurse=False))
     return forward, backward
+
+
+def counted_flops(module: nn.Module, image_size: int) -> int:
+    """FLOPs of one image's forward pass through any network, 2 for a multiply-add, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton
+
+    parameter = next(module.parameters())
+    was_training = module.training
+    module.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(torch.zeros(1, 3, image_size, image_size, device=parameter.device))
+    module.train(was_training)
+    return counter.get_total_flops()
 
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]

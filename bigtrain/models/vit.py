@@ -10,13 +10,28 @@ from bigtrain.models.lean_timm import timm  # isort: skip  # first, for what fol
 
 import torch
 from timm.layers import Attention
-from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bigtrain.choices import Backend
 from bigtrain.models.attention import Runs, attention
 from bigtrain.models.timm_names import check_vit_name
+
+NO_PLAIN_VIT = "{} is no plain vision transformer: take a timm model vit_*, such as vit_base_patch16_224."
+
+
+def is_vit_name(name: str) -> bool:
+    """Whether timm defines this network among its vision transformers."""
+    return timm.models.model_entrypoint(name).__module__.endswith(("vision_transformer", "deit"))
+
+
+def is_plain_vit(net: nn.Module) -> bool:
+    """Whether our packed pass computes what this network's own would: blocks of attention and MLP, nothing else."""
+    return isinstance(net, VisionTransformer) and all(
+        type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
+        for block in net.blocks
+    )
 
 
 class Encoded(NamedTuple):
@@ -30,6 +45,11 @@ class Encoded(NamedTuple):
     @property
     def tokens_BND(self) -> Tensor:
         return self.blocks_LBND[-1]
+
+    @property
+    def guide_BN(self) -> Tensor:
+        """What guides a mask: the attention of [CLS], or ones where it was not asked for."""
+        return self.tokens_BND.new_ones(self.tokens_BND.shape[:2]) if self.attention_BN is None else self.attention_BN
 
 
 @dataclass(frozen=True)
@@ -50,16 +70,13 @@ class Architecture:
         check_vit_name(self.model)
         given: dict[str, Any] = {"img_size": self.image_size, "patch_size": self.patch_size, "depth": self.depth}
         given = {name: value for name, value in given.items() if value}
-        refusal = f"{self.model} is no plain vision transformer: take a timm model vit_*, such as vit_base_patch16_224."
-        if not timm.models.model_entrypoint(self.model).__module__.endswith(("vision_transformer", "deit")):
+        refusal = NO_PLAIN_VIT.format(self.model)
+        if not is_vit_name(self.model):
             raise ValueError(refusal)
         net = timm.create_model(
             self.model, pretrained=False, num_classes=0, dynamic_img_size=True, drop_path_rate=drop_path, **given
         )
-        if not isinstance(net, VisionTransformer) or not all(
-            type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
-            for block in net.blocks
-        ):
+        if not is_plain_vit(net):
             raise ValueError(refusal)
         # our pass has no use for it, and DDP wants a gradient for every weight
         net.attn_pool = None  # type: ignore[assignment]
@@ -234,70 +251,3 @@ def check_image_size(size: Sequence[int], patch_size: int) -> None:
             f"patch size {patch_size} does not divide a picture or crop of {size[0]} x {size[1]} pixels: "
             f"use {lower} or {lower + patch_size}."
         )
-
-
-def check_pair(teacher: ViT, student: ViT, last: int) -> None:
-    """Refuse a student whose tokens cannot be compared with the teacher's, block by block."""
-    for what, of_teacher, of_student in (
-        ("width", teacher.width, student.width),
-        ("patch size", teacher.patch_size, student.patch_size),
-    ):
-        if of_teacher != of_student:
-            raise ValueError(
-                f"the teacher's {what} is {of_teacher} and the student's {of_student}; they must be equal."
-            )
-    depth = min(len(net.backbone.blocks) for net in (teacher, student))
-    if last > depth:
-        raise ValueError(f"the last {last} blocks were to be distilled, of networks with {depth}; use 1 to {depth}.")
-
-
-def masked_student(
-    architecture: Architecture, *, drop_path: float = 0.1, attention: Backend = "auto", decoder_blocks: int = 0
-) -> ViT:
-    """A student of DEFEND 3.2: random weights, xavier linears, fixed sine-cosine positions, drop path 0 -> `drop_path`.
-
-    The initialisation is the authors' code's (that of masked autoencoders, He et al. 2022); the paper says "randomly
-    initialized". LayerScale starts at 1: timm's 1e-5 of DINOv2 and 1e-6 of DeiT-III are for networks whose weights are
-    loaded, and blocks scaled so would leave a student's tokens as they are. Draws from torch's global generator.
-
-    Args:
-        decoder_blocks: how many of the last blocks complete the hidden patches; 0: hidden patches are dropped.
-    """
-    net: Any = architecture.build(drop_path=drop_path)
-    for module in net.modules():
-        if isinstance(module, LayerScale):
-            nn.init.ones_(module.gamma)
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(net.patch_embed.proj.weight.view(net.embed_dim, -1))
-    for token in (net.cls_token, net.reg_token):
-        if token is not None:
-            nn.init.normal_(token, std=0.02)
-    if net.pos_embed is not None:
-        prefix = 0 if net.no_embed_class else net.num_prefix_tokens
-        height, width = net.patch_embed.grid_size
-        grid = sincos_positions(height, width, net.embed_dim)
-        net.pos_embed.data = torch.cat([torch.zeros(prefix, net.embed_dim), grid])[None]
-        net.pos_embed.requires_grad_(False)
-    student = ViT(net, attention=attention, decoder_blocks=decoder_blocks)
-    if student.mask_token_D is not None:
-        nn.init.normal_(student.mask_token_D, std=0.02)
-    return student
-
-
-def sincos_positions(height: int, width: int, features: int) -> Tensor:
-    """Fixed positions (h w, D): half of the features for the row, half for the column; sines, then cosines.
-
-    Frequencies 10000^(-i / (D/4)), as in Vaswani et al. 2017, 3.5, for each axis.
-    """
-    if features % 4:
-        raise ValueError(f"sine-cosine positions need a width that 4 divides, and {features} was given.")
-    frequency = 10000.0 ** (-torch.arange(features // 4, dtype=torch.float64) / (features // 4))
-    row, column = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
-    parts = []
-    for place in (row, column):
-        angle = place.flatten()[:, None] * frequency
-        parts += [angle.sin(), angle.cos()]
-    return torch.cat(parts, dim=1).float()

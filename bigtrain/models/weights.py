@@ -1,4 +1,4 @@
-"""Weights in and out: from timm's hub by name, or from a local .safetensors, .pth (weights only) or AugReg .npz.
+"""Files of weights: .safetensors of ours and of others, .pth (weights only), AugReg .npz; matched key by key.
 
 Every load accounts for every key: what the network lacks or the file has too much of is an error, but for the
 classifier of the pretraining task, which is left out and reported.
@@ -7,11 +7,9 @@ classifier of the pretraining task, which is left out and reported.
 from __future__ import annotations
 
 import json
-import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,69 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from bigtrain.choices import Backend
-from bigtrain.models.hub import released_weights
+from bigtrain.files import whole_file
 from bigtrain.models.lean_timm import timm
-from bigtrain.models.timm_names import LOCAL, check_source
-from bigtrain.models.vit import Architecture, ViT
 
 ABOUT = "bigtrain"  # key of the metadata
-MASK_TOKEN = "mask_token"  # of a student that completes hidden patches, beside timm's keys
 CLASSIFIER = re.compile(r"(head|head_dist|pre_logits|fc_norm|attn_pool)(\.|$)")
-AUGREG_MEAN = AUGREG_STD = (0.5, 0.5, 0.5)
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """A network, how its input is normalised, and a line on what was loaded."""
-
-    vit: ViT
-    architecture: Architecture
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    report: str
-
-
-def load_vit(
-    source: str,
-    architecture: Architecture | None = None,
-    *,
-    attention: Backend = "auto",
-    device: torch.device | None = None,
-) -> Pretrained:
-    """Load a ViT with its weights, frozen and in evaluation mode.
-
-    Args:
-        source: a timm name, such as "vit_base_patch16_224.augreg_in21k", or a local file.
-        device: where to put it.
-        architecture: what network the file's weights belong to; a file that bigtrain wrote knows it itself.
-
-    Raises:
-        ValueError: no such weights, no ViT, or keys and shapes that do not match.
-    """
-    path = Path(source)
-    load = _from_file if path.suffix in LOCAL else _from_hub
-    loaded = load(source, architecture, attention)
-    loaded.vit.eval().requires_grad_(False).to(device or "cpu")
-    return loaded
-
-
-def save_vit(
-    path: Path,
-    vit: ViT,
-    architecture: Architecture,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Write a ViT as .safetensors under timm's key names, with its architecture in the file, and the mask token of one
-    that has it; atomically."""
-    about: dict[str, Any] = {"architecture": asdict(architecture), "mean": list(mean), "std": list(std)}
-    tensors = vit.backbone.state_dict()
-    if vit.mask_token_D is not None:
-        about["decoder_blocks"], tensors[MASK_TOKEN] = vit.decoder_blocks, vit.mask_token_D.detach()
-    save_tensors(path, {k: v.contiguous().cpu().to(dtype) for k, v in tensors.items()}, about)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -91,12 +31,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
 
     `about` becomes one JSON entry of the metadata: the format does not keep the order of several.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:  # safetensors' own save_file makes files that only their owner can read
+    with whole_file(path) as file:  # safetensors' own save_file makes files that only their owner can read
         file.write(serialize(dict(tensors), metadata={ABOUT: json.dumps(about)}))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def load_matching(module: nn.Module, state: Mapping[str, Tensor], source: str, classifier: str = "head") -> str:
@@ -145,51 +81,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118 (file is no mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors ({error}): give a whole .safetensors file.") from error
-
-
-def _from_file(source: str, architecture: Architecture | None, attention: Backend) -> Pretrained:
-    path = Path(source)
-    check_source(source)
-    mean: tuple[float, ...] = AUGREG_MEAN
-    std: tuple[float, ...] = AUGREG_STD
-    about: dict[str, Any] = {}
-    if path.suffix == ".safetensors":
-        state, about = read_tensors(path)
-    else:
-        state = read_weights(path)
-    if about:
-        try:
-            stored = Architecture(**about["architecture"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} has a header that this bigtrain cannot read ({error}).") from error
-        if architecture is not None and architecture != stored:
-            raise ValueError(f"{path} holds a {stored}, and {architecture} was asked for: leave --arch out.")
-        architecture = stored
-        mean, std = tuple(about["mean"]), tuple(about["std"])
-    if architecture is None:
-        raise ValueError(f"{path} does not say what network it belongs to: name it, as in --arch vit_base_patch16_224.")
-    vit = ViT(architecture.build(), attention=attention, decoder_blocks=about.get("decoder_blocks", 0))
-    if vit.mask_token_D is not None:
-        vit.mask_token_D.data = state.pop(MASK_TOKEN).float()
-    report = load_matching(vit.backbone, resample_positions(state, vit.backbone), str(path))
-    return Pretrained(vit, architecture, mean, std, report)
-
-
-def _from_hub(name: str, architecture: Architecture | None, attention: Backend) -> Pretrained:
-    if architecture is not None:
-        raise ValueError(f"--arch was given beside the timm weights {name!r}, which bring their own: leave it out.")
-    architecture = Architecture(name)
-    vit = ViT(architecture.build(), attention=attention)
-    config: Any = vit.backbone.pretrained_cfg
-    try:
-        loaded = released_weights(name, dynamic_img_size=True)
-    except Exception as error:  # of many kinds
-        raise ValueError(
-            f"the weights of {name!r} cannot be had ({type(error).__name__}): check the name and the network, or give "
-            f"a local file ({', '.join(LOCAL)}) as --teacher; recipes/pretrain.py trains one."
-        ) from error
-    report = load_matching(vit.backbone, loaded, name)
-    return Pretrained(vit, architecture, tuple(config["mean"]), tuple(config["std"]), report)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

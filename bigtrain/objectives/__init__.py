@@ -1,1 +1,3 @@
-"""The papers' equations: one pure function each, float32 inside."""
+"""Equations that two papers share, pure functions, float32 inside: sinkhorn, token_distances. A paper's own equations
+lie in its room, bigtrain/methods/PAPER/equations.py.
+"""

@@ -7,7 +7,6 @@ and under any way to launch (DDP, DeepSpeed ZeRO 1, 2 and 3). state.json holds a
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 import zlib
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bigtrain.files import remove_unfinished, temporary_for, whole_folder
 from bigtrain.runtime import zero
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -75,8 +75,7 @@ class Checkpoints:
         """
         chosen: list[str | None] = [None]
         if self.accelerator.is_main_process:
-            for left_over in self.folder.glob("step-*.tmp"):
-                shutil.rmtree(left_over)
+            remove_unfinished(self.folder, "step-*")
             chosen = [self._newest_whole()]
         broadcast_object_list(chosen)
         if chosen[0] is None:
@@ -133,7 +132,6 @@ class Checkpoints:
             try:
                 self._write(step, state, weights, moments)
             except (OSError, SafetensorError) as error:
-                shutil.rmtree(self._temporary(step), ignore_errors=True)
                 before = f"{self.newest} is as it was" if self.newest else "there is none before it"
                 problem = [
                     f"the checkpoint of step {step} cannot be written ({error}); {before}. Make room in "
@@ -145,31 +143,23 @@ class Checkpoints:
         return time.monotonic() - began
 
     def _write(self, step: int, state: Mapping[str, Any], weights: Tensors, moments: Tensors) -> None:
-        final, temporary = self.folder / f"step-{step:06d}", self._temporary(step)
+        final = self.folder / f"step-{step:06d}"
         if final.exists():
             if not damage(final):
                 return
             self._remove(final)  # it was passed over, and now the step comes again
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, tensors in ((MODEL_FILE, weights), (OPTIMIZER_FILE, moments)):
-            save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, temporary / name)
-        checksums = {name: checksum(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
-        (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state, "checksums": checksums}))
-        for file in [*temporary.iterdir(), temporary]:
-            _fsync(file)
-        temporary.rename(final)
-        _fsync(self.folder)
+        with whole_folder(final, "durable") as folder:
+            for name, tensors in ((MODEL_FILE, weights), (OPTIMIZER_FILE, moments)):
+                save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, folder / name)
+            checksums = {name: checksum(folder / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+            (folder / STATE_FILE).write_text(json.dumps({"step": step, **state, "checksums": checksums}))
         older = [path for path in self._complete() if step_of(path) < step]  # a newer one was passed over as damaged
         for old in older[: max(0, len(older) + 1 - self.keep)]:
             if not self.keep_every or step_of(old) % self.keep_every:
                 self._remove(old)
 
-    def _temporary(self, step: int) -> Path:
-        return self.folder / f"step-{step:06d}.tmp"
-
     def _remove(self, checkpoint: Path) -> None:
-        going = checkpoint.with_name(checkpoint.name + ".tmp")  # first: half of it must not look like a checkpoint
+        going = temporary_for(checkpoint)  # first: half of it must not look like a checkpoint
         shutil.rmtree(going, ignore_errors=True)
         checkpoint.rename(going)
         shutil.rmtree(going)
@@ -231,11 +221,3 @@ def checksum(path: Path) -> int:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

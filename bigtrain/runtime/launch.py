@@ -103,6 +103,15 @@ def check_batch(global_batch: int, accumulate: int) -> None:
         )
 
 
+def check_moving_average(flags: str) -> None:
+    """Refuse a moving average of weights where no process has them whole."""
+    if zero_stage() == 3:
+        raise ValueError(
+            f"a moving average ({flags}) needs whole weights, which ZeRO-3 shares out among the processes: launch with "
+            "recipes/accelerate/zero2.yaml, or leave it out."
+        )
+
+
 def is_on(variable: str) -> bool:
     """Whether an environment variable says yes."""
     return os.environ.get(variable, "false").lower() in ("true", "1", "yes")

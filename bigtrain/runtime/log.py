@@ -18,7 +18,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from bigtrain.runtime.watch import shown
+from bigtrain.files import write_text
+from bigtrain.runtime.follow_log import shown
+from bigtrain.runtime.trackers import log_figures
 from bigtrain.text import clean, clock
 
 LINE_EVERY_S = 10.0  # without a terminal
@@ -107,8 +109,7 @@ class StageLog:
             self._write({"steps": self.steps, **numbers, "left_s": round(left_s, 1)})
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, self.done)
-            named = {f"{self.stage}/{name}": value for name, value in numbers.items()}
-            self.accelerator.log(named, step=self.before + self.done)
+            log_figures(self.accelerator, self.stage, numbers, self.before + self.done)
             self.bar.set_postfix_str(shown(numbers))
         if line_due:
             print(f"{self.stage}  step {self.done}/{self.steps}  {shown(numbers)}  left {clock(left_s)}", flush=True)
@@ -177,9 +178,7 @@ def continued(path: Path, stage: str, done: int) -> Path:
     rows = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [row for row in rows if not is_row_after(row, stage, done)]
     if len(kept) < len(rows):
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        write_text(path, "".join(kept), "renamed")
     return path
 
 

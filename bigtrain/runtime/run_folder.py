@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bigtrain.files import TEMPORARY, remove_unfinished, whole_file, whole_folder, write_json
 from bigtrain.runtime.exit import at_end
 from bigtrain.runtime.settings import result_settings
 
@@ -22,7 +23,7 @@ CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.json"
 STOPPED_FILE = "stopped.json"  # says what its exit code does, where a launcher turns every code into 1
 LOCK_FILE = ".lock"
-NOT_OURS = (LOCK_FILE, "slurm", "events.jsonl")  # which may be there before the run: slurm/history.py
+NOT_OURS = (LOCK_FILE, "slurm", "events.jsonl")  # which may be there before the run: slurm/run_record.py
 
 
 class RunFolder:
@@ -54,7 +55,7 @@ class RunFolder:
             raise ValueError(f"--out {self.path} is a file: name a folder, which may be new.")
         if (self / CONFIG_FILE).is_file():
             self._check_settings(f"--out {self.path}", self.path, "Name another folder, or give that run's settings")
-        elif self.path.is_dir() and any(p.suffix != ".tmp" and p.name not in NOT_OURS for p in self.path.iterdir()):
+        elif self.path.is_dir() and any(p.suffix != TEMPORARY and p.name not in NOT_OURS for p in self.path.iterdir()):
             raise ValueError(f"--out {self.path} holds other files and no run: name a new folder.")
         elif source := self.config.run.resume_from:
             their_run, _ = run_and_checkpoint(source)
@@ -65,7 +66,8 @@ class RunFolder:
             there = json.loads((their_run / CONFIG_FILE).read_text())["settings"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{their_run / CONFIG_FILE} cannot be read ({error}): name a new folder.") from error
-        here = result_settings(self.config)
+        here, defaults = result_settings(self.config), result_settings(type(self.config)())
+        there = {**defaults, **there}  # a run of an earlier version lacks settings that came later
         differ = [key for key in {**there, **here} if key not in there or key not in here or there[key] != here[key]]
         if differ:
             pairs = ", ".join(
@@ -89,17 +91,12 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for file in (their_run / leaves[stage] for stage in finished):
             if file.is_file():
-                temporary = self / (file.name + ".tmp")
-                shutil.copyfile(file, temporary)
-                temporary.rename(self / file.name)
+                with whole_file(self / file.name) as copy, file.open("rb") as original:
+                    shutil.copyfileobj(original, copy)
         for folder in checkpoints:
-            if folder.suffix != ".tmp":
-                final = self / "checkpoints" / folder.parent.name / folder.name
-                temporary = final.with_name(final.name + ".tmp")
-                shutil.rmtree(temporary, ignore_errors=True)
-                shutil.copytree(folder, temporary)
-                shutil.rmtree(final, ignore_errors=True)
-                temporary.rename(final)
+            if folder.suffix != TEMPORARY:
+                with whole_folder(self / "checkpoints" / folder.parent.name / folder.name) as copy_of_checkpoint:
+                    shutil.copytree(folder, copy_of_checkpoint, dirs_exist_ok=True)
 
     def lock(self, wait_s: float = 60.0) -> None:
         """Keep other starts out of this folder until this process ends; one that is just ending is waited for.
@@ -135,6 +132,7 @@ class RunFolder:
     def create(self, **resolved: Any) -> None:
         """Write settings, what the "auto" ones came to, and versions, once. Called on one rank, after `check`."""
         self.path.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.path)
         if not (self / CONFIG_FILE).is_file():
             record = {
                 "settings": result_settings(self.config),
@@ -150,7 +148,7 @@ class RunFolder:
         write_json(self / RESULTS_FILE, results)
         every = self.config.run.keep_every
         for checkpoint in self.path.glob("checkpoints/*/step-*"):
-            if not every or checkpoint.suffix == ".tmp" or int(checkpoint.name.removeprefix("step-")) % every:
+            if not every or checkpoint.suffix == TEMPORARY or int(checkpoint.name.removeprefix("step-")) % every:
                 shutil.rmtree(checkpoint, ignore_errors=True)
         for folder in [*self.path.glob("checkpoints/*"), self / "checkpoints"]:
             with suppress(OSError):  # not empty, or there is none
@@ -178,16 +176,6 @@ def run_and_checkpoint(source: str) -> tuple[Path, Path | None]:
         f"--resume-from {source} is no run: name a run's folder (with config.json in it), or one of its checkpoints, "
         "RUN/checkpoints/STAGE/step-000123."
     )
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Write JSON so that the file is there whole, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _git_sha() -> str | None:

@@ -10,9 +10,17 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 PRINT_CONFIG = "--print-config"
+RANGE = "range"
+
+C = TypeVar("C")
+
+
+def setting(default: Any, low: float, high: float = math.inf) -> Any:
+    """A field of a settings dataclass with its range, ends included; of a tuple, the range of each element."""
+    return dataclasses.field(default=default, metadata={RANGE: (low, high)})
 
 
 @dataclass(frozen=True)
@@ -21,62 +29,48 @@ class RunSettings:
 
     out: str = ""
     """Run folder; the same command again continues in it."""
-    workers: int = 0
-    """Processes for each rank that read and decode; 0 does it in the training process."""
-    threads: int = 0
-    """CPU threads of each process; 0: as OMP_NUM_THREADS says, which `accelerate launch` sets to 1 by default."""
-    cache_gib: float = 2.0
-    """On CPUs, memory of a process and room in the run folder, in GiB, for what each epoch would compute again
-    (DEFEND's teacher tokens); 0: compute them in each step."""
-    log_every: int = 20
+    workers: int = setting(0, 0)
+    """Processes of each rank that read and decode; 0: the training process does."""
+    threads: int = setting(0, 0)
+    """CPU threads of each process; 0: OMP_NUM_THREADS, which `accelerate launch` sets to 1 by default."""
+    cache_gib: float = setting(2.0, 0)
+    """On CPUs, GiB of memory of each process, and of the run folder, for what each epoch would compute again (DEFEND's
+    teacher tokens); 0: compute it in each step."""
+    log_every: int = setting(20, 1)
     """Steps between two lines of the log."""
-    checkpoint_every: int = 200
+    checkpoint_every: int = setting(200, 1)
     """Steps between two checkpoints."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
-    keep_every: int = 0
-    """Checkpoints of every so many steps stay too, also when the run is finished; 0: none."""
+    keep_checkpoints: int = setting(2, 1)
+    """How many of the newest checkpoints are kept."""
+    keep_every: int = setting(0, 0)
+    """Also keep the checkpoints of every so many steps, even when the run is finished; 0: none."""
     resume_from: str = ""
-    """A new run begins with the state of another with the same settings: its folder, or one of its checkpoints."""
-    accumulate: int = 1
-    """Each process takes its share of a batch in so many parts, to save memory."""
+    """Start a new run from the state of another with the same settings: its folder, or one of its checkpoints."""
+    accumulate: int = setting(1, 1)
+    """Each process computes its share of a batch in so many parts, to save memory."""
     recompute: bool = False
-    """Compute activations again in the backward pass instead of keeping them (activation checkpointing)."""
+    """Activation checkpointing: compute activations again in the backward pass instead of keeping them."""
     compile: bool = False
     """torch.compile the trained network."""
     deterministic: bool = True
-    """On a GPU: kernels that add up in a fixed order, so that a run that is repeated has the same bits."""
-    max_skipped_steps: int = 3
-    """So many steps in a row whose loss or gradient is not finite stop the run."""
-    hang_timeout_min: float = 30.0
-    """When no process has got on for so long, all of them stop, naming the one that the others wait for."""
+    """On a GPU: kernels that add up in a fixed order, so that a repeated run has the same bits."""
+    max_skipped_steps: int = setting(3, 1)
+    """Stop the run after so many steps in a row whose loss or gradient is not finite."""
+    hang_timeout_min: float = setting(30.0, 0.01, 1e6)
+    """When no process has made progress for so long, all stop and name the one that the others wait for."""
     trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
     """Where figures also go, beside log.jsonl and TensorBoard; `uv sync --extra wandb` and so on installs them."""
-    peak_tflops: float = 0.0
-    """What a device can do at most, for mfu_percent; 0: known for common GPUs."""
-
-
-C = TypeVar("C")
-Limits = dict[str, tuple[float, float]]
-RUN_LIMITS: Limits = {
-    **dict.fromkeys(("workers", "threads", "cache_gib"), (0, math.inf)),
-    "log_every": (1, math.inf),
-    "checkpoint_every": (1, math.inf),
-    "keep_checkpoints": (1, math.inf),
-    "keep_every": (0, math.inf),
-    "accumulate": (1, math.inf),
-    "max_skipped_steps": (1, math.inf),
-    "hang_timeout_min": (0.01, 1e6),
-    "peak_tflops": (0, math.inf),
-}
+    peak_tflops: float = setting(0.0, 0)
+    """The device's peak, for mfu_percent; 0: known for common GPUs."""
 
 
 def read_settings(
     config_class: type[C], argv: Sequence[str], preset: Path | None = None, *, description: str | None = None
 ) -> C:
     """Defaults, then `preset`, then `--config FILE.toml`, then flags."""
-    import tyro  # here: a process that only reads pictures imports the recipe too
+    import tyro  # here: a worker that only reads images imports the recipe too
 
+    show_ranges(config_class)
     arguments = [argument for argument in argv if argument != PRINT_CONFIG]
     config: Any = config_class()
     if preset:
@@ -96,7 +90,7 @@ def read_settings(
         description=(description or "").strip()
         + "\n\n--config FILE.toml: settings underneath the flags.  --print-config: show the settings as JSON and end.",
     )
-    check_ranges(config.run, RUN_LIMITS)
+    check_ranges(config)
     return config
 
 
@@ -107,16 +101,39 @@ def print_if_asked(config: Any, argv: Sequence[str]) -> None:
         raise SystemExit(0)
 
 
-def check_ranges(config: Any, limits: Limits) -> None:
-    """Refuse settings outside of (lowest, highest); a pair must lie inside, and rise."""
-    for name, (low, high) in limits.items():
-        value = getattr(config, name)
+def show_ranges(config_class: type) -> None:
+    """Let --help print each setting's range, by annotations that tyro reads."""
+    import tyro
+
+    kinds = get_type_hints(config_class)
+    for owner in (*config_class.__mro__, RunSettings):
+        for name in owner.__dict__.get("__annotations__", {}):
+            field = owner.__dict__.get("__dataclass_fields__", {}).get(name)
+            if field is not None and RANGE in field.metadata:
+                kind = kinds[name] if name in kinds else get_type_hints(owner)[name]
+                words = [k.__name__.upper() for k in (get_args(kind) or (kind,))]
+                metavar = f"{' '.join(words)}, {reach(*field.metadata[RANGE])}"
+                owner.__annotations__[name] = Annotated[kind, tyro.conf.arg(metavar=metavar)]
+
+
+def reach(low: float, high: float) -> str:
+    return f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
+
+
+def check_ranges(config: Any) -> None:
+    """Refuse settings outside of their range; a pair must also rise."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value)
+        if RANGE not in field.metadata:
+            continue
+        low, high = field.metadata[RANGE]
         values = value if isinstance(value, tuple) else (value,)
         if not all(low <= v <= high for v in values):
-            reach = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {reach}.")
+            raise ValueError(f"--{field.name.replace('_', '-')} is {value}; it must be {reach(low, high)}.")
         if isinstance(value, tuple) and value[0] > value[1]:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; the first must not be above the second.")
+            raise ValueError(f"--{field.name.replace('_', '-')} is {value}; the first must not be above the second.")
 
 
 def overlay(config: C, path: Path) -> C:

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from torch.distributed import DistNetworkError
 from bigtrain.choices import Chosen
 from bigtrain.runtime import zero
 from bigtrain.runtime.launch import asks_for_deepspeed, check_launch, world_size_of_launch
+from bigtrain.runtime.trackers import check_installed
 
 MEETING_S = 30.0  # longer than processes of one launch usually take to find each other
 
@@ -44,9 +44,7 @@ def start(
         ValueError: the launch cannot work as it is.
     """
     check_launch()
-    for tracker in trackers:
-        if find_spec(tracker) is None:  # Accelerate would leave it out without a word
-            raise ValueError(f"--trackers {tracker} is not installed: `uv sync --extra {tracker}` does it.")
+    check_installed(trackers)
     # of torch, about its own and DeepSpeed's calls: nothing that a user could mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     backend = "gloo" if asks_for_deepspeed() and not torch.cuda.is_available() else None

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.data.schema import Sample
+from bigtrain.text import counted
 from shards.adapters import folder
 from shards.adapters.about import About
 from shards.adapters.lists import few, warn
-from shards.words import counted
 
 INNER = "256_ObjectCategories"
 LAYOUT = f"the folder {INNER}, with 001.ak47/001_0001.jpg ... in it, or one that holds it; --split only names it"

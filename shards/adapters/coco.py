@@ -19,7 +19,7 @@ from bigtrain.data.schema import Box, Object, Sample
 from shards.adapters.about import About
 from shards.adapters.folder import extension, files_in, stem
 from shards.adapters.lists import compare, warn
-from shards.names import inside
+from shards.keys import inside
 
 LAYOUT = "the folder of annotations/instances_<split>.json and of the pictures in <split>/ or images/<split>/"
 LICENCE = "annotations CC BY 4.0; pictures under the Flickr terms of their owners"

@@ -15,7 +15,7 @@ from shards.adapters import folder
 from shards.adapters.about import About
 from shards.adapters.caltech256 import behind_number
 from shards.adapters.lists import agree, class_of, few, read_mat, rows, table
-from shards.names import inside
+from shards.keys import inside
 
 LAYOUT = (
     "the folder CUB_200_2011, with images/, images.txt, image_class_labels.txt, classes.txt, train_test_split.txt and "

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from bigtrain.data.schema import IMAGE_EXTENSIONS, Object, Sample
+from bigtrain.text import counted
 from shards.adapters.about import About
 from shards.adapters.lists import few, warn
-from shards.words import counted
 
 LAYOUT = "a folder of class folders: ROOT/<class>/**/*.jpg (or .png, .webp ...); --split only names it"
 SPLITS = ("train", "val", "valid", "validation", "test")

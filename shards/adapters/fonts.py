@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from bigtrain.data.schema import Object, Sample
 from shards.adapters.about import About
 from shards.adapters.lists import warn
-from shards.names import safe_key
+from shards.keys import safe_key
 
 SUFFIXES = (".ttf", ".otf", ".ttc")
 LAYOUT = f"a folder with font files ({', '.join(SUFFIXES)}) at any depth; --split only names the set"

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from bigtrain.data.schema import Box, Object, Sample
+from bigtrain.images import decode_rgb
 from shards.adapters.about import About
-from shards.pictures import decode
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -67,7 +67,7 @@ class Pool:
 
 
 def about(root: str | Path, split: str, **options: Any) -> About:
-    from shards.given import check_classes, manifest_of
+    from shards.existing_set import check_classes, manifest_of
 
     known, mode, count, grid = (options[name] for name in ("known", "mode", "count", "grid"))
     manifest = manifest_of(str(root))
@@ -148,7 +148,7 @@ def tile(shards_at: str, row: dict[str, Any], size: tuple[int, int]) -> Image.Im
     start, end = row["image_offset"], row["image_offset"] + row["image_size"]
     try:
         encoded = fs.cat_file(f"{path}/{row['file']}", start=start, end=end)
-        image = ImageOps.exif_transpose(decode(encoded)).convert("RGB")
+        image = Image.fromarray(decode_rgb(encoded))
     except Exception as error:  # each file system has errors of its own
         raise OSError(
             f"{row['key']} cannot be read from {shards_at}/{row['file']} ({error}): check the set."
@@ -166,7 +166,7 @@ def pool_of(root: str, known: str) -> Pool:
     import pyarrow.compute as pc
 
     from bigtrain.data.set_files import read_index, shards_url
-    from shards.given import manifest_of
+    from shards.existing_set import manifest_of
 
     manifest = manifest_of(root)
     index = read_index(root).combine_chunks()

@@ -14,7 +14,7 @@ from bigtrain.data.schema import Object, Sample
 from shards.adapters import folder
 from shards.adapters.about import About
 from shards.adapters.lists import agree, class_of, rows, table
-from shards.names import inside
+from shards.keys import inside
 
 LAYOUT = (
     "the folder of categories_places365.txt, places365_train_standard.txt and places365_val.txt and of "

@@ -14,7 +14,7 @@ from shards.adapters import folder
 from shards.adapters.about import About
 from shards.adapters.imagenet import boxes_in
 from shards.adapters.lists import agree, few, read_mat
-from shards.names import inside
+from shards.keys import inside
 
 LAYOUT = (
     "the folder of Images/n02085620-Chihuahua/*.jpg ..., of train_list.mat, test_list.mat and file_list.mat and, for "

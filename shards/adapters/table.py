@@ -15,7 +15,7 @@ from bigtrain.data.schema import IMAGE_EXTENSIONS, Object, Sample
 from shards.adapters.about import About
 from shards.adapters.folder import extension, stem
 from shards.adapters.lists import warn
-from shards.names import inside
+from shards.keys import inside
 
 LAYOUT = "the folder that the paths in the table start from"
 LICENCE = "unknown"

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from shards.names import below
+from shards.keys import below
 
 KINDS = (".csv", ".tsv", ".parquet")
 READING = pyarrow.csv.ReadOptions(use_threads=False)

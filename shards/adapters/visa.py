@@ -18,7 +18,7 @@ from shards.adapters import mvtec
 from shards.adapters.about import About
 from shards.adapters.folder import extension, files_in, in_turn
 from shards.adapters.lists import compare
-from shards.names import inside
+from shards.keys import inside
 
 LAYOUT = "the folder of split_csv/1cls.csv and of candle/Data/Images/ ..., or one arranged as MVTec AD is"
 LICENCE = "CC BY 4.0"

@@ -14,7 +14,7 @@ from bigtrain.data.schema import Box, Object, Sample
 from shards.adapters.about import About
 from shards.adapters.folder import files_in
 from shards.adapters.lists import compare, warn
-from shards.names import inside
+from shards.keys import inside
 
 LAYOUT = (
     "the folder VOC2007 or VOC2012, with ImageSets/, JPEGImages/ and Annotations/ in it, or VOCdevkit with one of them"

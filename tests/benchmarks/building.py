@@ -7,7 +7,7 @@
 Each contender is a process of its own; its time is that of the work: without imports, with starting workers.
 They take turns, and a ratio is of two times of the same round. Pictures are read from the page cache. tarfile writes
 the members of the finished set (pictures and json) to as many tars, with and without fsync; a build always syncs.
-Made smaller, all call the same code of shards/pictures.py: libjpeg's scaled decoding, Lanczos, JPEG of quality 95.
+Made smaller, all call the same code of shards/treatment.py: libjpeg's scaled decoding, Lanczos, JPEG of quality 95.
 --scale: time and peak memory of a build of so many samples of 75 bytes, which is all bookkeeping.
 """
 
@@ -60,7 +60,8 @@ def write_tars(pictures: Path, out: Path, sync: bool) -> None:
 
 
 def build_set(pictures: Path, out: Path, workers: int, **settings: object) -> None:
-    from shards.build import Settings, build
+    from shards.build import build
+    from shards.build_settings import Settings
 
     chosen = Settings("folder", str(pictures), "train", samples_per_shard=PER_SHARD, **settings)
     build(chosen, out, workers=workers)
@@ -68,7 +69,7 @@ def build_set(pictures: Path, out: Path, workers: int, **settings: object) -> No
 
 def smaller(path: str) -> dict:
     """One picture as every contender makes it smaller."""
-    from shards.pictures import Treatment, checked
+    from shards.treatment import Treatment, checked
 
     picture = checked(Path(path).read_bytes(), "jpg", Treatment(max_side=MAX_SIDE))
     return {"image": picture.encoded, "classes": Path(path).parent.name}
@@ -214,7 +215,8 @@ def scale(count: int, disk: Path) -> None:
 
     import shards.build
     from bigtrain.data.schema import Object, Sample
-    from shards.adapters import About, Adapter
+    from shards.adapters import Adapter
+    from shards.adapters.about import About
 
     file = io.BytesIO()
     Image.new("L", (1, 1)).save(file, "PNG")

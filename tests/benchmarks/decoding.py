@@ -29,8 +29,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bigtrain.data.pictures import JPEG_DECODERS, Picture  # noqa: E402
-from bigtrain.data.views import RandomResizedCrop, to_float  # noqa: E402
+from bigtrain.data.decode import JPEG_DECODERS, Picture  # noqa: E402
+from bigtrain.data.views import RandomResizedCrop  # noqa: E402
+from bigtrain.models.network import normalised  # noqa: E402
 
 SIZE, BATCH = 224, 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -114,7 +115,7 @@ def speed(name: str, data: Path, workers: int) -> float:
     torch.set_num_threads(1)
     images = 0
     for number, image_B3HW in enumerate(CONTENDERS[name](data, workers)):
-        to_float(image_B3HW, MEAN, STD)
+        normalised(image_B3HW, MEAN, STD)
         if number == 0:
             began = time.perf_counter()
         else:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bigtrain.models.network import Network
 from bigtrain.models.vit import Architecture, ViT
-from bigtrain.models.weights import save_vit
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,9 +52,8 @@ def main() -> None:
     architecture = Architecture("vit_tiny_patch16_224", image_size=32, patch_size=8, depth=2)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        save_vit(
-            folder / "teacher.safetensors", ViT(architecture.build()), architecture, mean=(0.5,) * 3, std=(0.5,) * 3
-        )
+        half = (0.5,) * 3
+        Network(ViT(architecture.build()), architecture, half, half).save(folder / "teacher.safetensors")
         torch.manual_seed(0)
         found = {}
         for pictures in (count, 8 * count):

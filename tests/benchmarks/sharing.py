@@ -25,14 +25,15 @@ from accelerate.utils import gather_object
 
 from bigtrain.data.memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.views import Resized, to_float
-from bigtrain.models.heads import Classifier
+from bigtrain.data.views import Resized
+from bigtrain.models.classifier import Classifier
+from bigtrain.models.network import normalised
 from bigtrain.models.vit import Architecture, ViT
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import RunSettings
+from bigtrain.training.run_setup import Setup
+from bigtrain.training.stage import Stage
 from recipes.pretrain import Config
-from recipes.run_setup import Setup
-from recipes.stage import Stage
 
 ROOT = Path(__file__).parents[2]
 # bytes a weight of P processes: weights 4, gradients 4, AdamW's moments 8; DeepSpeed has one more copy of its share of
@@ -106,17 +107,17 @@ def train(shards: str, out: str, depth: int, steps: int = 5) -> None:
         "memory", setup, trained=model, optimizer=optimizer, stream=stream, steps=stream.plan.batches_per_epoch
     )
     at_start = resident("VmHWM") - before
-    for batch in stage.batches():
+    for step in stage:
         give_back_freed_memory()
         if stage.step == 2:
             forget_peak()
             began = time.monotonic()
-        image_B3HW = to_float(batch.views["image"], (0.5,) * 3, (0.5,) * 3)
-        class_B = torch.zeros(len(image_B3HW), dtype=torch.long)
-        loss_B = F.cross_entropy(stage.module(image_B3HW), class_B, reduction="none")
-        stage.backward(batch.mean(loss_B, setup.accelerator.num_processes))
-        stage.update()
-        stage.advance(batch)
+        for batch in step.parts():
+            image_B3HW = normalised(batch.views["image"], (0.5,) * 3, (0.5,) * 3)
+            class_B = torch.zeros(len(image_B3HW), dtype=torch.long)
+            loss_B = F.cross_entropy(stage.module(image_B3HW), class_B, reduction="none")
+            step.backward(batch.mean(loss_B, setup.accelerator.num_processes))
+        step.update()
     own = {"step": resident("VmHWM") - before, "start": at_start, "seconds": (time.monotonic() - began) / (steps - 2)}
     ranks = gather_object([own])
     if setup.accelerator.is_main_process:

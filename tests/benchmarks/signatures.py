@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import torch
 
-from bigtrain.detectors.contract import checked
-from bigtrain.detectors.signatures import Signatures
-from bigtrain.models.backbone import load_network
-from bigtrain.objectives.scores import signature_novelty
+from bigtrain.detectors.feature_detector import checked
+from bigtrain.methods.signatures.detector import Signatures
+from bigtrain.methods.signatures.equations import signature_novelty
+from bigtrain.models.network import load_network
 
 BATCH = 16
 REPEATS = 20  # of what is short

@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 
 TOP = Path(__file__).parents[2]
-MAKE = "import sys; from shards.cli import main; sys.exit(main(sys.argv[1:]))"
+MAKE = "import sys; from shards.shards_cli import main; sys.exit(main(sys.argv[1:]))"
 COMMANDS = {
     "python -c 'import torch'": ["-c", "import torch"],
     "bigtrain --help": ["bigtrain/cli.py", "--help"],
     "bigtrain-shards --help": ["-m", "shards", "--help"],
-    "bigtrain-slurm --help": ["-m", "slurm.cli", "--help"],
+    "bigtrain-slurm --help": ["-m", "slurm.slurm_cli", "--help"],
     "defend.py --help": ["recipes/defend.py", "--help"],
     "defend.py --print-config": ["recipes/defend.py", "--print-config"],
     "pretrain.py --help": ["recipes/pretrain.py", "--help"],
@@ -37,7 +37,8 @@ COMMANDS = {
 }
 RUN = """
 import recipes.defend
-import bigtrain.detectors.distillation, bigtrain.evaluation.judge, bigtrain.models.heads, recipes.stage
+import bigtrain.methods.defend.detector, bigtrain.methods.defend.network
+import bigtrain.evaluation.judge, bigtrain.training.stage
 """
 
 

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/training.py --part overhead|checkpoint|scaling|memory|teacher [--rounds 5]
 
-overhead: a step of recipes.stage.Stage / a bare PyTorch loop with the same network, pictures and batches.
+overhead: a step of bigtrain.training.stage.Stage / a bare PyTorch loop with the same network, pictures and batches.
 checkpoint: saving and loading / torch.save with fsync and torch.load of the same state.
 scaling: images/s of recipes/pretrain.py with two processes / with one.
 memory: what a process holds under ZeRO-1, 2 and 3 / under DDP (sharing.py).
@@ -38,19 +38,20 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
-from bigtrain.data.views import RandomResizedCrop, to_float
-from bigtrain.models.heads import Classifier
+from bigtrain.data.views import RandomResizedCrop
+from bigtrain.models.classifier import Classifier
+from bigtrain.models.network import AUGREG_MEAN as MEAN
+from bigtrain.models.network import AUGREG_STD as STD
+from bigtrain.models.network import normalised
 from bigtrain.models.vit import Architecture, ViT
-from bigtrain.models.weights import AUGREG_MEAN as MEAN
-from bigtrain.models.weights import AUGREG_STD as STD
 from bigtrain.runtime.checkpoint import Checkpoints
-from bigtrain.runtime.optim import decay_groups, schedule, set_schedule
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import RunSettings
+from bigtrain.training.optim import decay_groups, schedule, set_schedule
+from bigtrain.training.run_setup import Setup
+from bigtrain.training.stage import Stage
+from bigtrain.training.trunk import class_numbers
 from recipes.pretrain import Config
-from recipes.run_setup import Setup
-from recipes.stage import Stage
-from recipes.trunk import class_numbers
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -86,17 +87,16 @@ def shown(values: Iterable[float], digits: int = 3) -> str:
 
 def steps_of_stage(stage: Stage, label_of: dict[str, int]) -> Iterator[None]:
     """recipes/pretrain.py's loop."""
-    for batch in stage.batches():
+    for step in stage:
         factor = schedule("cosine", stage.step, total=stage.steps, warmup=0)
         set_schedule(stage.optimizer, lr_factor=factor, weight_decay=0.05)
-        for part in stage.parts(batch):
+        for part in step.parts():
             class_B = class_numbers(stage.stream.shard_set, part, label_of)
             with stage.setup.autocast():
-                logits_BC = stage.module(to_float(part.views["image"], MEAN, STD))
+                logits_BC = stage.module(normalised(part.views["image"], MEAN, STD))
             loss_B = F.cross_entropy(logits_BC.float(), class_B, reduction="none")
-            stage.backward(part.mean(loss_B, 1))
-        stage.update()
-        stage.advance(batch, lr=factor * LR)
+            step.backward(part.mean(loss_B, 1))
+        step.update(lr=factor * LR)
         yield
 
 
@@ -108,7 +108,7 @@ def bare_steps(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], stage
         image_B3HW, class_B = image_B3HW.to(device, non_blocking=True), class_B.to(device, non_blocking=True)
         set_schedule(optimizer, lr_factor=schedule("cosine", step, total=stage.steps, warmup=0), weight_decay=0.05)
         with stage.setup.autocast():
-            logits_BC = model(to_float(image_B3HW, MEAN, STD))
+            logits_BC = model(normalised(image_B3HW, MEAN, STD))
         F.cross_entropy(logits_BC.float(), class_B).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -5,10 +5,8 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from bigtrain.data.mixture import Mixture, divided
+from bigtrain.data.mixture import Mixture
 from bigtrain.data.plan import PADDING, Plan, Position
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import RandomResizedCrop
@@ -92,44 +90,3 @@ def test_wrong_sources(sets):
         next(mixture.batches({"known": Position()}, 1))
     with pytest.raises(ValueError, match="mixture of no streams"):
         Mixture({})
-
-
-def test_divided_by_hand():
-    """A global batch is divided among its sources as worked out by hand."""
-    assert divided(64, {"known": 3, "reference": 1}) == {"known": 48, "reference": 16}
-    assert divided(10, {"a": 1, "b": 1, "c": 1}) == {"a": 4, "b": 3, "c": 3}
-    assert divided(16, {"a": 2, "b": 1}, world_size=4) == {"a": 12, "b": 4}
-
-
-@given(
-    shares=st.integers(1, 200),
-    world_size=st.integers(1, 8),
-    ratios=st.lists(st.floats(0.01, 100), min_size=1, max_size=5),
-)
-def test_divided_parts(shares, world_size, ratios):
-    """The parts of a batch add up, divide among the ranks and are near their ratios."""
-    named = {str(number): ratio for number, ratio in enumerate(ratios)}
-    try:
-        sizes = divided(shares * world_size, named, world_size)
-    except ValueError as error:
-        assert "leaves nothing for" in str(error)
-        return
-    assert sum(sizes.values()) == shares * world_size
-    for name, size in sizes.items():
-        assert size % world_size == 0 and size > 0
-        assert abs(size / world_size - shares * named[name] / sum(ratios)) < 1 + 1e-9
-
-
-@pytest.mark.parametrize("ratios", [{}, {"a": 0.0}, {"a": 1.0, "b": -1.0}, {"a": float("nan")}])
-def test_bad_ratios(ratios):
-    """Ratios that are missing, zero, negative or NaN are refused."""
-    with pytest.raises(ValueError, match="must be above 0"):
-        divided(8, ratios)
-
-
-def test_batch_too_small():
-    """A batch that is too small for all sources, or does not divide among the ranks, is refused."""
-    with pytest.raises(ValueError, match="leaves nothing for b"):
-        divided(4, {"a": 100, "b": 1})
-    with pytest.raises(ValueError, match="does not divide among 3"):
-        divided(4, {"a": 1}, world_size=3)

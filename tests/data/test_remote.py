@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from bigtrain.data.fetch import Patience
 from bigtrain.data.schema import Manifest
 from bigtrain.data.shard_set import ShardSet
+from bigtrain.retry import RetryPolicy
 from tests.servers import Fault, use_s3
 
 TOP = Path(__file__).parents[2]
-QUICK = Patience(attempts=6, first_wait_s=0.01, answer_s=0.5)
+QUICK = RetryPolicy(attempts=6, first_wait_s=0.01, timeout_s=0.5)
 SERVERS = ["nginx", "s3"]
 
 
@@ -123,7 +123,7 @@ def test_server_faults(local, behind, kind, harm):
 def test_retries_logged(local, behind, caplog):
     """Each retry is logged, and the waits between them grow."""
     url, proxy = behind("nginx", local.url)
-    far = ShardSet(url, Patience(attempts=4, first_wait_s=0.01))
+    far = ShardSet(url, RetryPolicy(attempts=4, first_wait_s=0.01))
     proxy.faults = [Fault(status=503)] * 3
     with caplog.at_level(logging.WARNING, "bigtrain"):
         assert far.read([12]) == local.read([12])
@@ -157,7 +157,7 @@ def test_waits_leave_rng_alone(local, behind):
 def test_broken_server(local, behind, kind, fault, cause):
     """A server that stays broken stops the run, with the shard, key, number of attempts and cause."""
     url, proxy = behind(kind, local.url)
-    far = ShardSet(url, Patience(attempts=2, first_wait_s=0.01, answer_s=0.5))
+    far = ShardSet(url, RetryPolicy(attempts=2, first_wait_s=0.01, timeout_s=0.5))
     proxy.faults = [fault] * 100
     began = time.monotonic()
     with pytest.raises(OSError, match=rf"{url}/000002.tar cannot be read: tried 2 times, at last .*k25") as stop:
@@ -253,7 +253,7 @@ def test_missing_files_at_opening(local, upload, kind):
 def test_absent_server(tmp_path):
     """A server that is not there is named."""
     with pytest.raises(OSError, match=r"http://127.0.0.1:9/set/manifest.json cannot be read: tried 2 times"):
-        ShardSet("http://127.0.0.1:9/set", Patience(attempts=2, first_wait_s=0.01))
+        ShardSet("http://127.0.0.1:9/set", RetryPolicy(attempts=2, first_wait_s=0.01))
 
 
 def test_shards_at(local, upload, tmp_path):

@@ -184,13 +184,9 @@ def test_pickle_reader(three):
 
 
 def test_classes_of(three):
-    """The classes of an image are those annotated, and `only_class_of` refuses any but one."""
+    """The classes of an image are those annotated."""
     assert [three.classes_of(s) for s in range(3)] == [["a"], [], ["a", "b"]]
     assert [three.key(s) for s in range(3)] == three.keys() == ["k0", "k1", "k2"]
-    assert three.only_class_of(0) == "a"
-    for sample, count in ((1, 0), (2, 2)):
-        with pytest.raises(ValueError, match=f"shows {count} classes"):
-            three.only_class_of(sample)
 
 
 @pytest.mark.parametrize("seed", range(5))

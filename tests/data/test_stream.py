@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bigtrain.data.pictures import Picture
+from bigtrain.data.decode import Picture
 from bigtrain.data.plan import PADDING, Plan, Position
 from bigtrain.data.stream import Batch, ErrorBudget, Stream, joined
 from bigtrain.data.views import MultiCrop, Resized

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from bigtrain.data.pictures import Picture
-from bigtrain.data.views import CentreCrop, MultiCrop, RandomCrop, RandomResizedCrop, Resized, random_box, to_float
+from bigtrain.data.decode import Picture
+from bigtrain.data.views import CentreCrop, MultiCrop, RandomCrop, RandomResizedCrop, Resized, random_box
+from bigtrain.models.network import normalised
 
 HEIGHT, WIDTH = 240, 180
 
@@ -122,7 +123,7 @@ def test_blank(transform):
 def test_to_float_by_hand():
     view = torch.tensor([[[0, 255]], [[0, 255]], [[51, 102]]], dtype=torch.uint8)  # 51 = 0.2 x 255
     expected = torch.tensor([[[-1.0, 1.0]], [[-2.0, 2.0]], [[0.0, 0.8]]])
-    found = to_float(view[None, None], mean=(0.5, 0.5, 0.2), std=(0.5, 0.25, 0.25))
+    found = normalised(view[None, None], mean=(0.5, 0.5, 0.2), std=(0.5, 0.25, 0.25))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found[0, 0], expected)
 

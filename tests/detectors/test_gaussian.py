@@ -6,7 +6,7 @@ from scipy.spatial.distance import mahalanobis
 from sklearn.covariance import LedoitWolf
 from sklearn.mixture import GaussianMixture as Reference
 
-from bigtrain.detectors.gaussian import GaussianMixture, Mahalanobis
+from bigtrain.detectors.classical.gaussian import GaussianMixture, Mahalanobis
 
 
 @pytest.fixture

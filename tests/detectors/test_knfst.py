@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.linalg import eigh, null_space
 
-from bigtrain.detectors import knfst
-from bigtrain.detectors.knfst import KNFST, LocalKNFST, null_space_of
+from bigtrain.detectors.classical import knfst
+from bigtrain.detectors.classical.knfst import KNFST, LocalKNFST, null_space_of
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from scipy.optimize import minimize
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.svm import OneClassSVM as Reference
 
-from bigtrain.detectors.one_class import SVDD, OneClassSVM
+from bigtrain.detectors.classical.one_class import SVDD, OneClassSVM
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from scipy.special import softmax
 from scipy.stats import weibull_min
 
-from bigtrain.detectors.openmax import OpenMax, distance
+from bigtrain.detectors.classical.openmax import OpenMax, distance
 
 
 def test_three_classes_by_hand():

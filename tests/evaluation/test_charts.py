@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 
-from bigtrain.evaluation.charts import Frame, histogram, histogram_chart, roc_chart, roc_points, tick_labels, ticks
+from bigtrain.evaluation.report.charts import (
+    Frame,
+    histogram,
+    histogram_chart,
+    roc_chart,
+    roc_points,
+    tick_labels,
+    ticks,
+)
 
 
 def drawn(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,8 @@ from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import Resized
 from bigtrain.evaluation.collect import collect, mean_over
-from shards.build import Settings, build
+from shards.build import build
+from shards.build_settings import Settings
 
 
 @pytest.fixture

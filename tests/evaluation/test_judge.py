@@ -7,10 +7,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from bigtrain.data.protocol import Protocol
+from bigtrain.data.protocol import Protocol, Split
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import Resized
-from bigtrain.detectors.saved import ImageDetector, Scored, Scoring
+from bigtrain.detectors.image_detector import ImageDetector, Scored, Scoring
 from bigtrain.evaluation.judge import judge
 from tests.hand_made import png
 
@@ -31,28 +31,36 @@ class Brightness(ImageDetector):
     def score_tensor(self, image_B3HW):
         return Scored(image_B3HW.float().mean(dim=(1, 2, 3)) / 100)
 
+    def target(self, image_B3HW):
+        return image_B3HW.float().mean(dim=(1, 2, 3)) / 100
+
+    def constant_score(self, image_B3HW, constant):
+        return 2 * self.target(image_B3HW) + 4 * constant  # the mean target of the known pictures is .25
+
     def _write(self, folder):
         return {}
 
 
 @pytest.fixture
 def judged(write_set, tmp_path):
-    """judged(test pictures as (classes, brightness)) -> results, with cats known and a floor of twice the score + 1."""
+    """judged(test pictures as (classes, brightness)) -> results, with cats known and a constant predictor beside."""
 
     def made(pictures):
-        def stream(name, some):
-            images = [(classes, png(np.full((8, 8, 3), grey, np.uint8))) for classes, grey in some]
-            shard_set = write_set(images, name=name)
-            return Stream(shard_set, shard_set.plan(np.arange(len(images)), 4, shuffle=False), Resized(8))
+        def shard_set(name, some):
+            return write_set([(classes, png(np.full((8, 8, 3), grey, np.uint8))) for classes, grey in some], name=name)
 
-        known = [(["cat"], grey) for grey in (10, 20, 30, 40)]
+        def read(shard_set, sample_N):
+            return Stream(shard_set, shard_set.plan(sample_N, 4, shuffle=False), Resized(8))
+
+        train = shard_set("train", [(["cat"], grey) for grey in (10, 20, 30, 40)])
+        test = shard_set("test", pictures)
+        everything_N = np.arange(len(train))
+        split = Split(Protocol(("cat",), ("dog",)), train, test, everything_N, everything_N, np.arange(len(test)))
         detector = Brightness()
         return judge(
-            tmp_path, Accelerator(cpu=True), detector,
-            method="brightness", protocol=Protocol(("cat",), ("dog",)),
-            test=stream("test", pictures), held_out=stream("held_out", known), bank=stream("bank", known),
-            plain={"pixels": lambda image_B3HW: image_B3HW.float().flatten(1)}, settings={}, seed=0,
-            floors={"nothing learnt": lambda image_B3HW: 2 * detector.score_tensor(image_B3HW).score_B + 1},
+            tmp_path, Accelerator(cpu=True), detector, split, read,
+            method="brightness", plain={"pixels": lambda image_B3HW: image_B3HW.float().flatten(1)},
+            bank_N=everything_N, settings={}, seed=0, floors={"nothing learnt": detector},
         )  # fmt: skip
 
     return made

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from bigtrain.evaluation.metrics import summary
-from bigtrain.evaluation.pictures import Scale, Shown, heat, most_telling, overlay, rgb, shared_scale
-from bigtrain.evaluation.report import write_report
+from bigtrain.evaluation.report.overlays import Scale, Shown, heat, most_telling, overlay, rgb, shared_scale
+from bigtrain.evaluation.report.report import write_report
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

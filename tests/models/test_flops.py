@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from bigtrain.methods.defend.network import ProjectionHead, Prototypes, masked_student
 from bigtrain.models.flops import linear_flops, peak_flops, trained_flops, vit_forward_flops
-from bigtrain.models.heads import ProjectionHead, Prototypes
-from bigtrain.models.vit import Architecture, ViT, masked_student
+from bigtrain.models.vit import Architecture, ViT
 
 NINE = Architecture("vit_small_patch14_dinov2", 112, 14, 9)
 PASSES = [  # architecture, image (height, width), patches that are seen

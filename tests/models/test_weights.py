@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bigtrain.models.network import Network, load_network
 from bigtrain.models.vit import Architecture, ViT
-from bigtrain.models.weights import from_augreg, load_matching, load_vit, save_vit
+from bigtrain.models.weights import from_augreg, load_matching
 
 TOP = Path(__file__).parents[2]
 SMALL = Architecture("vit_tiny_patch16_224", 32, 8, 2)
@@ -30,8 +31,8 @@ def test_save_load(network, tmp_path, dtype):
     """What is saved is what is loaded, in float32 and float16, frozen and in eval mode."""
     net, vit = network()
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    save_vit(tmp_path / "v.safetensors", vit, SMALL, mean=mean, std=std, dtype=dtype)
-    loaded = load_vit(str(tmp_path / "v.safetensors"))
+    Network(vit, SMALL, mean, std).save(tmp_path / "v.safetensors", dtype)
+    loaded = load_network(str(tmp_path / "v.safetensors"))
     assert same(loaded.vit.backbone.state_dict(), {k: v.to(dtype).float() for k, v in net.state_dict().items()})
     assert (loaded.architecture, loaded.mean, loaded.std) == (SMALL, mean, std)
     assert not loaded.vit.training
@@ -44,15 +45,15 @@ def test_save_load(network, tmp_path, dtype):
 def test_save_same_bytes(network, tmp_path):
     """The same network is saved as the same bytes."""
     for name in "ab":
-        save_vit(tmp_path / f"{name}.safetensors", network()[1], SMALL, mean=HALF, std=HALF)
+        Network(network()[1], SMALL, HALF, HALF).save(tmp_path / f"{name}.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def test_other_architecture(network, tmp_path):
     """An architecture other than the file's own is refused."""
-    save_vit(tmp_path / "v.safetensors", network()[1], SMALL, mean=HALF, std=HALF)
-    with pytest.raises(ValueError, match=r"holds a Architecture.* leave --arch out"):
-        load_vit(str(tmp_path / "v.safetensors"), Architecture("vit_tiny_patch16_224", 32, 8, 3))
+    Network(network()[1], SMALL, HALF, HALF).save(tmp_path / "v.safetensors")
+    with pytest.raises(ValueError, match=r"holds a network of depth 2, and depth 3 was asked for: leave --arch out"):
+        load_network(str(tmp_path / "v.safetensors"), Architecture("vit_tiny_patch16_224", 32, 8, 3))
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_key_mismatches(network, file_of):
     state["nrom.bias"] = state.pop("norm.bias")
     state["norm.weight"] = torch.ones(5)
     with pytest.raises(ValueError) as caught:
-        load_vit(file_of(state), SMALL)
+        load_network(file_of(state), SMALL)
     said = str(caught.value)
     assert f"{len(state) - 1} keys match" in said
     for part in ("1 missing (norm.bias)", "1 unexpected (nrom.bias)", "norm.weight (5,) for (192,)", "--arch"):
@@ -83,26 +84,26 @@ def test_other_depth(network, file_of):
     """Weights of a network of another depth are refused, whether deeper or shallower."""
     deeper = file_of(network(depth=3)[0].state_dict())
     with pytest.raises(ValueError, match=r"12 unexpected \(blocks\.2\."):
-        load_vit(deeper, SMALL)
+        load_network(deeper, SMALL)
     with pytest.raises(ValueError, match=r"12 missing \(blocks\.3\."):
-        load_vit(deeper, Architecture("vit_tiny_patch16_224", 32, 8, 4))
+        load_network(deeper, Architecture("vit_tiny_patch16_224", 32, 8, 4))
 
 
 def test_classifier_left_out(network, file_of):
     """The classifier of pretraining is left out and reported, but no other key beginning like it."""
     net = network()[0]
     state = {**net.state_dict(), "head.weight": torch.ones(10, 192), "head.bias": torch.ones(10)}
-    loaded = load_vit(file_of(state), SMALL)
+    loaded = load_network(file_of(state), SMALL)
     assert "left out: head.bias, head.weight" in loaded.report
     assert same(loaded.vit.backbone.state_dict(), net.state_dict())
     with pytest.raises(ValueError, match=r"1 unexpected \(header\)"):
-        load_vit(file_of({**state, "header": torch.ones(1)}), SMALL)
+        load_network(file_of({**state, "header": torch.ones(1)}), SMALL)
 
 
 def test_pooling_head_left_out(file_of):
     """A pooling head is left out with the classifier, and the tokens are still timm's."""
     theirs = timm.create_model("vit_base_patch16_siglip_224", img_size=32, depth=1)
-    loaded = load_vit(file_of(theirs.state_dict()), Architecture("vit_base_patch16_siglip_224", 32, depth=1))
+    loaded = load_network(file_of(theirs.state_dict()), Architecture("vit_base_patch16_siglip_224", 32, depth=1))
     assert "left out: attn_pool.kv.bias" in loaded.report
     image = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
@@ -124,7 +125,7 @@ def test_failed_load_changes_nothing():
 def test_pth_files_of_all_habits_load(network, tmp_path, wrap, prefix):
     state = network()[0].state_dict()
     torch.save(wrap({prefix + key: value for key, value in state.items()}), tmp_path / "v.pth")
-    assert same(load_vit(str(tmp_path / "v.pth"), SMALL).vit.backbone.state_dict(), state)
+    assert same(load_network(str(tmp_path / "v.pth"), SMALL).vit.backbone.state_dict(), state)
 
 
 class Malicious:
@@ -139,10 +140,10 @@ def test_malicious_pickle(tmp_path):
     """A pickle that runs code is refused without running it, in .pth and .npz files."""
     torch.save({"state_dict": Malicious(tmp_path / "ran")}, tmp_path / "v.pth")
     with pytest.raises(ValueError, match="cannot be read without running code in it"):
-        load_vit(str(tmp_path / "v.pth"), SMALL)
+        load_network(str(tmp_path / "v.pth"), SMALL)
     np.savez(tmp_path / "v.npz", cls=np.array([Malicious(tmp_path / "ran")], dtype=object))
     with pytest.raises(ValueError, match="npz of plain arrays"):
-        load_vit(str(tmp_path / "v.npz"), SMALL)
+        load_network(str(tmp_path / "v.npz"), SMALL)
     assert not (tmp_path / "ran").exists()
 
 
@@ -151,29 +152,29 @@ def test_malicious_pickle(tmp_path):
 def test_missing_or_broken_file(tmp_path, name, content):
     """A missing file and a broken file are each refused in a sentence."""
     with pytest.raises(ValueError, match=r"does not exist: give a file of weights"):
-        load_vit(str(tmp_path / name), SMALL)
+        load_network(str(tmp_path / name), SMALL)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=r"cannot be read"):
-        load_vit(str(tmp_path / name), SMALL)
+        load_network(str(tmp_path / name), SMALL)
 
 
 def test_pth_without_state_dict(tmp_path):
     """A .pth file without a state_dict is refused."""
     torch.save({"epoch": 3}, tmp_path / "v.pth")
     with pytest.raises(ValueError, match="holds no state_dict"):
-        load_vit(str(tmp_path / "v.pth"), SMALL)
+        load_network(str(tmp_path / "v.pth"), SMALL)
 
 
 def test_architecture_needed(network, file_of):
     """A file that does not know its network asks for it."""
-    with pytest.raises(ValueError, match=r"name it, as in --arch vit_base_patch16_224"):
-        load_vit(file_of(network()[0].state_dict()))
+    with pytest.raises(ValueError, match=r"name it, as in --arch resnet50 or --arch vit_base_patch16_224"):
+        load_network(file_of(network()[0].state_dict()))
 
 
 def test_resample_positions(network, file_of):
     """Positions are resampled to another image size as timm does it."""
     net = network("vit_small_patch14_reg4_dinov2", 56, 14)[0]
-    loaded = load_vit(file_of(net.state_dict()), Architecture("vit_small_patch14_reg4_dinov2", 84, 14, 2))
+    loaded = load_network(file_of(net.state_dict()), Architecture("vit_small_patch14_reg4_dinov2", 84, 14, 2))
     net.set_input_size(img_size=(84, 84))
     torch.testing.assert_close(loaded.vit.backbone.pos_embed, net.pos_embed)
     assert loaded.vit.backbone.pos_embed.shape[1] == 36
@@ -224,7 +225,7 @@ def augreg(network, tmp_path):
 def test_augreg_round_trip(augreg):
     """AugReg arrays become the network they came from, without its classifier."""
     net, path = augreg
-    loaded = load_vit(str(path), SMALL)
+    loaded = load_network(str(path), SMALL)
     expected = {key: value for key, value in net.state_dict().items() if not key.startswith("head")}
     assert same(loaded.vit.backbone.state_dict(), expected)
     assert "left out: head.bias, head.weight" in loaded.report
@@ -236,7 +237,7 @@ def test_augreg_equals_timm(augreg):
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=8, depth=2)
     theirs.load_pretrained(str(augreg[1]))
     expected = {key: value for key, value in theirs.state_dict().items() if not key.startswith("head")}
-    assert same(load_vit(str(augreg[1]), SMALL).vit.backbone.state_dict(), expected)
+    assert same(load_network(str(augreg[1]), SMALL).vit.backbone.state_dict(), expected)
 
 
 def test_augreg_mismatches(augreg, tmp_path):
@@ -247,34 +248,34 @@ def test_augreg_mismatches(augreg, tmp_path):
     at = "params/Transformer/encoderblock_1/MultiHeadDotProductAttention_1"
     np.savez(tmp_path / "no_key.npz", **{key: a for key, a in arrays.items() if key != f"{at}/key/kernel"})
     with pytest.raises(ValueError, match=r"blocks\.1\.attn\.qkv\.weight \(384, 192\) for \(576, 192\)"):
-        load_vit(str(tmp_path / "no_key.npz"), SMALL)
+        load_network(str(tmp_path / "no_key.npz"), SMALL)
     np.savez(tmp_path / "more.npz", **arrays, **{"params/Transformer/encoderblock_1/Odd/kernel": np.ones(3)})
     with pytest.raises(ValueError, match=r"1 unexpected \(Transformer/encoderblock_1/Odd/kernel\)"):
-        load_vit(str(tmp_path / "more.npz"), SMALL)
+        load_network(str(tmp_path / "more.npz"), SMALL)
 
 
 def test_timm_name_offline(tmp_path):
     """A timm name without internet access or a cache is refused in one sentence."""
-    code = "import sys; from bigtrain.models.weights import load_vit; load_vit(sys.argv[1])"
+    code = "import sys; from bigtrain.models.network import load_network; load_network(sys.argv[1])"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", code, "vit_tiny_patch16_224.augreg_in21k"]
     done = subprocess.run(command, cwd=TOP, env=environment, capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: the weights of 'vit_tiny_patch16_224.augreg_in21k' cannot be had (")
+    assert last.startswith("ValueError: the weights of 'vit_tiny_patch16_224.augreg_in21k' cannot be downloaded (")
     assert "give a local file" in last
 
 
 def test_timm_name_with_architecture():
     """A timm name with an architecture beside it is refused."""
-    with pytest.raises(ValueError, match=r"bring their own: leave it out"):
-        load_vit("vit_tiny_patch16_224.augreg_in21k", SMALL)
+    with pytest.raises(ValueError, match=r"which is its own: leave it out"):
+        load_network("vit_tiny_patch16_224.augreg_in21k", SMALL)
 
 
 def test_embedded_description(network, tmp_path):
     """The description embedded in a file is JSON that says what the network is."""
     from safetensors import safe_open
 
-    save_vit(tmp_path / "v.safetensors", ViT(network()[0]), SMALL, mean=HALF, std=HALF)
+    Network(ViT(network()[0]), SMALL, HALF, HALF).save(tmp_path / "v.safetensors")
     with safe_open(tmp_path / "v.safetensors", framework="pt") as file:
         (about,) = (json.loads(text) for text in file.metadata().values())
     assert about["architecture"]["model"] == "vit_tiny_patch16_224"

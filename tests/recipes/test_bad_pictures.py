@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from bigtrain.data.set_files import read_index
-from shards.build import Settings, build
+from shards.build import build
+from shards.build_settings import Settings
 from tests.launching import run
 
 SMALL = ["--model", "vit_tiny_patch16_224", "--image-size", "16", "--patch-size", "8", "--depth", "1", "--batch", "8"]

@@ -7,12 +7,12 @@ import torch
 
 import bigtrain
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.detectors.network import NetworkDetector
+from bigtrain.detectors.network_detector import NetworkDetector
 from bigtrain.evaluation.tables import read_results, table
-from bigtrain.models.backbone import load_network
+from bigtrain.models.network import load_network
 from bigtrain.runtime.exit_codes import STOPPED
+from bigtrain.training.run_setup import Setup
 from recipes.baselines import main
-from recipes.run_setup import Setup
 from tests.launching import run as started
 from tests.made_once import made_once
 from tests.runs import results as results_of
@@ -178,7 +178,7 @@ MISTAKES = {
         ["--known", "bag", "dress", "--finetuned", "FINETUNED"],
         "tells other classes apart",
     ),
-    "a percentile of 0": (["--threshold-percentile", "0"], "must lie between 0 and 100"),
+    "a percentile of 0": (["--threshold-percentile", "0"], "must be from 0.01 to 99.99"),
     "a network that gives NaN": (["--network", "BROKEN"], "images are NaN or infinite"),
 }
 

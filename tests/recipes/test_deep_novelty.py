@@ -11,9 +11,9 @@ import torch
 import bigtrain
 from bigtrain.data.protocol import Protocol, halved
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.models.backbone import load_network
+from bigtrain.models.network import load_network
+from bigtrain.models.synsets import shared_classes
 from recipes.deep_novelty import main
-from recipes.network_settings import shared_classes
 from tests.fixtures import REFERENCE
 from tests.launching import run as started
 from tests.runs import ask_to_stop, losses, scores
@@ -209,8 +209,8 @@ MISTAKES = {
     "the reference is the known set": (["--reference", "TRAIN"], "the reference data set must show other things"),
     "no reference": (["--reference", ""], "--reference SHARDS is needed"),
     "a reference of no use": (["--branches", "one"], "of no use with --branches one"),
-    "a percentile of 100": (["--threshold-percentile", "100"], "must lie between 0 and 100"),
-    "a percentile below 0": (["--threshold-percentile", "-1"], "must lie between 0 and 100"),
+    "a percentile of 100": (["--threshold-percentile", "100"], "must be from 0.01 to 99.99"),
+    "a percentile below 0": (["--threshold-percentile", "-1"], "must be from 0.01 to 99.99"),
     "steps and epochs": (["--epochs", "2"], "how long to train is one of them"),
     "a view larger than the picture": (["--image-size", "64"], "smaller than --image-size 64"),
     "a variant without effect": (["--variant", "author_code", "--branches", "joint"], "leave it out"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.models.weights import load_vit
+from bigtrain.models.network import load_network
 from recipes.presets.fashion.prepare import HERE
 from tests.launching import ENVIRONMENT, ROOT
 
@@ -36,7 +36,7 @@ def test_embedded_teacher():
     """The embedded teacher is small and whole."""
     file = HERE / "teacher" / "teacher.safetensors"
     assert file.stat().st_size <= 6e6
-    teacher = load_vit(str(file))
+    teacher = load_network(str(file))
     assert len(teacher.vit.backbone.blocks) == 6 and teacher.vit.width == 192
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from bigtrain.data import views
-from bigtrain.runtime.update import NO_GRADIENT, NO_LOSS
+from bigtrain.models import network as networks
+from bigtrain.training.update import NO_GRADIENT, NO_LOSS
 from recipes import defend
 from tests.launching import run as started
 from tests.runs import events
@@ -42,13 +42,14 @@ import sys
 import numpy as np, torch
 from torch import nn
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.views import Resized, to_float
+from bigtrain.data.views import Resized
+from bigtrain.models.network import normalised
 from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.settings import RunSettings
 from bigtrain.runtime.run_folder import RunFolder
 from recipes.pretrain import Config
-from recipes.run_setup import Setup
-from recipes.stage import Stage
+from bigtrain.training.run_setup import Setup
+from bigtrain.training.stage import Stage
 
 class InfiniteGradient(torch.autograd.Function):
     @staticmethod
@@ -70,16 +71,16 @@ def main():  # what was trained is let go of before the processes part, as in th
         stream=setup.stream(shard_set, shard_set.plan(np.arange(48), 8), Resized(8)), steps=6,
     )
     rank, ranks = setup.accelerator.process_index, setup.accelerator.num_processes
-    for batch in stage.batches():
-        x_B3 = to_float(batch.views["image"], (0.5,) * 3, (0.5,) * 3).mean((2, 3))
-        loss = batch.mean(stage.module(x_B3)[:, 0].square(), ranks)
-        if (stage.step, rank) == (1, ranks - 1):
-            loss = loss * torch.nan
-        if (stage.step, rank) == (3, 0):
-            loss = InfiniteGradient.apply(loss)
-        stage.backward(loss)
-        stage.update()
-        stage.advance(batch)
+    for step in stage:
+        for batch in step.parts():
+            x_B3 = normalised(batch.views["image"], (0.5,) * 3, (0.5,) * 3).mean((2, 3))
+            loss = batch.mean(stage.module(x_B3)[:, 0].square(), ranks)
+            if (stage.step, rank) == (1, ranks - 1):
+                loss = loss * torch.nan
+            if (stage.step, rank) == (3, 0):
+                loss = InfiniteGradient.apply(loss)
+            step.backward(loss)
+        step.update()
 
 with user_errors("script.py"):
     main()
@@ -109,13 +110,13 @@ def test_queue_stays_finite(small, tmp_path, monkeypatch):
     """A token that is not finite spoils one step and not the queue."""
     calls = 0
 
-    def to_float(*arguments):
+    def third_is_nan(*arguments):
         nonlocal calls
         calls += 1
-        return defend_to_float(*arguments) * (float("nan") if calls == 3 else 1)  # the second step's whole images
+        return normalised(*arguments) * (float("nan") if calls == 3 else 1)  # the second step's whole images
 
-    defend_to_float = views.to_float
-    monkeypatch.setattr(views, "to_float", to_float)
+    normalised = networks.normalised
+    monkeypatch.setattr(networks, "normalised", third_is_nan)
     run = tmp_path / "run"
     defend.main([*small, "--queue", "64", "--tune-epochs", "2", "--out", str(run)])
     assert [(row["stage"], row["step"]) for row in events(run, "step skipped")] == [("tune", 2)]

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.models.backbone import load_network
-from bigtrain.models.heads import Classifier
+from bigtrain.models.classifier import Classifier
+from bigtrain.models.network import load_network
 from bigtrain.models.vit import Architecture, ViT
-from bigtrain.models.weights import load_vit
 from recipes import defend, pretrain
 from tests.launching import ENVIRONMENT, command, run
 from tests.runs import ask_to_stop, losses, results
@@ -33,8 +32,8 @@ def test_vit_as_teacher(flags, shards, tmp_path, small):
     pretrain.main([*flags, "--weights", "fp16", "--pool", "both", "--out", str(tmp_path / "teacher")])
     results = json.loads((tmp_path / "teacher" / "results.json").read_text())
     assert 0 < results["top1"] <= results["top5"] <= 1
-    weights = tmp_path / "teacher" / "teacher.safetensors"
-    assert load_vit(str(weights)).architecture == Architecture("vit_tiny_patch16_224", 32, 8, 2)
+    weights = tmp_path / "teacher" / "network.safetensors"
+    assert load_network(str(weights)).architecture == Architecture("vit_tiny_patch16_224", 32, 8, 2)
     defend.main([*small, "--teacher", str(weights), "--no-tune", "--out", str(tmp_path / "run")])
     assert (tmp_path / "run" / "report.html").is_file()
 
@@ -77,7 +76,7 @@ def test_stop_and_resume(flags, tmp_path, processes, workers):
     assert 2 <= json.loads((stopped / "stopped.json").read_text())["step"] < 20
     done = run("pretrain.py", *flags, "--out", stopped, processes=processes)
     assert done.returncode == 0 and "continuing from" in done.stdout, done.stderr
-    assert (stopped / "teacher.safetensors").read_bytes() == (whole / "teacher.safetensors").read_bytes()
+    assert (stopped / "network.safetensors").read_bytes() == (whole / "network.safetensors").read_bytes()
     assert losses(stopped) == losses(whole) and len(losses(whole)) == 20
 
 
@@ -103,7 +102,6 @@ def test_finetune_known(shards, tmp_path, capsys):
     found = losses(trunk)
     assert len(found) == 2 * (2855 // 50) and np.mean(found[-10:]) < np.mean(found[:10]) - 0.3
     weights = trunk / "network.safetensors"
-    assert not (trunk / "teacher.safetensors").exists()
     assert len(load_network(str(weights)).classes["classes"]) == 10
     given = ["--model", str(weights), "--known", "bag", "coat", "--batch-norm", "frozen", "--no-mirror"]
     pretrain.main(["--train", train, *CNN, *given, "--lr", "1e-4", "--out", str(tuned)])
@@ -120,10 +118,10 @@ def test_vit_network_file(flags, shards, tmp_path):
     """A ViT's `network.safetensors` has its trunk and its classifier too."""
     pretrain.main([*flags, "--out", str(tmp_path / "run")])
     network = load_network(str(tmp_path / "run" / "network.safetensors"))
-    vit = load_vit(str(tmp_path / "run" / "teacher.safetensors")).vit
+    vit = network.vit
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(network.trunk(images), vit(images)[0].class_BD, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(network.backbone(images), vit(images)[0].class_BD, atol=1e-5, rtol=1e-4)
     assert network.heads["classes"].weight.shape == (10, 192)
 
 
@@ -177,7 +175,7 @@ def test_tracker(flags, tmp_path):
 
 def test_missing_tracker(flags, tmp_path, capsys, monkeypatch):
     """A tracker that is not installed is refused, with the command that installs it."""
-    monkeypatch.setattr("bigtrain.runtime.start.find_spec", lambda name: None)
+    monkeypatch.setattr("bigtrain.runtime.trackers.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
         pretrain.main([*flags, "--trackers", "mlflow", "--out", str(tmp_path / "run")])
     assert stop.value.code == 2 and "uv sync --extra mlflow" in capsys.readouterr().err

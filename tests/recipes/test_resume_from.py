@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
+from bigtrain.models.network import Network
 from bigtrain.models.vit import Architecture, ViT
-from bigtrain.models.weights import save_vit
 from tests.launching import run as started
 
 RESULTS = ("teacher.safetensors", "student.safetensors", "scores.parquet")
@@ -96,7 +96,7 @@ def test_other_network(small, teacher, tmp_path):
     assert started("defend.py", *flags, "--keep-every", 2, "--out", tmp_path / "old").returncode == 0
     torch.manual_seed(1)
     architecture = Architecture("vit_small_patch16_224", image_size=32, patch_size=8, depth=2)
-    save_vit(mine, ViT(architecture.build()), architecture, mean=(0.5,) * 3, std=(0.5,) * 3)
+    Network(ViT(architecture.build()), architecture, (0.5,) * 3, (0.5,) * 3).save(mine)
     source = tmp_path / "old" / "checkpoints" / "tune" / "step-000002"
     error = started("defend.py", *flags, "--resume-from", source, "--out", tmp_path / "new")
     assert error.returncode == 2 and "step-000002 is of another network: " in error.stderr
@@ -104,11 +104,11 @@ def test_other_network(small, teacher, tmp_path):
 
 
 def test_missing_setting(small, killed, tmp_path):
-    """A run from before a setting existed is refused, with the setting's name."""
+    """A run from before a setting existed counts as one with its default: another value is refused."""
     old = tmp_path / "old"
     shutil.copytree(killed, old)
     config = json.loads((old / "config.json").read_text())
     del config["settings"]["distil_batch"]
     (old / "config.json").write_text(json.dumps(config))
     error = refused(small, tmp_path / "new", "--resume-from", old)
-    assert "distil_batch ('not a setting' there, 6 here)" in error
+    assert "distil_batch (64 there, 6 here)" in error

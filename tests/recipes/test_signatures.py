@@ -9,10 +9,10 @@ import torch
 import bigtrain
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
-from bigtrain.data.views import CentreCrop, to_float
-from bigtrain.models.backbone import Layer, load_network
+from bigtrain.data.views import CentreCrop
+from bigtrain.models.network import load_network
 from bigtrain.runtime.exit_codes import STOPPED
-from recipes.run_setup import Setup
+from bigtrain.training.run_setup import Setup
 from recipes.signatures import main
 from tests.runs import scores
 
@@ -35,14 +35,14 @@ def test_mean_features(flags, views, tmp_path):
     network = load_network(str(run / "detector" / "network.safetensors"))
     train = ShardSet(str(views / "train"))
     sample_N = np.flatnonzero(train.shows_any(tuple(KNOWN)))
-    features = Layer(network.trunk, "layer2")
+    features = network.pooled("layer2")
     means = {name: [] for name in KNOWN}
     with torch.no_grad():
         for batch in Stream(train, train.plan(sample_N, 50, shuffle=False), CentreCrop(32, 32)).batches():
-            seen_BD = features(to_float(batch.views["image"], network.mean, network.std))
+            seen_BD = features(network.normalise(batch.views["image"]))
             for sample, feature_D in zip(batch.sample_B.tolist(), seen_BD, strict=True):
                 if sample >= 0:
-                    means[train.only_class_of(sample)].append(feature_D.double())
+                    means[train.classes_of(sample)[0]].append(feature_D.double())
     mean_CD = torch.stack([torch.stack(means[name]).mean(dim=0) for name in KNOWN])
     detector = bigtrain.load_detector(run / "detector", device="cpu").detector
     assert detector.classes_.tolist() == KNOWN

@@ -11,8 +11,9 @@ from typing import Literal
 
 import pytest
 
+from bigtrain.files import write_json
 from bigtrain.runtime.exit import user_errors
-from bigtrain.runtime.run_folder import RunFolder, packages, write_json
+from bigtrain.runtime.run_folder import RunFolder, packages
 from bigtrain.runtime.settings import RunSettings, overlay, print_if_asked, read_settings, result_settings
 
 TOP = Path(__file__).parents[2]

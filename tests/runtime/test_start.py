@@ -15,8 +15,8 @@ from bigtrain.runtime import start as module
 from bigtrain.runtime.exit_codes import INTERRUPTED, STOPPED
 from bigtrain.runtime.log import StageLog
 from bigtrain.runtime.precision import choose_precision
-from bigtrain.runtime.preempt import SIGNALS, Stop
 from bigtrain.runtime.start import seed_step, start
+from bigtrain.runtime.stopping import SIGNALS, Stop
 from bigtrain.text import clock
 from tests import launching
 from tests.launching import ENVIRONMENT
@@ -117,7 +117,7 @@ TWO = """
 from pathlib import Path
 import os, signal, time
 from bigtrain.runtime.exit import user_errors
-from bigtrain.runtime.preempt import Stop
+from bigtrain.runtime.stopping import Stop
 from bigtrain.runtime.start import start
 with user_errors("recipe.py"):
     accelerator = start("fp32")
@@ -170,7 +170,7 @@ IN_COLLECTIVE = """
 from pathlib import Path
 import os, signal
 from bigtrain.runtime.exit import user_errors
-from bigtrain.runtime.preempt import Stop
+from bigtrain.runtime.stopping import Stop
 from bigtrain.runtime.start import start
 with user_errors("recipe.py"):
     accelerator = start("fp32")

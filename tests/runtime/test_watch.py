@@ -11,7 +11,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from bigtrain.runtime.watch import Follower, Stage, curve, shown, watch
+from bigtrain.runtime.follow_log import Follower, LoggedStage
+from bigtrain.runtime.watch import curve, shown, watch
 from bigtrain.text import clean
 
 
@@ -49,7 +50,7 @@ def test_running_stage(run):
 
 def test_curve():
     """The curve fits into the width and keeps its ends."""
-    stage = Stage("tune")
+    stage = LoggedStage("tune")
     stage.losses.extend((n, 1000 - n) for n in range(1000))
     for width in (40, 100):
         line = curve(stage, width).plain

@@ -15,7 +15,7 @@ from bigtrain.runtime import zero
 from bigtrain.runtime.checkpoint import Checkpoints
 from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.start import start
-from bigtrain.runtime.update import Update
+from bigtrain.training.update import Update
 
 def network(seed):
     torch.manual_seed(seed)

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from bigtrain.data.schema import Manifest
-from shards.build import Settings, build
+from shards.build import build
+from shards.build_settings import Settings
 
 Paint = Callable[..., bytes]
 BuildFolder = Callable[..., Manifest]

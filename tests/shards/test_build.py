@@ -21,11 +21,11 @@ from PIL import Image
 from bigtrain.data.schema import Box, Object, Sample
 from bigtrain.data.set_files import read_index, read_manifest
 from shards.check import check
-from shards.durable import alone_in
+from shards.disk import alone_in
+from shards.location import Place
 from shards.order import keyed
 from shards.pack import Task, write_shard
-from shards.pictures import Treatment
-from shards.place import Place
+from shards.treatment import Treatment
 from tests.processes import Family
 
 
@@ -186,7 +186,7 @@ def test_decompression_bomb(paint, build_folder, tmp_path, monkeypatch):
     """A decompression bomb is skipped, and its size is told."""
     paint(0, path=tmp_path / "pictures" / "a" / "small.jpg")
     paint(0, size=(90, 90), kind="PNG", path=tmp_path / "pictures" / "a" / "large.png")
-    monkeypatch.setattr("shards.pictures.MAX_PIXELS", 8000)
+    monkeypatch.setattr("bigtrain.images.MAX_PIXELS", 8000)
     assert build_folder(tmp_path / "pictures", tmp_path / "out").samples == 1
     assert "too many pixels: 90 x 90" in (tmp_path / "out" / "skipped.jsonl").read_text()
 

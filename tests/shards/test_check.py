@@ -18,7 +18,7 @@ import webdataset
 from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE
 from bigtrain.data.set_files import INDEX_SCHEMA, read_index, read_manifest
 from shards.check import check
-from shards.describe import describe
+from shards.index_tars import describe
 from shards.split import split_per_class
 
 

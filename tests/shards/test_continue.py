@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from bigtrain.data.schema import Box, Object, Sample
-from shards import durable, pack
+from bigtrain.images import UnreadableError
+from bigtrain.retry import RetryPolicy
+from shards import disk as durable
+from shards import pack
 from shards.build import PARTS_FOLDER
 from shards.pack import fingerprint, write_shard
-from shards.pictures import Treatment, UnreadableError
+from shards.treatment import Treatment
 
 
 def spoil(*paths):
@@ -93,7 +96,7 @@ def failing(monkeypatch, number, times):
         return opened(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", sometimes)
-    monkeypatch.setattr(pack, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(pack, "RETRY", RetryPolicy(attempts=4, first_wait_s=0.001))
 
 
 def test_read_retry(animals, build_folder, contents, tmp_path, monkeypatch):

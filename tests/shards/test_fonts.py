@@ -13,7 +13,8 @@ from PIL import Image
 
 from bigtrain.data.set_files import read_index
 from shards.adapters import fonts
-from shards.build import Settings, build
+from shards.build import build
+from shards.build_settings import Settings
 
 builder = pytest.importorskip("fontTools.fontBuilder")
 pens = pytest.importorskip("fontTools.pens.ttGlyphPen")

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bigtrain.data.pictures import Picture, UnreadableError
-from shards.cli import main
+from bigtrain.data.decode import Picture
+from bigtrain.images import UnreadableError
+from shards.shards_cli import main
 
 ENOUGH = settings(
     max_examples=int(os.environ.get("BIGTRAIN_FUZZ", "60")),

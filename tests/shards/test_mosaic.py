@@ -19,7 +19,8 @@ from PIL import Image
 from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Sample
 from bigtrain.data.set_files import read_index, read_manifest
 from shards.adapters import mosaic
-from shards.build import Settings, build
+from shards.build import build
+from shards.build_settings import Settings
 
 CLASSES = ["ant", "bee", "cow", "elk"]
 

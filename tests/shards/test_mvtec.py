@@ -10,7 +10,8 @@ from PIL import Image
 
 from bigtrain.data.set_files import read_index
 from shards.adapters import mvtec, visa
-from shards.build import Settings, build
+from shards.build import build
+from shards.build_settings import Settings
 
 HEADER = "object,split,label,image,mask\n"
 

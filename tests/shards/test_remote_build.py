@@ -13,8 +13,9 @@ import pytest
 
 from bigtrain.data.schema import Manifest
 from bigtrain.data.set_files import read_index, read_manifest
+from bigtrain.retry import RetryPolicy
 from shards.check import check
-from shards.describe import describe
+from shards.index_tars import describe
 from tests.servers import Fault, use_s3
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def quick(monkeypatch):
     """Second tries come at once, and are ours alone."""
-    monkeypatch.setattr("shards.place.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("shards.location.RETRY", RetryPolicy(attempts=5, first_wait_s=0.01))
     s3fs = pytest.importorskip("s3fs")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
 
@@ -52,7 +53,7 @@ def test_s3_same_bytes(animals, build_folder, contents, far, s3, tmp_path, worke
 
 
 def test_large_shards_go_up_in_parts(paint, build_folder, contents, far, s3, tmp_path, monkeypatch):
-    monkeypatch.setattr("shards.place.PIECE_BYTES", 1 << 16)
+    monkeypatch.setattr("shards.location.PIECE_BYTES", 1 << 16)
     for number in range(6):
         paint(number, size=(200, 100), path=tmp_path / "pictures" / "a" / f"{number}.jpg")
     build_folder(tmp_path / "pictures", tmp_path / "local")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from bigtrain.data.set_files import read_manifest
+from bigtrain.text import counted
 from shards.adapters import ADAPTERS
-from shards.cli import main
-from shards.words import counted
+from shards.shards_cli import main
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -106,7 +106,7 @@ def test_index_from_the_command_line(animals, build_folder, tmp_path, capsys):
 
 def test_light_imports():
     """The command imports neither torch nor webdataset."""
-    code = "import sys, shards.cli; sys.exit(bool({'torch', 'webdataset'} & set(sys.modules)))"
+    code = "import sys, shards.shards_cli; sys.exit(bool({'torch', 'webdataset'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 

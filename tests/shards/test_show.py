@@ -11,7 +11,7 @@ import pytest
 
 from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Shard
 from bigtrain.data.set_files import INDEX_SCHEMA
-from shards.cli import main
+from shards.shards_cli import main
 from shards.show import show
 
 

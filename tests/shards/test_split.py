@@ -21,7 +21,7 @@ from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Shard
 from bigtrain.data.set_files import INDEX_SCHEMA, read_index, read_manifest
 from bigtrain.data.shard_set import ShardSet
 from shards.check import check
-from shards.cli import main
+from shards.shards_cli import main
 from shards.split import deal, split_classes, split_per_class, split_shares
 
 HALVES = [("a", Fraction("0.5")), ("b", Fraction("0.5"))]

@@ -9,7 +9,8 @@ import pytest
 
 from bigtrain.data.set_files import read_index
 from shards.adapters import table
-from shards.build import Settings, build
+from shards.build import build
+from shards.build_settings import Settings
 
 OPTIONS = {
     "path_column": "path",

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from slurm import cli
+from slurm import slurm_cli as cli
 from tests.launching import ENVIRONMENT, ROOT
 
 RECIPE = str(ROOT / "recipes" / "defend.py")

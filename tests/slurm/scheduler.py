@@ -21,7 +21,11 @@ from unittest import mock
 
 from submitit.core import submission, utils
 
-from slurm import ending, history, jobs, life, status, task
+from slurm import attempt as life
+from slurm import ending, status
+from slurm import rank as task
+from slurm import run_record as history
+from slurm import scheduler as jobs
 
 CLOCKED = (ending, history, life, status, task)
 SHORTEST_S = 0.002  # a real wait, in which a recipe's process gets its turn

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from bigtrain.cli import main as tables
-from slurm import jobs
+from slurm import scheduler as jobs
 from tests.slurm.cluster_commands import COUNTING, events, slurm, told
 
 NAMES = ["it's $(touch gone)", 'a "b" `c`; d', "plain"]

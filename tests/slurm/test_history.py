@@ -7,13 +7,15 @@ import subprocess
 
 import pytest
 
-from slurm import history, jobs, status
+from slurm import run_record as history
+from slurm import scheduler as jobs
+from slurm import status
+from slurm.attempt import begin, last_error
 from slurm.cluster import Cluster
 from slurm.ending import decide, end, seconds_left
-from slurm.history import Job, Owner, events, idle_lives, position, tell
-from slurm.life import begin, last_error
 from slurm.local import outcome
-from slurm.task import Task
+from slurm.rank import Task
+from slurm.run_record import Job, Owner, events, idle_lives, position, tell
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from slurm.ending import end
-from slurm.history import tell
-from slurm.task import MEETING_S, Task, gather, met
+from slurm.rank import MEETING_S, Task, gather, met
+from slurm.run_record import tell
 from tests.slurm.cluster_commands import (
     COUNTING,
     events,

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from slurm import life
-from slurm.life import live
+from slurm import attempt as life
+from slurm.attempt import live
 from tests.slurm.cluster_commands import (
     events,
     in_life,

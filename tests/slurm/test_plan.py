@@ -8,7 +8,7 @@ import pytest
 
 from bigtrain.data.schema import Manifest
 from bigtrain.data.set_files import read_manifest
-from recipes import baselines, deep_novelty, defend_settings
+from recipes import baselines, deep_novelty, defend
 from slurm.sweep import plan, toml_value
 from tests.launching import ROOT
 
@@ -22,7 +22,7 @@ RUNS = {
     "small_coco": 3,
 }  # fmt: skip
 CONFIGS = {
-    "recipes/defend.py": defend_settings.Config,
+    "recipes/defend.py": defend.Config,
     "recipes/deep_novelty.py": deep_novelty.Config,
     "recipes/baselines.py": baselines.Config,
 }

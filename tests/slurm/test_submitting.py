@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from slurm import jobs
+from slurm import scheduler as jobs
 from tests.slurm.cluster_commands import (
     COUNTING,
     in_life,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.cli import main as shards_command
+from shards.shards_cli import main as shards_command
 from tests.slurm.cluster_commands import COUNTING, RECIPE, events, slurm, submitted, until, until_done
 
 CLASSES = ["it's $(touch gone)", 'a "b" `c`; d', "plain"]

@@ -6,16 +6,33 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bigtrain.data.schema import MANIFEST_FILE
+from bigtrain.runtime.settings import read_settings
+
+C = TypeVar("C")
 
 HERE = Path(__file__).parent
 PRESET = HERE.parent / "fashion.toml"
 SHARDS = Path("data") / "fashion"
 OUT = Path("runs") / "fashion"
+
+
+def with_preset(config_class: type[C], argv: Sequence[str], description: str) -> C:
+    """Settings as given; without --train those of the preset, on the embedded data."""
+    config = read_settings(config_class, argv, description=description)
+    given: Any = config
+    if given.train:
+        return config
+    return with_embedded_data(read_settings(config_class, argv, PRESET, description=description))
+
+
+def is_embedded(config: Any) -> bool:
+    return config.train == str(SHARDS / "train")
 
 
 def with_embedded_data(config: Any) -> Any:
@@ -34,7 +51,7 @@ def build_embedded_shards() -> None:
     """Build the sample's shards, once; of several processes the first builds, and the others wait for it."""
     first = os.environ.get("RANK", "0") == "0"
     if first:
-        print("no --train was given: running the preset fashion, on the embedded sample of Fashion-MNIST", flush=True)
+        print(f"running the preset fashion, on the embedded sample of Fashion-MNIST in {SHARDS}", flush=True)
     for split in ("train", "test"):
         out = SHARDS / split
         if first and not (out / MANIFEST_FILE).is_file():

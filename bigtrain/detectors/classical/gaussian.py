@@ -1,0 +1,62 @@
+"""Gaussian densities of the known features: Mahalanobis distance (Lee et al. 2018) and a mixture of Gaussians."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.spatial.distance import cdist
+from scipy.special import logsumexp
+from sklearn.covariance import LedoitWolf
+from sklearn.mixture import GaussianMixture as Solver
+
+from bigtrain.detectors.feature_detector import FeatureDetector, Floats, Ints, class_means
+
+
+class Mahalanobis(FeatureDetector):
+    """Novelty = min_c (x - m_c)' S^-1 (x - m_c): class means, one covariance for all, Ledoit & Wolf's shrunk one.
+
+    Shrinkage keeps it a distance where there are fewer images than features.
+    """
+
+    def _fit(self, features_ND: Floats, class_N: Ints) -> None:
+        self.mean_CD_ = class_means(features_ND, class_N)
+        within = LedoitWolf(assume_centered=True).fit(features_ND - self.mean_CD_[class_N])
+        self.precision_DD_ = within.precision_
+
+    def _score(self, features_ND: Floats) -> Floats:
+        # distances between whitened features: cdist's own "mahalanobis" is many times slower
+        root_DD = np.linalg.cholesky(self.precision_DD_)
+        return cdist(features_ND @ root_DD, self.mean_CD_ @ root_DD, "sqeuclidean").min(axis=1)
+
+
+class GaussianMixture(FeatureDetector):
+    """Novelty = -log p(x) under a mixture of Gaussians with diagonal covariances, fitted to all known images.
+
+    Args:
+        components: 0: as many as there are known classes.
+        seed: of where it begins.
+    """
+
+    def __init__(self, components: int = 0, seed: int = 0) -> None:
+        self.components, self.seed = components, seed
+
+    def _fit(self, features_ND: Floats, class_N: Ints) -> None:
+        components = self.components or len(self.classes_)
+        if components > len(features_ND):
+            raise ValueError(
+                f"a mixture of {components} Gaussians was asked for, and there are {len(features_ND)} known images: "
+                "ask for fewer components."
+            )
+        floor = 1e-3 * float(features_ND.var()) or 1e-6  # of a variance, or a dead feature makes it infinite
+        solver = Solver(components, covariance_type="diag", reg_covar=floor, random_state=self.seed, max_iter=500)
+        solver.fit(features_ND)
+        self.share_K_, self.mean_KD_, self.variance_KD_ = solver.weights_, solver.means_, solver.covariances_
+
+    def _score(self, features_ND: Floats) -> Floats:
+        precision_KD = 1 / self.variance_KD_
+        distance_NK = (
+            np.square(features_ND) @ precision_KD.T
+            - 2 * features_ND @ (self.mean_KD_ * precision_KD).T
+            + (np.square(self.mean_KD_) * precision_KD).sum(axis=1)
+        )
+        log_density_NK = -0.5 * (distance_NK + np.log(2 * np.pi * self.variance_KD_).sum(axis=1))
+        return -logsumexp(np.log(self.share_K_) + log_density_NK, axis=1)

@@ -1,0 +1,181 @@
+"""One self-contained HTML page that lets a person believe a detector, or see why not: figures, curves, pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from bigtrain.evaluation.intervals import Bools
+from bigtrain.evaluation.metrics import FIGURES, Floats, checked
+from bigtrain.evaluation.report.charts import SERIES, histogram, histogram_chart, roc_chart, roc_points
+from bigtrain.evaluation.report.overlays import HEAT, Scale, Shown, data_uri, overlay, rgb, shared_scale
+from bigtrain.evaluation.report.page import environment
+from bigtrain.files import write_text
+
+TEMPLATE = "report.html.jinja"
+SHOWN = {name: figure for name, figure in FIGURES.items() if figure.is_in_report}
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    results: Mapping[str, Any],
+    novel_N: ArrayLike,
+    score_N: ArrayLike,
+    comparisons: Mapping[str, tuple[ArrayLike, Mapping[str, Any]]],
+    pictures: Mapping[str, Sequence[Shown]],
+) -> None:
+    """Write the report to `path` at once: a reader sees the old page or the new one, never half of one.
+
+    Args:
+        path: the page, `report.html`; its folder exists.
+        title: the heading.
+        results: "metrics" (the detector's `metrics.summary`), and where they are known "detector" (its name),
+            "dataset", "known" and "novel" (class names), "seed", "threshold" (scores above it are flagged), "explained"
+            and "explained_novel" (`metrics.explained` of held-out known and of novel images), "settings".
+        novel_N: True where an image is novel.
+        score_N: the detector's scores, raw, higher = more novel.
+        comparisons: what the detector must beat, name -> (its scores of the same images, their summary).
+        pictures: section title -> pictures, in the order in which they are shown; see `pictures.most_telling`.
+    """
+    novel, score = checked(novel_N, score_N)
+    page = render(title, results, novel, score, comparisons, pictures)
+    write_text(path, page)
+
+
+def render(
+    title: str,
+    results: Mapping[str, Any],
+    novel_N: Bools,
+    score_N: Floats,
+    comparisons: Mapping[str, tuple[ArrayLike, Mapping[str, Any]]],
+    pictures: Mapping[str, Sequence[Shown]],
+) -> str:
+    """Return the page; the arguments are those of `write_report`."""
+    if "metrics" not in results:
+        raise ValueError(
+            f"results has {sorted(results)}, but no 'metrics': put metrics.summary(novel_N, score_N) there"
+        )
+    detector = str(results.get("detector", "detector"))
+    if detector in comparisons:
+        raise ValueError(f"a comparison is called {detector!r} like the detector: the table needs distinct names")
+    summaries = {detector: results["metrics"]} | {name: found for name, (_, found) in comparisons.items()}
+    scores = {detector: score_N} | {name: checked(novel_N, its_N)[1] for name, (its_N, _) in comparisons.items()}
+    threshold = results.get("threshold")
+    counts = histogram(novel_N, score_N)
+    scale = shared_scale(picture for section in pictures.values() for picture in section)
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            title=title,
+            protocol=protocol_line(results, novel_N),
+            rows=table_rows(summaries),
+            figures=SHOWN,
+            prevalence={name: results["metrics"][name].get("prevalence") for name in SHOWN},
+            bootstrap=results["metrics"].get("bootstrap"),
+            by_chance=summaries[detector]["auroc"]["low"] <= 0.5 <= summaries[detector]["auroc"]["high"],
+            better=[
+                name
+                for name in comparisons
+                if summaries[name]["auroc"]["value"] >= summaries[detector]["auroc"]["value"]
+            ],
+            roc=roc_chart({name: roc_points(novel_N, its_N) for name, its_N in scores.items()}),
+            legend=[(number % SERIES, name, summaries[name]["auroc"]["value"]) for number, name in enumerate(scores)],
+            histogram=histogram_chart(counts, threshold=threshold),
+            histogram_counts=counts,
+            **{
+                name: {end: percent(share) for end, share in results.get(name, {}).items()}
+                for name in ("explained", "explained_novel")
+            },
+            threshold=threshold,
+            threshold_rates=rates_at(threshold, novel_N, score_N),
+            sections={
+                name: [card(picture, scale, threshold) for picture in section] for name, section in pictures.items()
+            },
+            scale=scale,
+            heat=HEAT,
+            settings=flattened(results.get("settings", {})),
+        )
+    )
+
+
+def protocol_line(results: Mapping[str, Any], novel_N: Bools) -> list[tuple[str, str]]:
+    """Return what was judged as (name, text): dataset, known and novel classes with counts, seed; as far as given."""
+    line = [("dataset", str(results["dataset"]))] if "dataset" in results else []
+    for kind, count in (("known", int((~novel_N).sum())), ("novel", int(novel_N.sum()))):
+        classes = ", ".join(str(name) for name in results.get(kind, ()))
+        images = f"{count:,} image{'' if count == 1 else 's'}".replace(",", " ")
+        line.append((kind, f"{classes} ({images})" if classes else images))
+    if "seed" in results:
+        line.append(("seed", str(results["seed"])))
+    return line
+
+
+def table_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return one row a method, each cell with value and interval in percent, and whether it is the column's best."""
+    rows = []
+    for method, found in summaries.items():
+        cells = []
+        for name, figure in SHOWN.items():
+            values = [other[name]["value"] for other in summaries.values()]
+            best = len(values) > 1 and found[name]["value"] == (max(values) if figure.more_is_better else min(values))
+            cells.append(
+                {"heading": figure.heading, "arrow": "↑" if figure.more_is_better else "↓", "best": best}
+                | {end: percent(found[name][end]) for end in ("value", "low", "high")}
+            )
+        rows.append((method, cells))
+    return rows
+
+
+def percent(share: float) -> str:
+    """Write a share in percent, with as many digits as a person compares; never round up to a perfect 100."""
+    written = f"{100 * share:.1f}"
+    return "99.9" if written == "100.0" and share < 1 else written
+
+
+def rates_at(threshold: float | None, novel_N: Bools, score_N: Floats) -> tuple[str, str] | None:
+    """Return the shares of known and of novel flagged at the threshold, in percent."""
+    if threshold is None:
+        return None
+    flagged_N = score_N > threshold
+    return percent(float(flagged_N[~novel_N].mean())), percent(float(flagged_N[novel_N].mean()))
+
+
+def card(picture: Shown, scale: Scale | None, threshold: float | None) -> dict[str, Any]:
+    """Return what the page shows of a picture; `error` where the threshold puts it on the wrong side."""
+    image = rgb(picture.image)
+    with_map = None
+    if picture.score_map_hw is not None and scale is not None:
+        with_map = data_uri(overlay(image, picture.score_map_hw, scale))
+    error = ""
+    if threshold is not None and picture.novel != (picture.score > threshold):
+        error = "missed" if picture.novel else "false alarm"
+    return {
+        "key": picture.key,
+        "classes": ", ".join(picture.classes) or "no class",
+        "novel": picture.novel,
+        "score": f"{picture.score:.4g}",
+        "error": error,
+        "image": data_uri(image),
+        "overlay": with_map,
+        "width": image.width,
+        "height": image.height,
+        "small": max(image.size) < 128,
+    }
+
+
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return nested settings as (dotted name, value as JSON, text as it is)."""
+    rows: list[tuple[str, str]] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            rows += flattened(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, default=str)))
+    return rows

@@ -1,0 +1,121 @@
+"""From the encoded bytes of an image to upright RGB with Pillow: the one way for stream, detectors, pages and shards.
+
+What cannot be read is an `UnreadableError`, which says why in one of four KINDS. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+Pixels = NDArray[np.uint8]  # (H, W, 3)
+
+MAX_PIXELS = 89_478_485  # 256 MiB in RGB: more is refused as a decompression bomb (Pillow's own limit)
+KINDS = ("not a picture", "damaged", "too many pixels", "unsupported")
+SWAPS_SIDES = range(5, 9)  # orientations of EXIF that swap width and height
+PNG_METADATA = (b"eXIf", b"exif", b"xmp", b"EXIF")
+
+
+class UnreadableError(Exception):
+    """An image that cannot be decoded or used; the message begins with one of KINDS, or says what else is wrong."""
+
+
+@contextmanager
+def pillow_errors() -> Iterator[None]:
+    """Pillow's many errors on damaged input as an UnreadableError, and its warnings left out of our log."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (MemoryError, UnreadableError):
+        raise
+    except UnidentifiedImageError as error:  # its message is the address of the bytes
+        raise UnreadableError("not a picture: its bytes are of no known format") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableError(f"too many pixels: {error}") from error
+    except Exception as error:
+        raise UnreadableError(f"damaged: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, without addresses in memory; one that says a single word or nothing is named too."""
+    said = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))
+    return said if " " in said else f"{type(error).__name__}: {said}".rstrip(": ")
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Refuse an image of more than MAX_PIXELS, before it is decoded."""
+    if width * height > MAX_PIXELS:
+        raise UnreadableError(f"too many pixels: {width} x {height}, and at most {MAX_PIXELS} are decoded")
+
+
+def open_image(encoded: bytes) -> Image.Image:
+    """Pillow's image of some bytes, as stored; its header is read, no pixel is decoded yet.
+
+    Raises:
+        UnreadableError: not an image, damaged, or of more than MAX_PIXELS.
+    """
+    if not encoded:
+        raise UnreadableError("not a picture: the file is empty")
+    with pillow_errors():
+        image = Image.open(io.BytesIO(encoded))
+    check_pixels(*image.size)
+    return image
+
+
+def load_pixels(image: Image.Image) -> None:
+    """Decode every pixel."""
+    with pillow_errors():
+        image.load()
+
+
+def orientation(image: Image.Image, encoded: bytes) -> int:
+    """EXIF's orientation, 1 to 8; damaged EXIF is no damage to the image."""
+    if image.format == "PNG" and not any(name in encoded for name in PNG_METADATA):
+        return 1  # Pillow would decode the whole image to look for it
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return turned if turned in range(1, 9) else 1
+
+
+def open_upright(encoded: bytes) -> Image.Image:
+    """The image as displayed; not decoded yet, unless it has to be turned.
+
+    Raises:
+        UnreadableError: as `open_image`.
+    """
+    image = open_image(encoded)
+    with pillow_errors():
+        return ImageOps.exif_transpose(image) if orientation(image, encoded) != 1 else image
+
+
+def to_rgb(image: Image.Image) -> Pixels:
+    """8-bit RGB of an open image: 16-bit greys keep their high byte, of an animation the first frame is taken.
+
+    Raises:
+        UnreadableError: damaged, or numbers without a given range (floating point, a TIFF of 32-bit integers).
+    """
+    if image.mode == "F":
+        raise UnreadableError("unsupported: a picture of floating-point numbers, which have no given range")
+    if image.mode == "I" and image.format == "TIFF":
+        raise UnreadableError("unsupported: a picture of 32-bit integers, which have no given range")
+    with pillow_errors():
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        return np.array(image.convert("RGB"))
+
+
+def decode_rgb(encoded: bytes) -> Pixels:
+    """Upright 8-bit RGB, (H, W, 3), of encoded bytes. Raises UnreadableError."""
+    return to_rgb(open_upright(encoded))

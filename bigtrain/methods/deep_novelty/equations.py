@@ -1,0 +1,79 @@
+"""The losses of Perera & Patel, CVPR 2019: one value an image, so that padding can be weighted away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def membership_loss(logits_BC: Tensor, class_B: Tensor, *, true_class_weight: float = 5.0) -> Tensor:
+    """Membership loss, Perera & Patel, CVPR 2019, eq. 3: the true class near 1, every other class near 0.
+
+        mean_B [ w (1 - s_y)^2  +  1/(C-1) * sum_{i != y} s_i^2 ],   s = sigmoid(logits)
+
+    Args:
+        logits_BC: raw scores of B images for C >= 2 known classes.
+        class_B: the true class, 0 .. C-1.
+        true_class_weight: w, the paper's lambda.
+
+    Returns:
+        A float32 scalar >= 0.
+
+    Raises:
+        ValueError: there is one class only.
+    """
+    return membership_risk(logits_BC, class_B, true_class_weight=true_class_weight).mean()
+
+
+def membership_risk(
+    logits_BC: Tensor, class_B: Tensor, *, true_class_weight: float = 5.0, wrong_class_weight: float = 1.0
+) -> Tensor:
+    """What `membership_loss` is the mean of: float32 (B,). The authors' code weighs the other term: 1 and 5."""
+    classes = logits_BC.shape[1]
+    if classes < 2:
+        raise ValueError("the membership loss is about wrong classes too, and there is one class: name two at least.")
+    membership_BC = logits_BC.float().sigmoid()
+    is_true_BC = F.one_hot(class_B, classes).bool()
+    missed_B = (1 - membership_BC[is_true_BC]).square()
+    false_alarm_B = membership_BC.square().masked_fill(is_true_BC, 0).sum(dim=1) / (classes - 1)
+    return true_class_weight * missed_B + wrong_class_weight * false_alarm_B
+
+
+def branch_losses(
+    logits: Mapping[str, Tensor],
+    class_B: Mapping[str, Tensor],
+    *,
+    ce_weight: float,
+    membership_weight: float,
+    first_reference: int,
+    true_class_weight: float = 5.0,
+    wrong_class_weight: float = 1.0,
+) -> dict[str, Tensor]:
+    """The terms of eq. 4 for each branch:
+
+        known: alpha 1 L_ce + alpha 2 L_m      reference: L_ce
+
+    Args:
+        logits: of each branch's own images, (B, C); of a joint softmax, over the classes of both.
+        class_B: the true class of each, among its branch's.
+        ce_weight, membership_weight: alpha 1 and alpha 2.
+        first_reference: the column of the first reference class: 0, or behind the known classes in a joint softmax.
+
+    Returns:
+        loss_B of each branch, float32.
+    """
+    first = {"known": 0, "reference": first_reference}
+    losses = {
+        name: F.cross_entropy(logits_BC.float(), class_B[name] + first[name], reduction="none")
+        for name, logits_BC in logits.items()
+    }
+    losses["known"] = ce_weight * losses["known"]
+    if membership_weight:
+        membership_B = membership_risk(
+            logits["known"], class_B["known"],
+            true_class_weight=true_class_weight, wrong_class_weight=wrong_class_weight,
+        )  # fmt: skip
+        losses["known"] = losses["known"] + membership_weight * membership_B
+    return losses

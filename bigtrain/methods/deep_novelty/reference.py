@@ -1,0 +1,51 @@
+"""The reference data set of Perera & Patel: it must show other things than the known and the novel classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigtrain.data.class_labels import check_single_labels
+from bigtrain.data.protocol import Protocol, Split
+from bigtrain.data.shard_set import ShardSet
+
+MAX_NAMED = 10
+
+
+def check_reference(reference: ShardSet, split: Split) -> None:
+    """Refuse a reference data set that shares images with the run's, or whose images show several classes."""
+    for name, known in (("--train", split.train), ("--test", split.test)):
+        if shared := reference.shared_pictures(known):
+            raise ValueError(
+                f"--reference {reference.url} has {shared} pictures of {name} {known.url}: the reference data set "
+                "must show other things than the known and novel classes; `bigtrain-shards split` takes classes."
+            )
+    check_single_labels(reference, np.arange(len(reference)), reference.classes)
+
+
+def overlaps(protocol: Protocol, reference: ShardSet) -> Iterator[str]:
+    """A warning for reference classes that are known or novel ones too."""
+    from bigtrain.models.synsets import shared_classes  # it imports timm
+
+    for kind, names in (("known", protocol.known), ("novel", protocol.novel)):
+        if pairs := shared_classes(names, reference.classes):
+            listed = ", ".join(a if a == b else f"{a} ({b})" for a, b in pairs[:MAX_NAMED])
+            more = f" and {len(pairs) - MAX_NAMED} more" if len(pairs) > MAX_NAMED else ""
+            why = (
+                "their filters cannot be negative for all known classes"
+                if kind == "known"
+                else "novel classes have been seen in training, so that the figures are too good"
+            )
+            yield f"warning: {len(pairs)} {kind} classes are reference classes too, {why}: {listed}{more}"
+
+
+def images_by_kind(split: Split, reference: ShardSet) -> dict[str, tuple[ShardSet, NDArray[np.int64]]]:
+    """Known and novel test images, and all reference images: what filters are looked at with."""
+    is_known_N = split.protocol.is_known(split.test)[split.test_N]
+    return {
+        "known": (split.test, split.test_N[is_known_N]),
+        "novel": (split.test, split.test_N[~is_known_N]),
+        "reference": (reference, np.arange(len(reference))),
+    }

@@ -1,0 +1,95 @@
+"""What DEFEND's settings must not be: contradictory, without effect, or unfit for the networks.
+
+`config` is that of recipes/defend.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from bigtrain.choices import Chosen, Keep
+from bigtrain.models.timm_names import check_source, check_vit_name
+
+if TYPE_CHECKING:
+    from bigtrain.models.network import Network
+    from bigtrain.models.vit import Architecture
+
+
+def check_settings(config: Any) -> None:
+    """Refuse settings that contradict each other; imports no torch."""
+    if not (config.tune or config.distil):
+        raise ValueError("--no-tune and --no-distil leave nothing to do: give one of them.")
+    if config.tune and config.prototypes == 1:
+        raise ValueError("--prototypes is 1: with one prototype every patch agrees with every other; use 2 or more.")
+    if config.predict != "visible" and config.mask_ratio == 0:
+        raise ValueError(
+            f"--predict {config.predict} with --mask-ratio 0 leaves nothing to predict: hide a share of the patches, "
+            "such as 0.5, or use --predict visible."
+        )
+    if config.distil_steps and config.distil_epochs != type(config).distil_epochs:
+        raise ValueError("--distil-steps and --distil-epochs were both given: how long to distil is one of them.")
+    if config.predict != "visible" and config.decoder_blocks < config.distilled_blocks:
+        raise ValueError(
+            f"--decoder-blocks is {config.decoder_blocks}, and the tokens of the last {config.distilled_blocks} blocks "
+            f"are to be predicted at hidden patches: use {config.distilled_blocks} or more, or --distilled-blocks 1."
+        )
+    check_source(config.teacher, is_vit=True)
+    for name in filter(None, (config.arch, config.student)):
+        check_vit_name(name)
+
+
+def check_networks(config: Any, given: Network, precision: Chosen, device_type: str) -> None:
+    """Refuse settings that do not fit the networks, before anything is written."""
+    import torch
+
+    from bigtrain.methods.defend.masks import visible_count
+    from bigtrain.methods.defend.network import check_pair, masked_student
+    from bigtrain.models.attention import resolve_backend, torch_dtype
+    from bigtrain.models.vit import check_image_size
+
+    depth = len(given.vit.backbone.blocks)
+    for side in (config.image_size, config.crop_size) if config.tune else (config.image_size,):
+        check_image_size((side, side), given.vit.patch_size)
+    if config.tune and config.tuned_blocks > depth:
+        raise ValueError(
+            f"--tuned-blocks is {config.tuned_blocks}, and the teacher has {depth} blocks: use 1 to {depth}."
+        )
+    if not given.vit.backbone.has_class_token:
+        if kept(config) != "random" and config.mask_ratio > 0:
+            raise ValueError("the teacher has no [CLS] token, whose attention guides the mask: use --keep random.")
+        if config.score_over == "attended":
+            raise ValueError("the teacher has no [CLS] token, whose attention chooses patches: use --score-over mean.")
+    resolve_backend(config.attention, torch.device(device_type), torch_dtype(precision))
+    with torch.device("meta"):
+        student = masked_student(student_architecture(config, given))
+    check_pair(given.vit, student, config.distilled_blocks)
+    if config.predict == "visible":
+        return
+    blocks, patches = len(student.backbone.blocks), math.prod(student.backbone.patch_embed.grid_size)
+    if config.decoder_blocks > blocks:
+        raise ValueError(
+            f"--decoder-blocks is {config.decoder_blocks}, and the student has {blocks} blocks, the last of which "
+            f"complete the hidden patches: use 1 to {blocks}."
+        )
+    if patches - visible_count(patches, config.mask_ratio) == 0 or patches < 2:
+        raise ValueError(
+            f"--mask-ratio {config.mask_ratio} hides none of the {patches} patches of a picture of {config.image_size} "
+            f"pixels, and --predict {config.predict} needs some: hide more, or use --predict visible."
+        )
+
+
+def kept(config: Any) -> Keep:
+    """Which patches the student sees, once "auto" is decided."""
+    if config.keep == "auto":
+        return "attended" if config.predict == "visible" else "random"
+    return config.keep
+
+
+def student_architecture(config: Any, given: Network) -> Architecture:
+    from bigtrain.models.vit import Architecture
+
+    if config.student:
+        return Architecture(config.student, config.image_size)
+    return replace(given.architecture, image_size=config.image_size)

@@ -1,0 +1,153 @@
+"""The detector of DEFEND: a teacher, a student, and how their disagreement is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bigtrain.choices import Backend, Chosen, Distance, Normalisation, Predict, ScoreOver
+from bigtrain.data.views import Resized
+from bigtrain.detectors import image_detector
+from bigtrain.detectors.classical.nearest import token_features
+from bigtrain.detectors.image_detector import Given, ImageDetector, Scored, chosen_device, read_record
+from bigtrain.methods.defend.equations import picture_score
+from bigtrain.methods.defend.masks import complementary_halves
+from bigtrain.models.network import Network, load_network
+from bigtrain.models.vit import Encoded
+from bigtrain.objectives.token_distances import normalised, patch_distance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring(image_detector.Scoring):
+    normalisation: Normalisation
+    normalise_student: bool
+    distance: Distance
+    distilled_blocks: int
+    attention: Backend
+    """Where it is not to be had on the device that loads the detector, another takes its place."""
+    predict: Predict = "visible"
+    """Which patches the student has learnt to predict."""
+    score_pairs: int = 8
+    """With "hidden" and "all", which are scored alike: pairs of complementary halves of a picture to be seen."""
+    score_over: ScoreOver = "mean"
+    score_quantile: float = 0.25
+
+
+def scoring_of(config: Any, precision: Chosen) -> Scoring:
+    """How the detector of a run scores, by the settings of recipes/defend.py."""
+    same = [field.name for field in fields(Scoring) if hasattr(config, field.name) and field.name != "precision"]
+    return Scoring(precision=precision, batch=config.score_batch, **{name: getattr(config, name) for name in same})
+
+
+class DistillationDetector(ImageDetector):
+    method: ClassVar[str] = "defend"
+
+    def __init__(self, teacher: Network, student: Network, scoring: Scoring) -> None:
+        self.teacher, self.student, self.scoring = teacher, student, scoring
+        teacher.vit.eval()
+        student.vit.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.student.vit.parameters()).device
+
+    def view(self) -> Resized:
+        return Resized(self.scoring.image_size)
+
+    def score_map(self, images: Iterable[Given]) -> NDArray[np.float32]:
+        """Novelty of each patch of each image: shape (B, h, w); --score-over says how an image's score comes of it."""
+        side = self.scoring.image_size // self.teacher.vit.patch_size
+        maps = [found.map_Bhw.cpu().numpy() for found in self._score(images) if found.map_Bhw is not None]
+        return np.concatenate([np.zeros((0, side, side), np.float32), *maps])
+
+    @torch.no_grad()
+    def score_tensor(self, image_B3HW: Tensor) -> Scored:
+        """Score resized uint8 images on the detector's device: score_B and map_Bhw, float32.
+
+        The map is || norm(F_t) - norm(F_s) ||^2 of each patch (3.3), >= 0 and exactly 0 where both agree. A student of
+        visible patches sees the whole picture, once. One that completes hidden patches sees pairs of complementary
+        halves, and a patch's score is its mean over the halves that hide it: what it sees it could copy.
+        """
+        teacher = self.encode_by_teacher(image_B3HW)
+        image_B3HW = self.student.normalise(image_B3HW)
+        if self.scoring.predict == "visible":
+            with self.autocast():
+                (student,) = self.student.vit(image_B3HW, last=self.scoring.distilled_blocks)
+            return self._scored(self._distance(student.blocks_LBND, teacher.blocks_LBND), teacher)
+        images, patches = teacher.tokens_BND.shape[:2]
+        total_BN = torch.zeros(images, patches, device=image_B3HW.device)
+        for visible_N in complementary_halves(patches, self.scoring.score_pairs, image_B3HW.device):
+            with self.autocast():
+                (student,) = self.student.vit(
+                    image_B3HW, visible_BN=visible_N.expand(images, -1), last=self.scoring.distilled_blocks
+                )
+            total_BN += self._distance(student.blocks_LBND, teacher.blocks_LBND) * ~visible_N
+        return self._scored(total_BN / self.scoring.score_pairs, teacher)
+
+    @torch.no_grad()
+    def target(self, image_B3HW: Tensor) -> Tensor:
+        """The teacher's tokens as they are compared, float32 (B, L, N, D)."""
+        teacher = self.encode_by_teacher(image_B3HW)
+        return normalised(teacher.blocks_LBND.float(), self.scoring.normalisation).transpose(0, 1)
+
+    @torch.no_grad()
+    def constant_score(self, image_B3HW: Tensor, constant: Tensor) -> Tensor:
+        """The score of a student that ignores the picture and answers with the same tokens always, such as the mean
+        `target` of the known pictures. It has learnt nothing that it could not know without looking: a figure of the
+        student means something above this one alone."""
+        teacher = self.encode_by_teacher(image_B3HW)
+        constant_LBND = constant[:, None].expand_as(teacher.blocks_LBND)  # (L, N, D)
+        return self._scored(self._distance(constant_LBND, teacher.blocks_LBND), teacher).score_B
+
+    @torch.no_grad()
+    def encode_by_teacher(self, image_B3HW: Tensor) -> Encoded:
+        """The teacher's tokens of resized uint8 images (B, 3, H, W); its attention too where the score needs it."""
+        with self.autocast():
+            (teacher,) = self.teacher.vit(
+                self.teacher.normalise(image_B3HW),
+                last=self.scoring.distilled_blocks,
+                with_attention=self.scoring.score_over == "attended",
+            )
+        return teacher
+
+    def features(self, image_B3HW: Tensor) -> Tensor:
+        """What the teacher sees in an image, for nearest neighbours: float32 (B, D)."""
+        return token_features(self.encode_by_teacher(image_B3HW).tokens_BND)
+
+    def _distance(self, student_LBND: Tensor, teacher_LBND: Tensor) -> Tensor:
+        how = self.scoring
+        return patch_distance(
+            student_LBND,
+            teacher_LBND,
+            normalisation=how.normalisation,
+            normalise_student=how.normalise_student,
+            distance=how.distance,
+        )
+
+    def _scored(self, map_BN: Tensor, teacher: Encoded) -> Scored:
+        how, side = self.scoring, self.scoring.image_size // self.teacher.vit.patch_size
+        score_B = picture_score(map_BN, how.score_over, quantile=how.score_quantile, attention_BN=teacher.attention_BN)
+        return Scored(score_B, map_BN.unflatten(1, (side, side)))
+
+    def _write(self, folder: Path) -> dict[str, Any]:
+        for name, network in (("teacher", self.teacher), ("student", self.student)):
+            network.save(folder / f"{name}.safetensors")
+        return {}
+
+    @classmethod
+    def load(cls, folder: Path, *, device: str | None = None) -> DistillationDetector:
+        scoring = Scoring(**read_record(folder))
+        target = chosen_device(device)
+        attention = "auto" if scoring.attention == "xformers" and target.type != "cuda" else scoring.attention
+        teacher, student = (
+            load_network(folder / f"{name}.safetensors", attention=attention, device=target)
+            for name in ("teacher", "student")
+        )
+        return cls(teacher, student, scoring)

@@ -1,0 +1,48 @@
+"""What stands beside DEFEND's figure: nearest neighbours on its teachers, and students that have learnt nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from bigtrain.detectors.classical.nearest import pixel_features
+from bigtrain.evaluation.judge import Features
+from bigtrain.methods.defend.detector import DistillationDetector, Scoring
+from bigtrain.models.network import Network
+from bigtrain.models.vit import Encoded
+
+
+class CachedTeacherDetector(DistillationDetector):
+    """Keeps the teacher's tokens of the latest batch: while a run is judged, several figures need them."""
+
+    latest: tuple[Tensor, Encoded] | None = None
+
+    def encode_by_teacher(self, image_B3HW: Tensor) -> Encoded:
+        if self.latest is None or self.latest[0] is not image_B3HW:
+            self.latest = image_B3HW, super().encode_by_teacher(image_B3HW)
+        return self.latest[1]
+
+
+class Compared(NamedTuple):
+    detector: CachedTeacherDetector
+    plain: Mapping[str, Features]
+    floors: Mapping[str, DistillationDetector]
+
+
+def compared(given: Network, teacher: Network, student: Network, scoring: Scoring, *, is_tuned: bool) -> Compared:
+    """The detector, and what it is compared with: for the tuned teacher and for the given one, which tells tuning (3.1)
+    from distillation (3.2).
+
+    Args:
+        given: the teacher before it was tuned; it is `teacher` where nothing was tuned.
+    """
+    detector = CachedTeacherDetector(teacher, student, scoring)
+    of_given = CachedTeacherDetector(given, student, scoring) if is_tuned else detector
+    plain: dict[str, Features] = {"pixels": pixel_features, "features of the given teacher": of_given.features}
+    floors = {"a student that ignores the picture": detector}
+    if is_tuned:
+        plain["features of the tuned teacher"] = detector.features
+        floors["a student that ignores the picture (given teacher)"] = of_given
+    return Compared(detector, plain, floors)

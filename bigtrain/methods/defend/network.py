@@ -1,0 +1,173 @@
+"""The networks of DEFEND: what is trained in dense tuning (3.1), and the masked student (3.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigtrain.choices import Backend
+from bigtrain.models.lean_timm import timm
+from bigtrain.models.network import Network
+from bigtrain.models.vit import Architecture, ViT
+
+
+class ProjectionHead(nn.Sequential):
+    """Three linear layers with GELU between them (DEFEND 4.2: hidden 2048, output 256); its output is L2-normalised."""
+
+    def __init__(self, width: int, hidden: int = 2048, output: int = 256) -> None:
+        super().__init__(
+            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, output)
+        )
+
+    def forward(self, tokens_TD: Tensor) -> Tensor:
+        return F.normalize(super().forward(tokens_TD), dim=-1)
+
+
+def unit_rows(weight_KD: Tensor) -> Tensor:
+    """Prototypes put back on the sphere; after each update."""
+    return F.normalize(weight_KD, dim=1)
+
+
+class Prototypes(nn.Module):
+    """K learnable unit vectors; gives the cosine of each projected token with each of them (DEFEND 3.1)."""
+
+    def __init__(self, count: int, width: int = 256) -> None:
+        super().__init__()
+        self.weight_KD = nn.Parameter(unit_rows(torch.randn(count, width)))
+
+    def forward(self, projected_TD: Tensor) -> Tensor:
+        return F.linear(projected_TD, self.weight_KD)
+
+
+class DenseTuner(nn.Module):
+    """The trained part of dense tuning (DEFEND 3.1) as one module: a trunk, the projection head g, the prototypes p.
+
+    Only the last `tuned_blocks` blocks of the trunk learn, beside head and prototypes.
+    """
+
+    def __init__(self, vit: ViT, prototypes: int, tuned_blocks: int) -> None:
+        super().__init__()
+        depth = len(vit.backbone.blocks)
+        if not 1 <= tuned_blocks <= depth:
+            raise ValueError(
+                f"the last {tuned_blocks} blocks were to be tuned, of a network with {depth}; use 1 to {depth}."
+            )
+        self.vit, self.head, self.prototypes = vit, ProjectionHead(vit.width), Prototypes(prototypes)
+        vit.requires_grad_(False)
+        vit.backbone.blocks[depth - tuned_blocks :].requires_grad_(True)
+
+    def forward(self, *views: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Project patch tokens and compare them with the prototypes; all views are encoded in one packed pass.
+
+        Args:
+            views: whole images (B, 3, H, W), or kinds of crops of them (B V, 3, h, w). A single view with two axes is
+                one of projected tokens, z_TD, to be compared only.
+
+        Returns:
+            z of each view, (B, N, D), and the cosines z' p, (B, N, K).
+        """
+        projected = views[0].ndim == 2
+        z = list(views) if projected else [self.head(view.tokens_BND) for view in self.vit(*views)]
+        return z, [self.prototypes(z_TD) for z_TD in z]
+
+
+class TokenQueue(nn.Module):
+    """The newest projected tokens of all ranks, the same on each: it steadies Sinkhorn where a batch has few tokens."""
+
+    def __init__(self, length: int, width: int = 256) -> None:
+        super().__init__()
+        self.z_QD: Tensor
+        self.filled: Tensor
+        self.register_buffer("z_QD", torch.zeros(length, width))
+        self.register_buffer("filled", torch.tensor(0))
+
+    def full(self) -> bool:
+        return int(self.filled) == len(self.z_QD)
+
+    def share(self, rank: int, world_size: int) -> Tensor:
+        """This rank's part, so that the parts of all ranks are the queue once."""
+        return self.z_QD.tensor_split(world_size)[rank]
+
+    def push(self, z_TD: Tensor) -> None:
+        """Append the tokens of all ranks, in their order; the oldest leave."""
+        newest = torch.cat([self.z_QD, z_TD.float()])[-len(self.z_QD) :]
+        self.z_QD.copy_(newest)
+        self.filled.fill_(min(len(self.z_QD), int(self.filled) + len(z_TD)))
+
+
+def check_pair(teacher: ViT, student: ViT, last: int) -> None:
+    """Refuse a student whose tokens cannot be compared with the teacher's, block by block."""
+    for what, of_teacher, of_student in (
+        ("width", teacher.width, student.width),
+        ("patch size", teacher.patch_size, student.patch_size),
+    ):
+        if of_teacher != of_student:
+            raise ValueError(
+                f"the teacher's {what} is {of_teacher} and the student's {of_student}; they must be equal."
+            )
+    depth = min(len(net.backbone.blocks) for net in (teacher, student))
+    if last > depth:
+        raise ValueError(f"the last {last} blocks were to be distilled, of networks with {depth}; use 1 to {depth}.")
+
+
+def masked_student(
+    architecture: Architecture, *, drop_path: float = 0.1, attention: Backend = "auto", decoder_blocks: int = 0
+) -> ViT:
+    """A student of DEFEND 3.2: random weights, xavier linears, fixed sine-cosine positions, drop path 0 -> `drop_path`.
+
+    The initialisation is the authors' code's (that of masked autoencoders, He et al. 2022); the paper says "randomly
+    initialized". LayerScale starts at 1: timm's 1e-5 of DINOv2 and 1e-6 of DeiT-III are for networks whose weights are
+    loaded, and blocks scaled so would leave a student's tokens as they are. Draws from torch's global generator.
+
+    Args:
+        decoder_blocks: how many of the last blocks complete the hidden patches; 0: hidden patches are dropped.
+    """
+    net: Any = architecture.build(drop_path=drop_path)
+    for module in net.modules():
+        if isinstance(module, timm.models.vision_transformer.LayerScale):
+            nn.init.ones_(module.gamma)
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(net.patch_embed.proj.weight.view(net.embed_dim, -1))
+    for token in (net.cls_token, net.reg_token):
+        if token is not None:
+            nn.init.normal_(token, std=0.02)
+    if net.pos_embed is not None:
+        prefix = 0 if net.no_embed_class else net.num_prefix_tokens
+        height, width = net.patch_embed.grid_size
+        grid = sincos_positions(height, width, net.embed_dim)
+        net.pos_embed.data = torch.cat([torch.zeros(prefix, net.embed_dim), grid])[None]
+        net.pos_embed.requires_grad_(False)
+    student = ViT(net, attention=attention, decoder_blocks=decoder_blocks)
+    if student.mask_token_D is not None:
+        nn.init.normal_(student.mask_token_D, std=0.02)
+    return student
+
+
+def student_network(
+    teacher: Network, architecture: Architecture, attention: Backend, decoder_blocks: int, drop_path: float
+) -> Network:
+    """A new student that sees its images as the teacher does."""
+    student = masked_student(architecture, drop_path=drop_path, attention=attention, decoder_blocks=decoder_blocks)
+    return Network(student, architecture, teacher.mean, teacher.std)
+
+
+def sincos_positions(height: int, width: int, features: int) -> Tensor:
+    """Fixed positions (h w, D): half of the features for the row, half for the column; sines, then cosines.
+
+    Frequencies 10000^(-i / (D/4)), as in Vaswani et al. 2017, 3.5, for each axis.
+    """
+    if features % 4:
+        raise ValueError(f"sine-cosine positions need a width that 4 divides, and {features} was given.")
+    frequency = 10000.0 ** (-torch.arange(features // 4, dtype=torch.float64) / (features // 4))
+    row, column = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
+    parts = []
+    for place in (row, column):
+        angle = place.flatten()[:, None] * frequency
+        parts += [angle.sin(), angle.cos()]
+    return torch.cat(parts, dim=1).float()

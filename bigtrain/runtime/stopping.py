@@ -1,0 +1,93 @@
+"""Stopping: a signal or a file asks for it, all ranks agree on it at a step boundary."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+from bigtrain.files import write_json
+from bigtrain.runtime.exit import at_end
+from bigtrain.runtime.exit_codes import INTERRUPTED, STOPPED
+from bigtrain.runtime.run_folder import STOPPED_FILE
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SAME_PRESS_S = 1.0  # a launcher passes the Ctrl-C on that the terminal has sent to this process too
+
+
+class Stop:
+    """`stop.agreed()` is True on every rank at the same step, once any of them was asked to stop.
+
+    Nothing is saved in a signal handler. A second Ctrl-C leaves at once: a thread sees to it, for Python's handlers
+    wait while the main thread is in a collective.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path) -> None:
+        self.accelerator, self.file = accelerator, folder / "stop"
+        self.asked = False
+        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        numbers, self._wakes = socket.socketpair()
+        self._wakes.setblocking(False)
+        signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=leave_at_second_interrupt, args=(numbers,), name="interrupts", daemon=True).start()
+        at_end.callback(self.release)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def agreed(self) -> bool:
+        return self.agreed_and_sums([])[0]
+
+    def agreed_and_sums(self, counts: Sequence[int]) -> tuple[bool, list[int]]:
+        """Whether any rank was asked to stop and, as the ranks talk for it anyway, the sums of their counts."""
+        asked = self.asked or self.file.exists()
+        if self.accelerator.num_processes == 1:
+            return asked, list(counts)
+        all_counts = torch.tensor([int(asked), *counts], device=self.accelerator.device)
+        asked_sum, *sums = self.accelerator.reduce(all_counts, reduction="sum").tolist()
+        return asked_sum > 0, sums
+
+    def leave_if_asked(self) -> None:
+        """Where there is nothing to save (while images are judged, say): call on all ranks, as often on each."""
+        if self.agreed():
+            self.leave()
+
+    def release(self) -> None:
+        """Let signals end the process at once again."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+        if self._wakes.fileno() >= 0:
+            signal.set_wakeup_fd(-1)
+            self._wakes.close()  # which ends the thread
+
+    def leave(self, step: int = 0, stage: str = "") -> None:
+        """Say so and end with the exit code of a stopped run; call on all ranks, after saving."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.print("stopped when asked, saved; the same command continues.")
+        if self.accelerator.is_main_process:
+            self.file.unlink(missing_ok=True)
+            record = {"stage": stage, "step": step, "time": time.time(), "exit_code": STOPPED}
+            write_json(self.file.parent / STOPPED_FILE, record)
+        raise SystemExit(STOPPED)
+
+
+def leave_at_second_interrupt(numbers: socket.socket) -> None:
+    """Read the signals that come in; end this process at the second Ctrl-C, which torchrun passes on as SIGTERM."""
+    first_at: float | None = None
+    seconds = (signal.SIGINT, signal.SIGTERM) if "TORCHELASTIC_RUN_ID" in os.environ else (signal.SIGINT,)
+    with numbers:
+        while received := numbers.recv(1):
+            if first_at is None:
+                first_at = time.monotonic() if received[0] == signal.SIGINT else None
+            elif received[0] in seconds and time.monotonic() - first_at > SAME_PRESS_S:
+                os.write(2, b"interrupted; the same command continues.\n")
+                os._exit(INTERRUPTED)

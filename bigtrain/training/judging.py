@@ -1,0 +1,61 @@
+"""The last step of a run that trains a detector: judged on the test split, with its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from bigtrain.data.protocol import Split, seeded_choice
+from bigtrain.evaluation.judge import Features, judge
+from bigtrain.runtime.settings import result_settings
+from bigtrain.training.run import Result
+from bigtrain.training.run_setup import Setup
+
+if TYPE_CHECKING:
+    from bigtrain.detectors.image_detector import ImageDetector
+
+
+def judged(
+    config: Any,
+    setup: Setup,
+    split: Split,
+    detector: ImageDetector,
+    *,
+    method: str,
+    plain: Mapping[str, Features],
+    floors: Mapping[str, ImageDetector] | None = None,
+    classes: Sequence[str] = (),
+) -> Result:
+    """Save the detector, and judge it beside plain figures.
+
+    Args:
+        config: a recipe's, with JudgeMixin and RunMixin.
+        plain, floors, classes: see `judge`.
+    """
+    results = judge(
+        setup.run.path,
+        setup.accelerator,
+        detector,
+        split,
+        partial(setup.in_order, transform=detector.view(), batch=config.score_batch),
+        method=method,
+        plain=plain,
+        bank_N=seeded_choice(split.fitted_N, config.neighbours_bank, config.seed),
+        settings=result_settings(config),
+        seed=config.seed,
+        quantile=config.threshold_percentile / 100,
+        classes=classes,
+        floors=floors,
+    )
+    return Result(results, summary_of(results))
+
+
+def summary_of(results: Mapping[str, Any]) -> str:
+    """AUROC with its interval, closed-set accuracy where there is one, and the plain figures' AUROC."""
+    auroc, accuracy = results["auroc"], results.get("closed_set_accuracy")
+    parts = [f"AUROC {auroc['value']:.3f} (95 % interval {auroc['low']:.3f} to {auroc['high']:.3f})"]
+    if accuracy:
+        parts[0] += f", closed-set accuracy {accuracy['value']:.3f}"
+    parts += [f"{name} {figures['auroc']['value']:.3f}" for name, figures in results["comparisons"].items()]
+    return parts[0] + "; " + ", ".join(parts[1:])

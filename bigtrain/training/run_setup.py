@@ -1,0 +1,131 @@
+"""What all stages of a run share: processes that agree, the run folder, streams over this process's share."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bigtrain.choices import Chosen
+from bigtrain.data.decode import jpeg_decoder
+from bigtrain.data.plan import Plan
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.stream import Stream
+from bigtrain.data.views import Transform
+from bigtrain.models.flops import peak_flops
+from bigtrain.runtime.heartbeat import Heartbeat
+from bigtrain.runtime.precision import autocast
+from bigtrain.runtime.run_folder import RunFolder
+from bigtrain.runtime.settings import RunSettings
+
+if TYPE_CHECKING:  # Accelerate is imported when a run begins, behind the mistakes that its network shows
+    from accelerate import Accelerator
+
+    from bigtrain.runtime.stopping import Stop
+
+
+def check_alike(settings: Mapping[str, Any]) -> None:
+    """Refuse processes with different settings: they would silently train different networks."""
+    from accelerate.utils import gather_object
+
+    own = {name: value for name, value in settings.items() if name not in ("run", "workers")}
+    first, *others = gather_object([own])
+    for rank, other in enumerate(others, 1):
+        if differ := [name for name in own if other[name] != first[name]]:
+            pairs = ", ".join(f"{name} ({first[name]!r} and {other[name]!r})" for name in differ)
+            raise ValueError(
+                f"rank 0 and rank {rank} have different settings: {pairs}. Start all with the same command."
+            )
+
+
+@dataclass(frozen=True)
+class Setup:
+    run: RunFolder
+    accelerator: Accelerator
+    stop: Stop
+    settings: RunSettings
+    precision: Chosen
+    heartbeat: Heartbeat
+
+    @classmethod
+    def begin(cls, run: RunFolder, precision: Chosen, leaves: Mapping[str, str]) -> Setup:
+        """Form the process group and create the run folder.
+
+        Args:
+            leaves: the recipe's stages in their order, and the file that each leaves in the run folder.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        from bigtrain.runtime.log import show_warnings
+        from bigtrain.runtime.start import start
+        from bigtrain.runtime.stopping import Stop
+        from bigtrain.runtime.trackers import begin_trackers
+
+        settings = run.config.run
+        accelerator = start(
+            precision, timeout_min=2 * settings.hang_timeout_min, trackers=settings.trackers, folder=run.path,
+            deterministic=settings.deterministic,
+        )  # fmt: skip
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        show_warnings(accelerator.process_index)
+        check_alike(asdict(run.config) | asdict(settings) | {"precision": precision})
+        problem: list[Exception | None] = [None]
+        if accelerator.is_main_process:
+            try:
+                run.lock()
+                run.take_over(leaves)
+                run.create(precision=precision, jpeg_decoder=jpeg_decoder(), id=secrets.token_hex(4))
+            except (OSError, ValueError) as error:
+                problem = [error]
+        broadcast_object_list(problem)  # the others wait here
+        if problem[0]:
+            raise problem[0]
+        begin_trackers(accelerator, run)
+        heartbeat = Heartbeat(accelerator, 60 * settings.hang_timeout_min)
+        return cls(run, accelerator, Stop(accelerator, run.path), settings, precision, heartbeat)
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write results.json, which makes the run a finished one, and close the trackers."""
+        from bigtrain.runtime.trackers import end_trackers
+
+        if self.accelerator.is_main_process:
+            self.run.finish(results)
+        end_trackers(self.accelerator)
+
+    def announce(self, what: str) -> None:
+        """The first line of a start: what it does, and on what."""
+        device, decoder = self.accelerator.device.type, jpeg_decoder()
+        processes = self.accelerator.num_processes
+        self.accelerator.print(
+            f"{what}; {processes} process(es) on {device}, precision {self.precision}, JPEGs by {decoder}"
+        )
+
+    def autocast(self) -> torch.autocast:
+        return autocast(self.accelerator.device, self.precision)
+
+    def stream(self, shard_set: ShardSet, plan: Plan, transform: Transform, **further: Any) -> Stream:
+        """This process's share of a plan."""
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        return Stream(
+            shard_set, plan, transform,
+            rank=rank, world_size=world_size, workers=self.settings.workers, mark=self.heartbeat.mark, **further,
+        )  # fmt: skip
+
+    def in_order(self, shard_set: ShardSet, sample_N: NDArray[np.int64], transform: Transform, batch: int) -> Stream:
+        """This process's share of some samples in the order of the index, in batches of `batch` a process. Nothing is
+        saved while they are read: a run that is asked to stop leaves, and a restart reads them again."""
+        plan = shard_set.plan(sample_N, batch * self.accelerator.num_processes, shuffle=False)
+        return self.stream(shard_set, plan, transform, behind_batch=self.stop.leave_if_asked)
+
+    def peak_flops(self) -> float | None:
+        """The peak of one of these devices, where it is known."""
+        if self.settings.peak_tflops:
+            return self.settings.peak_tflops * 1e12
+        on_gpu = self.accelerator.device.type == "cuda"
+        return peak_flops(torch.cuda.get_device_name(), self.precision) if on_gpu else None

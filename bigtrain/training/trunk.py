@@ -1,0 +1,112 @@
+"""Training any trunk: batch norm, dropout, recomputation, and what an image is told to be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bigtrain.choices import BatchNorm, Chosen
+from bigtrain.data.class_labels import only_label
+from bigtrain.data.plan import PADDING, Plan
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.stream import Batch
+from bigtrain.detectors.feature_detector import FeatureDetector
+from bigtrain.detectors.network_detector import NetworkDetector, Scoring
+from bigtrain.models.lean_timm import timm
+from bigtrain.models.network import Network, dropouts_of_fc, has_batch_norm, load_network
+from bigtrain.models.vit import Architecture, ViT
+from bigtrain.runtime.launch import world_size_of_launch
+from bigtrain.runtime.precision import device_type
+from bigtrain.runtime.settings import RunSettings
+from bigtrain.training.mixins import NetworkMixin
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def read_network(config: NetworkMixin, seed: int) -> Network:
+    """The network that --network names, at --image-size."""
+    is_named = config.arch or ("." in config.network and config.network.rpartition(".")[2] in ("pth", "pt", "npz"))
+    architecture = Architecture(config.arch, config.image_size) if is_named else None
+    if architecture is None and not config.network.endswith(".safetensors"):
+        architecture = Architecture(config.network, config.image_size)
+    torch.manual_seed(seed)
+    network = load_network(config.network, architecture, pretrained=config.pretrained)
+    check_picture_size(network, config.image_size)
+    return network
+
+
+def network_detector(
+    network: Network, detector: FeatureDetector, config: Any, precision: Chosen, *, layer: str = "", head: str = ""
+) -> NetworkDetector:
+    """A detector on a layer or a head of a network, by a recipe's settings (NetworkMixin and JudgeMixin)."""
+    scoring = Scoring(
+        image_size=config.image_size, resize=config.resize, precision=precision, batch=config.score_batch,
+        layer=layer, head=head,
+    )  # fmt: skip
+    return NetworkDetector(network, detector, scoring)
+
+
+def check_picture_size(network: Network, image_size: int) -> None:
+    """Refuse images of a size that the network does not take."""
+    try:
+        with torch.no_grad():
+            network.backbone(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{network.architecture.model} does not take pictures of {image_size} pixels ({error}): give a larger "
+            "--image-size, or the one it was trained with."
+        ) from error
+
+
+def check_training(trunk: nn.Module, batch_norm: BatchNorm, settings: RunSettings) -> None:
+    """Refuse what this network cannot be trained with, before anything is written."""
+    if settings.recompute and not isinstance(trunk, ViT) and not hasattr(trunk, "set_grad_checkpointing"):
+        raise ValueError("--recompute is not available for this network, which is torchvision's: leave it out.")
+    if batch_norm == "frozen" or not has_batch_norm(trunk):
+        return
+    if settings.accumulate > 1:
+        raise ValueError(
+            "--accumulate would change what batch norm learns, which is the statistics of each part: leave it out, use "
+            "--batch-norm frozen, or a network without batch norm."
+        )
+    if world_size_of_launch() > 1 and device_type() != "cuda":
+        raise ValueError(
+            "batch norm's statistics cannot be shared among processes without GPUs, and each would learn its own: use "
+            "one process, --batch-norm frozen, or a network without batch norm (such as resnet50_gn)."
+        )
+
+
+def prepare_trunk(trunk: nn.Module, settings: RunSettings, dropout: float) -> None:
+    """Activation checkpointing where it was asked for; the rate of dropout at fc6 and fc7, where they are."""
+    if isinstance(trunk, ViT):
+        trunk.recompute = settings.recompute
+    elif settings.recompute:
+        trunk.set_grad_checkpointing(True)  # type: ignore[operator]
+    for layer in dropouts_of_fc(trunk):
+        layer.p = dropout
+
+
+def without_padding(plan: Plan, trunk: nn.Module, batch_norm: BatchNorm) -> Plan:
+    """The plan for a network whose batch norms learn: of full batches alone."""
+    return replace(plan, drop_last=batch_norm == "trained" and has_batch_norm(trunk))
+
+
+def prepare_batch_norm(module: M, kind: BatchNorm) -> M:
+    """Batch norm's statistics and scale frozen, or statistics learned over the batches of all processes."""
+    if kind == "frozen":
+        return timm.layers.freeze_batch_norm_2d(module)
+    return timm.layers.convert_sync_batchnorm(module) if world_size_of_launch() > 1 else module
+
+
+def with_batch_norm(module: M) -> M:
+    """The network that anybody's code builds, from one whose batch norms were frozen."""
+    return timm.layers.unfreeze_batch_norm_2d(module)
+
+
+def class_numbers(shard_set: ShardSet, batch: Batch, label_of: dict[str, int]) -> Tensor:
+    """The class of each image of a batch, (B,); 0 in the places of padding, which weigh nothing."""
+    labels = [0 if s == PADDING else only_label(shard_set, s, label_of) for s in batch.sample_B.tolist()]
+    return torch.tensor(labels).to(batch.weight_B.device, non_blocking=True)

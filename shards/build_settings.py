@@ -1,0 +1,65 @@
+"""What a build is asked for; kept beside its shards in build.json, so that it is continued with the same."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from shards.adapters.folder import SPLITS
+from shards.existing_set import SETTINGS_FILE
+from shards.location import Place
+from shards.treatment import JPEG_QUALITY, VERIFY, Treatment
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Whatever changes the bytes."""
+
+    adapter: str
+    root: str
+    split: str
+    samples_per_shard: int = 1000
+    max_side: int | None = None
+    name: str | None = None
+    licence: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # the adapter's own
+    quality: int | None = None  # of a re-encoded picture; None: JPEG_QUALITY
+    verify: str = VERIFY[0]
+    shuffle_seed: int | None = None  # None: the adapter's order
+
+    def __post_init__(self) -> None:
+        if self.quality is not None and self.max_side is None:
+            raise ValueError(
+                "--quality is of pictures that are made smaller, and without --max-side all keep their bytes: give "
+                "--max-side too, or leave --quality out."
+            )
+        if not 1 <= (self.quality or JPEG_QUALITY) <= 100 or self.verify not in VERIFY:
+            raise ValueError(f"--quality is {self.quality} (1 to 100), --verify {self.verify} ({' or '.join(VERIFY)}).")
+
+    @property
+    def treatment(self) -> Treatment:
+        return Treatment(self.max_side, self.quality or JPEG_QUALITY, self.verify)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As JSON gives it back."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+
+def begun_with(out: Place) -> dict[str, Any]:
+    """The settings that a build was begun with, empty where none was."""
+    try:
+        text = out.read(SETTINGS_FILE)
+    except FileNotFoundError:
+        return {}
+    return Settings("", "", "").record | json.loads(text)  # one by an older version has fewer
+
+
+def named_by_folder(settings: Settings, out: Place) -> Settings:
+    """Class folders in photos/test are the split "test" of "photos", unless the build was begun under other names."""
+    root = Path(settings.root)
+    if root.name not in SPLITS or not root.parent.name or not root.is_dir() or begun_with(out) == settings.record:
+        return settings
+    return replace(settings, split=root.name, name=settings.name or root.parent.name)

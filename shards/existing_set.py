@@ -1,0 +1,59 @@
+"""The shard set that a command is given: its manifest and classes, or a sentence on what lies there instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from bigtrain.data.schema import MANIFEST_FILE, Manifest
+from bigtrain.data.set_files import read_manifest
+from shards.location import Place
+
+SETTINGS_FILE = "build.json"  # of a build; without a manifest beside it, the build was interrupted
+MAX_NAMED = 10  # sets in a folder of sets
+
+
+def manifest_of(url: str) -> Manifest:
+    """As read_manifest; where there is none, the error says what is there."""
+    place = Place(url)
+    if place.folder is not None and place.folder.is_file():
+        raise NotADirectoryError(f"{url} is a file: give the folder of a shard set, which holds its {MANIFEST_FILE}.")
+    try:
+        return read_manifest(url)
+    except ValueError as error:
+        if instead := what_is_there(place):
+            raise ValueError(instead) from error
+        raise
+
+
+def what_is_there(place: Place) -> str:
+    """A sentence on a place that is no finished set; "" where read_manifest has said all."""
+    there = listed(place)
+    if there is None or MANIFEST_FILE in there:
+        return ""
+    if SETTINGS_FILE in there:
+        return f"{place} holds a build that was interrupted: run the same `bigtrain-shards build` again to continue it."
+    if place.folder is None:
+        return "" if there else f"there is nothing at {place}: check the address."
+    if not place.folder.is_dir():
+        return f"{place} does not exist: check the name, or make it with `bigtrain-shards build`."
+    if sets := sorted(found.parent.name for found in place.folder.glob(f"*/{MANIFEST_FILE}")):
+        more = f" and {len(sets) - MAX_NAMED} more" if len(sets) > MAX_NAMED else ""
+        return f"{place} is no shard set, it holds the sets {', '.join(sets[:MAX_NAMED])}{more}: give one of these."
+    return ""
+
+
+def listed(place: Place) -> dict[str, int] | None:
+    """Names and bytes of what lies there; None where a web server gives no list."""
+    if place.folder is None and place.url.startswith(("http:", "https:")):
+        return None
+    return place.sizes()
+
+
+def check_classes(url: str, manifest: Manifest, names: Iterable[str]) -> None:
+    """Refuse the name of a class that the set does not have."""
+    for name in names:
+        if name not in manifest.classes:
+            near = difflib.get_close_matches(name, manifest.classes, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"`bigtrain-shards show {url} --all-classes` lists them."
+            raise ValueError(f"{url} has no class {name!r} among its {len(manifest.classes)}: {hint}")

@@ -1,0 +1,155 @@
+"""What a run's folder says of its jobs: what to run, who holds it, and what has happened to it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigtrain.files import write_text
+from slurm import scheduler as jobs
+from slurm.cluster import Cluster
+
+FOLDER = "slurm"  # in a run's folder, or a sweep's: submitit's files, the logs of the processes, and
+JOB_FILE = "job.json"
+OWNER_FILE = "owner.json"
+EVENTS_FILE = "events.jsonl"  # in the run's folder itself
+RESULTS_FILE = "results.json"  # which makes a run a finished one
+LAST_WORDS = ("requeued", "stopped", "failed", "finished", "cancelled")  # of a life
+
+
+@dataclass(frozen=True)
+class Job:
+    """What each process of a job runs, and how."""
+
+    recipe: str
+    flags: tuple[str, ...]
+    cwd: str
+    cluster: Cluster
+    logs: str
+    """Folder of submitit and of the logs."""
+    needs: Mapping[str, str] = field(default_factory=dict)
+    """Files that other runs leave -> the run that does."""
+
+    def write(self, run: Path) -> None:
+        (run / FOLDER).mkdir(parents=True, exist_ok=True)
+        write_text(run / FOLDER / JOB_FILE, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def read(cls, run: Path) -> Job:
+        """Raises:
+        ValueError: there is none.
+        """
+        try:
+            record = json.loads((run / FOLDER / JOB_FILE).read_text())
+            record["cluster"] = Cluster().changed(JOB_FILE, **record["cluster"])
+            return cls(**{**record, "flags": tuple(record["flags"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{run} holds no job of bigtrain-slurm: {error}.") from error
+
+
+def tell(run: Path, event: str, **further: Any) -> None:
+    """Add a row to the run's history."""
+    row = {"event": event, "time": round(time.time(), 3), "host": socket.gethostname(), **further}
+    with (run / EVENTS_FILE).open("a") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    """The history; half a row, of a process that was killed while writing, is left out."""
+    found = []
+    with suppress(FileNotFoundError):
+        for line in (run / EVENTS_FILE).read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and "event" in row:
+                    found.append(row)
+    return found
+
+
+def lives(history: list[dict[str, Any]], job_id: str) -> list[dict[str, Any]]:
+    """How a job's lives began."""
+    return [row for row in history if row["event"] == "started" and row.get("job") == job_id]
+
+
+def idle_lives(history: list[dict[str, Any]], job_id: str, at: str) -> int:
+    """How many of a job's newest lives have begun where the run stands now: they have got it no further."""
+    begun = [row.get("at") for row in lives(history, job_id)]
+    return next((count for count, where in enumerate(reversed(begun)) if where != at), len(begun))
+
+
+def position(run: Path) -> str:
+    """How far the run is, as a restart finds it: the newest checkpoint of each stage, the files that stages left."""
+    steps = sorted(p for p in run.glob("checkpoints/*/step-*") if p.suffix != ".tmp")
+    newest = {p.parent.name: p.name for p in steps}
+    return " ".join(
+        [*(f"{stage}/{step}" for stage, step in newest.items()), *sorted(p.name for p in run.glob("*.safetensors"))]
+    )
+
+
+class Owner:
+    """The job that holds a run: another one is refused while it lives, and one that is dead loses it."""
+
+    def __init__(self, run: Path, job_id: str) -> None:
+        self.file = run / FOLDER / OWNER_FILE
+        self.me = {"job": job_id, "host": socket.gethostname(), "pid": os.getpid()}
+
+    def take(self) -> None:
+        """Raises:
+        ValueError: a job that lives holds the run.
+        """
+        mine = self.file.with_name(f"{OWNER_FILE}.{self.me['job']}")
+        mine.write_text(json.dumps(self.me))
+        try:
+            for _ in range(10):
+                with suppress(FileExistsError):
+                    os.link(mine, self.file)  # of several at once, one succeeds
+                    return
+                self._remove_the_dead()
+            raise ValueError(f"{self.file} changes hands again and again: see which jobs are at work in this run.")
+        finally:
+            mine.unlink(missing_ok=True)
+
+    def _remove_the_dead(self) -> None:
+        try:
+            owner = json.loads(self.file.read_text())
+            job_id, host, pid = str(owner["job"]), str(owner["host"]), int(owner["pid"])
+        except FileNotFoundError:
+            return
+        except (ValueError, KeyError, TypeError):
+            job_id = host = ""
+            pid = 0
+        if job_id and job_id != self.me["job"] and is_alive(job_id, host, pid):
+            raise ValueError(
+                f"the run is held by job {job_id} on {host}, which is at work in it: wait for its end, or cancel it. "
+                f"(If that is not so, remove {self.file}.)"
+            )
+        taken = self.file.with_name(f"{OWNER_FILE}.dead-{self.me['job']}")
+        with suppress(FileNotFoundError):
+            self.file.rename(taken)
+            taken.unlink()
+
+    def release(self) -> None:
+        with suppress(OSError, ValueError):
+            if json.loads(self.file.read_text()) == self.me:
+                self.file.unlink()
+
+
+def is_alive(job_id: str, host: str, pid: int) -> bool:
+    """Whether the job that took a run is at work still. Where nobody can be asked, it is taken to be."""
+    if job_id.startswith("local-"):
+        return host != socket.gethostname() or Path(f"/proc/{pid}").exists()
+    try:
+        state = jobs.states([job_id]).get(job_id)
+    except jobs.NoSlurmError:
+        return True
+    return state is not None and state.is_active

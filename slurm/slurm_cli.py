@@ -1,0 +1,279 @@
+"""The command bigtrain-slurm: submit, sweep, status, logs, cancel, retry."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args, get_origin
+
+from bigtrain.files import write_text
+from bigtrain.runtime.exit_codes import INTERRUPTED, USER_ERROR
+from slurm import scheduler as jobs
+from slurm import status
+from slurm.cluster import Cluster, names_of_settings, read_cluster
+from slurm.local import run_here, run_in_this_process
+from slurm.run_record import FOLDER, JOB_FILE, RESULTS_FILE, Job, tell
+from slurm.submit import (
+    ask_recipe,
+    check_folder,
+    check_settings,
+    check_slurm,
+    prepare,
+    prepare_run,
+    script,
+    submit,
+    submit_arrays,
+)
+from slurm.sweep import Run, Sweep, plan
+
+SHOWN_RUNS = 40  # of a dry run, unless --all
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    own = argv.index("--") if "--" in argv else len(argv)  # behind it are the recipe's
+    given = parser().parse_args(argv[:own], argparse.Namespace(flags=argv[own + 1 :]))
+    try:
+        code: int = given.command(given)
+        return code
+    except (ValueError, OSError) as error:
+        print(f"bigtrain-slurm: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="bigtrain-slurm", description="Recipes as SLURM jobs: see slurm/README.md.")
+    commands = made.add_subparsers(required=True, metavar="COMMAND")
+
+    one = commands.add_parser(
+        "submit", help="one run as a job", usage="bigtrain-slurm submit RECIPE [options] -- FLAGS"
+    )
+    one.add_argument("recipe", type=Path, help="a script, such as recipes/defend.py")
+    where = one.add_mutually_exclusive_group()
+    where.add_argument("--local", action="store_true", help="the very same job on this machine, without SLURM")
+    where.add_argument("--debug", action="store_true", help="in this process, for a debugger")
+    where.add_argument("--dry-run", action="store_true", help="print what sbatch would get")
+    add_cluster(one)
+    one.set_defaults(command=submit_one)
+
+    many = commands.add_parser("sweep", help="the runs of a sweep file as job arrays; those that are done are left out")
+    many.add_argument("file", type=Path, help="a TOML file, such as slurm/sweeps/defend_table3.toml")
+    where = many.add_mutually_exclusive_group()
+    where.add_argument("--local", action="store_true", help="one after another on this machine, without SLURM")
+    where.add_argument("--dry-run", action="store_true", help="print the runs and what sbatch would get")
+    many.add_argument("--all", action="store_true", help=f"with --dry-run: all runs, not the first {SHOWN_RUNS}")
+    many.add_argument("--at-once", type=int, default=1, metavar="N", help="with --local: runs at the same time (1)")
+    add_cluster(many)
+    many.set_defaults(command=submit_sweep)
+
+    for name, command, told in (
+        ("status", show_status, "how its runs stand"),
+        ("logs", show_logs, "what its processes have said"),
+        ("cancel", cancel, "cancel its jobs"),
+        ("retry", retry, "submit again what failed, was cancelled, stopped or lost"),
+    ):
+        further = commands.add_parser(name, help=told)
+        further.add_argument("folder", type=Path, help="of a run or of a sweep")
+        further.set_defaults(command=command)
+        if name == "retry":
+            add_cluster(further)
+        if name == "logs":
+            further.add_argument(
+                "--all", action="store_true", help="of all processes, not of rank 0 or the one that failed"
+            )
+            further.add_argument("--lines", type=int, default=40, metavar="N", help="so many at the end (40)")
+            further.add_argument("--follow", "-f", action="store_true", help="go on until the run has ended")
+    return made
+
+
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what each job gets, over the cluster file")
+    group.add_argument(
+        "--cluster", type=Path, metavar="FILE", help="a cluster file, such as slurm/clusters/a100x8.toml"
+    )
+    for name, kind in names_of_settings().items():
+        flag = "--" + name.replace("_", "-")
+        if get_origin(kind) is tuple:
+            group.add_argument(flag, action="append", metavar="LINE")
+        elif get_args(kind):
+            group.add_argument(flag, choices=get_args(kind))
+        else:
+            group.add_argument(flag, type=kind, metavar={int: "N", float: "X"}.get(kind, "NAME"))
+
+
+def cluster_of(given: argparse.Namespace, base: Cluster | None = None) -> Cluster:
+    cluster = read_cluster(given.cluster) if given.cluster else base or Cluster()
+    flags = {name: value for name in names_of_settings() if (value := getattr(given, name)) is not None}
+    return cluster.changed("the flags", **flags)
+
+
+def submit_one(given: argparse.Namespace) -> int:
+    if given.debug:
+        run_in_this_process(given.recipe, given.flags)
+        return 0
+    cluster = cluster_of(given)
+    if not given.local and not given.dry_run:
+        check_slurm(cluster)
+    print(f"asking {given.recipe} for its settings", file=sys.stderr, flush=True)
+    settings = ask_recipe(given.recipe, given.flags)
+    group = settings.pop("run")
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    run = check_folder(Path(group["out"] or f"runs/{given.recipe.stem}-{digest}").absolute())
+    logs = run / FOLDER
+    if given.dry_run:
+        print(f"run folder: {run}\n\n{script(cluster, logs, run.name)}")
+        return 0
+    if (run / RESULTS_FILE).is_file():
+        print(f"{run} is finished, nothing to do")
+        return 0
+    refuse_live(run)
+    prepare(run, given.recipe, given.flags, cluster, logs)
+    if given.local:
+        return min(1, run_here([run], cluster, logs, show=True))
+    (job,) = submit([run], cluster, logs, run.name)
+    print(f"job {job}: {cluster.nodes} node(s), {cluster.processes} process(es); run folder: {run}")
+    print(f"  bigtrain-slurm status {shlex.quote(str(run))}")
+    return 0
+
+
+def refuse_live(run: Path) -> None:
+    if not (run / FOLDER / JOB_FILE).is_file():
+        return
+    (one,) = status.standings([run])
+    if one.is_live:
+        raise ValueError(
+            f"{run} is {one.how} as job {one.job}: wait, or `bigtrain-slurm cancel {shlex.quote(str(run))}` first."
+        )
+
+
+def submit_sweep(given: argparse.Namespace) -> int:
+    sweep = plan(given.file)
+    cluster = cluster_of(given, sweep.cluster)
+    check_folder(sweep.out)
+    if not given.local and not given.dry_run:
+        check_slurm(cluster)
+    check_settings(sweep)
+    if given.dry_run:
+        show_plan(sweep, cluster, SHOWN_RUNS if not given.all else len(sweep.runs))
+        return 0
+    folders = {run.name: sweep.out / run.name for run in sweep.runs}
+    before = {one.run.name: one for one in status.standings([folders[run.name] for run in sweep.runs])}
+    missing = [run for run in sweep.runs if before[run.name].how != "done" and not before[run.name].is_live]
+    for run in missing:
+        prepare_run(run, sweep.out, cluster)
+    sweep.out.mkdir(parents=True, exist_ok=True)
+    write_text(sweep.out / status.SWEEP_FILE, sweep.record() + "\n")
+    print(f"{status.count_of(list(before.values()))}; {len(missing)} to run, in {sweep.out}")
+    if given.local:
+        return run_sweep_here(missing, folders, cluster, sweep, given.at_once)
+    first = {run.name for run in sweep.runs if run.shared}
+    wait_for = [one.job for one in before.values() if one.is_live and one.run.name in first]
+    for is_shared in (True, False):
+        runs = [folders[run.name] for run in missing if run.shared == is_shared]
+        after = [] if is_shared else wait_for
+        wait_for += submit_arrays(runs, cluster, sweep.out / FOLDER, sweep.path.stem, sweep.max_parallel, after)
+    out = shlex.quote(str(sweep.out))
+    print(f"  bigtrain-slurm status {out}\n  bigtrain tables {out}")
+    return 0
+
+
+def run_sweep_here(
+    missing: Sequence[Run], folders: dict[str, Path], cluster: Cluster, sweep: Sweep, at_once: int
+) -> int:
+    unfinished = 0
+    for shared in (True, False):
+        some = [folders[run.name] for run in missing if run.shared == shared]
+        unfinished += run_here(some, cluster, sweep.out / FOLDER, at_once=at_once)
+    return min(1, unfinished)
+
+
+def show_plan(sweep: Sweep, cluster: Cluster, shown: int) -> None:
+    wide = max(len(run.name) for run in sweep.runs)
+    for run in sweep.runs[:shown]:
+        told = ", ".join(f"{name} {value}" for name, value in run.axes.items())
+        waits = f"  after {', '.join(dict.fromkeys(run.needs.values()))}" if run.needs else ""
+        print(f"{run.name.ljust(wide)}  {'shared  ' if run.shared else ''}{told}{waits}")
+    if len(sweep.runs) > shown:
+        print(f"… and {len(sweep.runs) - shown} more (--all)")
+    print(f"{len(sweep.runs)} runs in {sweep.out}, at most {sweep.max_parallel} at once\n")
+    print(script(cluster, sweep.out / FOLDER, sweep.path.stem, runs=len(sweep.runs), parallel=sweep.max_parallel))
+
+
+def show_status(given: argparse.Namespace) -> int:
+    found = status.standings(status.runs_in(given.folder))
+    print("\n".join(status.table(found, given.folder)))
+    return 0
+
+
+def show_logs(given: argparse.Namespace) -> int:
+    found = status.standings(status.runs_in(given.folder))
+    if len(found) > 1 and given.follow:
+        raise ValueError(f"{given.folder} holds {len(found)} runs: name one of them, {found[0].run} say, to follow it.")
+    for one in found:
+        files = status.log_files(one.run, one.job) if one.job else []
+        if not files:
+            print(f"{one.run}: no log yet ({one.how}{': ' + one.told if one.told else ''})")
+            continue
+        if not given.all:
+            files = files[:1]
+        if given.follow:
+            status.follow(files, [one.run])
+            continue
+        for file in files:
+            print(f"== {file}" if len(found) > 1 or given.all else "", end="\n" if len(found) > 1 or given.all else "")
+            print(status.clean_log("\n".join(status.tail([file], given.lines))))
+    return 0
+
+
+def cancel(given: argparse.Namespace) -> int:
+    live = [one for one in status.standings(status.runs_in(given.folder)) if one.is_live]
+    on_slurm = [one for one in live if not one.job.startswith("local-")]
+    for one in live:
+        if one.job.startswith("local-"):
+            (one.run / "stop").touch()
+    if on_slurm:
+        for one in on_slurm:
+            tell(one.run, "cancelled", job=one.job, why="by bigtrain-slurm cancel")
+        for first in range(0, len(on_slurm), jobs.AT_ONCE):
+            jobs.ask("scancel", *(one.job for one in on_slurm[first : first + jobs.AT_ONCE]))
+    print(f"{len(live)} of {len(live)} live jobs cancelled" if live else "nothing is running or waiting")
+    return 0
+
+
+def retry(given: argparse.Namespace) -> int:
+    """Submit again what did not end well, as it was submitted."""
+    found = status.standings(status.runs_in(given.folder))
+    again = [one.run for one in found if one.how in ("failed", "cancelled", "stopped", "lost")]
+    if not again:
+        print(f"{status.count_of(found)}; nothing to submit again")
+        return 0
+    record = status.sweep_record(given.folder)
+    first = {row["name"] for row in record["runs"] if row["shared"]}
+    groups: dict[tuple[bool, Cluster, str], list[tuple[Path, Job]]] = {}
+    for run in again:
+        job = Job.read(run)
+        job = replace(job, cluster=cluster_of(given, job.cluster))
+        groups.setdefault((run.name not in first, job.cluster, job.logs), []).append((run, job))
+    for _, cluster, _ in groups:
+        check_slurm(cluster)
+    wait_for = [one.job for one in found if one.is_live and one.run.name in first]
+    for (waits, cluster, logs), some in sorted(groups.items(), key=lambda group: group[0][0]):
+        for run, job in some:
+            job.write(run)
+        runs = [run for run, _ in some]
+        after = wait_for if waits else []
+        submitted = submit_arrays(runs, cluster, Path(logs), given.folder.name, record["max_parallel"], after)
+        wait_for += submitted if not waits else []
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
