@@ -1,8 +1,8 @@
-"""One life of a job: what each of its processes does from when SLURM starts it until it ends or is started again.
+"""One attempt of a job: what each of its processes does from its start until it ends or is requeued.
 
 The recipe runs in a process of its own. This one, above it, passes signals on, reads what it says last, and decides
-when it has ended: done, failed for good, or to be queued again under the same job. Rank 0 decides; where it has gone,
-another rank does. README.md has the whole course as a picture.
+what becomes of the job when it has ended: done, failed for good, or requeued. Rank 0 decides; if it is gone, another
+rank does. README.md draws the whole course.
 """
 
 from __future__ import annotations
@@ -24,45 +24,41 @@ from submitit.core.utils import DelayedSubmission
 
 from bigtrain.runtime.exit_codes import STOPPED, USER_ERROR
 from bigtrain.runtime.ports import free_port
-from slurm.ending import end
-from slurm.rank import Task, gather, met
+from slurm.attempt_end import end
+from slurm.process import Process, publish_port, wait_for_port
 from slurm.run_record import (
-    LAST_WORDS,
+    FINAL_EVENTS,
     RESULTS_FILE,
-    Job,
-    Owner,
+    JobSpec,
+    RunLock,
+    attempts,
     events,
-    lives,
     position,
-    tell,
+    record_event,
 )
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-GIVEN_UP_S = 90  # another rank has failed: so long until this one's recipe is killed
-
-
+KILL_AFTER_S = 90  # after another rank has failed, how long until this one's recipe is killed
 OF_ERROR = re.compile(r"^([\w.-]+: error|[\w.]*(Error|Exception|Interrupt|Exit))\b")
 
 
-class Life:
+class Attempt:
     """What submitit pickles: the run's folder, and nothing else."""
 
     def __init__(self, run: str) -> None:
         self.run = run
 
     def __call__(self) -> None:
-        if code := live(Path(self.run)):
+        if code := run_attempt(Path(self.run)):
             raise SystemExit(code)
 
     def checkpoint(self) -> DelayedSubmission:
-        """For a signal before the life has begun: there is nothing to save, the job is queued again."""
+        """For a signal before the attempt has begun: there is nothing to save, the job is requeued."""
         return DelayedSubmission(self)
 
 
-class Told:
-    """The first signal that this process got; each is passed on to the recipe."""
+class SignalRelay:
+    """Passes each signal on to the recipe, and keeps the first."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -77,103 +73,103 @@ class Told:
             self.child.send_signal(number)
 
 
-def live(run: Path) -> int:
-    """One life; the exit code of this process."""
-    told, task = Told(), Task.of_this_process(run)
+def run_attempt(run: Path) -> int:
+    """Returns the exit code of this process."""
+    relay, process = SignalRelay(), Process.of_this_process(run)
     try:
-        job = Job.read(run)
-        port = begin(task, job) if task.rank == 0 else met(task)
+        job = JobSpec.read(run)
+        port = begin(process, job) if process.rank == 0 else wait_for_port(process)
     except ValueError as error:
         print(f"bigtrain-slurm: error: {error}", file=sys.stderr, flush=True)
-        task.tell("failed", rank=task.rank, code=USER_ERROR, error=str(error))
+        process.record_event("failed", rank=process.rank, code=USER_ERROR, error=str(error))
         return USER_ERROR
     if port is None:
         return 0
-    if told.signal:
+    if relay.signal:
         code, last = STOPPED, ""
     else:
-        code, last = run_recipe(task, job, port, told)
-    return end(task, code, last, told.signal)
+        code, last = run_recipe(process, job, port, relay)
+    return end(process, code, last, relay.signal)
 
 
-def begin(task: Task, job: Job) -> int | None:
-    """Rank 0: take the run, find a port for the processes to meet at; None where there is nothing to do.
+def begin(process: Process, job: JobSpec) -> int | None:
+    """Rank 0: lock the run, find a port where the processes can meet; None if there is nothing to do.
 
     Raises:
-        ValueError: the run is another job's, or has been started too often, or misses what another run should leave.
+        ValueError: another job holds the run, it was started too often, or what another run should write is missing.
     """
-    history = events(task.run)
-    begun = lives(history, task.job_id)
+    history = events(process.run)
+    begun = attempts(history, process.job_id)
     try:
-        Owner(task.run, task.job_id).take()
-        if (task.run / RESULTS_FILE).is_file():
-            print(f"{task.run} is finished, nothing to do", flush=True)
-            if all(row["event"] != "finished" for row in history):  # killed before it could tell
-                task.tell("finished")
-            gather(task, None)
+        RunLock(process.run, process.job_id).acquire()
+        if (process.run / RESULTS_FILE).is_file():
+            print(f"{process.run} is finished, nothing to do", flush=True)
+            if all(row["event"] != "finished" for row in history):  # killed before it could say so
+                process.record_event("finished")
+            publish_port(process, None)
             return None
-        if len(begun) >= job.cluster.max_lives:
+        if len(begun) >= job.cluster.max_attempts:
             raise ValueError(
-                f"the job has had its {job.cluster.max_lives} lives (max_lives): `bigtrain-slurm retry` gives new ones."
+                f"the job has been started {job.cluster.max_attempts} times (max_attempts): `bigtrain-slurm retry` "
+                "submits it again."
             )
         for file, other in job.needs.items():
             if not Path(file).is_file():
-                raise ValueError(
-                    f"{file} is missing: the run {other}, which leaves it, has not done so. Retry that one first."
-                )
+                raise ValueError(f"{file} is missing: the run {other} should have written it. Retry that one first.")
     except ValueError:
-        gather(task, None)
+        publish_port(process, None)
         raise
-    mine = [row for row in history if row.get("job") == task.job_id and row["event"] in (*LAST_WORDS, "started")]
+    mine = [row for row in history if row.get("job") == process.job_id and row["event"] in (*FINAL_EVENTS, "started")]
     if mine and mine[-1]["event"] == "started":
-        why = "ended without a word: its node failed, or it was killed before it could save"
-        tell(task.run, "lost", job=task.job_id, restarts=mine[-1].get("restarts"), why=why)
+        why = "ended unexpectedly: its node failed, or it was killed before it could save"
+        record_event(process.run, "lost", job=process.job_id, restarts=mine[-1].get("restarts"), why=why)
     port = free_port()
-    task.tell("started", life=len(begun) + 1, at=position(task.run), processes=task.processes)
-    gather(task, port)
+    process.record_event("started", attempt=len(begun) + 1, at=position(process.run), processes=process.world_size)
+    publish_port(process, port)
     return port
 
 
-def environment(task: Task, job: Job, port: int, given: Mapping[str, str]) -> dict[str, str]:
-    """What the recipe finds around it: the other processes, its threads, DeepSpeed."""
+def environment(process: Process, job: JobSpec, port: int, given: Mapping[str, str]) -> dict[str, str]:
+    """The recipe's environment: the other processes, its threads, DeepSpeed."""
     found = {**given, "OMP_NUM_THREADS": str(job.cluster.cpus_per_task), "BIGTRAIN_LAUNCHED": "1"}
     if job.cluster.strategy != "ddp":
         found |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": job.cluster.strategy[-1]}
-    if task.processes > 1 or job.cluster.strategy != "ddp":
+    if process.world_size > 1 or job.cluster.strategy != "ddp":
         found |= {
-            "RANK": str(task.rank), "WORLD_SIZE": str(task.processes), "LOCAL_RANK": str(task.local_rank),
-            "LOCAL_WORLD_SIZE": str(task.local_processes), "MASTER_ADDR": task.first_host, "MASTER_PORT": str(port),
+            "RANK": str(process.rank), "WORLD_SIZE": str(process.world_size), "LOCAL_RANK": str(process.local_rank),
+            "LOCAL_WORLD_SIZE": str(process.local_world_size), "MASTER_ADDR": process.first_host,
+            "MASTER_PORT": str(port),
         }  # fmt: skip
     return found
 
 
-def run_recipe(task: Task, job: Job, port: int, told: Told) -> tuple[int, str]:
-    """Its exit code, minus a signal's number where one killed it, and its last line about an error."""
-    command = [sys.executable, job.recipe, *job.flags, "--out", str(task.run)]
+def run_recipe(process: Process, job: JobSpec, port: int, relay: SignalRelay) -> tuple[int, str]:
+    """The recipe's exit code (minus the number of a signal that killed it) and its last error line."""
+    command = [sys.executable, job.recipe, *job.flags, "--out", str(process.run)]
     lines: deque[str] = deque(maxlen=200)
-    around = environment(task, job, port, os.environ)
-    with subprocess.Popen(command, cwd=job.cwd, env=around, stderr=subprocess.PIPE) as told.child:
-        assert told.child.stderr
-        reader = Thread(target=pass_on, args=(told.child.stderr, lines), daemon=True)
+    around = environment(process, job, port, os.environ)
+    with subprocess.Popen(command, cwd=job.cwd, env=around, stderr=subprocess.PIPE) as relay.child:
+        assert relay.child.stderr
+        reader = Thread(target=pass_on, args=(relay.child.stderr, lines), daemon=True)
         reader.start()
         looked = time.monotonic()
-        given_up: float | None = None
-        while told.child.poll() is None:
+        terminated_at: float | None = None
+        while relay.child.poll() is None:
             time.sleep(0.2)
             now = time.monotonic()
-            if task.processes > 1 and given_up is None and now - looked > 2:
+            if process.world_size > 1 and terminated_at is None and now - looked > 2:
                 looked = now
-                if task.of_this_life("failed"):  # this one would wait for it
-                    told.child.terminate()
-                    given_up = now
-            if given_up is not None and now - given_up > GIVEN_UP_S:
-                told.child.kill()
+                if process.events_of_attempt("failed"):  # this rank would wait for the failed one
+                    relay.child.terminate()
+                    terminated_at = now
+            if terminated_at is not None and now - terminated_at > KILL_AFTER_S:
+                relay.child.kill()
         reader.join(timeout=5)  # a reader process that it left behind may hold the pipe
-    return told.child.returncode, last_error(lines)
+    return relay.child.returncode, last_error(lines)
 
 
 def pass_on(said: IO[bytes], lines: deque[str]) -> None:
-    """What the recipe says, to this process's own stderr, and its last lines kept."""
+    """Copy the recipe's stderr to this process's own, and keep its last lines."""
     for line in said:
         sys.stderr.buffer.write(line)
         sys.stderr.flush()
@@ -181,7 +177,7 @@ def pass_on(said: IO[bytes], lines: deque[str]) -> None:
 
 
 def last_error(lines: deque[str]) -> str:
-    """The line that names an error, the last of them; without one the last line."""
+    """The last line that names an error, else the last line."""
     named = [line for line in lines if OF_ERROR.match(line)]
     filled = [line for line in lines if line.strip()]
     return (named or filled or [""])[-1][:1000]

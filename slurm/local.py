@@ -13,9 +13,9 @@ from typing import Any
 
 import submitit
 
-from slurm.attempt import Life
+from slurm.attempt import Attempt
 from slurm.cluster import Cluster
-from slurm.run_record import RESULTS_FILE, events, tell
+from slurm.run_record import RESULTS_FILE, events, record_event
 
 NO_LIMIT_MIN = 60 * 24 * 365
 
@@ -47,8 +47,8 @@ def run_here(runs: Sequence[Path], cluster: Cluster, logs: Path, *, at_once: int
                     timeout_min=NO_LIMIT_MIN, stderr_to_stdout=True, setup=list(cluster.setup),
                 )  # fmt: skip
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # so that submitit's own process outlives a Ctrl-C
-                at_work[run] = made.submit(Life(str(run)))
-                tell(run, "submitted", job=f"local-{at_work[run].job_id}")
+                at_work[run] = made.submit(Attempt(str(run)))
+                record_event(run, "submitted", job=f"local-{at_work[run].job_id}")
                 signal.signal(signal.SIGINT, stop)
                 signal.signal(signal.SIGTERM, stop)
             time.sleep(0.2)

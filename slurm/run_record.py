@@ -1,4 +1,4 @@
-"""What a run's folder says of its jobs: what to run, who holds it, and what has happened to it."""
+"""A run's folder under SLURM: what its jobs run (JobSpec), which job holds it (RunLock), what happened (events)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.files import write_text
-from slurm import scheduler as jobs
+from slurm import scheduler
 from slurm.cluster import Cluster
 
 FOLDER = "slurm"  # in a run's folder, or a sweep's: submitit's files, the logs of the processes, and
@@ -22,12 +22,12 @@ JOB_FILE = "job.json"
 OWNER_FILE = "owner.json"
 EVENTS_FILE = "events.jsonl"  # in the run's folder itself
 RESULTS_FILE = "results.json"  # which makes a run a finished one
-LAST_WORDS = ("requeued", "stopped", "failed", "finished", "cancelled")  # of a life
+FINAL_EVENTS = ("requeued", "stopped", "failed", "finished", "cancelled")  # of an attempt
 
 
 @dataclass(frozen=True)
-class Job:
-    """What each process of a job runs, and how."""
+class JobSpec:
+    """What each process of a job runs."""
 
     recipe: str
     flags: tuple[str, ...]
@@ -36,14 +36,14 @@ class Job:
     logs: str
     """Folder of submitit and of the logs."""
     needs: Mapping[str, str] = field(default_factory=dict)
-    """Files that other runs leave -> the run that does."""
+    """Files that other runs write -> which run does."""
 
     def write(self, run: Path) -> None:
         (run / FOLDER).mkdir(parents=True, exist_ok=True)
         write_text(run / FOLDER / JOB_FILE, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
-    def read(cls, run: Path) -> Job:
+    def read(cls, run: Path) -> JobSpec:
         """Raises:
         ValueError: there is none.
         """
@@ -55,8 +55,8 @@ class Job:
             raise ValueError(f"{run} holds no job of bigtrain-slurm: {error}.") from error
 
 
-def tell(run: Path, event: str, **further: Any) -> None:
-    """Add a row to the run's history."""
+def record_event(run: Path, event: str, **further: Any) -> None:
+    """Append an event to the run's history."""
     row = {"event": event, "time": round(time.time(), 3), "host": socket.gethostname(), **further}
     with (run / EVENTS_FILE).open("a") as file:
         with suppress(OSError):  # a file system without locks
@@ -65,7 +65,7 @@ def tell(run: Path, event: str, **further: Any) -> None:
 
 
 def events(run: Path) -> list[dict[str, Any]]:
-    """The history; half a row, of a process that was killed while writing, is left out."""
+    """The history; a half-written row of a killed process is left out."""
     found = []
     with suppress(FileNotFoundError):
         for line in (run / EVENTS_FILE).read_text(errors="replace").splitlines():
@@ -76,19 +76,19 @@ def events(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def lives(history: list[dict[str, Any]], job_id: str) -> list[dict[str, Any]]:
-    """How a job's lives began."""
+def attempts(history: list[dict[str, Any]], job_id: str) -> list[dict[str, Any]]:
+    """The start events of a job's attempts."""
     return [row for row in history if row["event"] == "started" and row.get("job") == job_id]
 
 
-def idle_lives(history: list[dict[str, Any]], job_id: str, at: str) -> int:
-    """How many of a job's newest lives have begun where the run stands now: they have got it no further."""
-    begun = [row.get("at") for row in lives(history, job_id)]
+def idle_attempts(history: list[dict[str, Any]], job_id: str, at: str) -> int:
+    """How many of a job's latest attempts began where the run stands now, so made no progress."""
+    begun = [row.get("at") for row in attempts(history, job_id)]
     return next((count for count, where in enumerate(reversed(begun)) if where != at), len(begun))
 
 
 def position(run: Path) -> str:
-    """How far the run is, as a restart finds it: the newest checkpoint of each stage, the files that stages left."""
+    """How far a run is: the newest checkpoint of each stage, and the files that stages wrote."""
     steps = sorted(p for p in run.glob("checkpoints/*/step-*") if p.suffix != ".tmp")
     newest = {p.parent.name: p.name for p in steps}
     return " ".join(
@@ -96,16 +96,16 @@ def position(run: Path) -> str:
     )
 
 
-class Owner:
-    """The job that holds a run: another one is refused while it lives, and one that is dead loses it."""
+class RunLock:
+    """Keeps a run to one job: a second job is refused while the first is alive, and takes over when it is dead."""
 
     def __init__(self, run: Path, job_id: str) -> None:
         self.file = run / FOLDER / OWNER_FILE
         self.me = {"job": job_id, "host": socket.gethostname(), "pid": os.getpid()}
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Raises:
-        ValueError: a job that lives holds the run.
+        ValueError: a job that is alive holds the run.
         """
         mine = self.file.with_name(f"{OWNER_FILE}.{self.me['job']}")
         mine.write_text(json.dumps(self.me))
@@ -115,7 +115,7 @@ class Owner:
                     os.link(mine, self.file)  # of several at once, one succeeds
                     return
                 self._remove_the_dead()
-            raise ValueError(f"{self.file} changes hands again and again: see which jobs are at work in this run.")
+            raise ValueError(f"{self.file} keeps changing: check which jobs are working in this run.")
         finally:
             mine.unlink(missing_ok=True)
 
@@ -130,8 +130,8 @@ class Owner:
             pid = 0
         if job_id and job_id != self.me["job"] and is_alive(job_id, host, pid):
             raise ValueError(
-                f"the run is held by job {job_id} on {host}, which is at work in it: wait for its end, or cancel it. "
-                f"(If that is not so, remove {self.file}.)"
+                f"the run is held by job {job_id} on {host}, which is still running: wait for it, or cancel it. "
+                f"(If it is not running, remove {self.file}.)"
             )
         taken = self.file.with_name(f"{OWNER_FILE}.dead-{self.me['job']}")
         with suppress(FileNotFoundError):
@@ -145,11 +145,11 @@ class Owner:
 
 
 def is_alive(job_id: str, host: str, pid: int) -> bool:
-    """Whether the job that took a run is at work still. Where nobody can be asked, it is taken to be."""
+    """Whether the job that holds a run is still running; if SLURM cannot be asked, it is assumed to be."""
     if job_id.startswith("local-"):
         return host != socket.gethostname() or Path(f"/proc/{pid}").exists()
     try:
-        state = jobs.states([job_id]).get(job_id)
-    except jobs.NoSlurmError:
+        state = scheduler.states([job_id]).get(job_id)
+    except scheduler.NoSlurmError:
         return True
     return state is not None and state.is_active

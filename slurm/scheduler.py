@@ -1,17 +1,33 @@
-"""What SLURM knows of jobs: from the controller, and from accounting where there is some. It only asks."""
+"""All that is said to SLURM: what it knows of jobs, and giving it jobs. Nothing else runs its commands.
+
+Another scheduler would be another module with these functions.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import submitit
+from submitit import JobEnvironment
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from slurm.cluster import Cluster
+from slurm.job_parameters import parameters
+from slurm.refusals import explained
 
 ACTIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 AT_ONCE = 500  # job ids in one question
-PATIENCE_S = 60
+ANSWER_S = 60
 
 
 class NoSlurmError(ValueError):
@@ -19,7 +35,7 @@ class NoSlurmError(ValueError):
 
 
 @dataclass(frozen=True)
-class State:
+class JobState:
     name: str
     """SLURM's word: RUNNING, PENDING, CANCELLED ..."""
     reason: str = ""
@@ -34,9 +50,11 @@ class State:
         return self.name in WAITING
 
 
-def check_slurm() -> None:
-    """Raises:
-    NoSlurmError: there is no SLURM on the PATH, or it does not answer.
+def check_slurm(cluster: Cluster) -> None:
+    """Refuse, before anything is written, to submit where SLURM does not answer or has no such node.
+
+    Raises:
+        ValueError: no SLURM answers, or no node has so many GPUs: some SLURMs take such a job, and it waits for ever.
     """
     if missing := [tool for tool in ("sbatch", "srun", "squeue", "scontrol") if not shutil.which(tool)]:
         raise NoSlurmError(
@@ -44,6 +62,13 @@ def check_slurm() -> None:
             "or with --local on this machine."
         )
     ask("sinfo", "-h", "-o", "%P")
+    most = most_gpus(cluster.partition)
+    if most is not None and cluster.gpus_per_node > most:
+        where = f"partition {cluster.partition}" if cluster.partition else "the default partition"
+        raise ValueError(
+            f"gpus_per_node is {cluster.gpus_per_node}, and a node of {where} has at most {most}:{what_there_is()} "
+            "Change the cluster file or give another flag."
+        )
 
 
 def most_gpus(partition: str = "") -> int | None:
@@ -56,29 +81,38 @@ def most_gpus(partition: str = "") -> int | None:
     return max(found, default=None)
 
 
+def what_there_is() -> str:
+    """The partitions and what their nodes have."""
+    try:
+        found = ask("sinfo", "-h", "-o", "%R: %D nodes of %c CPUs, %m MB, %G").splitlines()
+    except NoSlurmError:
+        return ""
+    return f" There is {'; '.join(line.replace('(null)', 'no GPUs') for line in sorted(set(found)))}." if found else ""
+
+
 def ask(*command: str) -> str:
     """Raises:
     NoSlurmError: the command is missing, fails or takes too long.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
     except FileNotFoundError as error:
         raise NoSlurmError(f"{command[0]} is not on the PATH.") from error
     except subprocess.TimeoutExpired as error:
-        raise NoSlurmError(f"{command[0]} has not answered for {PATIENCE_S} s: is its controller up?") from error
+        raise NoSlurmError(f"{command[0]} has not answered for {ANSWER_S} s: is its controller up?") from error
     if done.returncode:
         raise NoSlurmError(f"{command[0]}: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
     return done.stdout
 
 
-def states(job_ids: Iterable[str]) -> dict[str, State]:
+def states(job_ids: Iterable[str]) -> dict[str, JobState]:
     """What is known of each job, "12" or, of an array, "12_3"; those that nobody knows any more are left out.
 
     Raises:
         NoSlurmError: the controller cannot be asked.
     """
     wanted = set(job_ids)
-    found: dict[str, State] = {}
+    found: dict[str, JobState] = {}
     whole = sorted({job_id.split("_")[0] for job_id in wanted})
     for first in range(0, len(whole), AT_ONCE):
         some = ",".join(whole[first : first + AT_ONCE])
@@ -90,16 +124,16 @@ def states(job_ids: Iterable[str]) -> dict[str, State]:
             rows = ""
         for row in rows.splitlines():
             job_id, name, reason, nodes = row.split("|", 3)
-            found[job_id] = State(name, "" if reason == "None" else reason, nodes)
+            found[job_id] = JobState(name, "" if reason == "None" else reason, nodes)
     if absent := wanted - found.keys():
         found |= accounted(absent)
     return {job_id: state for job_id, state in found.items() if job_id in wanted}
 
 
-def accounted(job_ids: Iterable[str]) -> dict[str, State]:
+def accounted(job_ids: Iterable[str]) -> dict[str, JobState]:
     """What accounting says of jobs that the controller has forgotten; nothing where there is no accounting."""
     whole = sorted({job_id.split("_")[0] for job_id in job_ids})
-    found: dict[str, State] = {}
+    found: dict[str, JobState] = {}
     for first in range(0, len(whole), AT_ONCE):
         some = ",".join(whole[first : first + AT_ONCE])
         try:
@@ -108,7 +142,7 @@ def accounted(job_ids: Iterable[str]) -> dict[str, State]:
             return found
         for row in rows.splitlines():
             job_id, name, nodes = row.split("|", 2)
-            found[job_id] = State(name.split(" ")[0], "", nodes)  # "CANCELLED by 1000"
+            found[job_id] = JobState(name.split(" ")[0], "", nodes)  # "CANCELLED by 1000"
     return found
 
 
@@ -136,3 +170,102 @@ def largest_array() -> int:
     """How many jobs one array may have."""
     found = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"))
     return max(1, int(found[1]) - 1) if found else 1000
+
+
+def cancel(job_ids: Sequence[str]) -> None:
+    """Cancel jobs. Raises NoSlurmError where the controller refuses."""
+    for first in range(0, len(job_ids), AT_ONCE):
+        ask("scancel", *job_ids[first : first + AT_ONCE])
+
+
+def seconds_left(record: Mapping[str, str]) -> float | None:
+    """Until the job's time is up, from `described`; not from EndTime, which is now where a job is cancelled."""
+    limit = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", record.get("TimeLimit", ""))
+    try:
+        begun = time.mktime(time.strptime(record["StartTime"], "%Y-%m-%dT%H:%M:%S"))
+    except (KeyError, ValueError):
+        return None
+    if not limit:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in limit.groups())
+    return begun + 86400 * days + 3600 * hours + 60 * minutes + seconds - time.time()
+
+
+class Environment(NamedTuple):
+    """What a process finds around it of its job."""
+
+    job_id: str
+    restarts: int
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    first_host: str
+    on_slurm: bool
+
+
+def environment() -> Environment:
+    """Of this process: SLURM's, or that of submitit's stand-in on this machine."""
+    found = JobEnvironment()
+    on_slurm = found.cluster == "slurm"
+    return Environment(
+        job_id=found.job_id if on_slurm else f"local-{found.job_id}",
+        restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0) if on_slurm else 0,
+        rank=found.global_rank,
+        world_size=found.num_tasks,
+        local_rank=found.local_rank,
+        local_world_size=found.num_tasks // found.num_nodes,
+        first_host=found.hostnames[0] if on_slurm else "127.0.0.1",
+        on_slurm=on_slurm,
+    )
+
+
+class Executor(submitit.SlurmExecutor):
+    @classmethod
+    def affinity(cls) -> int:
+        return 2  # whether there is a SLURM is asked elsewhere; to show a script there need not be one
+
+
+def executor(cluster: Cluster, logs: Path, name: str, **further: Any) -> Executor:
+    made = Executor(folder=logs, max_num_timeout=cluster.max_attempts)
+    job_name = re.sub(r"[^\w.+=-]+", "_", name, flags=re.ASCII) or "bigtrain"
+    made.update_parameters(**parameters(cluster, name=job_name, folder=logs, **further))
+    return made
+
+
+def script(cluster: Cluster, logs: Path, name: str, *, runs: int = 1, **further: Any) -> str:
+    """The text that sbatch gets."""
+    made = executor(cluster, logs, name, **further)
+    if runs > 1:
+        made.parameters["map_count"] = runs
+    return made._make_submission_file_text(made._submitit_command_str, "")
+
+
+def queue(calls: Sequence[Callable[[], None]], cluster: Cluster, logs: Path, name: str, **further: Any) -> list[str]:
+    """Give calls to sbatch: one as a job, more as an array. Their job ids.
+
+    Raises:
+        ValueError: sbatch refuses.
+    """
+    made = executor(cluster, logs, name, **further)
+    try:
+        with without_slurm_variables():
+            if len(calls) == 1:
+                return [made.submit(calls[0]).job_id]
+            with made.batch():
+                submitted = [made.submit(call) for call in calls]
+            return [job.job_id for job in submitted]
+    except (FailedJobError, FailedSubmissionError) as error:
+        text = script(cluster, logs, name, runs=len(calls), **further)
+        raise ValueError(explained(str(error), text, what_there_is)) from error
+
+
+@contextmanager
+def without_slurm_variables() -> Iterator[None]:
+    """A job submitted from inside of another must not inherit what that one asked for."""
+    names = [name for name in os.environ if re.match("SLURM_(?!CONF$)|SBATCH_", name)]
+    before = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(before)

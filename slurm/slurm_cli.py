@@ -14,22 +14,13 @@ from typing import get_args, get_origin
 
 from bigtrain.files import write_text
 from bigtrain.runtime.exit_codes import INTERRUPTED, USER_ERROR
-from slurm import scheduler as jobs
-from slurm import status
+from slurm import scheduler, status
+from slurm.ask_recipe import ask_recipe, check_settings
 from slurm.cluster import Cluster, names_of_settings, read_cluster
 from slurm.local import run_here, run_in_this_process
-from slurm.run_record import FOLDER, JOB_FILE, RESULTS_FILE, Job, tell
-from slurm.submit import (
-    ask_recipe,
-    check_folder,
-    check_settings,
-    check_slurm,
-    prepare,
-    prepare_run,
-    script,
-    submit,
-    submit_arrays,
-)
+from slurm.prepare_run import check_folder, prepare, prepare_run
+from slurm.run_record import FOLDER, JOB_FILE, RESULTS_FILE, JobSpec, record_event
+from slurm.submit import submit, submit_arrays
 from slurm.sweep import Run, Sweep, plan
 
 SHOWN_RUNS = 40  # of a dry run, unless --all
@@ -75,8 +66,8 @@ def parser() -> argparse.ArgumentParser:
     many.set_defaults(command=submit_sweep)
 
     for name, command, told in (
-        ("status", show_status, "how its runs stand"),
-        ("logs", show_logs, "what its processes have said"),
+        ("status", show_status, "the status of its runs"),
+        ("logs", show_logs, "the logs of its processes"),
         ("cancel", cancel, "cancel its jobs"),
         ("retry", retry, "submit again what failed, was cancelled, stopped or lost"),
     ):
@@ -121,7 +112,7 @@ def submit_one(given: argparse.Namespace) -> int:
         return 0
     cluster = cluster_of(given)
     if not given.local and not given.dry_run:
-        check_slurm(cluster)
+        scheduler.check_slurm(cluster)
     print(f"asking {given.recipe} for its settings", file=sys.stderr, flush=True)
     settings = ask_recipe(given.recipe, given.flags)
     group = settings.pop("run")
@@ -129,7 +120,7 @@ def submit_one(given: argparse.Namespace) -> int:
     run = check_folder(Path(group["out"] or f"runs/{given.recipe.stem}-{digest}").absolute())
     logs = run / FOLDER
     if given.dry_run:
-        print(f"run folder: {run}\n\n{script(cluster, logs, run.name)}")
+        print(f"run folder: {run}\n\n{scheduler.script(cluster, logs, run.name)}")
         return 0
     if (run / RESULTS_FILE).is_file():
         print(f"{run} is finished, nothing to do")
@@ -147,10 +138,10 @@ def submit_one(given: argparse.Namespace) -> int:
 def refuse_live(run: Path) -> None:
     if not (run / FOLDER / JOB_FILE).is_file():
         return
-    (one,) = status.standings([run])
+    (one,) = status.statuses([run])
     if one.is_live:
         raise ValueError(
-            f"{run} is {one.how} as job {one.job}: wait, or `bigtrain-slurm cancel {shlex.quote(str(run))}` first."
+            f"{run} is {one.state} as job {one.job}: wait, or `bigtrain-slurm cancel {shlex.quote(str(run))}` first."
         )
 
 
@@ -159,14 +150,14 @@ def submit_sweep(given: argparse.Namespace) -> int:
     cluster = cluster_of(given, sweep.cluster)
     check_folder(sweep.out)
     if not given.local and not given.dry_run:
-        check_slurm(cluster)
+        scheduler.check_slurm(cluster)
     check_settings(sweep)
     if given.dry_run:
         show_plan(sweep, cluster, SHOWN_RUNS if not given.all else len(sweep.runs))
         return 0
     folders = {run.name: sweep.out / run.name for run in sweep.runs}
-    before = {one.run.name: one for one in status.standings([folders[run.name] for run in sweep.runs])}
-    missing = [run for run in sweep.runs if before[run.name].how != "done" and not before[run.name].is_live]
+    before = {one.run.name: one for one in status.statuses([folders[run.name] for run in sweep.runs])}
+    missing = [run for run in sweep.runs if before[run.name].state != "done" and not before[run.name].is_live]
     for run in missing:
         prepare_run(run, sweep.out, cluster)
     sweep.out.mkdir(parents=True, exist_ok=True)
@@ -204,23 +195,27 @@ def show_plan(sweep: Sweep, cluster: Cluster, shown: int) -> None:
     if len(sweep.runs) > shown:
         print(f"… and {len(sweep.runs) - shown} more (--all)")
     print(f"{len(sweep.runs)} runs in {sweep.out}, at most {sweep.max_parallel} at once\n")
-    print(script(cluster, sweep.out / FOLDER, sweep.path.stem, runs=len(sweep.runs), parallel=sweep.max_parallel))
+    print(
+        scheduler.script(
+            cluster, sweep.out / FOLDER, sweep.path.stem, runs=len(sweep.runs), parallel=sweep.max_parallel
+        )
+    )
 
 
 def show_status(given: argparse.Namespace) -> int:
-    found = status.standings(status.runs_in(given.folder))
+    found = status.statuses(status.runs_in(given.folder))
     print("\n".join(status.table(found, given.folder)))
     return 0
 
 
 def show_logs(given: argparse.Namespace) -> int:
-    found = status.standings(status.runs_in(given.folder))
+    found = status.statuses(status.runs_in(given.folder))
     if len(found) > 1 and given.follow:
         raise ValueError(f"{given.folder} holds {len(found)} runs: name one of them, {found[0].run} say, to follow it.")
     for one in found:
         files = status.log_files(one.run, one.job) if one.job else []
         if not files:
-            print(f"{one.run}: no log yet ({one.how}{': ' + one.told if one.told else ''})")
+            print(f"{one.run}: no log yet ({one.state}{': ' + one.detail if one.detail else ''})")
             continue
         if not given.all:
             files = files[:1]
@@ -234,36 +229,35 @@ def show_logs(given: argparse.Namespace) -> int:
 
 
 def cancel(given: argparse.Namespace) -> int:
-    live = [one for one in status.standings(status.runs_in(given.folder)) if one.is_live]
+    live = [one for one in status.statuses(status.runs_in(given.folder)) if one.is_live]
     on_slurm = [one for one in live if not one.job.startswith("local-")]
     for one in live:
         if one.job.startswith("local-"):
             (one.run / "stop").touch()
     if on_slurm:
         for one in on_slurm:
-            tell(one.run, "cancelled", job=one.job, why="by bigtrain-slurm cancel")
-        for first in range(0, len(on_slurm), jobs.AT_ONCE):
-            jobs.ask("scancel", *(one.job for one in on_slurm[first : first + jobs.AT_ONCE]))
+            record_event(one.run, "cancelled", job=one.job, why="by bigtrain-slurm cancel")
+        scheduler.cancel([one.job for one in on_slurm])
     print(f"{len(live)} of {len(live)} live jobs cancelled" if live else "nothing is running or waiting")
     return 0
 
 
 def retry(given: argparse.Namespace) -> int:
     """Submit again what did not end well, as it was submitted."""
-    found = status.standings(status.runs_in(given.folder))
-    again = [one.run for one in found if one.how in ("failed", "cancelled", "stopped", "lost")]
+    found = status.statuses(status.runs_in(given.folder))
+    again = [one.run for one in found if one.state in ("failed", "cancelled", "stopped", "lost")]
     if not again:
         print(f"{status.count_of(found)}; nothing to submit again")
         return 0
     record = status.sweep_record(given.folder)
     first = {row["name"] for row in record["runs"] if row["shared"]}
-    groups: dict[tuple[bool, Cluster, str], list[tuple[Path, Job]]] = {}
+    groups: dict[tuple[bool, Cluster, str], list[tuple[Path, JobSpec]]] = {}
     for run in again:
-        job = Job.read(run)
+        job = JobSpec.read(run)
         job = replace(job, cluster=cluster_of(given, job.cluster))
         groups.setdefault((run.name not in first, job.cluster, job.logs), []).append((run, job))
     for _, cluster, _ in groups:
-        check_slurm(cluster)
+        scheduler.check_slurm(cluster)
     wait_for = [one.job for one in found if one.is_live and one.run.name in first]
     for (waits, cluster, logs), some in sorted(groups.items(), key=lambda group: group[0][0]):
         for run, job in some:

@@ -1,4 +1,4 @@
-"""How runs stand: from their folders and from what SLURM knows of their jobs. It only looks."""
+"""The status of runs, from their folders and from what SLURM knows of their jobs. Read only."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 from bigtrain.runtime.follow_log import Follower
 from bigtrain.text import clean, clock
-from slurm import scheduler as jobs
-from slurm.run_record import FOLDER, JOB_FILE, RESULTS_FILE, Job, events, is_alive
+from slurm import scheduler
+from slurm.run_record import FOLDER, JOB_FILE, RESULTS_FILE, JobSpec, events, is_alive
 
 SWEEP_FILE = "sweep.json"
 ENDED_BADLY = {
@@ -29,18 +29,18 @@ ENDED_BADLY = {
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """One run: done, running, waiting, failed, cancelled, stopped, lost, or new."""
 
     run: Path
-    how: str
-    told: str = ""
+    state: str
+    detail: str = ""
     job: str = ""
     requeued: int = 0
 
     @property
     def is_live(self) -> bool:
-        return self.how in ("running", "waiting")
+        return self.state in ("running", "waiting")
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -67,15 +67,15 @@ def sweep_record(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {"max_parallel": 100, "runs": []}
 
 
-def standings(runs: Sequence[Path]) -> list[Standing]:
-    """How each run stands. Without a SLURM that answers, what the folders alone say."""
+def statuses(runs: Sequence[Path]) -> list[RunStatus]:
+    """The status of each run; from the folders alone if SLURM does not answer."""
     histories = {run: events(run) for run in runs}
     ids = {run: newest_job(history) for run, history in histories.items()}
     try:
-        known = jobs.states(job for job in ids.values() if job and not job.startswith("local-"))
-    except jobs.NoSlurmError:
+        known = scheduler.states(job for job in ids.values() if job and not job.startswith("local-"))
+    except scheduler.NoSlurmError:
         known = {}
-    return [standing(run, histories[run], ids[run], known.get(ids[run])) for run in runs]
+    return [status_of(run, histories[run], ids[run], known.get(ids[run])) for run in runs]
 
 
 def newest_job(history: Iterable[Mapping[str, Any]]) -> str:
@@ -83,13 +83,13 @@ def newest_job(history: Iterable[Mapping[str, Any]]) -> str:
     return next((str(row["job"]) for row in reversed(list(history)) if row["event"] == "submitted"), "")
 
 
-def standing(run: Path, history: Sequence[Mapping[str, Any]], job: str, state: jobs.State | None) -> Standing:
-    """How a run stands, given its history and what SLURM says of its newest job."""
+def status_of(run: Path, history: Sequence[Mapping[str, Any]], job: str, state: scheduler.JobState | None) -> RunStatus:
+    """The status of a run, given its history and SLURM's state of its newest job."""
     own = [row for row in history if row.get("job") == job]
     requeued = sum(row["event"] in ("requeued", "lost") for row in own)
 
-    def stands(how: str, told: str = "") -> Standing:
-        return Standing(run, how, told, job, requeued)
+    def stands(word: str, detail: str = "") -> RunStatus:
+        return RunStatus(run, word, detail, job, requeued)
 
     if (run / RESULTS_FILE).is_file():
         return stands("done")
@@ -112,12 +112,12 @@ def standing(run: Path, history: Sequence[Mapping[str, Any]], job: str, state: j
     if state and state.name == "FAILED":
         return stands("failed", last_line(run, job))
     if last is None:
-        return stands("lost", "SLURM knows nothing of its job any more, and it has never begun")
-    return stands("lost", "its last life has ended without a word")
+        return stands("lost", "SLURM no longer knows its job, which never started")
+    return stands("lost", "its last attempt ended unexpectedly")
 
 
 def is_running_here(own: Sequence[Mapping[str, Any]]) -> bool:
-    """A job without SLURM that has begun and has not said that it ended."""
+    """Whether a --local job has begun and not ended."""
     if not own or not str(own[-1]["job"]).startswith("local-"):
         return False
     pid = int(str(own[-1]["job"]).removeprefix("local-"))
@@ -140,20 +140,20 @@ def progress(run: Path) -> str:
 
 
 def last_line(run: Path, job: str) -> str:
-    """Of the first process's log: what a job has said that ended before it could tell."""
+    """The last line of the first process's log, for a job that ended before it could record why."""
     lines = [line for line in tail(log_files(run, job)[:1]) if line.strip() and not line.startswith("submitit ")]
     return lines[-1] if lines else "it left no log"
 
 
 def log_files(run: Path, job: str) -> list[Path]:
-    """A job's logs, one a process: that of the one that failed first, then by rank."""
+    """A job's logs, one a process: failed ranks first, then by rank."""
     failed = {row.get("rank") for row in events(run) if row["event"] == "failed" and row.get("job") == job}
 
     def place(log: Path) -> tuple[bool, int]:
         rank = int(log.stem.split("_")[-2])
         return rank not in failed, rank
 
-    return sorted(Path(Job.read(run).logs).glob(f"{job.removeprefix('local-')}_*_log.out"), key=place)
+    return sorted(Path(JobSpec.read(run).logs).glob(f"{job.removeprefix('local-')}_*_log.out"), key=place)
 
 
 def tail(files: Iterable[Path], lines: int = 40) -> list[str]:
@@ -166,13 +166,13 @@ def tail(files: Iterable[Path], lines: int = 40) -> list[str]:
     return found
 
 
-def table(found: Sequence[Standing], root: Path) -> list[str]:
+def table(found: Sequence[RunStatus], root: Path) -> list[str]:
     """Lines for a person."""
     rows = []
     for one in found:
         name = one.run.name if one.run != root else str(one.run)
-        told = one.told + (f"{', ' if one.told else ''}requeued {one.requeued} times" if one.requeued else "")
-        rows.append((name, one.how, one.job, told))
+        detail = one.detail + (f"{', ' if one.detail else ''}requeued {one.requeued} times" if one.requeued else "")
+        rows.append((name, one.state, one.job, detail))
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
     lines = [
         clean("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip()) for row in rows
@@ -180,8 +180,8 @@ def table(found: Sequence[Standing], root: Path) -> list[str]:
     return [*lines, count_of(found)] if len(found) > 1 else lines
 
 
-def count_of(found: Sequence[Standing]) -> str:
-    count = Counter(one.how for one in found)
+def count_of(found: Sequence[RunStatus]) -> str:
+    count = Counter(one.state for one in found)
     return f"{len(found)} runs: " + ", ".join(f"{number} {how}" for how, number in count.most_common())
 
 
@@ -198,7 +198,7 @@ def follow(files: Sequence[Path], until_ended: Sequence[Path]) -> None:
             print(clean_log(added.decode(errors="replace")), end="", flush=True)
         if time.monotonic() - looked > 5:
             looked = time.monotonic()
-            if not any(one.is_live for one in standings(until_ended)):
+            if not any(one.is_live for one in statuses(until_ended)):
                 return
         time.sleep(0.5)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from bigtrain.models.lean_timm import timm  # isort: skip  # first, for what follows is timm's
 
@@ -26,7 +26,7 @@ def is_vit_name(name: str) -> bool:
     return timm.models.model_entrypoint(name).__module__.endswith(("vision_transformer", "deit"))
 
 
-def is_plain_vit(net: nn.Module) -> bool:
+def is_plain_vit(net: nn.Module) -> TypeGuard[VisionTransformer]:
     """Whether our packed pass computes what this network's own would: blocks of attention and MLP, nothing else."""
     return isinstance(net, VisionTransformer) and all(
         type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None

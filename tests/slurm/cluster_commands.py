@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from slurm import slurm_cli as cli
+from slurm import slurm_cli
 from tests.launching import ENVIRONMENT, ROOT
 
 RECIPE = str(ROOT / "recipes" / "defend.py")
@@ -27,7 +27,7 @@ def slurm(*words, cwd=None, fails=0, **environment):
     out, err = contextlib.redirect_stdout(said), contextlib.redirect_stderr(said)
     with around, contextlib.chdir(cwd or Path.cwd()), out, err:
         try:
-            code = cli.main(list(map(str, words)))
+            code = slurm_cli.main(list(map(str, words)))
         except SystemExit as leaving:  # of argparse
             code = leaving.code
     text = said.buffer.getvalue().decode()

@@ -14,7 +14,7 @@ import pytest
 from tests.launching import run as run_forked
 from tests.made_once import made_once
 from tests.slurm.cluster_commands import COUNTING, ask, slurm, submitted, until
-from tests.slurm.scheduler import Scheduler
+from tests.slurm.fake_scheduler import Scheduler
 
 
 def pytest_collection_modifyitems(items):

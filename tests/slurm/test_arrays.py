@@ -6,7 +6,7 @@ import re
 import pytest
 
 from bigtrain.cli import main as tables
-from slurm import scheduler as jobs
+from slurm import scheduler as slurm_scheduler
 from tests.slurm.cluster_commands import COUNTING, events, slurm, told
 
 NAMES = ["it's $(touch gone)", 'a "b" `c`; d', "plain"]
@@ -95,7 +95,7 @@ def test_shared_run_fails(sweep, out, scheduler):
     scheduler.run()
     assert counts(out) == "4 runs: 4 failed" and len(scheduler.children) == 2  # the other recipes were not started
     said = slurm("status", out)
-    assert "teacher.safetensors is missing: the run teacher-a, which leaves it, has not done so. Retry that one" in said
+    assert "teacher.safetensors is missing: the run teacher-a should have written it. Retry that one" in said
     assert slurm("retry", out).splitlines() == ["job 9: 2 runs", "job 10: 2 runs, afterany:9"]
     scheduler.run()
     assert counts(out) == "4 runs: 4 done"
@@ -130,7 +130,7 @@ def test_largest_array(sweep, out, scheduler):
 
 def test_cancel_and_retry(sweep, out, scheduler, monkeypatch):
     """cancel ends all that waits or runs, in few questions; retry submits only what has not ended well."""
-    monkeypatch.setattr(jobs, "AT_ONCE", 2)
+    monkeypatch.setattr(slurm_scheduler, "AT_ONCE", 2)
     sweep("[axes]\nseed = [0, 1]\n[settings]\nends = [1]\nends_after = 3")
     scheduler.live("7_0")
     assert counts(out) == "4 runs: 3 waiting, 1 failed"

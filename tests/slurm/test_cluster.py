@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from slurm import cluster
-from slurm.cluster import Cluster, explained, read_cluster
-from slurm.submit import script
+from slurm.cluster import Cluster, read_cluster
+from slurm.refusals import explained
+from slurm.scheduler import script
 from tests.launching import ROOT
 from tests.slurm.cluster_commands import RECIPE, slurm
 
@@ -86,12 +86,11 @@ def test_missing_cluster_file(tmp_path):
         ("Requested node configuration is not available", "#SBATCH --gpus-per-node=9"),
     ],
 )
-def test_refusal_by_sbatch(monkeypatch, word, line):
+def test_refusal_by_sbatch(word, line):
     """A refusal is told with the line behind it."""
-    monkeypatch.setattr(cluster.jobs, "ask", lambda *_: "low: 3 nodes of 2 CPUs, 4000 MB, (null)\n")
     asked = Cluster(partition="nowhere", account="vision", qos="long", mem_gb=1, constraint="ib", gpus_per_node=9)
     said = f"sbatch: error: {word}\nsbatch: error: Batch job submission failed: {word}\n"
-    told = explained(said, script(asked, Path("/x"), "x"))
+    told = explained(said, script(asked, Path("/x"), "x"), lambda: " There is low.")
     assert told.startswith(f"sbatch refuses the job: {word}. The line") and line in told and "\n" not in told
 
 

@@ -34,7 +34,7 @@ def test_goes_on_to_the_same_bits(long_run, tmp_path, strategy):
     ask(f"scancel --signal=USR2 {job}")
     until_life(run, 2)
     until_done(run)
-    assert whys(run) == ["told to leave (SIGUSR2)"]
+    assert whys(run) == ["asked to stop (SIGUSR2)"]
     said = "".join(log.read_text() for log in (run / "slurm").glob(f"{job}_0_log.out*"))
     assert "on cuda, precision bf16" in said
     assert same_bits(run, whole)

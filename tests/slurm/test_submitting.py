@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from slurm import scheduler as jobs
+from slurm import scheduler as slurm_scheduler
 from tests.slurm.cluster_commands import (
     COUNTING,
     in_life,
@@ -82,8 +82,8 @@ def test_controller_down(submit, run, scheduler):
     said = slurm("submit", COUNTING, "--", "--out", run.with_name("other"), fails=2)
     assert "bigtrain-slurm: error: sinfo: Unable to contact slurm controller" in said
     assert not run.with_name("other").exists() and status(run)[0] == "failed"
-    with pytest.raises(jobs.NoSlurmError, match="Unable to contact"):  # not: it knows nothing of the job
-        jobs.states(["7"])
+    with pytest.raises(slurm_scheduler.NoSlurmError, match="Unable to contact"):  # not: it knows nothing of the job
+        slurm_scheduler.states(["7"])
 
 
 @pytest.mark.parametrize("state, how", [("CANCELLED by 1000", "cancelled"), ("OUT_OF_MEMORY", "failed"), ("", "lost")])
@@ -99,8 +99,8 @@ def test_forgotten_by_the_controller(submit, run, scheduler, state, how):
 def test_questions_about_many_jobs(scheduler):
     """As many jobs as there may be are asked for in a few questions, and each state is its own job's."""
     scheduler.forgotten = {str(number): "FAILED" for number in range(1100)}
-    assert jobs.states(map(str, range(1100))) == {
-        str(number): jobs.State("FAILED", "", "node1") for number in range(1100)
+    assert slurm_scheduler.states(map(str, range(1100))) == {
+        str(number): slurm_scheduler.JobState("FAILED", "", "node1") for number in range(1100)
     }
     assert [command[0] for command in scheduler.asked] == ["squeue"] * 3 + ["sacct"] * 3
 
@@ -113,9 +113,9 @@ def test_missing_or_slow_commands(monkeypatch):
         (["ls", "/nowhere"], "ls: .*No such file"),
         (["sleep", "5"], "sleep has not answered for 0.05 s: is its controller up"),
     ):
-        monkeypatch.setattr(jobs, "PATIENCE_S", 0.05 if command[0] == "sleep" else 60)
-        with pytest.raises(jobs.NoSlurmError, match=sentence):
-            jobs.ask(*command)
+        monkeypatch.setattr(slurm_scheduler, "ANSWER_S", 0.05 if command[0] == "sleep" else 60)
+        with pytest.raises(slurm_scheduler.NoSlurmError, match=sentence):
+            slurm_scheduler.ask(*command)
 
 
 def test_logs_are_followed(submit, run, scheduler):

@@ -7,51 +7,51 @@ import subprocess
 
 import pytest
 
-from slurm import run_record as history
-from slurm import scheduler as jobs
-from slurm import status
+from slurm import run_record, status
+from slurm import scheduler as slurm_scheduler
 from slurm.attempt import begin, last_error
+from slurm.attempt_end import decide, end
 from slurm.cluster import Cluster
-from slurm.ending import decide, end, seconds_left
 from slurm.local import outcome
-from slurm.rank import Task
-from slurm.run_record import Job, Owner, events, idle_lives, position, tell
+from slurm.process import Process
+from slurm.run_record import JobSpec, RunLock, events, idle_attempts, position, record_event
+from slurm.scheduler import seconds_left
 
 
 @pytest.fixture
 def run(tmp_path):
     folder = tmp_path / "run"
-    Job("recipe.py", ("--known", "it's"), "/", Cluster(setup=("module load cuda",)), str(folder / "slurm")).write(
+    JobSpec("recipe.py", ("--known", "it's"), "/", Cluster(setup=("module load cuda",)), str(folder / "slurm")).write(
         folder
     )
     return folder
 
 
 def states(monkeypatch, **known):
-    monkeypatch.setattr(jobs, "states", lambda ids: {i: known[f"j{i}"] for i in ids if f"j{i}" in known})
+    monkeypatch.setattr(slurm_scheduler, "states", lambda ids: {i: known[f"j{i}"] for i in ids if f"j{i}" in known})
 
 
 def test_job_file(run):
     """A job is read as it was written."""
-    assert Job.read(run) == Job(
+    assert JobSpec.read(run) == JobSpec(
         "recipe.py", ("--known", "it's"), "/", Cluster(setup=("module load cuda",)), str(run / "slurm")
     )
     (run / "slurm" / "job.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds no job of bigtrain-slurm"):
-        Job.read(run)
+        JobSpec.read(run)
 
 
 def test_owner(run, monkeypatch):
     """A run is one job's while that lives."""
-    states(monkeypatch, j1=jobs.State("RUNNING"))
-    Owner(run, "1").take()
-    Owner(run, "1").take()  # the same job's next life
-    with pytest.raises(ValueError, match=r"the run is held by job 1 on .*: wait for its end, or cancel it"):
-        Owner(run, "2").take()
-    Owner(run, "2").release()  # is not its own
-    states(monkeypatch, j1=jobs.State("FAILED"))
-    mine = Owner(run, "2")
-    mine.take()
+    states(monkeypatch, j1=slurm_scheduler.JobState("RUNNING"))
+    RunLock(run, "1").acquire()
+    RunLock(run, "1").acquire()  # the same job's next life
+    with pytest.raises(ValueError, match=r"held by job 1 on .*, which is still running: wait for it, or cancel it"):
+        RunLock(run, "2").acquire()
+    RunLock(run, "2").release()  # is not its own
+    states(monkeypatch, j1=slurm_scheduler.JobState("FAILED"))
+    mine = RunLock(run, "2")
+    mine.acquire()
     assert json.loads(mine.file.read_text())["job"] == "2"
     mine.release()
     assert sorted(file.name for file in (run / "slurm").iterdir()) == ["job.json"]
@@ -61,12 +61,12 @@ def test_owner_without_slurm(run, monkeypatch):
     """Where nobody can be asked an owner is taken to live."""
 
     def gone(ids):
-        raise jobs.NoSlurmError("no")
+        raise slurm_scheduler.NoSlurmError("no")
 
-    Owner(run, "1").take()
-    monkeypatch.setattr(jobs, "states", gone)
+    RunLock(run, "1").acquire()
+    monkeypatch.setattr(slurm_scheduler, "states", gone)
     with pytest.raises(ValueError, match="held by job 1"):
-        Owner(run, "2").take()
+        RunLock(run, "2").acquire()
 
 
 def test_dead_local_owner(run):
@@ -76,12 +76,12 @@ def test_dead_local_owner(run):
     (run / "slurm" / "owner.json").write_text(
         json.dumps({"job": f"local-{ended.pid}", "host": socket.gethostname(), "pid": ended.pid})
     )
-    Owner(run, "2").take()
+    RunLock(run, "2").acquire()
 
 
 def test_half_a_row(run):
     """Half a row of history is left out."""
-    tell(run, "started", job="1")
+    record_event(run, "started", job="1")
     with (run / "events.jsonl").open("a") as file:
         file.write('{"event": "requ')
     assert [row["event"] for row in events(run)] == ["started"]
@@ -90,10 +90,10 @@ def test_half_a_row(run):
 def test_idle_lives(run):
     """Lives that got no further are counted."""
     for at in ("", "", "distil/step-000004", "distil/step-000008", "distil/step-000008"):
-        tell(run, "started", job="1", at=at)
-    tell(run, "started", job="2", at="distil/step-000008")
-    assert idle_lives(events(run), "1", "distil/step-000008") == 2
-    assert idle_lives(events(run), "1", "distil/step-000012") == 0
+        record_event(run, "started", job="1", at=at)
+    record_event(run, "started", job="2", at="distil/step-000008")
+    assert idle_attempts(events(run), "1", "distil/step-000008") == 2
+    assert idle_attempts(events(run), "1", "distil/step-000012") == 0
     (run / "checkpoints" / "distil" / "step-000008").mkdir(parents=True)
     (run / "checkpoints" / "distil" / "step-000012.tmp").mkdir()
     (run / "teacher.safetensors").touch()
@@ -104,58 +104,70 @@ def test_idle_lives(run):
     "rows, state, how, told",
     [
         ([], None, "new", "not submitted yet"),
-        (["submitted"], jobs.State("PENDING", "Priority"), "waiting", "Priority"),
-        (["submitted", "started"], jobs.State("RUNNING"), "running", "starting"),
-        (["submitted", "started", "requeued"], jobs.State("PENDING", "BeginTime"), "waiting", "BeginTime"),
-        (["submitted", "started", "failed"], jobs.State("FAILED"), "failed", "ValueError: no (rank 3 on node2)"),
+        (["submitted"], slurm_scheduler.JobState("PENDING", "Priority"), "waiting", "Priority"),
+        (["submitted", "started"], slurm_scheduler.JobState("RUNNING"), "running", "starting"),
+        (
+            ["submitted", "started", "requeued"],
+            slurm_scheduler.JobState("PENDING", "BeginTime"),
+            "waiting",
+            "BeginTime",
+        ),
+        (
+            ["submitted", "started", "failed"],
+            slurm_scheduler.JobState("FAILED"),
+            "failed",
+            "ValueError: no (rank 3 on node2)",
+        ),
         (["submitted", "started", "failed"], None, "failed", "ValueError: no (rank 3 on node2)"),
-        (["submitted", "started", "cancelled"], jobs.State("CANCELLED"), "cancelled", ""),
-        (["submitted"], jobs.State("CANCELLED"), "cancelled", ""),
-        (["submitted", "started", "stopped"], jobs.State("COMPLETED"), "stopped", ""),
-        (["submitted", "started"], jobs.State("OUT_OF_MEMORY"), "failed", "out of memory: raise mem_gb"),
-        (["submitted", "started"], jobs.State("TIMEOUT"), "failed", "raise signal_delay_s"),
-        (["submitted", "started"], None, "lost", "its last life has ended without a word"),
-        (["submitted"], None, "lost", "it has never begun"),
+        (["submitted", "started", "cancelled"], slurm_scheduler.JobState("CANCELLED"), "cancelled", ""),
+        (["submitted"], slurm_scheduler.JobState("CANCELLED"), "cancelled", ""),
+        (["submitted", "started", "stopped"], slurm_scheduler.JobState("COMPLETED"), "stopped", ""),
+        (["submitted", "started"], slurm_scheduler.JobState("OUT_OF_MEMORY"), "failed", "out of memory: raise mem_gb"),
+        (["submitted", "started"], slurm_scheduler.JobState("TIMEOUT"), "failed", "raise signal_delay_s"),
+        (["submitted", "started"], None, "lost", "its last attempt ended unexpectedly"),
+        (["submitted"], None, "lost", "which never started"),
     ],
 )
 def test_standing(run, monkeypatch, rows, state, how, told):
     """How a run stands."""
     for row in rows:
         further = {"error": "ValueError: no", "rank": 3} if row == "failed" else {}
-        monkeypatch.setattr(history.socket, "gethostname", lambda: "node2")
-        tell(run, row, job="7", **further)
+        monkeypatch.setattr(run_record.socket, "gethostname", lambda: "node2")
+        record_event(run, row, job="7", **further)
     states(monkeypatch, **({"j7": state} if state else {}))
-    (one,) = status.standings([run])
-    assert (one.how, one.job) == (how, "7" if rows else "") and told in one.told
+    (one,) = status.statuses([run])
+    assert (one.state, one.job) == (how, "7" if rows else "") and told in one.detail
     assert one.requeued == rows.count("requeued")
 
 
 def test_done(run, monkeypatch):
     """A finished run is done, whatever SLURM says."""
     states(monkeypatch)
-    tell(run, "submitted", job="7")
+    record_event(run, "submitted", job="7")
     (run / "results.json").write_text("{}")
-    (one,) = status.standings([run])
-    assert one.how == "done" and outcome(run) == "finished"
+    (one,) = status.statuses([run])
+    assert one.state == "done" and outcome(run) == "finished"
 
 
 def test_last_word_in_the_next_life(run):
     """A run that was killed between its results and its last word says it in the next life."""
     for row in ("submitted", "started"):
-        tell(run, row, job="7", restarts=0)
+        record_event(run, row, job="7", restarts=0)
     (run / "results.json").write_text("{}")
     for restarts in (1, 2):
-        assert begin(Task(run, "7", restarts, 0, 1, 0, 1, "node1", on_slurm=True), Job.read(run)) is None
+        assert begin(Process(run, "7", restarts, 0, 1, 0, 1, "node1", on_slurm=True), JobSpec.read(run)) is None
     assert [row["event"] for row in events(run)] == ["submitted", "started", "finished"]
 
 
 def test_not_queued_twice(run, monkeypatch):
     """A job that SLURM has queued again is not queued twice."""
     again = []
-    monkeypatch.setattr(jobs, "requeue", lambda job, delay_s: again.append((job, delay_s)))
-    task = Task(run, "7", 1, 0, 1, 0, 1, "node1", on_slurm=True)
-    for restarts, why in (("2", "by SLURM: preemption, or an operator"), ("1", "told to leave (SIGTERM)")):
-        monkeypatch.setattr(jobs, "described", lambda job, r=restarts: {"JobState": "RUNNING", "Restarts": r})
+    monkeypatch.setattr(slurm_scheduler, "requeue", lambda job, delay_s: again.append((job, delay_s)))
+    task = Process(run, "7", 1, 0, 1, 0, 1, "node1", on_slurm=True)
+    for restarts, why in (("2", "by SLURM: preemption, or an operator"), ("1", "asked to stop (SIGTERM)")):
+        monkeypatch.setattr(
+            slurm_scheduler, "described", lambda job, r=restarts: {"JobState": "RUNNING", "Restarts": r}
+        )
         assert decide(task, 85, "", signal.SIGTERM, True) == 0
         assert (events(run)[-1]["event"], events(run)[-1]["why"]) == ("requeued", why)
     assert again == [("7", 0)]
@@ -167,14 +179,14 @@ def test_not_queued_twice(run, monkeypatch):
 def test_end_of_a_local_job(run, code, event):
     """Without SLURM a recipe that was told to leave has stopped, even by the signal itself, and one that was lost has
     failed: nothing queues it again."""
-    task = Task(run, "local-7", 0, 0, 1, 0, 1, "127.0.0.1", on_slurm=False)
+    task = Process(run, "local-7", 0, 0, 1, 0, 1, "127.0.0.1", on_slurm=False)
     assert end(task, code, "", signal.SIGTERM) == (event == "failed")
-    assert [row["event"] for row in events(run)] == [event] and events(run)[0]["why"] == "told to leave (SIGTERM)"
+    assert [row["event"] for row in events(run)] == [event] and events(run)[0]["why"] == "asked to stop (SIGTERM)"
 
 
 def test_order_of_logs(run):
     """The log of the process that failed first comes first."""
-    tell(run, "failed", job="7", rank=2)
+    record_event(run, "failed", job="7", rank=2)
     for rank in (0, 1, 2, 10):
         (run / "slurm" / f"7_{rank}_log.out").write_text(f"rank {rank}\n")
     assert [file.name for file in status.log_files(run, "7")] == [f"7_{rank}_log.out" for rank in (2, 0, 1, 10)]
@@ -200,9 +212,9 @@ def test_time_left():
 
 def test_release_where_nobody_holds(run):
     """A run whose owner's file is gone, or no longer JSON, is released without a word."""
-    Owner(run, "1").release()
+    RunLock(run, "1").release()
     (run / "slurm" / "owner.json").write_text("{")
-    Owner(run, "1").release()
+    RunLock(run, "1").release()
     assert (run / "slurm" / "owner.json").read_text() == "{"
 
 
@@ -215,10 +227,10 @@ def test_broken_bytes_in_history(run):
 def test_all_lives_idle():
     """Where no life got any further they all count, and before the first there is none."""
     history = [{"event": "started", "job": "1", "at": ""}] * 3
-    assert idle_lives(history, "1", "") == 3 and idle_lives(history, "2", "") == 0
+    assert idle_attempts(history, "1", "") == 3 and idle_attempts(history, "2", "") == 0
 
 
 def test_job_file_is_readable(tmp_path):
     """Letters stand as they are in job.json, for whoever looks at it."""
-    Job("recipe.py", ("--known", "Gebäck"), "/", Cluster(), "logs").write(tmp_path)
+    JobSpec("recipe.py", ("--known", "Gebäck"), "/", Cluster(), "logs").write(tmp_path)
     assert '"Gebäck"' in (tmp_path / "slurm" / "job.json").read_text()

@@ -21,13 +21,10 @@ from unittest import mock
 
 from submitit.core import submission, utils
 
-from slurm import attempt as life
-from slurm import ending, status
-from slurm import rank as task
-from slurm import run_record as history
-from slurm import scheduler as jobs
+from slurm import attempt, attempt_end, process, run_record, status
+from slurm import scheduler as slurm_scheduler
 
-CLOCKED = (ending, history, life, status, task)
+CLOCKED = (attempt_end, run_record, attempt, status, process, slurm_scheduler)
 SHORTEST_S = 0.002  # a real wait, in which a recipe's process gets its turn
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT, signal.SIGINT)
 
@@ -95,12 +92,12 @@ class Scheduler:
         self.clock.in_sleep = self.pass_on
         for module in CLOCKED:
             monkeypatch.setattr(module, "time", self.clock)
-        monkeypatch.setattr(jobs, "shutil", SimpleNamespace(which=lambda name: f"/usr/bin/{name}"))
+        monkeypatch.setattr(slurm_scheduler, "shutil", SimpleNamespace(which=lambda name: f"/usr/bin/{name}"))
         monkeypatch.setattr(
-            jobs, "subprocess", SimpleNamespace(run=self.answer, TimeoutExpired=subprocess.TimeoutExpired)
+            slurm_scheduler, "subprocess", SimpleNamespace(run=self.answer, TimeoutExpired=subprocess.TimeoutExpired)
         )
         monkeypatch.setattr(utils, "CommandFunction", self.of_submitit)
-        monkeypatch.setattr(life, "subprocess", SimpleNamespace(Popen=self.start, PIPE=subprocess.PIPE))
+        monkeypatch.setattr(attempt, "subprocess", SimpleNamespace(Popen=self.start, PIPE=subprocess.PIPE))
         self.children = list[subprocess.Popen]()
 
     # ---- the commands

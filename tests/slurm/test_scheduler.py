@@ -25,7 +25,7 @@ from tests.slurm.cluster_commands import (
     whys,
 )
 
-LOST = "ended without a word"
+LOST = "ended unexpectedly"
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
 
 
@@ -48,7 +48,7 @@ def test_signal_requeue_preemption(long_run, undisturbed, tmp_path):
     until_done(run)
     assert {row["job"] for row in events(run)} == {job}
     why = whys(run)
-    assert why[0] == "told to leave (SIGUSR2)" and len(why) == 2 + bool(high)
+    assert why[0] == "asked to stop (SIGUSR2)" and len(why) == 2 + bool(high)
     assert why[1].startswith(("by SLURM: preemption, or an operator", LOST))  # SLURM kills one that is slow to save
     starts = [row["at"] for row in events(run) if row["event"] == "started"]
     assert len(set(starts)) == len(starts), "each life begins where the one before has saved"

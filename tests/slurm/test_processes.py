@@ -5,9 +5,9 @@ import signal
 
 import pytest
 
-from slurm.ending import end
-from slurm.rank import MEETING_S, Task, gather, met
-from slurm.run_record import tell
+from slurm.attempt_end import end
+from slurm.process import MEETING_S, Process, publish_port, wait_for_port
+from slurm.run_record import record_event
 from tests.slurm.cluster_commands import (
     COUNTING,
     events,
@@ -62,8 +62,8 @@ def ranks(run, scheduler):
     slurm("submit", COUNTING, "--nodes", 3, "--", "--out", run)
     job = scheduler.jobs["7"]
     job.state, job.started = "RUNNING", scheduler.clock.now
-    tell(run, "started", job="7", restarts=0, at="")
-    return [Task(run, "7", 0, rank, 3, 0, 1, "node1", on_slurm=True) for rank in range(3)]
+    record_event(run, "started", job="7", restarts=0, at="")
+    return [Process(run, "7", 0, rank, 3, 0, 1, "node1", on_slurm=True) for rank in range(3)]
 
 
 def test_another_rank_decides(ranks, run, scheduler):
@@ -93,9 +93,9 @@ def test_first_failure_counts(ranks, run, scheduler):
 
 def test_where_ranks_meet(ranks, run, scheduler):
     """Another rank waits for what rank 0 says in this life, and ends with a sentence where it sees nothing."""
-    gather(Task(run, "7", -1, 0, 3, 0, 1, "node1", on_slurm=True), 1)  # of the life before
-    scheduler.when(lambda: scheduler.clock.now > began + 20, lambda: gather(ranks[0], 1234))
+    publish_port(Process(run, "7", -1, 0, 3, 0, 1, "node1", on_slurm=True), 1)  # of the life before
+    scheduler.when(lambda: scheduler.clock.now > began + 20, lambda: publish_port(ranks[0], 1234))
     began = scheduler.clock.now
-    assert met(ranks[1]) == 1234 and 20 < scheduler.clock.now - began < 25
-    with pytest.raises(ValueError, match=rf"rank 1 has seen no word of rank 0 in .*meeting.json for {MEETING_S} s"):
-        met(Task(run, "7", 1, 1, 3, 0, 1, "node1", on_slurm=True))
+    assert wait_for_port(ranks[1]) == 1234 and 20 < scheduler.clock.now - began < 25
+    with pytest.raises(ValueError, match=rf"rank 1 found no word of rank 0 in .*meeting.json for {MEETING_S} s"):
+        wait_for_port(Process(run, "7", 1, 1, 3, 0, 1, "node1", on_slurm=True))

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from slurm import attempt as life
-from slurm.attempt import live
+from slurm import attempt
+from slurm.attempt import run_attempt
 from tests.slurm.cluster_commands import (
     events,
     in_life,
@@ -31,7 +31,7 @@ def test_told_to_leave(submit, run, scheduler, counted, number):
     scheduler.when(in_life(run, 1), lambda: scheduler.send(number))
     scheduler.run()
     assert told(run) == ["submitted", "started", "requeued", "started", "finished"]
-    assert {row["job"] for row in events(run)} == {job} and whys(run) == [f"told to leave ({number.name})"]
+    assert {row["job"] for row in events(run)} == {job} and whys(run) == [f"asked to stop ({number.name})"]
     assert [row["at"] for row in events(run) if row["event"] == "started"] == ["", "count/step-000003"]
     assert ("scontrol", "requeue", job) in scheduler.asked
     assert steps(run) == 8 and same_bits(run, counted, LEFT)
@@ -43,29 +43,29 @@ def test_told_before_the_recipe_listens(submit, run, scheduler):
     submit("--steps", 300)
     scheduler.when(lambda: scheduler.children, lambda: scheduler.send(signal.SIGTERM))
     scheduler.run()
-    assert whys(run) == ["told to leave (SIGTERM)"] and told(run)[-1] == "finished" and steps(run) == 300
+    assert whys(run) == ["asked to stop (SIGTERM)"] and told(run)[-1] == "finished" and steps(run) == 300
 
 
 def test_told_before_the_recipe_starts(submit, run, scheduler, monkeypatch):
     """A job that is told to leave before its recipe has started is queued again without starting it."""
     submit()
-    begin = life.begin
+    begin = attempt.begin
 
     def told_meanwhile(task, job):
-        monkeypatch.setattr(life, "begin", begin)
+        monkeypatch.setattr(attempt, "begin", begin)
         os.kill(os.getpid(), signal.SIGUSR2)
         return begin(task, job)
 
-    monkeypatch.setattr(life, "begin", told_meanwhile)
+    monkeypatch.setattr(attempt, "begin", told_meanwhile)
     scheduler.run()
-    assert whys(run) == ["told to leave (SIGUSR2)"] and len(scheduler.children) == 1
+    assert whys(run) == ["asked to stop (SIGUSR2)"] and len(scheduler.children) == 1
     assert told(run)[-1] == "finished"
 
 
 def test_told_before_a_life(run):
     """A signal that submitit gets before a life has begun queues the same life again."""
-    again = life.Life(str(run)).checkpoint()
-    assert isinstance(again.function, life.Life) and again.function.run == str(run) and not again.args
+    again = attempt.Attempt(str(run)).checkpoint()
+    assert isinstance(again.function, attempt.Attempt) and again.function.run == str(run) and not again.args
 
 
 def test_time_limit(submit, run, scheduler, counted):
@@ -82,7 +82,7 @@ def test_not_yet_the_time_limit(submit, run, scheduler):
     submit("--holds", 1)
     scheduler.when(in_life(run, 1), lambda: (scheduler.clock.pass_by(50 * 60), scheduler.send(signal.SIGUSR2)))
     scheduler.run()
-    assert whys(run) == ["told to leave (SIGUSR2)"]
+    assert whys(run) == ["asked to stop (SIGUSR2)"]
 
 
 def test_time_limit_without_saving(submit, run, scheduler, counted):
@@ -113,13 +113,17 @@ def test_lost_node(submit, run, scheduler, counted):
     scheduler.run()
     assert told(run) == ["submitted", "started", "lost", "started", "lost", "started", "finished"]
     assert {row["job"] for row in events(run)} == {job}
-    assert all(why.startswith("ended without a word: its node failed") for why in whys(run))
+    assert all(why.startswith("ended unexpectedly: its node failed") for why in whys(run))
     assert status(run)[2] == "requeued 2 times" and same_bits(run, counted, LEFT)
 
 
 @pytest.mark.parametrize(
     "code, why",
-    [(86, "a process of it died, hung or could not be reached"), (-9, "killed by SIGKILL"), (-11, "killed by SIGSEGV")],
+    [
+        (86, "one of its processes died, hung or could not be reached"),
+        (-9, "killed by SIGKILL"),
+        (-11, "killed by SIGSEGV"),
+    ],
 )
 def test_lost_process(submit, run, scheduler, counted, code, why):
     """A recipe that is killed, or has lost another process, goes on at once where it has saved."""
@@ -143,11 +147,11 @@ def test_idle_lives_wait(submit, run, scheduler, counted):
 
 
 def test_max_lives(submit, run, scheduler, counted):
-    """A job has at most its max_lives lives; a retry gives new ones."""
-    job = submit("--ends", 86, 86, 86, "--ends-after", 2, options=["--max-lives", 2])
+    """A job has at most its max_attempts lives; a retry gives new ones."""
+    job = submit("--ends", 86, 86, 86, "--ends-after", 2, options=["--max-attempts", 2])
     scheduler.run()
     assert told(run).count("started") == 2 and scheduler.jobs[job].state == "FAILED"
-    assert "the job has had its 2 lives (max_lives): `bigtrain-slurm retry` gives new ones." in status(run)[2]
+    assert "the job has been started 2 times (max_attempts): `bigtrain-slurm retry` submits it again." in status(run)[2]
     again = submitted(slurm("retry", run))
     scheduler.run()
     assert status(run) == ["done", again, "requeued 1 times"] and same_bits(run, counted, LEFT)
@@ -222,7 +226,7 @@ def test_dead_owner_loses_the_run(submit, run, scheduler, counted):
     scheduler.when(in_life(run, 1), lambda: scheduler.kill("COMPLETED"))
     scheduler.run()
     assert json.loads((run / "slurm" / "owner.json").read_text())["job"] == job
-    assert status(run) == ["lost", job, "its last life has ended without a word"]
+    assert status(run) == ["lost", job, "its last attempt ended unexpectedly"]
     again = submitted(slurm("retry", run))
     scheduler.run()
     assert status(run)[:2] == ["done", again] and same_bits(run, counted, LEFT)
@@ -233,7 +237,7 @@ def test_cannot_be_queued_again(submit, run, scheduler, monkeypatch):
     submit("--ends", 86)
     monkeypatch.setattr(scheduler, "scontrol", refuse("Requested operation is presently disabled", scheduler.scontrol))
     scheduler.run()
-    assert status(run)[0] == "failed" and "it could not be queued again: scontrol: " in status(run)[2]
+    assert status(run)[0] == "failed" and "it could not be requeued: scontrol: " in status(run)[2]
     assert "is presently disabled" in status(run)[2]
 
 
@@ -252,5 +256,5 @@ def test_folder_without_job(run, scheduler):
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SUBMITIT_EXECUTOR", "slurm")
         patched.setenv("SLURM_JOB_ID", "7")
-        assert live(run) == 2
+        assert run_attempt(run) == 2
     assert "holds no job of bigtrain-slurm" in events(run)[-1]["error"]

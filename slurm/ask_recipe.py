@@ -1,0 +1,51 @@
+"""Asking a recipe, without importing it, which settings it resolves flags to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from slurm.sweep import Sweep, toml
+
+
+def ask_recipe(recipe: Path, flags: Sequence[str]) -> dict[str, Any]:
+    """All settings of a recipe with these flags.
+
+    Raises:
+        ValueError: there is no such recipe, or it refuses the flags, in its own words.
+    """
+    if not recipe.is_file():
+        raise ValueError(f"there is no recipe {recipe}: name a script, such as recipes/defend.py.")
+    command = [sys.executable, str(recipe), *flags, "--print-config"]
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(command, capture_output=True, text=True, env=alone)
+    if done.returncode:
+        raise ValueError(f"the recipe refuses these settings.\n{done.stderr.strip()}")
+    try:
+        settings: dict[str, Any] = json.loads(done.stdout)
+        return settings
+    except ValueError as error:
+        raise ValueError(f"{recipe} is no recipe: with --print-config it prints no settings.") from error
+
+
+def check_settings(sweep: Sweep) -> None:
+    """Ask each recipe of a sweep about the settings of the first run that names such settings.
+
+    Raises:
+        ValueError: an axis or a setting that is none, or a value that it refuses.
+    """
+    for run in {(run.recipe, *run.settings): run for run in reversed(sweep.runs)}.values():
+        print(f"asking {run.recipe} for its settings", file=sys.stderr, flush=True)
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "settings.toml"
+            file.write_text(toml(run.settings))
+            try:
+                ask_recipe(Path(run.recipe), ["--config", str(file)])
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(file), str(sweep.path))) from error
