@@ -31,7 +31,7 @@ from shards.duplicates import Equals, duplicates
 from shards.existing_set import SETTINGS_FILE
 from shards.index_file import IndexWriter
 from shards.labels import as_text
-from shards.location import Place
+from shards.location import Location
 from shards.order import keyed, shuffled
 from shards.pack import Part, Task, fingerprint, shard_name, write_shard
 from shards.progress import Progress
@@ -46,7 +46,7 @@ MAX_IN_A_ROW = 100
 
 def build(settings: Settings, out: Path | str, workers: int = 1, max_skipped: float = 0.01) -> Manifest:
     """Build the set, or continue it, or find it finished; returns its manifest."""
-    place = Place(str(out))
+    place = Location(str(out))
     place.check_writable()
     if finished(settings, place):
         manifest = read_manifest(str(out))
@@ -95,7 +95,7 @@ def build(settings: Settings, out: Path | str, workers: int = 1, max_skipped: fl
     return manifest
 
 
-def finished(settings: Settings, out: Place) -> bool:
+def finished(settings: Settings, out: Location) -> bool:
     """Whether the place holds this very build; one with anything else in it is refused."""
     if out.folder is not None and out.folder.exists() and not out.folder.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder, which may be new.")
@@ -121,7 +121,7 @@ def finished(settings: Settings, out: Place) -> bool:
 
 
 def pack_all(
-    settings: Settings, out: Place, about: About, samples: Iterator[Sample], workers: int, max_skipped: float
+    settings: Settings, out: Location, about: About, samples: Iterator[Sample], workers: int, max_skipped: float
 ) -> list[Shard]:
     """Write every shard that is not there yet, and the index; returns the lines of the manifest."""
     shards: list[Shard] = []
@@ -195,7 +195,7 @@ def said_of_equals(groups: Sequence[Equals], listing: str) -> str:
 
 
 def blocks(
-    settings: Settings, out: Place, samples: Iterator[Sample], there: dict[str, int], parts: set[str]
+    settings: Settings, out: Location, samples: Iterator[Sample], there: dict[str, int], parts: set[str]
 ) -> Iterator[Task | Done[Part]]:
     """The work, shard by shard; `there` are the files of an earlier run and their bytes, `parts` what it finished."""
     for number in itertools.count():
@@ -221,7 +221,7 @@ def skipped_lines(skipped: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: entry[name] for name in ("key", "source", "reason")} for entry in skipped]
 
 
-def write_lines(out: Place, name: str, records: list[dict[str, Any]]) -> None:
+def write_lines(out: Location, name: str, records: list[dict[str, Any]]) -> None:
     """A JSON record a line; no records, no file."""
     if not records:
         out.remove(name)
@@ -235,14 +235,14 @@ def part_name(number: int) -> str:
     return f"{number:06d}.json"
 
 
-def save_part(out: Place, part: Part) -> None:
+def save_part(out: Location, part: Part) -> None:
     # one that a power cut empties costs its shard's work again
     with out.written(f"{PARTS_FOLDER}/{part_name(part.number)}", "renamed") as file:
         shard = vars(part.shard) if part.shard else None
         file.write(json.dumps({**vars(part), "shard": shard}).encode())
 
 
-def load_part(out: Place, number: int, samples: list[Sample], there: dict[str, int]) -> Part | None:
+def load_part(out: Location, number: int, samples: list[Sample], there: dict[str, int]) -> Part | None:
     """The part that an earlier run finished, if it is of the same samples and its tar is there too."""
     try:
         record = json.loads(out.read(f"{PARTS_FOLDER}/{part_name(number)}"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from shards.adapters.folder import SPLITS
 from shards.existing_set import SETTINGS_FILE
-from shards.location import Place
+from shards.location import Location
 from shards.treatment import JPEG_QUALITY, VERIFY, Treatment
 
 
@@ -48,7 +48,7 @@ class Settings:
         return dict(json.loads(json.dumps(asdict(self))))
 
 
-def begun_with(out: Place) -> dict[str, Any]:
+def begun_with(out: Location) -> dict[str, Any]:
     """The settings that a build was begun with, empty where none was."""
     try:
         text = out.read(SETTINGS_FILE)
@@ -57,7 +57,7 @@ def begun_with(out: Place) -> dict[str, Any]:
     return Settings("", "", "").record | json.loads(text)  # one by an older version has fewer
 
 
-def named_by_folder(settings: Settings, out: Place) -> Settings:
+def named_by_folder(settings: Settings, out: Location) -> Settings:
     """Class folders in photos/test are the split "test" of "photos", unless the build was begun under other names."""
     root = Path(settings.root)
     if root.name not in SPLITS or not root.parent.name or not root.is_dir() or begun_with(out) == settings.record:

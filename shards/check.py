@@ -18,7 +18,7 @@ from bigtrain.data.set_files import read_index, shards_url
 from bigtrain.text import counted
 from shards.build import SKIPPED_FILE
 from shards.existing_set import listed, manifest_of
-from shards.location import Place
+from shards.location import Location
 from shards.members import Digested, members
 from shards.progress import Progress
 from shards.worker_pool import Done, in_order
@@ -63,7 +63,7 @@ class Faults(list[str]):
 class Task:
     """A shard to be read whole, and its rows of the index."""
 
-    tars: Place
+    tars: Location
     shard: Shard
     rows: pa.Table | None
     skipped: set[str]
@@ -75,7 +75,7 @@ def check(url: str, quick: bool = False, workers: int = 1) -> Faults:
 
     A folder without manifest is no shard set: that is a ValueError.
     """
-    place = Place(url)
+    place = Location(url)
     try:
         manifest = manifest_of(url)
     except ValueError as error:
@@ -92,7 +92,7 @@ def check(url: str, quick: bool = False, workers: int = 1) -> Faults:
         wrong += counts(manifest, index)
         index = index.sort_by("shard") if not is_sorted(index) else index
     skipped = skipped_keys(place)
-    tars = Place(shards_url(url, manifest))
+    tars = Location(shards_url(url, manifest))
     there = listed(tars)
     named = {shard.file for shard in manifest.shards}
     if manifest.shards_at and there is not None and not named & there.keys():
@@ -245,7 +245,7 @@ def against(row: dict[str, Any], held: Held, shard: Shard) -> Iterator[str]:
         yield f"{shard.file}: {row['key']}.json has the classes {classes}, and the index says {row['classes']}"
 
 
-def skipped_keys(place: Place) -> dict[str, set[str]]:
+def skipped_keys(place: Location) -> dict[str, set[str]]:
     """Pictures that `index` found unreadable, by their tar: in it, and not in the index."""
     skipped: dict[str, set[str]] = {}
     try:

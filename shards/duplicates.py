@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bigtrain.data.schema import Shard
 from shards.index_file import columns_at, repeated
-from shards.location import Place
+from shards.location import Location
 
 
 def content_digest(encoded: bytes) -> int:
@@ -33,7 +33,7 @@ class Equals:
         return len(self.labels) > 1
 
 
-def duplicates(out: Place, index: IO[bytes], digests_N: NDArray[np.uint64], shards: Sequence[Shard]) -> list[Equals]:
+def duplicates(out: Location, index: IO[bytes], digests_N: NDArray[np.uint64], shards: Sequence[Shard]) -> list[Equals]:
     """The groups of equal pictures; only candidates are read again.
 
     Args:

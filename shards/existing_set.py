@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from bigtrain.data.schema import MANIFEST_FILE, Manifest
 from bigtrain.data.set_files import read_manifest
-from shards.location import Place
+from shards.location import Location
 
 SETTINGS_FILE = "build.json"  # of a build; without a manifest beside it, the build was interrupted
 MAX_NAMED = 10  # sets in a folder of sets
@@ -15,7 +15,7 @@ MAX_NAMED = 10  # sets in a folder of sets
 
 def manifest_of(url: str) -> Manifest:
     """As read_manifest; where there is none, the error says what is there."""
-    place = Place(url)
+    place = Location(url)
     if place.folder is not None and place.folder.is_file():
         raise NotADirectoryError(f"{url} is a file: give the folder of a shard set, which holds its {MANIFEST_FILE}.")
     try:
@@ -26,7 +26,7 @@ def manifest_of(url: str) -> Manifest:
         raise
 
 
-def what_is_there(place: Place) -> str:
+def what_is_there(place: Location) -> str:
     """A sentence on a place that is no finished set; "" where read_manifest has said all."""
     there = listed(place)
     if there is None or MANIFEST_FILE in there:
@@ -43,7 +43,7 @@ def what_is_there(place: Place) -> str:
     return ""
 
 
-def listed(place: Place) -> dict[str, int] | None:
+def listed(place: Location) -> dict[str, int] | None:
     """Names and bytes of what lies there; None where a web server gives no list."""
     if place.folder is None and place.url.startswith(("http:", "https:")):
         return None

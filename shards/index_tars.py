@@ -25,7 +25,7 @@ from shards.disk import space_for
 from shards.existing_set import listed
 from shards.index_file import IndexWriter, columns_at, hash64, repeated
 from shards.labels import CLASSES_FROM, numbers_first
-from shards.location import Place
+from shards.location import Location
 from shards.progress import Progress
 from shards.survey import MAX_NAMED, Survey, Task, survey
 from shards.worker_pool import in_order
@@ -57,16 +57,7 @@ def describe(
         allow_unlabelled: samples without a class, among others with one, show none.
         classes_from: "members": a sample's .json, .cls or .txt; "folder": the folder in its key, above the file.
     """
-    place = Place(str(folder))
-    target = place if out is None else Place(str(out))
-    if out is None:
-        place.check_writable()
-    elif target.folder is None:
-        raise ValueError(f"--out {out} is a URL, and an index apart from its tars is a local folder: give one.")
-    if place.folder is not None and not place.folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: give the folder of the .tar files.")
-    if MANIFEST_FILE in target.sizes():
-        raise ValueError(f"{target} has a {MANIFEST_FILE} already: delete it first if it is to be made anew.")
+    place, target = locations(folder, out)
     tars = tars_in(place, shards)
     tasks = [Task(place, tar, class_names, classes_from) for tar in tars]
     found = Total()
@@ -102,13 +93,23 @@ def describe(
         with target.written(MANIFEST_FILE) as file:
             file.write(manifest.to_json().encode())
     print(f"{target}: {contents_of(manifest.samples, len(manifest.shards), classes)}.")
-    warn_of_labels(target, found, manifest.samples)
-    if found.skipped:
-        print(f"{counted(len(found.skipped), 'picture')} cannot be read; {target}/{SKIPPED_FILE} says which and why.")
-    if found.pickled:
-        counts = ", ".join(f"{count} .{ext}" for ext, count in sorted(found.pickled.items()))
-        print(f"Pickled members are never opened, for they could run anything: {counts} ignored.")
+    summarise(target, found, manifest.samples)
     return manifest
+
+
+def locations(folder: Path | str, out: Path | str | None) -> tuple[Location, Location]:
+    """Where the tars are, and where index and manifest go; refused where these cannot be written or exist."""
+    place = Location(str(folder))
+    target = place if out is None else Location(str(out))
+    if out is None:
+        place.check_writable()
+    elif target.folder is None:
+        raise ValueError(f"--out {out} is a URL, and an index apart from its tars is a local folder: give one.")
+    if place.folder is not None and not place.folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: give the folder of the .tar files.")
+    if MANIFEST_FILE in target.sizes():
+        raise ValueError(f"{target} has a {MANIFEST_FILE} already: delete it first if it is to be made anew.")
+    return place, target
 
 
 class Total:
@@ -152,8 +153,13 @@ def twice(rows: list[dict[str, Any]], tars: list[str]) -> list[str]:
     return wrong
 
 
-def warn_of_labels(target: Place, found: Total, samples: int) -> None:
-    """Tell of samples without any class, and of what may be captions."""
+def summarise(target: Location, found: Total, samples: int) -> None:
+    """What was left out, and warnings of samples without any class and of classes that may be captions."""
+    if found.skipped:
+        print(f"{counted(len(found.skipped), 'picture')} cannot be read; {target}/{SKIPPED_FILE} says which and why.")
+    if found.pickled:
+        counts = ", ".join(f"{count} .{ext}" for ext, count in sorted(found.pickled.items()))
+        print(f"Pickled members are never opened, for they could run anything: {counts} ignored.")
     again = f"delete {target}/{MANIFEST_FILE} and index again"
     if not found.classes:
         warn(
@@ -172,7 +178,7 @@ def warn_of_labels(target: Place, found: Total, samples: int) -> None:
         )
 
 
-def check(place: Place, found: Total, max_skipped: float, allow_unlabelled: bool) -> None:
+def check(place: Location, found: Total, max_skipped: float, allow_unlabelled: bool) -> None:
     """Refuse what cannot be understood, and more unreadable pictures than allowed."""
     if found.classes and found.unlabelled_count and not allow_unlabelled:
         first = ", ".join(found.unlabelled[:3])
@@ -197,7 +203,7 @@ def check(place: Place, found: Total, max_skipped: float, allow_unlabelled: bool
         )
 
 
-def tars_in(place: Place, shards: str | None) -> list[str]:
+def tars_in(place: Location, shards: str | None) -> list[str]:
     """The names of the tars: those given, or all that lie there."""
     if shards is not None:
         return named_tars(shards)
@@ -239,7 +245,7 @@ def named_tars(shards: str) -> list[str]:
     return names
 
 
-def tars_from(place: Place, target: Place) -> str:
+def tars_from(place: Location, target: Location) -> str:
     """What the manifest says of where the tars are: their URL, or the way there from its own folder."""
     if place.folder is None:
         return place.url.rstrip("/")

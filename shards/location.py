@@ -33,7 +33,7 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     url: str
 
     @cached_property
@@ -193,7 +193,7 @@ class Place:
 class Pieces:
     """A remote file, read from its start to its end in large requests, each tried again where it fails."""
 
-    def __init__(self, place: Place, name: str) -> None:
+    def __init__(self, place: Location, name: str) -> None:
         self._place, self._path = place, f"{place.path}/{name}"
         size = place.size(name)
         if size is None:

@@ -52,13 +52,13 @@ def share(text: str) -> tuple[str, Fraction]:
     """Read NAME=SHARE."""
     found = re.fullmatch(r"([A-Za-z0-9_-]+)=(0?\.\d{1,6}|1(?:\.0*)?)", text)
     if not found or not Fraction(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=SHARE with a share from 0.000001 to 1, say val=0.1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SHARE with a share from 0.000001 to 1, as in val=0.1")
     return found[1], Fraction(found[2])
 
 
 def whole_number(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)
 
 
@@ -68,7 +68,7 @@ def fraction(text: str) -> float:
     except ValueError:
         value = -1
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no fraction from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
     return value
 
 
@@ -80,6 +80,14 @@ def cpus() -> int:
 def parser() -> Parser:
     top = Parser(prog="bigtrain-shards", description="Pictures to tar shards, and a look at them.", allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    add_build(commands)
+    for add in (add_check, add_show, add_split, add_index):
+        sub = add(commands)
+        sub.set_defaults(parser=sub)
+    return top
+
+
+def add_build(commands: Any) -> None:
     making = commands.add_parser("build", help="pictures to shards; a killed build continues", allow_abbrev=False)
     adapters = making.add_subparsers(dest="adapter", required=True, metavar="ADAPTER", parser_class=Parser)
     for name, adapter in ADAPTERS.items():
@@ -87,63 +95,74 @@ def parser() -> Parser:
         sub = adapters.add_parser(name, help=doc.splitlines()[0], description=doc, allow_abbrev=False)
         sub.set_defaults(parser=sub)
         sub.add_argument("--root", required=True, help=adapter.root)
-        sub.add_argument(
-            "--out",
-            required=True,
-            help="the folder of the shard set, new or begun earlier, or a URL to write to (s3://, gs:// ...)",
-        )
         if adapter.split is not None:
-            told = "the last part of ROOT where that is train, val or test, else " if name == "folder" else ""
-            sub.add_argument("--split", help=f"which part of the dataset (default: {told}{adapter.split})")
-        sub.add_argument("--samples-per-shard", type=whole_number, default=1000, metavar="N", help="default: 1000")
-        sub.add_argument(
-            "--max-side",
-            type=whole_number,
-            metavar="PIXELS",
-            help="re-encode pictures whose longer side exceeds this; without it all keep their original bytes",
-        )
-        sub.add_argument(
-            "--quality",
-            type=whole_number,
-            metavar="1..100",
-            help="of the JPEG and WebP pictures that --max-side re-encodes (default: 95)",
-        )
-        sub.add_argument(
-            "--verify",
-            choices=VERIFY,
-            default=VERIFY[0],
-            help="structure: the header, and that a file has its end; decode: every pixel, which takes "
-            "some ten times as long (default: structure)",
-        )
-        sub.add_argument(
-            "--shuffle-seed",
-            type=int,
-            metavar="S",
-            help="order the samples by seed and key before they go to shards (default: the adapter's order)",
-        )
-        sub.add_argument("--name", help="the dataset's name in the manifest, if not the adapter's")
-        sub.add_argument("--licence", help="its licence in the manifest, if not the adapter's")
-        sub.add_argument(
-            "--max-skipped",
-            type=fraction,
-            default=0.01,
-            metavar="FRACTION",
-            help="stop when more than this share of the pictures cannot be read (default: 0.01, but one is allowed)",
-        )
-        sub.add_argument(
-            "--workers",
-            type=whole_number,
-            default=cpus(),
-            metavar="N",
-            help="processes; the result is the same (default: the CPUs, at most 8)",
-        )
+            where = "the last part of ROOT where that is train, val or test, else " if name == "folder" else ""
+            sub.add_argument("--split", help=f"which part of the dataset (default: {where}{adapter.split})")
+        add_build_options(sub)
         for flag, arguments in adapter.options.items():
             sub.add_argument(flag, **arguments)
-    checking = commands.add_parser("check", help="is a shard set whole? exit code 1 if not", allow_abbrev=False)
+
+
+def add_build_options(sub: Parser) -> None:
+    sub.add_argument(
+        "--out",
+        required=True,
+        help="the folder of the shard set, new or begun earlier, or a URL to write to (s3://, gs:// ...)",
+    )
+    sub.add_argument("--samples-per-shard", type=whole_number, default=1000, metavar="N", help="default: 1000")
+    sub.add_argument(
+        "--max-side",
+        type=whole_number,
+        metavar="PIXELS",
+        help="re-encode pictures whose longer side exceeds this; without it all keep their original bytes",
+    )
+    sub.add_argument(
+        "--quality",
+        type=whole_number,
+        metavar="1..100",
+        help="of the JPEG and WebP pictures that --max-side re-encodes (default: 95)",
+    )
+    sub.add_argument(
+        "--verify",
+        choices=VERIFY,
+        default=VERIFY[0],
+        help="structure: the header, and that a file has its end; decode: every pixel, which takes "
+        "some ten times as long (default: structure)",
+    )
+    sub.add_argument(
+        "--shuffle-seed",
+        type=int,
+        metavar="S",
+        help="order the samples by seed and key before they go to shards (default: the adapter's order)",
+    )
+    sub.add_argument("--name", help="the dataset's name in the manifest, if not the adapter's")
+    sub.add_argument("--licence", help="its licence in the manifest, if not the adapter's")
+    sub.add_argument(
+        "--max-skipped",
+        type=fraction,
+        default=0.01,
+        metavar="FRACTION",
+        help="stop when more than this share of the pictures cannot be read (default: 0.01, but one is allowed)",
+    )
+    sub.add_argument(
+        "--workers",
+        type=whole_number,
+        default=cpus(),
+        metavar="N",
+        help="processes; the result is the same (default: the CPUs, at most 8)",
+    )
+
+
+def add_check(commands: Any) -> Parser:
+    checking: Parser = commands.add_parser("check", help="is a shard set whole? exit code 1 if not", allow_abbrev=False)
     checking.add_argument("set", metavar="OUT", help="folder or URL of a shard set")
     checking.add_argument("--quick", action="store_true", help="names, sizes and counts only")
     checking.add_argument("--workers", type=whole_number, default=cpus(), metavar="N", help="processes, as in build")
-    showing = commands.add_parser("show", help="what is in a shard set", allow_abbrev=False)
+    return checking
+
+
+def add_show(commands: Any) -> Parser:
+    showing: Parser = commands.add_parser("show", help="what is in a shard set", allow_abbrev=False)
     showing.add_argument("set", metavar="OUT", help="folder or URL of a shard set")
     showing.add_argument("--all-classes", action="store_true", help="list every class, not only the first 40")
     showing.add_argument(
@@ -152,7 +171,11 @@ def parser() -> Parser:
     showing.add_argument("--count", type=whole_number, metavar="N", help="pictures on the page (default: 120)")
     showing.add_argument("--seed", type=int, help="of the choice of pictures for the page (default: 0)")
     showing.add_argument("--classes", nargs="+", metavar="CLASS", help="only pictures of these classes on the page")
-    splitting = commands.add_parser(
+    return showing
+
+
+def add_split(commands: Any) -> Parser:
+    splitting: Parser = commands.add_parser(
         "split",
         help="train/val or per-class views of a shard set, which copy no picture",
         description="Views of a shard set: index and manifest of some of its samples, which refer to its tars. "
@@ -177,7 +200,11 @@ def parser() -> Parser:
     how.add_argument("--classes-file", metavar="FILE", help="the same, with a class a line")
     how.add_argument("--per-class", type=whole_number, metavar="N", help="a view DIR of N random samples of each class")
     splitting.add_argument("--seed", type=int, help="of --shares and --per-class (default: 0)")
-    indexing = commands.add_parser(
+    return splitting
+
+
+def add_index(commands: Any) -> Parser:
+    indexing: Parser = commands.add_parser(
         "index",
         help="index and manifest for shards that others made",
         description="Index and manifest for WebDataset shards that others made, which stay as they are. The classes of "
@@ -213,6 +240,4 @@ def parser() -> Parser:
     indexing.add_argument("--split", default="train", help="default: train")
     indexing.add_argument("--licence", default="unknown", help="default: unknown")
     indexing.add_argument("--max-skipped", type=fraction, default=0.01, metavar="FRACTION", help="as in build")
-    for sub in (checking, showing, splitting, indexing):
-        sub.set_defaults(parser=sub)
-    return top
+    return indexing

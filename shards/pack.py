@@ -15,7 +15,7 @@ from bigtrain.images import UnreadableError, open_image
 from bigtrain.retry import RetryPolicy, is_permanent, retried
 from shards.disk import start_writing
 from shards.duplicates import content_digest
-from shards.location import Place
+from shards.location import Location
 from shards.treatment import Treated, Treatment, checked, checked_mask, displayed_size
 
 RECORD = 10240  # a tar ends on a multiple of this
@@ -27,7 +27,7 @@ AHEAD_BYTES = 16 << 20  # written by the program before the disk is asked to beg
 class Task:
     """Samples number * samples_per_shard and on, to go to one shard."""
 
-    out: Place
+    out: Location
     number: int
     samples: Sequence[Sample]
     treatment: Treatment

@@ -20,7 +20,7 @@ FAULTS = 1  # exit code
 def run_build(args: argparse.Namespace) -> int:
     from shards.build import build
     from shards.build_settings import Settings, named_by_folder
-    from shards.location import Place
+    from shards.location import Location
 
     adapter = ADAPTERS[args.adapter]
     options = {flag: getattr(args, flag) for flag in (f.lstrip("-").replace("-", "_") for f in adapter.options)}
@@ -38,7 +38,7 @@ def run_build(args: argparse.Namespace) -> int:
         shuffle_seed=args.shuffle_seed,
     )
     if args.adapter == "folder" and args.split is None:
-        out, asked = Place(args.out), settings
+        out, asked = Location(args.out), settings
         out.check_writable()
         if (settings := named_by_folder(asked, out)) != asked:
             warn(f"{args.root} is taken for the split {settings.split} of {settings.name}: if not, give --split.")

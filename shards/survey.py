@@ -12,7 +12,7 @@ from typing import Any
 from bigtrain.data.schema import Shard
 from bigtrain.images import UnreadableError
 from shards.labels import CLASSES_FROM, LABEL_EXTENSIONS, class_of_folder, classes_of
-from shards.location import Place
+from shards.location import Location
 from shards.members import Digested, Member, RefusedError, members
 from shards.treatment import Treatment, checked
 
@@ -22,7 +22,7 @@ MAX_NAMED = 10
 
 @dataclass(frozen=True)
 class Task:
-    shards: Place
+    shards: Location
     file: str
     class_names: Sequence[str] | None
     classes_from: str = CLASSES_FROM[0]

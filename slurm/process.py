@@ -31,7 +31,7 @@ class Process:
 
     @classmethod
     def of_this_process(cls, run: Path) -> Process:
-        return cls(run, **scheduler.environment()._asdict())
+        return cls(run, **scheduler.environment())
 
     def record_event(self, event: str, **further: object) -> None:
         record_event(self.run, event, job=self.job_id, restarts=self.restarts, **further)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import submitit
 from submitit import JobEnvironment
@@ -191,33 +191,21 @@ def seconds_left(record: Mapping[str, str]) -> float | None:
     return begun + 86400 * days + 3600 * hours + 60 * minutes + seconds - time.time()
 
 
-class Environment(NamedTuple):
-    """What a process finds around it of its job."""
-
-    job_id: str
-    restarts: int
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    first_host: str
-    on_slurm: bool
-
-
-def environment() -> Environment:
-    """Of this process: SLURM's, or that of submitit's stand-in on this machine."""
+def environment() -> dict[str, Any]:
+    """Which process this is of which job, as fields of `process.Process`: SLURM's word, or that of submitit's stand-in
+    on this machine."""
     found = JobEnvironment()
     on_slurm = found.cluster == "slurm"
-    return Environment(
-        job_id=found.job_id if on_slurm else f"local-{found.job_id}",
-        restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0) if on_slurm else 0,
-        rank=found.global_rank,
-        world_size=found.num_tasks,
-        local_rank=found.local_rank,
-        local_world_size=found.num_tasks // found.num_nodes,
-        first_host=found.hostnames[0] if on_slurm else "127.0.0.1",
-        on_slurm=on_slurm,
-    )
+    return {
+        "job_id": found.job_id if on_slurm else f"local-{found.job_id}",
+        "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0) if on_slurm else 0,
+        "rank": found.global_rank,
+        "world_size": found.num_tasks,
+        "local_rank": found.local_rank,
+        "local_world_size": found.num_tasks // found.num_nodes,
+        "first_host": found.hostnames[0] if on_slurm else "127.0.0.1",
+        "on_slurm": on_slurm,
+    }
 
 
 class Executor(submitit.SlurmExecutor):

@@ -11,10 +11,7 @@ from collections.abc import Generator, Mapping, Sequence
 
 import torch
 
-from bigtrain.data.plan import Position
 from bigtrain.data.stream import Batch, Stream
-
-Positions = dict[str, Position]
 
 
 class Batches(dict[str, Batch]):
@@ -36,10 +33,10 @@ class Batches(dict[str, Batch]):
 
 
 class Mixture:
-    """`for batches in mixture.batches(start, steps)`, each a dict with one batch a source.
+    """`for batches in mixture.from_step(0, steps)`, each a dict with one batch a source.
 
     Args:
-        streams: by the name of the source; the numbers of samples a step are their plans' global batches (`divided`).
+        streams: by the name of the source; the numbers of samples a step are their plans' global batches.
     """
 
     def __init__(self, streams: Mapping[str, Stream]) -> None:
@@ -47,33 +44,15 @@ class Mixture:
             raise ValueError("a mixture of no streams was asked for: give one at least.")
         self.streams = dict(streams)
 
-    def at(self, step: int) -> Positions:
-        """Where each source stands before step `step`, counted from 0: what a checkpoint keeps."""
-        return {name: stream.plan.position_at(step) for name, stream in self.streams.items()}
-
-    def after(self, batches: Mapping[str, Batch]) -> Positions:
-        """Where each source stands after these batches."""
-        return {name: self.streams[name].plan.after(batch.position) for name, batch in batches.items()}
-
-    def batches(self, start: Mapping[str, Position], steps: int) -> Generator[Batches]:
-        """The next `steps` steps, from where each source stands."""
-        if missing := self.streams.keys() ^ start.keys():
-            raise ValueError(
-                f"the sources of this mixture are {', '.join(self.streams)}, and positions were given for "
-                f"{', '.join(start) or 'none'}: {', '.join(sorted(missing))} is on one side only."
-            )
-        endless = {name: stream.batches(start[name], epochs=None) for name, stream in self.streams.items()}
+    def from_step(self, step: int, steps: int) -> Generator[Batches]:
+        """Steps `step` .. `steps - 1`, counted from 0; the same from any start."""
+        endless = {name: of.batches(of.plan.position_at(step), epochs=None) for name, of in self.streams.items()}
         try:
-            for _ in range(steps):
+            for _ in range(step, steps):
                 yield Batches((name, next(batches)) for name, batches in endless.items())
         finally:
             for batches in endless.values():  # ends their workers
                 batches.close()
-
-    # what a training stage needs of a stream, of all together
-
-    def from_step(self, step: int, steps: int) -> Generator[Batches]:
-        return self.batches(self.at(step), steps - step)
 
     @property
     def seed(self) -> int:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bigtrain.data.decode import Picture, jpeg_decoder
+from bigtrain.data.error_budget import ErrorBudget
 from bigtrain.data.memory import keep_freed_memory
 from bigtrain.data.plan import PADDING, Plan, Position, check_divides, sample_seeds
 from bigtrain.data.reader import Reader
@@ -132,7 +133,7 @@ class Stream:
             place = f"batch {batch.position.batch} of epoch {batch.position.epoch}"
             self.mark(f"got {place}")
             batch = replace(batch, wait_s=time.perf_counter() - began)
-            self.budget.count(batch)
+            self.budget.count(batch.sample_B, batch.bad)
             if self._is_alone:
                 self.budget.agree(batch.position.epoch, len(batch.bad))
             yield batch
@@ -300,45 +301,3 @@ def joined(parts: list[Tensor]) -> Tensor:
         (sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype, pin_memory=torch.cuda.is_available()
     )
     return torch.cat(parts, out=whole)
-
-
-class ErrorBudget:
-    """Names each picture that cannot be decoded, once, and stops the run when there are too many.
-
-    Too many: `in_a_row` one after the other on a rank, or in an epoch over all ranks more than `share` of the samples
-    (one is always allowed). Where there are several ranks, the caller adds them up (`agree`), the same on each of them.
-    """
-
-    def __init__(self, shard_set: ShardSet, samples: int, *, in_a_row: int = 100, share: float = 0.01) -> None:
-        self.shard_set, self.in_a_row, self.samples = shard_set, in_a_row, samples
-        self.limit = max(1, int(share * samples))
-        self.skipped: dict[str, str] = {}  # key -> reason; those of this rank
-        self.by_kind: Counter[str] = Counter()  # of pictures.KINDS
-        self._row = 0
-        self._epoch, self._in_epoch = 0, 0
-
-    def count(self, batch: Batch) -> None:
-        """Name this rank's bad pictures, and stop when too many come in a row."""
-        for sample in batch.sample_B[batch.sample_B != PADDING].tolist():
-            self._row = self._row + 1 if sample in batch.bad else 0
-            if sample in batch.bad and (key := self.shard_set.key(sample)) not in self.skipped:
-                self.skipped[key] = batch.bad[sample]
-                self.by_kind[batch.bad[sample].partition(":")[0]] += 1
-                log.warning("skipped %s of %s: %s", key, self.shard_set.url, batch.bad[sample])
-            if self._row >= self.in_a_row:
-                raise self._stop(f"{self._row} pictures in a row")
-
-    def agree(self, epoch: int, bad: int) -> None:
-        """Count the bad pictures that all ranks found in a step, and stop when the epoch has too many."""
-        if epoch != self._epoch:
-            self._epoch, self._in_epoch = epoch, 0
-        self._in_epoch += bad
-        if self._in_epoch > self.limit:
-            raise self._stop(f"{self._in_epoch} of {self.samples} pictures")
-
-    def _stop(self, what: str) -> ValueError:
-        listing = "".join(f"\n  {key}: {reason}" for key, reason in self.skipped.items())
-        return ValueError(
-            f"{self.shard_set.url}: {what} cannot be decoded; at most {self.limit} in an epoch, and "
-            f"{self.in_a_row - 1} in a row, are skipped. Repair or remove them; this process met:{listing or ' none'}"
-        )

@@ -121,21 +121,32 @@ def judge(
     if accelerator.is_main_process:
         detector.save(folder / "detector")
         write_scores(folder / "scores.parquet", [scored, known_scored] if held_out else [scored])
-        known_classes = split.protocol.known
-        write_report(
-            folder / "report.html",
-            title=f"{method}: {', '.join(known_classes[:3])}{' ...' if len(known_classes) > 3 else ''}",
-            results={**results, "metrics": figures, "detector": method, "threshold": threshold, "settings": settings},
-            novel_N=scored.novel_N,
-            score_N=scored.score_N,
-            comparisons=comparisons,
-            pictures={
-                title: shown(scored, places, detector)
-                for title, places in most_telling(scored.novel_N, scored.score_N).items()
-            },
-        )
+        told = {**results, "metrics": figures, "detector": method, "threshold": threshold, "settings": settings}
+        report_on(folder / "report.html", detector, scored, told, comparisons)
     accelerator.wait_for_everyone()
     return results
+
+
+def report_on(
+    path: Path,
+    detector: ImageDetector,
+    test: Scored,
+    results: Mapping[str, Any],
+    comparisons: Mapping[str, tuple[NDArray[np.float64], Mapping[str, Any]]],
+) -> None:
+    """Write the report of a judged detector, with the pictures that tell most."""
+    known = results["known"]
+    write_report(
+        path,
+        title=f"{results['method']}: {', '.join(known[:3])}{' ...' if len(known) > 3 else ''}",
+        results=results,
+        novel_N=test.novel_N,
+        score_N=test.score_N,
+        comparisons=comparisons,
+        pictures={
+            title: shown(test, places, detector) for title, places in most_telling(test.novel_N, test.score_N).items()
+        },
+    )
 
 
 def scored_and_classified(detector: ImageDetector, has_classes: bool, image_B3HW: Tensor) -> Tensor:

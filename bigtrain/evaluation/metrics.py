@@ -20,8 +20,9 @@ from bigtrain.evaluation.intervals import (
     MOST_DRAWS,
     Bools,
     Floats,
-    Ints,
     bias_corrected_interval,
+    figures_of_counts,
+    needed_for_95,
     newcombe_interval,
     resampled_counts,
 )
@@ -227,11 +228,6 @@ def fpr_at_95_tpr_known(novel_N: ArrayLike, score_N: ArrayLike) -> float:
     return fpr_at_95_tpr_novel(~novel, -score)
 
 
-def needed_for_95(count: int) -> int:
-    """Return the smallest number of images that is at least 95 % of `count`, exactly."""
-    return -(-95 * count // 100)
-
-
 def detection_error(novel_N: ArrayLike, score_N: ArrayLike) -> float:
     """Smallest error of any threshold, known and novel weighted alike: min_t [FPR(t) + FNR(t)] / 2, 0 .. 0.5.
 
@@ -279,33 +275,3 @@ def summary(novel_N: ArrayLike, score_N: ArrayLike, *, seed: int = 0, resamples:
     result["counts"] = {"known": int((~novel).sum()), "novel": int(novel.sum())}
     result["bootstrap"] = {"resamples": resamples, "seed": seed}
     return result
-
-
-def figures_of_counts(known_RG: Ints, novel_RG: Ints) -> dict[str, Floats]:
-    """Return the figures of R resamples from their counts at each score, highest score first; each as above."""
-    known_low_RG, novel_low_RG = known_RG[:, ::-1], novel_RG[:, ::-1]
-    flagged_known_RG, flagged_novel_RG = known_RG.cumsum(axis=1), novel_RG.cumsum(axis=1)
-    fpr_RG = flagged_known_RG / flagged_known_RG[:, -1:]
-    tpr_RG = flagged_novel_RG / flagged_novel_RG[:, -1:]
-    return {
-        "aupr_in": average_precision_of_counts(novel_low_RG, known_low_RG),
-        "aupr_out": average_precision_of_counts(known_RG, novel_RG),
-        "fpr_at_95_tpr_novel": fpr_of_counts(known_RG, novel_RG),
-        "fpr_at_95_tpr_known": fpr_of_counts(novel_low_RG, known_low_RG),
-        "detection_error": np.minimum(0.5, (0.5 * (fpr_RG + 1 - tpr_RG)).min(axis=1)),
-    }
-
-
-def average_precision_of_counts(negative_RG: Ints, positive_RG: Ints) -> Floats:
-    """Average precision, sum_g (recall_g - recall_g-1) precision_g, of counts with the most positive score first."""
-    found_RG = positive_RG.cumsum(axis=1)
-    flagged_RG = found_RG + negative_RG.cumsum(axis=1)
-    precision_RG = found_RG / np.maximum(flagged_RG, 1)
-    return np.einsum("rg,rg->r", positive_RG, precision_RG) / found_RG[:, -1]
-
-
-def fpr_of_counts(negative_RG: Ints, positive_RG: Ints) -> Floats:
-    """Share of negatives flagged at the first score that has 95 % of positives; the most positive score first."""
-    found_RG, false_RG = positive_RG.cumsum(axis=1), negative_RG.cumsum(axis=1)
-    first_R = (found_RG >= needed_for_95(int(found_RG[0, -1]))).argmax(axis=1)
-    return false_RG[np.arange(len(first_R)), first_R] / false_RG[:, -1]

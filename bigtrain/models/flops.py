@@ -54,11 +54,6 @@ def trained_flops(vit: ViT, image_size: ImageSize, visible: int | None = None) -
     return sum(_flops(vit, image_size, visible))
 
 
-def linear_flops(module: nn.Module, rows: int) -> int:
-    """FLOPs of a stack of linear layers, such as a head, for `rows` vectors: 2 rows |W|; 3 times that in training."""
-    return 2 * rows * sum(p.numel() for p in module.parameters() if p.ndim == 2)
-
-
 def _flops(vit: ViT, image_size: ImageSize, visible: int | None) -> tuple[int, int]:
     """Forward, and backward: one walk through the modules, which timm registers in the order of their use."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size

@@ -142,17 +142,9 @@ class ViT(nn.Module):
         x_TD = torch.cat([x.flatten(0, 1) for x in tokens])
 
         blocks: list[Any] = list(self.backbone.blocks)
-        if not 1 <= last <= len(blocks):
-            raise ValueError(
-                f"the last {last} blocks were asked for, of a network with {len(blocks)}; use 1 to {len(blocks)}."
-            )
         kept: list[Tensor] = []
         class_attention: list[Tensor] | None = None
-        completed_from = len(blocks) - self.decoder_blocks if self.decoder_blocks and visible_BN is not None else None
-        if completed_from is not None and last > self.decoder_blocks:
-            raise ValueError(
-                f"the last {last} blocks were asked for at hidden patches, which {self.decoder_blocks} complete."
-            )
+        completed_from = self._check_last(last, is_masked=visible_BN is not None)
         for depth, block in enumerate(blocks):
             if visible_BN is not None and depth == completed_from:
                 x_BTD = self._complete(x_TD.unflatten(0, runs[0]), visible_BN, views[0])
@@ -182,6 +174,19 @@ class ViT(nn.Module):
                 )
             )
         return tuple(encoded)
+
+    def _check_last(self, last: int, *, is_masked: bool) -> int | None:
+        """Refuse tokens of blocks that there are not; the block before which hidden patches come back, if they do."""
+        depth = len(self.backbone.blocks)
+        if not 1 <= last <= depth:
+            raise ValueError(f"the last {last} blocks were asked for, of a network with {depth}; use 1 to {depth}.")
+        if not (self.decoder_blocks and is_masked):
+            return None
+        if last > self.decoder_blocks:
+            raise ValueError(
+                f"the last {last} blocks were asked for at hidden patches, which {self.decoder_blocks} complete."
+            )
+        return depth - self.decoder_blocks
 
     def _embed(self, images_B3HW: Tensor) -> Tensor:
         """Patches, positions (resampled where the size is not the network's own), prefix tokens: (B, prefix + N, D)."""

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bigtrain.data.error_budget import ErrorBudget
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.stream import ErrorBudget, Stream
+from bigtrain.data.stream import Stream
 from bigtrain.data.views import Transform
 from bigtrain.detectors.network_detector import NetworkDetector
 from bigtrain.files import remove_unfinished

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bigtrain.data.mixture import Mixture
-from bigtrain.data.plan import PADDING, Plan, Position
+from bigtrain.data.plan import PADDING, Plan
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import RandomResizedCrop
 
@@ -46,7 +46,7 @@ def assert_same(one, other):
 def test_sources_as_alone(sets, workers):
     """Each source gives the batches that it gives alone, through epochs of its own."""
     mixture = Mixture(streams(sets, workers=workers))
-    mixed = list(mixture.batches(mixture.at(0), STEPS))
+    mixed = list(mixture.from_step(0, STEPS))
     assert len(mixed) == STEPS
     for name, stream in streams(sets).items():
         alone = list(islice(stream.batches(epochs=None), STEPS))
@@ -62,31 +62,25 @@ def test_sources_as_alone(sets, workers):
 def test_resume(sets):
     """Resumed at any step, the rest of the mixture is the same to the bit."""
     mixture = Mixture(streams(sets))
-    whole = list(mixture.batches(mixture.at(0), STEPS))
-    positions = mixture.at(0)
+    whole = list(mixture.from_step(0, STEPS))
     for step in range(STEPS):
-        assert positions == mixture.at(step)
-        for one, other in zip(mixture.batches(positions, STEPS - step), whole[step:], strict=True):
+        for one, other in zip(mixture.from_step(step, STEPS), whole[step:], strict=True):
             assert_same(one, other)
-        positions = mixture.after(whole[step])
 
 
 def test_ranks(sets):
     """The ranks' batches put together are those of one process."""
     mixture = Mixture(streams(sets))
-    whole = mixture.batches(mixture.at(0), STEPS)
+    whole = mixture.from_step(0, STEPS)
     ranks = [Mixture(streams(sets, rank=rank, world_size=2)) for rank in range(2)]
-    for batches, *parts in zip(whole, *(rank.batches(rank.at(0), STEPS) for rank in ranks), strict=True):
+    for batches, *parts in zip(whole, *(rank.from_step(0, STEPS) for rank in ranks), strict=True):
         for name, batch in batches.items():
             assert np.array_equal(batch.sample_B, np.concatenate([part[name].sample_B for part in parts]))
             images = torch.cat([part[name].views["image"] for part in parts])
             assert torch.equal(batch.views["image"], images)
 
 
-def test_wrong_sources(sets):
-    """Positions of other sources, and a mixture of none, are refused."""
-    mixture = Mixture(streams(sets))
-    with pytest.raises(ValueError, match="known, reference, and positions were given for known: reference is on one"):
-        next(mixture.batches({"known": Position()}, 1))
+def test_no_sources():
+    """A mixture of none is refused."""
     with pytest.raises(ValueError, match="mixture of no streams"):
         Mixture({})

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bigtrain.data.decode import Picture
+from bigtrain.data.error_budget import ErrorBudget
 from bigtrain.data.plan import PADDING, Plan, Position
-from bigtrain.data.stream import Batch, ErrorBudget, Stream, joined
+from bigtrain.data.stream import Batch, Stream, joined
 from bigtrain.data.views import MultiCrop, Resized
 
 SAMPLES, BATCH, EPOCHS = 20, 6, 2
@@ -268,10 +269,7 @@ class Keys:
 
 
 def counted(budget, samples, bad):
-    ones = torch.ones(len(samples))
-    budget.count(
-        Batch(Position(), len(samples), np.array(samples), ones, ones, {}, dict.fromkeys(bad, "damaged: broken"))
-    )
+    budget.count(np.array(samples), dict.fromkeys(bad, "damaged: broken"))
 
 
 def test_bad_in_a_row():
@@ -307,8 +305,7 @@ def test_budget_long_run(many_shards, world_size):
                 sample_B = plan.slice(position, rank, world_size)
                 here = dict.fromkeys(set(bad) & set(sample_B.tolist()), "damaged: broken")
                 found += len(here)
-                ones = torch.ones(len(sample_B))
-                budget.count(Batch(position, 4, sample_B, ones, ones, {}, here))
+                budget.count(sample_B, here)
             for budget in budgets:
                 budget.agree(position.epoch, found)
         return budgets
@@ -391,7 +388,7 @@ def test_bad_across_ranks(write_set, noise):
 
 def test_budget_of_a_rank_that_met_none():
     """It stops with the others, and says that it met none itself."""
-    with pytest.raises(ValueError, match=r"2 of 50 pictures .* this process met: none"):
+    with pytest.raises(ValueError, match=r"2 of 50 pictures .* this process found: none"):
         ErrorBudget(Keys(), 50).agree(0, 2)
 
 

@@ -7,16 +7,20 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from bigtrain.evaluation.intervals import bias_corrected_interval, newcombe_interval, resampled_counts
+from bigtrain.evaluation.intervals import (
+    average_precision_of_counts,
+    bias_corrected_interval,
+    figures_of_counts,
+    newcombe_interval,
+    resampled_counts,
+)
 from bigtrain.evaluation.metrics import (
     aupr_in,
     aupr_out,
     auroc,
-    average_precision_of_counts,
     closed_set_accuracy,
     detection_error,
     explained,
-    figures_of_counts,
     fpr_at_95_tpr_known,
     fpr_at_95_tpr_novel,
     oscr,

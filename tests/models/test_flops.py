@@ -7,8 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from bigtrain.methods.defend.network import ProjectionHead, Prototypes, masked_student
-from bigtrain.models.flops import linear_flops, peak_flops, trained_flops, vit_forward_flops
+from bigtrain.methods.defend.network import masked_student
+from bigtrain.models.flops import trained_flops, vit_forward_flops
 from bigtrain.models.vit import Architecture, ViT
 
 NINE = Architecture("vit_small_patch14_dinov2", 112, 14, 9)
@@ -147,67 +147,3 @@ def test_bad_patches():
         vit_forward_flops(vit, 32, 17)
     with pytest.raises(ValueError, match="patch size 8 does not divide"):
         trained_flops(vit, (32, 30))
-
-
-def test_head_flops():
-    """A head's FLOPs are those that PyTorch counts."""
-    head, prototypes = ProjectionHead(12, 20, 8), Prototypes(5, 8)
-    with FlopCounterMode(display=False) as counter:
-        prototypes(head(torch.randn(7, 12)))
-    assert linear_flops(head, 7) == 2 * 7 * (12 * 20 + 20 * 20 + 20 * 8)
-    assert linear_flops(head, 7) + linear_flops(prototypes, 7) == counter.get_total_flops()
-
-
-@pytest.mark.parametrize(
-    ("name", "fp32", "tf32", "bf16", "fp16"),
-    [
-        ("Tesla V100-SXM2-16GB", 15.7, None, None, 125),
-        ("Tesla V100-PCIE-32GB", 14, None, None, 112),
-        ("Tesla T4", 8.1, None, None, 65),
-        ("NVIDIA A10G", 35, 35, 70, 70),
-        ("NVIDIA A100-SXM4-80GB", 19.5, 156, 312, 312),
-        ("A100-SXM4-40GB", 19.5, 156, 312, 312),  # older drivers name no vendor
-        ("NVIDIA A100-PCIE-40GB", 19.5, 156, 312, 312),
-        ("NVIDIA A100 80GB PCIe", 19.5, 156, 312, 312),
-        ("NVIDIA L4", 30.3, 60, 121, 121),
-        ("NVIDIA L40S", 91.6, 183, 362, 362),
-        ("NVIDIA GeForce RTX 3090", 35.6, 35.6, 71, 71),
-        ("NVIDIA GeForce RTX 4090", 82.6, 82.6, 165.2, 165.2),
-        ("NVIDIA RTX A6000", 38.7, 77.4, 154.8, 154.8),
-        ("NVIDIA H100 80GB HBM3", 67, 494.5, 989.5, 989.5),
-        ("NVIDIA H100 PCIe", 51, 378, 756.5, 756.5),
-        ("NVIDIA H100 NVL", 60, 417.5, 835.5, 835.5),
-        ("NVIDIA H200", 67, 494.5, 989.5, 989.5),
-        ("NVIDIA H200 NVL", 60, 417.5, 835.5, 835.5),
-        ("NVIDIA GH200 480GB", 67, 494.5, 989.5, 989.5),
-        ("NVIDIA B200", 75, 1100, 2250, 2250),
-    ],
-)
-def test_peaks_datasheets(name, fp32, tf32, bf16, fp16):
-    """Peaks are those of the datasheets, for each device and precision."""
-    peaks = {"fp32": fp32, "tf32": tf32, "bf16": bf16, "fp16": fp16}
-    for precision, tflops in peaks.items():
-        assert peak_flops(name, precision) == (None if tflops is None else pytest.approx(tflops * 1e12))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        "cpu",
-        "NVIDIA A10",
-        "NVIDIA A1000",
-        "NVIDIA L40",
-        "NVIDIA GB200",
-        "NVIDIA A100-SXM-64GB",  # Leonardo's own, with more multiprocessors
-        "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
-        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
-        "NVIDIA GeForce RTX 3090 Ti",
-        "NVIDIA GeForce RTX 4090 D",
-        "NVIDIA GeForce RTX 4090 Laptop GPU",
-        "NVIDIA RTX 6000 Ada Generation",
-        "AMD Instinct MI300X",
-    ],
-)
-def test_an_unknown_device_has_no_peak(name):
-    assert [peak_flops(name, precision) for precision in ("fp32", "tf32", "bf16", "fp16")] == [None] * 4

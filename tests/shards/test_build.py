@@ -22,7 +22,7 @@ from bigtrain.data.schema import Box, Object, Sample
 from bigtrain.data.set_files import read_index, read_manifest
 from shards.check import check
 from shards.disk import alone_in
-from shards.location import Place
+from shards.location import Location
 from shards.order import keyed
 from shards.pack import Task, write_shard
 from shards.treatment import Treatment
@@ -199,7 +199,7 @@ def test_max_side(paint, tmp_path):
     Image.fromarray(halves).save(mask, "PNG")
     large = Sample("large", paint(0, (80, 40)), "jpg", [Object("a", Box(10, 20, 30, 80))], mask=mask.getvalue())
     small = Sample("small", paint(1, (20, 16)), "jpg", [Object("b")])
-    part = write_shard(Task(Place(str(tmp_path)), 0, [large, small], Treatment(max_side=20)))
+    part = write_shard(Task(Location(str(tmp_path)), 0, [large, small], Treatment(max_side=20)))
     assert [(row["width"], row["height"]) for row in part.rows] == [(20, 10), (20, 16)]
     with tarfile.open(tmp_path / "000000.tar") as tar:
         found = {member.name: tar.extractfile(member).read() for member in tar}
@@ -214,7 +214,7 @@ def test_max_side(paint, tmp_path):
 def test_mask_size_mismatch(paint, tmp_path):
     """A picture whose mask is of another size is skipped, not packed."""
     part = write_shard(
-        Task(Place(str(tmp_path)), 0, [Sample("a", paint(), "jpg", mask=paint(0, (9, 9), "PNG"))], Treatment())
+        Task(Location(str(tmp_path)), 0, [Sample("a", paint(), "jpg", mask=paint(0, (9, 9), "PNG"))], Treatment())
     )
     assert part.shard is None
     assert "its mask is 9 x 9" in part.skipped[0]["reason"]
@@ -232,7 +232,7 @@ def test_unsafe_names(paint, tmp_path):
     """Names that leave their folder or hold odd characters become harmless, distinct keys."""
     names = ["../../escape", "/absolute", "a/../b", "with.dots", "with dots", "图", "x" * 300, ".", "plain/key_1-2"]
     samples = list(keyed(lambda: (Sample(name, paint(), "jpg") for name in names)))
-    part = write_shard(Task(Place(str(tmp_path)), 0, samples, Treatment()))
+    part = write_shard(Task(Location(str(tmp_path)), 0, samples, Treatment()))
     keys = [row["key"] for row in part.rows]
     assert len(set(keys)) == len(names)
     assert keys[-1] == "plain/key_1-2"
@@ -240,7 +240,7 @@ def test_unsafe_names(paint, tmp_path):
     with tarfile.open(tmp_path / "000000.tar") as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")
     assert len(list((tmp_path / "unpacked").rglob("*.jpg"))) == len(names)
-    assert [row["key"] for row in write_shard(Task(Place(str(tmp_path)), 1, samples, Treatment())).rows] == keys
+    assert [row["key"] for row in write_shard(Task(Location(str(tmp_path)), 1, samples, Treatment())).rows] == keys
 
 
 def test_concurrent_build(animals, build_folder, tmp_path):

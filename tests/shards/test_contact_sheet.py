@@ -351,7 +351,7 @@ def test_view_and_remote(write_set, tmp_path):
         ("--page nowhere/page.html", "a folder that exists"),
         ("--page page.html --classes owl", "no class 'owl'"),
         ("--page page.html --classes emu", "no picture of emu"),
-        ("--page page.html --count 0", "no whole number"),
+        ("--page page.html --count 0", "not a whole number"),
     ],
 )
 def test_usage_errors(write_set, tmp_path, monkeypatch, capsys, line, sentence):

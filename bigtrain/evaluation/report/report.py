@@ -43,20 +43,6 @@ def write_report(
         comparisons: what the detector must beat, name -> (its scores of the same images, their summary).
         pictures: section title -> pictures, in the order in which they are shown; see `pictures.most_telling`.
     """
-    novel, score = checked(novel_N, score_N)
-    page = render(title, results, novel, score, comparisons, pictures)
-    write_text(path, page)
-
-
-def render(
-    title: str,
-    results: Mapping[str, Any],
-    novel_N: Bools,
-    score_N: Floats,
-    comparisons: Mapping[str, tuple[ArrayLike, Mapping[str, Any]]],
-    pictures: Mapping[str, Sequence[Shown]],
-) -> str:
-    """Return the page; the arguments are those of `write_report`."""
     if "metrics" not in results:
         raise ValueError(
             f"results has {sorted(results)}, but no 'metrics': put metrics.summary(novel_N, score_N) there"
@@ -64,45 +50,36 @@ def render(
     detector = str(results.get("detector", "detector"))
     if detector in comparisons:
         raise ValueError(f"a comparison is called {detector!r} like the detector: the table needs distinct names")
+    novel, score = checked(novel_N, score_N)
     summaries = {detector: results["metrics"]} | {name: found for name, (_, found) in comparisons.items()}
-    scores = {detector: score_N} | {name: checked(novel_N, its_N)[1] for name, (its_N, _) in comparisons.items()}
+    scores = {detector: score} | {name: checked(novel, its_N)[1] for name, (its_N, _) in comparisons.items()}
     threshold = results.get("threshold")
-    counts = histogram(novel_N, score_N)
     scale = shared_scale(picture for section in pictures.values() for picture in section)
-    return (
-        environment()
-        .get_template(TEMPLATE)
-        .render(
-            title=title,
-            protocol=protocol_line(results, novel_N),
-            rows=table_rows(summaries),
-            figures=SHOWN,
-            prevalence={name: results["metrics"][name].get("prevalence") for name in SHOWN},
-            bootstrap=results["metrics"].get("bootstrap"),
-            by_chance=summaries[detector]["auroc"]["low"] <= 0.5 <= summaries[detector]["auroc"]["high"],
-            better=[
-                name
-                for name in comparisons
-                if summaries[name]["auroc"]["value"] >= summaries[detector]["auroc"]["value"]
-            ],
-            roc=roc_chart({name: roc_points(novel_N, its_N) for name, its_N in scores.items()}),
-            legend=[(number % SERIES, name, summaries[name]["auroc"]["value"]) for number, name in enumerate(scores)],
-            histogram=histogram_chart(counts, threshold=threshold),
-            histogram_counts=counts,
-            **{
-                name: {end: percent(share) for end, share in results.get(name, {}).items()}
-                for name in ("explained", "explained_novel")
-            },
-            threshold=threshold,
-            threshold_rates=rates_at(threshold, novel_N, score_N),
-            sections={
-                name: [card(picture, scale, threshold) for picture in section] for name, section in pictures.items()
-            },
-            scale=scale,
-            heat=HEAT,
-            settings=flattened(results.get("settings", {})),
-        )
+    auroc = {name: found["auroc"]["value"] for name, found in summaries.items()}
+    template = environment().get_template(TEMPLATE)
+    page = template.render(
+        title=title,
+        protocol=protocol_line(results, novel),
+        rows=table_rows(summaries),
+        figures=SHOWN,
+        prevalence={name: results["metrics"][name].get("prevalence") for name in SHOWN},
+        bootstrap=results["metrics"].get("bootstrap"),
+        by_chance=summaries[detector]["auroc"]["low"] <= 0.5 <= summaries[detector]["auroc"]["high"],
+        better=[name for name in comparisons if auroc[name] >= auroc[detector]],
+        roc=roc_chart({name: roc_points(novel, its_N) for name, its_N in scores.items()}),
+        legend=[(number % SERIES, name, auroc[name]) for number, name in enumerate(scores)],
+        histogram=histogram_chart(histogram(novel, score), threshold=threshold),
+        histogram_counts=histogram(novel, score),
+        explained={end: percent(share) for end, share in results.get("explained", {}).items()},
+        explained_novel={end: percent(share) for end, share in results.get("explained_novel", {}).items()},
+        threshold=threshold,
+        threshold_rates=rates_at(threshold, novel, score),
+        sections={name: [card(picture, scale, threshold) for picture in section] for name, section in pictures.items()},
+        scale=scale,
+        heat=HEAT,
+        settings=flattened(results.get("settings", {})),
     )
+    write_text(path, page)
 
 
 def protocol_line(results: Mapping[str, Any], novel_N: Bools) -> list[tuple[str, str]]:

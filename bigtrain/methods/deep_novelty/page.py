@@ -67,9 +67,34 @@ def write_filters(
         images, and the mean of what they take from the best known class's score. As "graded", the number and the
         activation of the filters against at least a share of the known classes.
     """
-    known, reference = known_CD.detach().double().cpu().numpy(), reference_CD.detach().double().cpu().numpy()
+    known, reference = (weight.detach().double().cpu().numpy() for weight in (known_CD, reference_CD))
     found = {kind: collect(accelerator, stream, {"f": features}) for kind, stream in streams.items()}
     activation = {kind: values["f"] for kind, (_, values) in found.items()}
+    results = filter_figures(known, reference, activation)
+    if accelerator.is_main_process:
+        samples = [(streams[kind].shard_set, int(s), kind) for kind, (sample_N, _) in found.items() for s in sample_N]
+        everything_ND = np.concatenate(list(activation.values()))
+        is_negative_D = globally_negative(known, reference) & (np.abs(everything_ND).mean(axis=0) > 0)
+        sections = [summary_section(results, {kind: len(own) for kind, own in activation.items()})]
+        sections.append(graded_section(results["graded"], list(activation)))
+        sections += [
+            class_section(name, known, number, is_negative_D, reference, reference_classes, everything_ND, samples)
+            for number, name in enumerate(known_classes[:CLASSES])
+        ]
+        lead = [
+            "A filter is a feature at the end of the trunk; its weight says whether it speaks for a class (positive) "
+            "or against it. Globally negative filters speak against every known class and for some reference class: a "
+            "picture that excites them is novel (Perera & Patel 2019, 4.3).",
+            f"Shown are the first {min(CLASSES, len(known_classes))} of {len(known_classes)} known classes; the number "
+            "below a picture is the filter's activation.",
+        ]
+        write_page(path, "What the filters of this network answer to", lead, sections)
+    accelerator.wait_for_everyone()
+    return results
+
+
+def filter_figures(known: Floats, reference: Floats, activation: Mapping[str, Floats]) -> dict[str, Any]:
+    """The record of `write_filters`, from the heads' weights (C, D) and the filters' activations (N, D) by kind."""
     everything_ND = np.concatenate(list(activation.values()))
     scale_D = np.abs(everything_ND).mean(axis=0)
     is_negative_D = globally_negative(known, reference) & (scale_D > 0)
@@ -91,23 +116,6 @@ def write_filters(
         {"share": share, "filters": int(is_against_D.sum()), "activation": mean_activation(is_against_D)}
         for share, is_against_D in against.items()
     ]
-    if accelerator.is_main_process:
-        samples = [(streams[kind].shard_set, int(s), kind) for kind, (sample_N, _) in found.items() for s in sample_N]
-        sections = [summary_section(results, {kind: len(own) for kind, own in activation.items()})]
-        sections.append(graded_section(results["graded"], list(activation)))
-        sections += [
-            class_section(name, known, number, is_negative_D, reference, reference_classes, everything_ND, samples)
-            for number, name in enumerate(known_classes[:CLASSES])
-        ]
-        lead = [
-            "A filter is a feature at the end of the trunk; its weight says whether it speaks for a class (positive) "
-            "or against it. Globally negative filters speak against every known class and for some reference class: a "
-            "picture that excites them is novel (Perera & Patel 2019, 4.3).",
-            f"Shown are the first {min(CLASSES, len(known_classes))} of {len(known_classes)} known classes; the number "
-            "below a picture is the filter's activation.",
-        ]
-        write_page(path, "What the filters of this network answer to", lead, sections)
-    accelerator.wait_for_everyone()
     return results
 
 
