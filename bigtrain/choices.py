@@ -1,4 +1,4 @@
-"""The words that settings are chosen from. They need no torch, so that a command line is read without it."""
+"""The choices of settings. They need no torch, so that a command line is read without it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Overlap = Literal["share", "weighted", "cosine"]
 """Of a picture with a signature: detectors/signatures.py."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Chosen = Literal["fp32", "bf16", "fp16"]
-"""What "auto" came to."""
+"""What "auto" resolves to."""
 Schedule = Literal["constant", "cosine"]
 """Of the learning rate: runtime/optim.py."""
 

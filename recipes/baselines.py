@@ -48,7 +48,7 @@ class Config(RunMixin, JudgeMixin, NetworkMixin, DataMixin):
     local_neighbours: int = setting(600, 1)
     """k of local KNFST."""
     landmarks: int = setting(0, 0)
-    """Of KNFST: 0 is exact, up to 20 000 images; else Nystroem's kernel of so many of them."""
+    """Of KNFST: 0 is exact, up to 20 000 images; else Nystroem's kernel of this many of them."""
     share: float = setting(0.1, 1e-6, 1 - 1e-6)
     """Of K-extremes: share of the dimensions that make a signature."""
     save: tuple[str, ...] = ()

@@ -74,13 +74,13 @@ class Config(RunMixin, JudgeMixin, OptimMixin, NetworkMixin, DataMixin):
     momentum: float = setting(0.9, 0, 1)
     weight_decay: float = setting(5e-4, 0)
     mirror: bool = True
-    """Mirror half of the training pictures; not for letters."""
+    """Mirror half of the training images; not for letters."""
     batch_norm: BatchNorm = "frozen"
     """Of a network that has it: statistics and scale stay as they were trained, or are trained on."""
     dropout: float = setting(0.5, 0, 0.99)
     """At fc6 and fc7, which VGG and AlexNet have; other networks have no such layers."""
     filter_images: int = setting(2000, 0)
-    """At most so many known, novel and reference images each are looked at for filters.html (4.3); 0: no such page."""
+    """At most this many known, novel and reference images each are used for filters.html (4.3); 0: no such page."""
 
 
 class Data(NamedTuple):
@@ -174,7 +174,6 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
     from bigtrain.data.views import RandomCrop
     from bigtrain.methods.deep_novelty.equations import branch_losses
     from bigtrain.methods.deep_novelty.network import Branches
-    from bigtrain.models.network import load_network
     from bigtrain.training.optim import scaled_lr, set_schedule
     from bigtrain.training.stage import Stage
     from bigtrain.training.trunk import (
@@ -185,9 +184,8 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
         without_padding,
     )
 
-    device, network_file = setup.accelerator.device, setup.run / LEAVES["train"]
-    if network_file.is_file():
-        return load_network(network_file, device=device)
+    if trained_network := setup.left(LEAVES["train"]):
+        return trained_network
     sets = {"known": (data.split.train, data.split.fitted_N, config.batch, data.split.protocol.known)}
     if reference := data.reference:
         sets["reference"] = (reference, np.arange(len(reference)), config.reference_batch, reference.classes)
@@ -234,17 +232,15 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
                 ce_weight=config.ce_weight, membership_weight=0 if is_joint else config.membership_weight,
                 first_reference=len(classes["known"]) if is_joint else 0, **weights,
             )  # eq. 4  # fmt: skip
-            loss = torch.zeros((), device=device)
+            loss = torch.zeros((), device=setup.accelerator.device)
             for name, batch in part.items():
-                loss = loss + batch.mean(losses[name], setup.accelerator.num_processes)
+                loss = loss + setup.mean(batch, losses[name])
             step.backward(loss)
         step.update(lr=factor * lr)
 
     trained = with_batch_norm(stage.into(branches()))
     network = given.with_backbone(trained.trunk, heads=trained.linear_heads(), classes=classes)
-    if setup.accelerator.is_main_process:
-        network.save(network_file)
-    return network.to(device)
+    return setup.leave(LEAVES["train"], network)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

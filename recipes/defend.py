@@ -8,13 +8,11 @@ student that sees half of the patches; novelty (3.3) is their disagreement. The 
 where it is silent or may be read in two ways, the authors' code's.
 
 What the student predicts. The paper's student infers "the full context by only partially observing the input"; the
-authors' code takes the loss on the patches that the student sees, which is the default here (--predict visible). Such a
-student can copy what it sees: it explains novel pictures as well as known ones. --predict hidden takes the loss on the
-hidden patches, all on both; then each patch is scored by halves of the picture that hide it. What a student that
-ignores the picture would score stands beside every figure: a distillation means something above it alone.
-
-Which half it sees. The code shows the patches that the teacher attends to ("guided, code": --keep attended), the
-paper's Fig. 2 hides them ("guided, Fig. 2": --keep unattended).
+authors' code takes the loss on the visible patches, the default here (--predict visible). Such a student can copy what
+it sees: it explains novel pictures as well as known ones. With --predict hidden or all, each patch is scored by halves
+of the picture that hide it. A student that ignores the picture stands beside every figure: only above it has anything
+been learnt. Which half it sees. The code shows the patches that the teacher attends to (--keep attended), the paper's
+Fig. 2 hides them (--keep unattended). Aims at tables 1 to 5: slurm/sweeps/defend_table1_cifar10.toml and on.
 """
 
 from __future__ import annotations
@@ -26,17 +24,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from bigtrain.choices import (
-    HIGHEST_LR,
-    Backend,
-    Chosen,
-    Distance,
-    KeepOrAuto,
-    Normalisation,
-    Predict,
-    Schedule,
-    ScoreOver,
-)
+from bigtrain import choices
 from bigtrain.data.protocol import Split
 from bigtrain.methods.defend.checks import check_networks, check_settings, kept, student_architecture
 from bigtrain.runtime.launch import check_batch, check_launch, check_moving_average
@@ -47,10 +35,6 @@ from bigtrain.training.run import Recipe, Result, run_recipe
 from recipes.presets.fashion.prepare import build_embedded_shards, is_embedded, with_preset
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used
-    from torch import Tensor, nn
-
-    from bigtrain.data.stream import Batch
-    from bigtrain.methods.defend.network import TokenQueue
     from bigtrain.models.network import Network
     from bigtrain.training.run_setup import Setup
 
@@ -69,8 +53,7 @@ class Config(RunMixin, JudgeMixin, OptimMixin, DataMixin):
     """The student's architecture, a timm vit_* as wide as the teacher; empty: the teacher's."""
     image_size: int = setting(224, 1)
     crop_size: int = setting(96, 1)
-    attention: Backend = "auto"
-
+    attention: choices.Backend = "auto"
     tune: bool = True
     """Stage 1; without it (--no-tune) the teacher is distilled as it is."""
     distil: bool = True
@@ -87,9 +70,9 @@ class Config(RunMixin, JudgeMixin, OptimMixin, DataMixin):
     temperature: float = setting(0.1, 1e-4)
     epsilon: float = setting(0.05, 1e-4)
     sinkhorn_iterations: int = setting(3, 1)
-    tune_lr: float = setting(1e-5, 0, HIGHEST_LR)
+    tune_lr: float = setting(1e-5, 0, choices.HIGHEST_LR)
     """Of the tuned blocks."""
-    head_lr: float = setting(1e-4, 0, HIGHEST_LR)
+    head_lr: float = setting(1e-4, 0, choices.HIGHEST_LR)
     """Of projection head and prototypes."""
     tune_decay: tuple[float, float] = setting((0.04, 0.5), 0)
     layer_decay: float = setting(1.0, 1e-3, 1)
@@ -100,41 +83,36 @@ class Config(RunMixin, JudgeMixin, OptimMixin, DataMixin):
     """At the start; it rises to 1 along a cosine."""
     queue: int = setting(0, 0)
     """Projected tokens of earlier batches that join Sinkhorn; 8192 in the authors' code."""
-
     distil_epochs: int = setting(10, 1)
     distil_steps: int = setting(0, 0)
-    """Distil for so many steps instead of --distil-epochs, which are few on few pictures; 0: by epochs."""
+    """Distil for this many steps instead of --distil-epochs; 0: by epochs."""
     distil_batch: int = setting(64, 1)
     mask_ratio: float = setting(0.5, 0, 0.99)
-    keep: KeepOrAuto = "auto"
-    """Which patches the student sees: those that the teacher attends to (guided, as the authors' code), the others
-    (guided, as the paper's Fig. 2), or any. auto: attended, and random where hidden patches are to be predicted, which
-    are scored by random halves."""
-    predict: Predict = "visible"
+    keep: choices.KeepOrAuto = "auto"
+    """Which patches the student sees: those that the teacher attends to (the code), the others (Fig. 2), or any. auto:
+    attended, or random where hidden patches are predicted, which are scored by random halves."""
+    predict: choices.Predict = "visible"
     """Of which patches the student predicts the tokens: of those that it sees (the authors' code), of the hidden ones
-    ("inferring the full context by only partially observing the input", 3.2), or of all. Where hidden ones are among
-    them, they alone are scored."""
+    (3.2, to the letter), or of all. Where hidden ones are among them, they alone are scored."""
     decoder_blocks: int = setting(1, 1)
-    """With --predict hidden or all: so many of the student's last blocks complete the hidden patches."""
-    normalisation: Normalisation = "l2"
+    """With --predict hidden or all: how many of the student's last blocks complete the hidden patches."""
+    normalisation: choices.Normalisation = "l2"
     normalise_student: bool = True
     """--no-normalise-student: teacher only, for the pixel level (4.6)."""
-    distance: Distance = "squared"
+    distance: choices.Distance = "squared"
     distilled_blocks: Literal[1, 3, 5] = 1
-    distil_lr: float = setting(1e-5, 0, HIGHEST_LR)
-    schedule: Schedule = "constant"
+    distil_lr: float = setting(1e-5, 0, choices.HIGHEST_LR)
+    schedule: choices.Schedule = "constant"
     warmup_epochs: float = setting(0.0, 0)
     distil_decay: float = setting(0.05, 0)
     drop_path: float = setting(0.1, 0, 0.99)
     ema_student: float = setting(0.0, 0, 1)
     """Momentum of a moving average of the student's weights, which becomes the student; 0: none."""
-
     score_pairs: int = setting(8, 1)
-    """With --predict hidden or all: a patch's score is its mean over so many pairs of complementary halves, which are
-    random whatever --mask-ratio and --keep are; the cost of scoring grows with them."""
-    score_over: ScoreOver = "mean"
-    """A picture's score: the mean of its patches' (3.3), their --score-quantile, or the mean over the half of them
-    that the teacher attends to most. For pictures of many objects, which are known if any object is."""
+    """With --predict hidden or all: a patch's score is its mean over this many pairs of random complementary halves."""
+    score_over: choices.ScoreOver = "mean"
+    """A picture's score: the mean of its patches' (3.3) or, for pictures of many objects, their --score-quantile, or
+    the mean over the half of them that the teacher attends to most."""
     score_quantile: float = setting(0.25, 0.001, 0.999)
 
 
@@ -153,7 +131,7 @@ def read(config: Config) -> Split:
     return read_split(config, config.seed)
 
 
-def load(config: Config, split: Split, precision: Chosen) -> Network:
+def load(config: Config, split: Split, precision: choices.Chosen) -> Network:
     from bigtrain.models.network import load_network
     from bigtrain.models.vit import Architecture
     from bigtrain.runtime.precision import device_type
@@ -168,8 +146,8 @@ def load(config: Config, split: Split, precision: Chosen) -> Network:
 
 def defend(config: Config, setup: Setup, split: Split, given: Network) -> Result:
     """The whole of the paper: tune (3.1), distil (3.2), score by disagreement (3.3)."""
+    from bigtrain.methods.defend.compared import compared
     from bigtrain.methods.defend.detector import scoring_of
-    from bigtrain.methods.defend.judging import compared
     from bigtrain.models.attention import resolve_backend, torch_dtype
     from bigtrain.training.judging import judged
     from bigtrain.training.teacher_tokens import remove_tokens
@@ -182,9 +160,8 @@ def defend(config: Config, setup: Setup, split: Split, given: Network) -> Result
         return Result({"leaves": LEAVES["tune"]}, "the teacher is tuned", LEAVES["tune"])
     student = masked_distillation(config, setup, split, teacher)
     remove_tokens(setup)
-    detector, plain, floors = compared(
-        given, teacher, student, scoring_of(config, setup.precision), is_tuned=config.tune
-    )
+    scoring = scoring_of(config, setup.precision)
+    detector, plain, floors = compared(given, teacher, student, scoring, is_tuned=config.tune)
     method = "DEFEND" if config.tune else "masked distillation"
     return judged(config, setup, split, detector, method=method, plain=plain, floors=floors)
 
@@ -195,16 +172,15 @@ def dense_tuning(config: Config, setup: Setup, split: Split, given: Network) -> 
     from torch import nn
 
     from bigtrain.data.views import MultiCrop
+    from bigtrain.methods.defend.cluster_map import cluster_map
     from bigtrain.methods.defend.equations import multi_crop_loss
     from bigtrain.methods.defend.network import DenseTuner, TokenQueue, unit_rows
     from bigtrain.models.flops import trained_flops, vit_forward_flops
-    from bigtrain.models.network import load_network
     from bigtrain.training.optim import adamw, cosine, decay_groups, follow, scaled_lr, set_schedule
     from bigtrain.training.stage import Stage
 
-    accelerator, tuned_file = setup.accelerator, setup.run / LEAVES["tune"]
-    if tuned_file.is_file():
-        return load_network(tuned_file, attention=config.attention, device=accelerator.device)
+    if tuned := setup.left(LEAVES["tune"], attention=config.attention):
+        return tuned
     torch.manual_seed(config.seed)
     prototypes = config.prototypes or 2 * split.train.count_classes(split.fitted_N)
     tuner = DenseTuner(copy.deepcopy(given.vit), prototypes, config.tuned_blocks)
@@ -217,71 +193,40 @@ def dense_tuning(config: Config, setup: Setup, split: Split, given: Network) -> 
     lr, head_lr = (scaled_lr(lr, config.tune_batch, config.lr_batch) for lr in (config.tune_lr, config.head_lr))
     groups = decay_groups(tuner.vit.named_parameters(), base_lr=lr, layer_decay=config.layer_decay)
     groups += decay_groups([*tuner.head.named_parameters(), *tuner.prototypes.named_parameters()], base_lr=head_lr)
-    flops = vit_forward_flops(tuner.vit, config.image_size) + config.crops * trained_flops(tuner.vit, config.crop_size)
-    flops += config.global_crops * trained_flops(tuner.vit, config.image_size)
+    sizes = [config.crop_size] * config.crops + [config.image_size] * config.global_crops
+    flops = vit_forward_flops(tuner.vit, config.image_size) + sum(trained_flops(tuner.vit, size) for size in sizes)
     views = MultiCrop(config.image_size, config.crop_size, config.crops, config.crop_scale, config.global_crops)
     plan = split.train.plan(split.fitted_N, config.tune_batch, config.seed)
     stage = Stage(
         "tune", setup,
-        trained=tuner, optimizer=adamw(groups, accelerator.device, lr=head_lr), state=state, clip=config.clip,
+        trained=tuner, optimizer=adamw(groups, setup.accelerator.device, lr=head_lr), state=state, clip=config.clip,
         stream=setup.stream(split.train, plan, views), steps=config.tune_epochs * plan.batches_per_epoch,
         flops_per_image=flops,
     )  # fmt: skip
-    source = ema if config.ema_teacher else stage.module
+    source, patch = ema if config.ema_teacher else stage.module, given.vit.patch_size
 
     for step in stage:
         factor = cosine(stage.step, total=stage.steps, start=1.0, end=0.0)
         decay = cosine(stage.step, total=stage.steps, start=config.tune_decay[0], end=config.tune_decay[1])
         set_schedule(stage.optimizer, lr_factor=factor, weight_decay=decay)
-        q_BhwK = cluster_map(config, setup, source, queue, step.batch, given)
+        images = [given.normalise(b3HW) for b3HW in step.batch.views["image"].chunk(config.run.accumulate)]
+        q_BhwK = cluster_map(
+            source, queue, images, step.batch.weight_B, setup.accelerator, setup.autocast(), patch_size=patch,
+            epsilon=config.epsilon, iterations=config.sinkhorn_iterations,
+        )  # fmt: skip
         for part, q_bhwK in zip(step.parts(), q_BhwK.chunk(config.run.accumulate), strict=True):
             crops, boxes = views.crops_of(part.views)
             with setup.autocast():
                 _, cosines = stage.module(*(given.normalise(crop_BV3HW.flatten(0, 1)) for crop_BV3HW in crops))  # z' p
-            loss_B = multi_crop_loss(
-                cosines, q_bhwK, crops, boxes, patch_size=given.vit.patch_size, temperature=config.temperature
-            )
-            step.backward(part.mean(loss_B, accelerator.num_processes))
+            loss_B = multi_crop_loss(cosines, q_bhwK, crops, boxes, patch_size=patch, temperature=config.temperature)
+            step.backward(setup.mean(part, loss_B))
         if step.update(lr=factor * lr):
             stage.constrain("prototypes.weight_KD", unit_rows)
             if config.ema_teacher:
                 follow(ema, tuner, cosine(stage.step, total=stage.steps, start=config.ema_momentum, end=1.0))
                 ema.prototypes.weight_KD.copy_(unit_rows(ema.prototypes.weight_KD))
 
-    tuned = replace(given, trunk=stage.into(copy.deepcopy(given.vit), "vit."))
-    if accelerator.is_main_process:
-        tuned.save(tuned_file)
-    return tuned
-
-
-def cluster_map(
-    config: Config, setup: Setup, source: nn.Module, queue: TokenQueue, batch: Batch, given: Network
-) -> Tensor:
-    """The optimal cluster map Q (3.1) of each image over its patch grid, (B, h, w, K), balanced over the tokens of all
-    ranks."""
-    import torch
-
-    from bigtrain.objectives.sinkhorn import sinkhorn
-
-    accelerator = setup.accelerator
-    with torch.no_grad(), setup.autocast():
-        parts = (batch.part(number, config.run.accumulate) for number in range(config.run.accumulate))
-        seen = [source(given.normalise(part.views["image"])) for part in parts]
-        z_TD = torch.cat([z_BND.flatten(0, 1) for (z_BND,), _ in seen]).float()
-        scores = [cosines_BNK.flatten(0, 1).float() for _, (cosines_BNK,) in seen]
-        valid_T = (batch.weight_B > 0).repeat_interleave(len(z_TD) // len(batch.weight_B))
-        if older := config.queue and queue.full():
-            older_TD = queue.share(accelerator.process_index, accelerator.num_processes)
-            scores = [source(older_TD)[1][0].float(), *scores]
-    scores_NK = torch.cat(scores)
-    first = len(scores_NK) - len(z_TD) if older else 0
-    valid_N = torch.cat([valid_T.new_ones(first), valid_T])
-    q_TK = sinkhorn(scores_NK, config.epsilon, config.sinkhorn_iterations, valid_N=valid_N)[first:]
-    if config.queue:
-        z_TD, valid_T = accelerator.gather(z_TD), accelerator.gather(valid_T)
-        queue.push(z_TD[valid_T & z_TD.isfinite().all(dim=1)])  # one that is not would spoil each step to come
-    side = config.image_size // given.vit.patch_size
-    return q_TK.unflatten(0, (len(batch.weight_B), side, side))
+    return setup.leave(LEAVES["tune"], replace(given, trunk=stage.into(copy.deepcopy(given.vit), "vit.")))
 
 
 def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Network) -> Network:
@@ -294,14 +239,12 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
     from bigtrain.methods.defend.masks import visible_count, visible_patches
     from bigtrain.methods.defend.network import student_network
     from bigtrain.models.flops import trained_flops
-    from bigtrain.models.network import load_network
     from bigtrain.training.optim import adamw, decay_groups, follow, scaled_lr, schedule, set_schedule
     from bigtrain.training.stage import Stage
     from bigtrain.training.teacher_tokens import TeacherTokens
 
-    accelerator, student_file = setup.accelerator, setup.run / LEAVES["distil"]
-    if student_file.is_file():
-        return load_network(student_file, attention=config.attention, device=accelerator.device)
+    if trained := setup.left(LEAVES["distil"], attention=config.attention):
+        return trained
     torch.manual_seed(config.seed)
     decoder = 0 if config.predict == "visible" else config.decoder_blocks
     new_student = partial(student_network, teacher, student_architecture(config, teacher), config.attention, decoder)
@@ -321,9 +264,8 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
     groups = decay_groups(student.named_parameters(), base_lr=lr)
     stage = Stage(
         "distil", setup,
-        trained=student, state=state, clip=config.clip,
-        optimizer=adamw(groups, accelerator.device, lr=lr, betas=(0.9, 0.95)),
-        stream=setup.stream(split.train, plan, Resized(config.image_size)), steps=steps,
+        trained=student, optimizer=adamw(groups, setup.accelerator.device, lr=lr, betas=(0.9, 0.95)), state=state,
+        stream=setup.stream(split.train, plan, Resized(config.image_size)), steps=steps, clip=config.clip,
         flops_per_image=trained_flops(student, config.image_size, visible) + tokens.flops_per_image,
     )  # fmt: skip
     warmup = round(config.warmup_epochs * plan.batches_per_epoch)
@@ -342,15 +284,12 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
                 predicted.blocks_LBND, seen.blocks_LBND, visible_BN, predict=config.predict, distance=config.distance,
                 normalisation=config.normalisation, normalise_student=config.normalise_student,
             )  # fmt: skip
-            step.backward(part.mean(loss_B, accelerator.num_processes))
+            step.backward(setup.mean(part, loss_B))
         if step.update(lr=factor * lr) and config.ema_student:
             follow(ema, student, config.ema_student)
 
     made = new_student(config.drop_path)
-    network = replace(made, trunk=ema.eval() if config.ema_student else stage.into(made.vit))
-    if accelerator.is_main_process:
-        network.save(student_file)
-    return network
+    return setup.leave(LEAVES["distil"], replace(made, trunk=ema if config.ema_student else stage.into(made.vit)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

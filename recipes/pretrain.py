@@ -78,7 +78,7 @@ class Config(RunMixin, OptimMixin):
     label_smoothing: float = setting(0.1, 0, 0.99)
     crop_scale: tuple[float, float] = setting((0.25, 1.0), 0.001, 1)
     mirror: bool = True
-    """Mirror half of the training pictures; not for letters."""
+    """Mirror half of the training images; not for letters."""
     schedule: Schedule = "cosine"
     layer_decay: float = setting(1.0, 1e-3, 1)
     """Each block's learning rate is that of the block after it times this."""
@@ -216,7 +216,7 @@ def pretrain(config: Config, setup: Setup, images: Images, given: Network) -> Re
             loss_B = F.cross_entropy(
                 logits_BC.float(), class_B, reduction="none", label_smoothing=config.label_smoothing
             )
-            step.backward(part.mean(loss_B, setup.accelerator.num_processes))
+            step.backward(setup.mean(part, loss_B))
         if step.update(lr=factor * lr) and config.ema:
             follow(ema, model, config.ema)
 
@@ -226,8 +226,7 @@ def pretrain(config: Config, setup: Setup, images: Images, given: Network) -> Re
     network = replace(given, trunk=model.trunk)
     if config.pool == "token":
         network = replace(network, heads={"classes": model.head}, classes={"classes": classes})
-    if setup.accelerator.is_main_process:
-        network.save(setup.run / LEAVES["pretrain"], dtype)
+    setup.leave(LEAVES["pretrain"], network, dtype)
     stream = setup.in_order(held_out, held_out_N, Resized(size), config.batch)
     top1, top5, count = accuracy(setup, model, stream, label_of, given)
     record = {"top1": top1, "top5": top5, "held_out_images": count, "classes": len(classes), "seed": config.seed}

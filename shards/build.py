@@ -115,7 +115,7 @@ def finished(settings: Settings, out: Location) -> bool:
         was = ", ".join(f"{name} {begun.get(name)!r}, not {asked[name]!r}" for name in differing)
         raise ValueError(
             f"--out {out} was begun with other settings ({was}): give the same ones to continue, "
-            "or another --out, or delete the folder to begin anew."
+            "or another --out, or delete the folder to start over."
         )
     return MANIFEST_FILE in names
 
@@ -170,7 +170,7 @@ def pack_all(
             out.remove(name)
     if skipped:
         unread = counted(len(skipped), "picture")
-        print(f"{unread} could not be read; {out}/{SKIPPED_FILE} says which and why.", file=sys.stderr)
+        print(f"{unread} could not be read; {out}/{SKIPPED_FILE} lists them with the reasons.", file=sys.stderr)
     if twice:
         print(said_of_equals(twice, f"{out}/{DUPLICATES_FILE}"), file=sys.stderr)
     samples_written = sum(shard.samples for shard in shards)

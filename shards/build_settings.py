@@ -1,4 +1,4 @@
-"""What a build is asked for; kept beside its shards in build.json, so that it is continued with the same."""
+"""The settings of a build; kept in build.json beside its shards, so that it continues with the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is a shard set whole? Manifest, sizes, sha256, and each row of the index against the tar, in one read of each tar."""
+"""Is a shard set whole? Manifest, sizes, sha256, and each index row against its tar, reading each tar once."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Task:
 def check(url: str, quick: bool = False, workers: int = 1) -> Faults:
     """What is wrong with the set, a line each; `quick` looks at names, sizes and counts only.
 
-    A folder without manifest is no shard set: that is a ValueError.
+    A folder without manifest is not a shard set: that is a ValueError.
     """
     place = Location(url)
     try:
@@ -118,8 +118,8 @@ def check(url: str, quick: bool = False, workers: int = 1) -> Faults:
 
     progress = Progress(manifest.samples)
     try:
-        crew = 1 if quick or tars.of_one_process else min(workers, len(manifest.shards))
-        for shard, (faults, _) in zip(manifest.shards, in_order(content, tasks(), crew), strict=True):
+        processes = 1 if quick or tars.of_one_process else min(workers, len(manifest.shards))
+        for shard, (faults, _) in zip(manifest.shards, in_order(content, tasks(), processes), strict=True):
             wrong.join(faults)
             progress.add(shard.samples, shard.bytes, is_new=not quick)
     finally:

@@ -45,7 +45,7 @@ class Group:
 
 @dataclass
 class Card:
-    """What the page says of one picture."""
+    """What the page shows of one picture."""
 
     key: str
     source: str

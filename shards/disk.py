@@ -1,4 +1,4 @@
-"""A build's local disk: one writer in a folder, a full disk told in a sentence, early write-back."""
+"""A build's local disk: one writer in a folder, a full disk as one sentence, early write-back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def space_for(out: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
-        raise OSError(  # without a number, so that what is told here is not told again further out
+        raise OSError(  # without an errno, so that the caller does not rewrite the message
             f"no space is left for {out} ({error.strerror}): free some, or allow larger files, and run the same "
             "command again; a build continues with what is finished."
         ) from error

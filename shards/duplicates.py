@@ -1,4 +1,4 @@
-"""Pictures with the same bytes under several keys: candidates by a short digest, then told by all their bytes."""
+"""Pictures with the same bytes under several keys: candidates by a short digest, then compared in full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shard set that a command is given: its manifest and classes, or a sentence on what lies there instead."""
+"""An existing shard set: its manifest and classes, or a sentence on what lies there instead."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def manifest_of(url: str) -> Manifest:
 
 
 def what_is_there(place: Location) -> str:
-    """A sentence on a place that is no finished set; "" where read_manifest has said all."""
+    """A sentence on a place that is not a finished set; "" where read_manifest has said all."""
     there = listed(place)
     if there is None or MANIFEST_FILE in there:
         return ""
@@ -39,7 +39,7 @@ def what_is_there(place: Location) -> str:
         return f"{place} does not exist: check the name, or make it with `bigtrain-shards build`."
     if sets := sorted(found.parent.name for found in place.folder.glob(f"*/{MANIFEST_FILE}")):
         more = f" and {len(sets) - MAX_NAMED} more" if len(sets) > MAX_NAMED else ""
-        return f"{place} is no shard set, it holds the sets {', '.join(sets[:MAX_NAMED])}{more}: give one of these."
+        return f"{place} is not a shard set, it holds the sets {', '.join(sets[:MAX_NAMED])}{more}: give one of these."
     return ""
 
 

@@ -1,6 +1,6 @@
 """Index and manifest for WebDataset shards that others made; the tars stay as they are and where they are.
 
-A run that is killed has written nothing, and begins anew.
+A run that is killed has written nothing, and starts over.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def describe(
         try:
             lock.enter_context(target.alone())
             with target.written(INDEX_FILE) as file, IndexWriter(file) as index:
-                crew = min(workers, len(tasks)) if not place.of_one_process else 1
-                for one, _ in in_order(survey, tasks, crew):
+                processes = min(workers, len(tasks)) if not place.of_one_process else 1
+                for one, _ in in_order(survey, tasks, processes):
                     index.add(one.rows, len(found.shards))
                     found.add(one)
                     progress.add(len(one.rows), one.shard.bytes)
@@ -106,9 +106,9 @@ def locations(folder: Path | str, out: Path | str | None) -> tuple[Location, Loc
     elif target.folder is None:
         raise ValueError(f"--out {out} is a URL, and an index apart from its tars is a local folder: give one.")
     if place.folder is not None and not place.folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: give the folder of the .tar files.")
+        raise FileNotFoundError(f"{folder} is not a folder: give the folder of the .tar files.")
     if MANIFEST_FILE in target.sizes():
-        raise ValueError(f"{target} has a {MANIFEST_FILE} already: delete it first if it is to be made anew.")
+        raise ValueError(f"{target} has a {MANIFEST_FILE} already: delete it first if it is to be made again.")
     return place, target
 
 
@@ -156,7 +156,8 @@ def twice(rows: list[dict[str, Any]], tars: list[str]) -> list[str]:
 def summarise(target: Location, found: Total, samples: int) -> None:
     """What was left out, and warnings of samples without any class and of classes that may be captions."""
     if found.skipped:
-        print(f"{counted(len(found.skipped), 'picture')} cannot be read; {target}/{SKIPPED_FILE} says which and why.")
+        unread = counted(len(found.skipped), "picture")
+        print(f"{unread} cannot be read; {target}/{SKIPPED_FILE} lists them with the reasons.")
     if found.pickled:
         counts = ", ".join(f"{count} .{ext}" for ext, count in sorted(found.pickled.items()))
         print(f"Pickled members are never opened, for they could run anything: {counts} ignored.")
@@ -169,12 +170,12 @@ def summarise(target: Location, found: Total, samples: int) -> None:
     if found.of_texts:
         warn(
             f"{counted(found.of_texts, 'sample')} took a class from .txt, and there are "
-            f"{counted(len(found.classes), 'class')}: if the texts are captions, these are no classes to train on."
+            f"{counted(len(found.classes), 'class')}: if the texts are captions, these are not classes to train on."
         )
     elif samples > MANY_SAMPLES and len(found.classes) > samples / 2:
         warn(
             f"{len(found.classes)} classes of {samples} samples are nearly one for each: if they are captions, or "
-            "numbers of pictures, they are no classes to train on."
+            "numbers of pictures, they are not classes to train on."
         )
 
 
@@ -199,7 +200,7 @@ def check(place: Location, found: Total, max_skipped: float, allow_unlabelled: b
         first = "".join(f"; the first is {s['source']} ({s['reason']})" for s in found.skipped[:1])
         raise ValueError(
             f"{len(found.skipped)} of {samples + len(found.skipped)} pictures in {place} cannot be read, and "
-            f"at most {allowed} may be{first}. Nothing was written: make the shards anew, or raise --max-skipped."
+            f"at most {allowed} may be{first}. Nothing was written: make the shards again, or raise --max-skipped."
         )
 
 

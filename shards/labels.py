@@ -62,7 +62,7 @@ def as_text(name: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"has the class {name!a}, which is no text in UTF-8: rename it") from error
+        raise ValueError(f"has the class {name!a}, which is not UTF-8 text: rename it") from error
     return name
 
 

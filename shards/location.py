@@ -1,7 +1,7 @@
-"""Where a shard set lies: a folder, or a URL prefix of any fsspec file system, where files appear whole or not at all.
+"""Where a shard set lies: a folder, or a URL prefix of any fsspec file system; files appear whole or not at all.
 
 A folder gets a temporary file that is synced and renamed. An object store shows an object whole or not at all, so a
-file is written to a nameless temporary file here and then uploaded; what fails is tried again, then it is a clear stop.
+file is written to a nameless temporary file here and then uploaded; transient errors are retried.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ MAX_READ = 1 << 30  # bytes of one member that is read; a damaged header may ask
 
 
 class RefusedError(tarfile.TarError):
-    """A tar with a member that could lead out of its folder, or is no plain file."""
+    """A tar with a member that could lead out of its folder, or is not a plain file."""
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from bigtrain.data.schema import Sample
 from shards.index_file import hash64
 from shards.keys import safe_key
 
-Samples = Callable[[], Iterator[Sample]]  # begins anew at each call
+Samples = Callable[[], Iterator[Sample]]  # starts over at each call
 
 
 def keyed(samples: Samples) -> Iterator[Sample]:
     """Samples with safe keys, no key twice.
 
-    Of each key a hash is kept, in about 85 bytes; where two are equal, the samples are listed anew to tell the same key
-    from chance.
+    A hash of each key is kept, in about 85 bytes; where two are equal, the samples are listed again to tell equal keys
+    from a collision.
     """
     seen: set[int] = set()
     for sample in with_safe_keys(samples()):

@@ -99,7 +99,7 @@ def state(content: Path | bytes | Callable[[], bytes] | None) -> bytes:
             return b"%d %d" % (found.st_size, found.st_mtime_ns)
         except OSError:
             return b"-"
-    return pickle.dumps(content)  # what is made anew follows from the arguments
+    return pickle.dumps(content)  # what is made again follows from the arguments
 
 
 def shard_name(number: int) -> str:

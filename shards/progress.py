@@ -1,4 +1,4 @@
-"""How far a build is: a bar on a terminal, a line every ten seconds elsewhere."""
+"""Progress of a build: a bar on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Some samples of a set, whole: the picture that the index points to, and its json and mask, which lie near it."""
+"""Whole samples of a set: the picture that the index points to, and its json and mask, which lie near it."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def survey(task: Task) -> Survey:
         raise ValueError(f"{task.shards}/{task.file} is refused: {error}. Nothing was written.") from error
     except tarfile.TarError as error:
         raise ValueError(
-            f"{task.shards}/{task.file} is no whole tar ({error}): get it again. Nothing was written."
+            f"{task.shards}/{task.file} is not a whole tar ({error}): download it again. Nothing was written."
         ) from error
     found.shard = Shard(task.file, len(found.rows), file.bytes, file.sha256.hexdigest())
     return found

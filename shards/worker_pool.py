@@ -1,4 +1,4 @@
-"""Work on many shards: in this process, or a few at a time in others, and the answers always in order."""
+"""Work on many shards, in this process or in a pool, with results in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Done(Generic[Answer]):
-    """What needs no work any more, for an earlier run did it."""
+    """A result that an earlier run left."""
 
     answer: Answer
 
@@ -59,7 +59,7 @@ def first_of(waiting: deque[Done[Answer] | Future[Answer]]) -> tuple[Answer, boo
 
 
 def worker_start(environment: dict[str, str]) -> None:
-    """A worker leaves Ctrl-C to its parent, and ends when that was killed."""
+    """A worker ignores Ctrl-C, which its parent handles, and exits when its parent was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(environment)  # credentials, say, that are newer than the server
 

@@ -31,7 +31,7 @@ def ask_recipe(recipe: Path, flags: Sequence[str]) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(done.stdout)
         return settings
     except ValueError as error:
-        raise ValueError(f"{recipe} is no recipe: with --print-config it prints no settings.") from error
+        raise ValueError(f"{recipe} is not a recipe: with --print-config it prints no settings.") from error
 
 
 def check_settings(sweep: Sweep) -> None:

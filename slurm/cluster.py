@@ -31,7 +31,7 @@ class Cluster:
     timeout_min: int = 60
     """Of one attempt; what is not done then is saved, and continued by the next."""
     signal_delay_s: int = 120
-    """So long before its time limit a job is told to save and exit."""
+    """How long before its time limit a job is asked to save and exit."""
     max_attempts: int = 100
     """How often a job is started at most."""
     strategy: Strategy = "ddp"
@@ -68,7 +68,7 @@ class Cluster:
         if self.signal_delay_s >= 60 * self.timeout_min:
             raise ValueError(
                 f"{where}: signal_delay_s is {self.signal_delay_s}; it must be less than timeout_min, "
-                f"{60 * self.timeout_min} s, or a job is told to leave before it begins."
+                f"{60 * self.timeout_min} s, or a job is asked to stop before it begins."
             )
         return self
 
@@ -119,7 +119,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise ValueError(f"{path} cannot be read ({reason}): name {what}.") from error
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}.") from error

@@ -54,7 +54,7 @@ def check_slurm(cluster: Cluster) -> None:
     """Refuse, before anything is written, to submit where SLURM does not answer or has no such node.
 
     Raises:
-        ValueError: no SLURM answers, or no node has so many GPUs: some SLURMs take such a job, and it waits for ever.
+        ValueError: no SLURM answers, or no node has so many GPUs: some SLURMs take such a job, and it waits forever.
     """
     if missing := [tool for tool in ("sbatch", "srun", "squeue", "scontrol") if not shutil.which(tool)]:
         raise NoSlurmError(

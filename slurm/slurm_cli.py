@@ -65,13 +65,13 @@ def parser() -> argparse.ArgumentParser:
     add_cluster(many)
     many.set_defaults(command=submit_sweep)
 
-    for name, command, told in (
+    for name, command, text in (
         ("status", show_status, "the status of its runs"),
         ("logs", show_logs, "the logs of its processes"),
         ("cancel", cancel, "cancel its jobs"),
         ("retry", retry, "submit again what failed, was cancelled, stopped or lost"),
     ):
-        further = commands.add_parser(name, help=told)
+        further = commands.add_parser(name, help=text)
         further.add_argument("folder", type=Path, help="of a run or of a sweep")
         further.set_defaults(command=command)
         if name == "retry":
@@ -80,8 +80,8 @@ def parser() -> argparse.ArgumentParser:
             further.add_argument(
                 "--all", action="store_true", help="of all processes, not of rank 0 or the one that failed"
             )
-            further.add_argument("--lines", type=int, default=40, metavar="N", help="so many at the end (40)")
-            further.add_argument("--follow", "-f", action="store_true", help="go on until the run has ended")
+            further.add_argument("--lines", type=int, default=40, metavar="N", help="last lines to show (40)")
+            further.add_argument("--follow", "-f", action="store_true", help="follow until the run has ended")
     return made
 
 
@@ -189,9 +189,9 @@ def run_sweep_here(
 def show_plan(sweep: Sweep, cluster: Cluster, shown: int) -> None:
     wide = max(len(run.name) for run in sweep.runs)
     for run in sweep.runs[:shown]:
-        told = ", ".join(f"{name} {value}" for name, value in run.axes.items())
+        text = ", ".join(f"{name} {value}" for name, value in run.axes.items())
         waits = f"  after {', '.join(dict.fromkeys(run.needs.values()))}" if run.needs else ""
-        print(f"{run.name.ljust(wide)}  {'shared  ' if run.shared else ''}{told}{waits}")
+        print(f"{run.name.ljust(wide)}  {'shared  ' if run.shared else ''}{text}{waits}")
     if len(sweep.runs) > shown:
         print(f"… and {len(sweep.runs) - shown} more (--all)")
     print(f"{len(sweep.runs)} runs in {sweep.out}, at most {sweep.max_parallel} at once\n")

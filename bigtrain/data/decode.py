@@ -1,4 +1,4 @@
-"""A picture from its encoded bytes: upright, RGB, 8 bits, decoded once and no larger than its views need.
+"""A picture from its encoded bytes: upright 8-bit RGB, decoded once, at no higher resolution than its views need.
 
 JPEGs go to the fastest decoder there is (`jpeg_decoder`), every other format to Pillow (`bigtrain.images`); so does a
 JPEG that the fast decoder refuses: CMYK, say, or one whose damage Pillow forgives.
@@ -123,7 +123,7 @@ def _by_pillow(payload: bytes, reduce: int) -> Pixels:
     return np.array(image.convert("RGB"))
 
 
-JPEG_DECODERS: dict[str, Callable[[bytes, int], Pixels]] = {  # the fastest first: tests/benchmarks/decoding.py
+JPEG_DECODERS: dict[str, Callable[[bytes, int], Pixels]] = {  # fastest first: tests/benchmarks/decoding.py
     "simplejpeg": _by_simplejpeg,
     "torchvision": _by_torchvision,
     "pillow": _by_pillow,

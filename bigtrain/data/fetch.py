@@ -1,4 +1,4 @@
-"""Bytes from files near and far: time limits, retries, and a clear stop.
+"""Bytes of local and remote files: time limits, retries, clear errors.
 
 A shard set lies on a disk or behind any fsspec URL, and both fail: a disk loses a file, a server is busy, slow, silent,
 or closes the connection in mid-answer. Transient errors are retried, permanent ones are raised at once.
@@ -48,7 +48,7 @@ class LocalFiles:
             try:
                 answers.append(os.pread(self._descriptor(path), end - start, start))
             except OSError as error:
-                self._close(path)  # a network disk may ask for the file to be opened anew
+                self._close(path)  # a network disk may ask for the file to be reopened
                 answers.append(error)
         return answers
 

@@ -1,4 +1,4 @@
-"""What a process that streams pictures does with memory it has freed."""
+"""What a process that streams pictures does with freed memory."""
 
 from __future__ import annotations
 

@@ -5,10 +5,10 @@ slices of it. So a run resumes in the middle of an epoch from two integers, at a
 batch.
 
 A set of a few shards is shuffled whole. In a larger one that would make each picture a read of its own, far from the
-last. There the unit is the run, some consecutive samples of one shard: runs are shuffled over the whole set and dealt
-to G lanes, and batch b is sample b of every lane. So a batch holds G runs' samples, mixed as widely as the set is, and
-whoever serves a lane reads each run at once. Lanes belong to places in the global batch, not to ranks. Successive
-batches share runs, which does no harm where neighbours in a shard are unlike; `ShardSet.plan` looks at that.
+last. There the unit is the span, some consecutive samples of one shard: spans are shuffled over the whole set and dealt
+to G lanes, and batch b is sample b of every lane. So a batch holds G spans' samples, mixed as widely as the set is, and
+whoever serves a lane reads each span at once. Lanes belong to places in the global batch, not to ranks. Successive
+batches share spans, which does no harm where neighbours in a shard are unlike; `ShardSet.plan` looks at that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 PADDING = -1
 SHUFFLED_WHOLE = 16  # shards at most
-MAX_RUN = 32  # samples
+MAX_SPAN = 32  # samples
 
 
 @dataclass(frozen=True, order=True)
@@ -44,9 +44,9 @@ class Plan:
         global_batch: G, samples a step over all processes.
         seed: of the shuffling and of every sample's own random numbers.
         shuffle: False gives index order, for evaluation.
-        run_length: samples of a run, at most.
-        drop_last: leave the short last batch of each epoch out, other samples in each: padding is no picture, and would
-            enter a batch norm's statistics.
+        span_length: samples of a span, at most.
+        drop_last: leave out the short last batch of each epoch (other samples each time): its padding would enter a
+            batch norm's statistics.
     """
 
     sample_N: NDArray[np.int64]
@@ -54,7 +54,7 @@ class Plan:
     global_batch: int
     seed: int = 0
     shuffle: bool = True
-    run_length: int = MAX_RUN
+    span_length: int = MAX_SPAN
     drop_last: bool = False
     _orders: dict[int, NDArray[np.int32]] = field(init=False, repr=False, default_factory=dict)
 
@@ -75,8 +75,8 @@ class Plan:
         return full + bool(rest and not self.drop_last)
 
     @cached_property
-    def in_runs(self) -> bool:
-        """Whether samples are shuffled by runs."""
+    def in_spans(self) -> bool:
+        """Whether samples are shuffled by spans."""
         return self.shuffle and bool(np.count_nonzero(np.diff(self.shard_N)) >= SHUFFLED_WHOLE)
 
     def order(self, epoch: int) -> NDArray[np.int64]:
@@ -90,19 +90,19 @@ class Plan:
         batch_G[: len(part)] = self.sample_N[part]
         return batch_G
 
-    def rest_of_runs(self, position: Position, lanes: slice, since: int) -> NDArray[np.int64]:
-        """The samples that will follow in these lanes, as far as one read serves them: those of the runs that start at
-        this position, and of the runs under way in some of the lanes when reading began.
+    def rest_of_spans(self, position: Position, lanes: slice, since: int) -> NDArray[np.int64]:
+        """The samples that will follow in these lanes, as far as one read serves them: those of the spans that start at
+        this position, and of the spans under way in some of the lanes when reading began.
 
         Args:
-            since: batches read of this epoch since reading began; all runs under way at once would delay the first
+            since: batches read of this epoch since reading began; all spans under way at once would delay the first
                 batch, so each lane has its turn.
         """
-        if not self.in_runs:
+        if not self.in_spans:
             return np.empty(0, np.int64)
-        batches = range(position.batch, min(position.batch + self.run_length, self.batches_per_epoch))
+        batches = range(position.batch, min(position.batch + self.span_length, self.batches_per_epoch))
         columns = [self._of_lanes(Position(position.epoch, b))[lanes] for b in batches]
-        going = np.arange(len(columns[0])) % self.run_length == since
+        going = np.arange(len(columns[0])) % self.span_length == since
         if since:
             before = self._of_lanes(Position(position.epoch, position.batch - 1))[lanes][: len(going)]
             going |= ~self._follows(before, columns[0])
@@ -161,20 +161,20 @@ def shuffled_places(plan: Plan, epoch: int) -> NDArray[np.int32]:
     rng = np.random.Generator(np.random.Philox(key=[plan.seed, epoch]))
     place_N = np.arange(len(plan.sample_N), dtype=np.int32)
     start_S = np.flatnonzero(np.diff(plan.shard_N, prepend=-1))
-    if not plan.in_runs:
+    if not plan.in_spans:
         of_shard = np.split(place_N, start_S[1:])
         return rng.permutation(np.concatenate([of_shard[s] for s in rng.permutation(len(start_S))]))
     size_S = np.diff(start_S, append=len(place_N))
-    phase_S = rng.integers(plan.run_length, size=len(start_S))  # each epoch cuts the runs elsewhere
-    in_run_N = place_N - np.repeat((start_S - phase_S).astype(np.int32), size_S)
-    in_run_N %= plan.run_length
-    begins_N = in_run_N == 0
+    phase_S = rng.integers(plan.span_length, size=len(start_S))  # each epoch cuts the spans elsewhere
+    in_span_N = place_N - np.repeat((start_S - phase_S).astype(np.int32), size_S)
+    in_span_N %= plan.span_length
+    begins_N = in_span_N == 0
     begins_N[start_S] = True
     start_R = np.flatnonzero(begins_N)
     size_R = np.diff(start_R, append=len(place_N))
     shuffled_R = rng.permutation(len(start_R))
     start_R, size_R = start_R[shuffled_R], size_R[shuffled_R]
-    # one run after the other: each place is its own number, moved by what its run was moved
+    # one span after the other: each place is its own number, moved by what its span was moved
     tape_N = place_N + np.repeat((start_R - np.concatenate([[0], np.cumsum(size_R)[:-1]])).astype(np.int32), size_R)
     return dealt(tape_N, plan.global_batch)
 

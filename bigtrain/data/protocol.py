@@ -1,4 +1,4 @@
-"""What is known and what is novel: a split of the class names, applied to the index before any picture is read.
+"""Known and novel: a split of the class names, applied to the index before any picture is read.
 
 An image is known if any object in it is of a known class (DEFEND 4.4); an image without a known object is novel.
 """
@@ -53,7 +53,7 @@ class Protocol:
                 raise ValueError(
                     f"--order folder was asked for, and the manifest keeps no order of folders for {len(lacking)} of "
                     f"the {len(classes)} classes ({', '.join(lacking[:5])}): build the set of Caltech-256, CUB-200 or "
-                    "Stanford Dogs anew, or take --order name."
+                    "Stanford Dogs again, or take --order name."
                 )
             ordered = [name for name in folder_order if name in set(classes)]
         if which == "random-half":

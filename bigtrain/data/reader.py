@@ -1,4 +1,4 @@
-"""Pictures by their places in the shards: neighbours in one large read, and nothing of what lies between others."""
+"""Pictures by their byte ranges in the shards: near ones in one large read, far ones apart."""
 
 from __future__ import annotations
 

@@ -140,6 +140,6 @@ class Manifest:
             ).checked(where)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{where} is no manifest of a shard set ({type(error).__name__}: {error}): "
+                f"{where} is not a manifest of a shard set ({type(error).__name__}: {error}): "
                 "build the shards again, or make a manifest with `bigtrain-shards index`."
             ) from error

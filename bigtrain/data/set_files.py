@@ -56,7 +56,7 @@ def read_manifest(url: str, retry: RetryPolicy = DEFAULT) -> Manifest:
         text = fetch_file(files_of(fs, retry), f"{path}/{MANIFEST_FILE}", retry).decode(errors="replace")
     except FileNotFoundError as error:
         raise ValueError(
-            f"{url} holds no {MANIFEST_FILE}, so it is no finished shard set: build one from a folder of class folders "
+            f"{url} holds no {MANIFEST_FILE}, so it is not a finished shard set: build one from class folders "
             f"with `bigtrain-shards build folder --root PICTURES --out {url}`, run an interrupted build again, or "
             f"describe shards made elsewhere with `bigtrain-shards index {url}`."
         ) from error

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from bigtrain.data.plan import MAX_RUN, Plan
+from bigtrain.data.plan import MAX_SPAN, Plan
 from bigtrain.data.reader import Reader
 from bigtrain.data.set_files import read_index, read_manifest, shards_url
 from bigtrain.retry import DEFAULT, RetryPolicy
 
 log = logging.getLogger(__name__)
-RUN_BYTES = 1 << 20  # of pictures, read at once: enough for a disk or a server to be worth the request
+SPAN_BYTES = 1 << 20  # of pictures, read at once: enough for a disk or a server to be worth the request
 COLUMNS = ("key", "shard", "image_offset", "image_size", "classes")
 Places = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]  # shard, offset and size of each sample
 
@@ -102,15 +102,15 @@ class ShardSet:
         return len(places(self) & places(other)) if common else 0
 
     def plan(self, sample_N: NDArray[np.int64], global_batch: int, seed: int = 0, shuffle: bool = True) -> Plan:
-        """The plan of an epoch over some of the samples, ascending, with runs as long as this set bears.
+        """The plan of an epoch over some of the samples, ascending, with spans as long as this set bears.
 
-        A run is about RUN_BYTES. Where neighbours show the same class more often than by chance, so would successive
-        batches, and each run is one sample.
+        A span is about SPAN_BYTES. Where neighbours show the same class more often than by chance, so would successive
+        batches, and each span is one sample.
         """
         shard_N, size_N = self.shard_N[sample_N], self._size_N[sample_N]
-        run_length = int(np.clip(RUN_BYTES // max(size_N.mean(), 1), 1, MAX_RUN)) if len(sample_N) else MAX_RUN
-        plan = Plan(sample_N, shard_N, global_batch, seed, shuffle, run_length)
-        if run_length == 1 or not plan.in_runs or not self._is_sorted(sample_N):
+        span_length = int(np.clip(SPAN_BYTES // max(size_N.mean(), 1), 1, MAX_SPAN)) if len(sample_N) else MAX_SPAN
+        plan = Plan(sample_N, shard_N, global_batch, seed, shuffle, span_length)
+        if span_length == 1 or not plan.in_spans or not self._is_sorted(sample_N):
             return plan
         log.warning(
             "%s: its shards are sorted by class, so pictures are read one by one; a set built with --shuffle-seed is "
@@ -118,7 +118,7 @@ class ShardSet:
             self.url,
             extra={"of_all_ranks": True},
         )
-        return replace(plan, run_length=1)
+        return replace(plan, span_length=1)
 
     def _is_sorted(self, sample_N: NDArray[np.int64]) -> bool:
         """Whether neighbours in a shard show the same (first) class far more often than any two samples."""

@@ -1,8 +1,8 @@
 """The stream: from a plan to batches, the same at any world size and with any number of workers.
 
-This process plans: it cuts its share of each step into pieces, one a worker, and tells each worker which bytes to read
+This process plans: it cuts its slice of each step into pieces, one a worker, and tells each worker which bytes to read
 (so workers need no index). A worker reads and decodes; the pieces are joined here, in a `webdataset.DataPipeline`
-behind a `WebLoader`. A worker has the same places of every batch, so in large sets it reads whole runs (see plan.py).
+behind a `WebLoader`. A worker has the same places of every batch, so in large sets it reads whole spans (see plan.py).
 Never pass a stream to `accelerator.prepare`: it would be read by one rank for all, or sharded a second time.
 """
 
@@ -87,8 +87,8 @@ class Stream:
         rank, world_size: this process among all; the world size must divide the plan's global batch.
         workers: processes that read and decode; 0 does it in this one. Each has some of the places of every batch, so
             there are never more than this rank has places.
-        mark: told what this rank is at, twice a batch.
-        behind_batch: called when a batch is done with.
+        mark: called with what this rank is doing, twice a batch.
+        behind_batch: called after each batch.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Stream:
         self.budget.agree(batch.position.epoch, bad[0])
 
     def keys(self, batch: Batch) -> list[str]:
-        """The keys of this rank's share of a batch."""
+        """The keys of this rank's slice of a batch."""
         return [self.shard_set.key(sample) for sample in batch.sample_B.tolist() if sample != PADDING]
 
     def _pieces(self, start: Position, epochs: int | None) -> Iterator[_Piece]:
@@ -181,7 +181,7 @@ class Stream:
             for lanes in self._lanes:
                 sample_B = sample_G[lanes]
                 since = position.batch - (start.batch if position.epoch == start.epoch else 0)
-                rest = self.plan.rest_of_runs(position, lanes, since)
+                rest = self.plan.rest_of_spans(position, lanes, since)
                 read_N = np.concatenate([sample_B[sample_B != PADDING], rest])
                 seed_B = sample_seeds(self.plan.seed, position.epoch, sample_B)
                 yield _Piece(position, sample_B, seed_B, read_N, self.shard_set.places(read_N))
@@ -197,12 +197,11 @@ class Stream:
             is_other = isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)
             if self.workers == 0 or is_other or "Original Traceback" in str(error):
                 raise
+            why = "was it killed, or out of memory? Use fewer --workers"
             if "shared memory" in str(error):
                 why = "there is too little shared memory: make /dev/shm larger (docker run --shm-size)"
-            else:
-                why = "was it killed, or out of memory? Use fewer --workers"
-                if not has_begun:
-                    why += '. Or did it never start? A script streams inside of `if __name__ == "__main__":`'
+            elif not has_begun:
+                why += '. Or did it never start? A script streams inside of `if __name__ == "__main__":`'
             raise OSError(f"a process that reads {self.shard_set.url} has ended; {why}.") from error
 
     def _joined(self, done: Iterable[_Done]) -> Iterator[Batch]:
@@ -243,7 +242,7 @@ class _Done:
     views: dict[str, Tensor]
     bad: dict[int, str]
     read_bytes: int
-    failure: OSError | None = None  # a shard that cannot be read: said here, without the worker's traceback
+    failure: OSError | None = None  # a shard that cannot be read, passed on without the worker's traceback
 
 
 class _Work(torch.utils.data.Dataset[_Done]):
@@ -254,12 +253,9 @@ class _Work(torch.utils.data.Dataset[_Done]):
         self._ahead: dict[int, bytes] = {}  # read and not yet needed
 
     def __getitem__(self, piece: _Piece) -> _Done:
-        before = self.reader.bytes_read
-        blank = self.transform.blank()
+        before, blank = self.reader.bytes_read, self.transform.blank()
         weight_B = np.zeros(len(piece.sample_B), np.float32)
-        made: list[Views] = []
-        bad: dict[int, str] = {}
-        failure = None
+        made, bad, failure = list[Views](), dict[int, str](), None
         try:
             self._read(piece)
         except OSError as error:

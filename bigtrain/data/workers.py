@@ -1,4 +1,4 @@
-"""The processes that read and decode for a run: how they start, what they bear, when they end."""
+"""The processes that read and decode for a run: how they start, which signals they ignore, when they end."""
 
 from __future__ import annotations
 

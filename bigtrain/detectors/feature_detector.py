@@ -1,4 +1,4 @@
-"""What every detector on features keeps to: scikit-learn's manners, and novelty that is higher for the more novel."""
+"""The contract of detectors on features: scikit-learn's conventions, novelty scores higher for the more novel."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class FeatureDetector:
             ValueError: not fitted, NaN or infinite features, or of another length than those fitted.
         """
         if not hasattr(self, "width_"):
-            raise ValueError(f"{self.name} scores nothing before it was fitted: call fit(features, classes) first.")
+            raise ValueError(f"{self.name} is not fitted: call fit(features, classes) first.")
         features_ND = checked(features_ND)
         if features_ND.shape[1] != self.width_:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What every saved detector has in common: pictures in, scores out, a threshold, a folder."""
+"""The base of every saved detector: pictures in, scores out, a threshold, a folder."""
 
 from __future__ import annotations
 

@@ -121,8 +121,8 @@ def judge(
     if accelerator.is_main_process:
         detector.save(folder / "detector")
         write_scores(folder / "scores.parquet", [scored, known_scored] if held_out else [scored])
-        told = {**results, "metrics": figures, "detector": method, "threshold": threshold, "settings": settings}
-        report_on(folder / "report.html", detector, scored, told, comparisons)
+        for_report = {**results, "metrics": figures, "detector": method, "threshold": threshold, "settings": settings}
+        report_on(folder / "report.html", detector, scored, for_report, comparisons)
     accelerator.wait_for_everyone()
     return results
 
@@ -176,7 +176,7 @@ def constant_scorer(accelerator: Accelerator, bank: Stream, detector: ImageDetec
 
 
 def further_figures(test: Scored, answer_NA: NDArray[np.float64], classes: Sequence[str]) -> dict[str, Estimate]:
-    """Figures that not every run has: of the classes that were told, and without images that show none."""
+    """Figures that not every run has: of predicted classes, and without images that show none."""
     found: dict[str, Estimate] = {}
     shown_N = [test.shard_set.classes_of(sample) for sample in test.sample_N]
     if answer_NA.shape[1] > 1:

@@ -1,4 +1,4 @@
-"""How well scores tell novel from known: pure functions over `novel_N` (bool) and `score_N` (raw, higher = more novel).
+"""How well scores separate novel from known: functions of `novel_N` (bool) and `score_N` (raw, higher = more novel).
 
 Two conventions meet in the literature, so each name says which one it is. "Out" and "tpr_novel" take novel as the
 positive class, "in" and "tpr_known" take known as the positive class, with -score as its score. An image is flagged
@@ -46,7 +46,7 @@ FIGURES = {  # the one list: report, tables and recipes take names, headings and
         "FPR, 95\u00a0% of known accepted", False, "share of novel accepted at that threshold"
     ),
     "detection_error": Figure("Detection error", False, "smallest mean of both error rates, over all thresholds"),
-    "closed_set_accuracy": Figure("Closed-set accuracy", True, "share of known pictures told rightly", False),
+    "closed_set_accuracy": Figure("Closed-set accuracy", True, "share of known pictures classified correctly", False),
     "oscr": Figure("OSCR", True, "area under the open-set classification rate curve", False),
     "explained": Figure("Explained", True, "by what share the error is below that of a constant answer", False),
     "explained_novel": Figure("Explained, novel", False, "the same on novel pictures", False),
@@ -137,7 +137,7 @@ def structural_components(novel_N: Bools, score_N: Floats) -> tuple[Floats, Floa
 
 
 def closed_set_accuracy(is_right_N: ArrayLike) -> Estimate:
-    """Share of known images whose class is told rightly (Perera & Patel 5.6), with Wilson's 95 % interval."""
+    """Share of known images that are classified correctly (Perera & Patel 5.6), with Wilson's 95 % interval."""
     right = np.asarray(is_right_N, bool)
     interval = binomtest(int(right.sum()), len(right)).proportion_ci(CONFIDENCE, method="wilson")
     return Estimate(float(right.mean()), float(interval.low), float(interval.high))
@@ -146,11 +146,11 @@ def closed_set_accuracy(is_right_N: ArrayLike) -> Estimate:
 def oscr(novel_N: ArrayLike, score_N: ArrayLike, is_right_N: ArrayLike) -> Estimate:
     """Area under the open-set classification rate curve (Dhamija, Guenther & Boult 2018), with DeLong's interval.
 
-    Over all thresholds, the share of known images that are accepted and told rightly against the share of novel ones
-    that are accepted. As a share of pairs: a known image told rightly that scores below a novel one, a tie half.
+    Over all thresholds, the share of known images that are accepted and classified correctly against the share of novel
+    ones that are accepted. As a share of pairs: a correct known image that scores below a novel one, a tie half.
 
     Args:
-        is_right_N: whether each image's class is told rightly; of novel images it does not matter.
+        is_right_N: whether each image is classified correctly; ignored for novel images.
     """
     novel, score = checked(novel_N, score_N)
     right = np.asarray(is_right_N, bool) & ~novel

@@ -1,4 +1,4 @@
-"""Finished runs to a table: for each setting the mean over seeds with its 95 % interval, and what is missing."""
+"""A table of finished runs: for each setting the mean over seeds with its 95 % interval, and what is missing."""
 
 from __future__ import annotations
 
@@ -50,11 +50,13 @@ def read_results(folder: Path, *, plain: bool = False) -> list[Result]:
     found = [figures(run) for run in runs]
     is_judged = [one is None or "auroc" in one or "detectors" in one for one in found]  # a network's training is not
     settings = [json.loads((run / "config.json").read_text())["settings"] for run in runs]
-    told = [one for one, judged in zip(settings, is_judged, strict=True) if judged]
-    names = [n for n in dict.fromkeys(n for one in told for n in one) if len({str(s[n]) for s in told if n in s}) > 1]
+    compared = [one for one, judged in zip(settings, is_judged, strict=True) if judged]
+    names = [
+        n for n in dict.fromkeys(n for one in compared for n in one) if len({str(s[n]) for s in compared if n in s}) > 1
+    ]
     axes = [{name: as_axis(one.get(name, "")) for name in names} for one in settings]
     results = [Result(run.name, axis, one) for run, axis, one in zip(runs, axes, found, strict=True)]
-    return several(results, are_alike=len({frozenset(one) for one in told}) == 1, plain=plain)
+    return several(results, are_alike=len({frozenset(one) for one in compared}) == 1, plain=plain)
 
 
 def several(results: list[Result], *, are_alike: bool = True, plain: bool = False) -> list[Result]:

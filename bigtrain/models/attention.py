@@ -1,12 +1,12 @@
 """Attention over packed tokens: many sequences of different lengths in one, none of which sees another.
 
-Packed tokens are a tensor `x_THd` and its `runs`: ((count, length), ...), so many sequences of such a length one
-behind the other; T is the sum of count x length. A multi-crop pass is ((B, 197), (4 B, 37)), a masked student ((B,
+Packed tokens are a tensor `x_THd` and its `sequences`: ((count, length), ...), that many sequences of that length one
+after another; T is the sum of count x length. A multi-crop pass is ((B, 197), (4 B, 37)), a masked student ((B,
 99),).
 
 Backends, equal in result:
     xformers  `memory_efficient_attention` with a `BlockDiagonalMask`; CUDA in half precision only, the default there
-    sdpa      PyTorch's own, one batched call for each run; the default elsewhere
+    sdpa      PyTorch's own, one batched call for each kind of sequence; the default elsewhere
     dense     the definition, with a T x T mask; the oracle of the tests
 """
 
@@ -26,26 +26,28 @@ from torch import Tensor
 
 from bigtrain.choices import Backend, Chosen
 
-Runs = tuple[tuple[int, int], ...]
+Sequences = tuple[tuple[int, int], ...]
 
 
 log = logging.getLogger(__name__)
 
 
-def attention(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, runs: Runs, *, backend: Backend = "auto") -> Tensor:
+def attention(
+    q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, sequences: Sequences, *, backend: Backend = "auto"
+) -> Tensor:
     """softmax(q k^T / sqrt(d)) v within each sequence of packed tokens (Vaswani et al. 2017, eq. 1).
 
     Args:
         q_THd, k_THd, v_THd: T packed tokens, H heads of width d.
-        runs: ((count, length), ...) with a sum of T.
+        sequences: ((count, length), ...) with a sum of T.
 
     Returns:
         out_THd, in the dtype of v.
     """
-    if sum(count * length for count, length in runs) != q_THd.shape[0]:
-        raise ValueError(f"runs {runs} do not add up to the {q_THd.shape[0]} packed tokens.")
+    if sum(count * length for count, length in sequences) != q_THd.shape[0]:
+        raise ValueError(f"sequences {sequences} do not add up to the {q_THd.shape[0]} packed tokens.")
     backend = resolve_backend(backend, q_THd.device, q_THd.dtype)
-    return {"xformers": _xformers, "sdpa": _sdpa, "dense": _dense}[backend](q_THd, k_THd, v_THd, runs)
+    return {"xformers": _xformers, "sdpa": _sdpa, "dense": _dense}[backend](q_THd, k_THd, v_THd, sequences)
 
 
 def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Literal["xformers", "sdpa", "dense"]:
@@ -66,28 +68,30 @@ def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype) 
     return backend
 
 
-def _sdpa(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, runs: Runs) -> Tensor:
+def _sdpa(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, sequences: Sequences) -> Tensor:
     parts = []
-    split = [count * length for count, length in runs]
-    for (count, length), q, k, v in zip(runs, q_THd.split(split), k_THd.split(split), v_THd.split(split), strict=True):
+    split = [count * length for count, length in sequences]
+    for (count, length), q, k, v in zip(
+        sequences, q_THd.split(split), k_THd.split(split), v_THd.split(split), strict=True
+    ):
         q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
         parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)
 
 
-def _dense(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, runs: Runs) -> Tensor:
-    sequence_T = torch.arange(sum(count for count, _ in runs), device=q_THd.device)
-    sequence_T = sequence_T.repeat_interleave(torch.tensor(lengths(runs), device=q_THd.device))
+def _dense(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, sequences: Sequences) -> Tensor:
+    sequence_T = torch.arange(sum(count for count, _ in sequences), device=q_THd.device)
+    sequence_T = sequence_T.repeat_interleave(torch.tensor(lengths(sequences), device=q_THd.device))
     with torch.autocast(q_THd.device.type, enabled=False):  # an oracle in float32, whatever surrounds it
         score_HTT = torch.einsum("thd,shd->hts", q_THd.float(), k_THd.float()) * q_THd.shape[-1] ** -0.5
         score_HTT = score_HTT.masked_fill(sequence_T[:, None] != sequence_T[None, :], float("-inf"))
         return torch.einsum("hts,shd->thd", score_HTT.softmax(dim=-1), v_THd.float()).to(v_THd.dtype)
 
 
-def _xformers(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, runs: Runs) -> Tensor:
+def _xformers(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, sequences: Sequences) -> Tensor:
     from xformers.ops import MemoryEfficientAttentionCutlassOp, memory_efficient_attention
 
-    mask = _block_diagonal_mask(runs, q_THd.device)
+    mask = _block_diagonal_mask(sequences, q_THd.device)
     # its first choice, FlashAttention, has a backward pass that adds up in no fixed order
     fixed_order = torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled() and q_THd.requires_grad
     op = MemoryEfficientAttentionCutlassOp if fixed_order else None
@@ -95,10 +99,10 @@ def _xformers(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, runs: Runs) -> Tensor
 
 
 @lru_cache(maxsize=16)  # building one copies the lengths to the device, and a training has a few shapes only
-def _block_diagonal_mask(runs: Runs, device: torch.device) -> object:
+def _block_diagonal_mask(sequences: Sequences, device: torch.device) -> object:
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-    return BlockDiagonalMask.from_seqlens(lengths(runs), device=device)
+    return BlockDiagonalMask.from_seqlens(lengths(sequences), device=device)
 
 
 @lru_cache(maxsize=1)
@@ -124,6 +128,6 @@ def torch_dtype(precision: Chosen) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def lengths(runs: Sequence[tuple[int, int]]) -> list[int]:
+def lengths(sequences: Sequence[tuple[int, int]]) -> list[int]:
     """The length of each sequence: ((2, 3), (1, 5)) -> [3, 3, 5]."""
-    return [length for count, length in runs for _ in range(count)]
+    return [length for count, length in sequences for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Weights that others have released, from the cache or the hub; where the hub cannot be reached, that is told soon."""
+"""Released weights from the hub or its cache; an unreachable hub is an error within seconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def released_weights(name: str, **options: Any) -> dict[str, Tensor]:
         options: of `timm.create_model`.
 
     Raises:
-        Exception: they cannot be had; the hub's client, the network and timm each have errors of their own.
+        Exception: they cannot be downloaded; the hub's client, the network and timm each have errors of their own.
     """
     if name == ALEXNET:
         return torchvision.models.alexnet(weights="DEFAULT").state_dict()

@@ -1,4 +1,4 @@
-"""The networks that timm has, by name, read from its source files: a wrong name is told without importing torch."""
+"""The networks that timm has, by name, read from its source files: a wrong name is refused without importing torch."""
 
 from __future__ import annotations
 

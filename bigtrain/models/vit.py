@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bigtrain.choices import Backend
-from bigtrain.models.attention import Runs, attention
+from bigtrain.models.attention import Sequences, attention
 from bigtrain.models.timm_names import check_vit_name
 
-NO_PLAIN_VIT = "{} is no plain vision transformer: take a timm model vit_*, such as vit_base_patch16_224."
+NO_PLAIN_VIT = "{} is not a plain vision transformer: take a timm model vit_*, such as vit_base_patch16_224."
 
 
 def is_vit_name(name: str) -> bool:
@@ -65,7 +65,7 @@ class Architecture:
         """The network without a classifier, with random weights.
 
         Raises:
-            ValueError: timm has no such model, or it is no plain ViT.
+            ValueError: timm has no such model, or it is not a plain ViT.
         """
         check_vit_name(self.model)
         given: dict[str, Any] = {"img_size": self.image_size, "patch_size": self.patch_size, "depth": self.depth}
@@ -138,7 +138,7 @@ class ViT(nn.Module):
         if visible_BN is not None:
             (tokens_BTD,) = tokens
             tokens = [self._keep(tokens_BTD, visible_BN)]
-        runs: Runs = tuple((x.shape[0], x.shape[1]) for x in tokens)
+        sequences: Sequences = tuple((x.shape[0], x.shape[1]) for x in tokens)
         x_TD = torch.cat([x.flatten(0, 1) for x in tokens])
 
         blocks: list[Any] = list(self.backbone.blocks)
@@ -147,23 +147,23 @@ class ViT(nn.Module):
         completed_from = self._check_last(last, is_masked=visible_BN is not None)
         for depth, block in enumerate(blocks):
             if visible_BN is not None and depth == completed_from:
-                x_BTD = self._complete(x_TD.unflatten(0, runs[0]), visible_BN, views[0])
-                runs, x_TD = ((x_BTD.shape[0], x_BTD.shape[1]),), x_BTD.flatten(0, 1)
+                x_BTD = self._complete(x_TD.unflatten(0, sequences[0]), visible_BN, views[0])
+                sequences, x_TD = ((x_BTD.shape[0], x_BTD.shape[1]),), x_BTD.flatten(0, 1)
             if with_attention and depth == len(blocks) - 1:
-                class_attention = self._class_attention(block, x_TD, runs)
+                class_attention = self._class_attention(block, x_TD, sequences)
             if self.recompute and torch.is_grad_enabled():  # a block without gradient keeps and repeats nothing
-                x_TD = checkpoint(self._block, block, x_TD, runs, use_reentrant=False)
+                x_TD = checkpoint(self._block, block, x_TD, sequences, use_reentrant=False)
             else:
-                x_TD = self._block(block, x_TD, runs)
+                x_TD = self._block(block, x_TD, sequences)
             if depth >= len(blocks) - last:
                 kept.append(x_TD)
         kept[-1] = self.backbone.fc_norm(self.backbone.norm(kept[-1]))
 
         prefix = self.backbone.num_prefix_tokens
         encoded = []
-        split = [count * length for count, length in runs]
+        split = [count * length for count, length in sequences]
         for view, (shape, parts) in enumerate(
-            zip(runs, zip(*(x.split(split) for x in kept), strict=True), strict=True)
+            zip(sequences, zip(*(x.split(split) for x in kept), strict=True), strict=True)
         ):
             blocks_LBTD = torch.stack(parts).unflatten(1, shape)
             encoded.append(
@@ -209,41 +209,41 @@ class ViT(nn.Module):
         patches_BND = masked_BND.masked_scatter(visible_BN[:, :, None], x_BTD[:, prefix:])
         return torch.cat([x_BTD[:, :prefix], patches_BND], dim=1)
 
-    def _block(self, block: Any, x_TD: Tensor, runs: Runs) -> Tensor:
+    def _block(self, block: Any, x_TD: Tensor, sequences: Sequences) -> Tensor:
         q_THd, k_THd, v_THd = self._qkv(block, x_TD)
-        mixed_TD = attention(q_THd, k_THd, v_THd, runs, backend=self.attention_backend).flatten(1)
+        mixed_TD = attention(q_THd, k_THd, v_THd, sequences, backend=self.attention_backend).flatten(1)
         mixed_TD = block.attn.proj_drop(block.attn.proj(block.attn.norm(mixed_TD)))
-        x_TD = x_TD + _drop_path(block.ls1(mixed_TD), block.drop_path1, runs)
-        return x_TD + _drop_path(block.ls2(block.mlp(block.norm2(x_TD))), block.drop_path2, runs)
+        x_TD = x_TD + _drop_path(block.ls1(mixed_TD), block.drop_path1, sequences)
+        return x_TD + _drop_path(block.ls2(block.mlp(block.norm2(x_TD))), block.drop_path2, sequences)
 
     def _qkv(self, block: Any, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attn = block.attn
         q_THd, k_THd, v_THd = attn.qkv(block.norm1(x_TD)).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
         return attn.q_norm(q_THd), attn.k_norm(k_THd), v_THd
 
-    def _class_attention(self, block: Any, x_TD: Tensor, runs: Runs) -> list[Tensor]:
-        """softmax over all tokens of q_CLS k^T / sqrt(d), mean over heads, at the patches; one tensor for each run."""
+    def _class_attention(self, block: Any, x_TD: Tensor, sequences: Sequences) -> list[Tensor]:
+        """softmax over all tokens of q_CLS k^T / sqrt(d), mean over heads, at the patches; one tensor a view."""
         if not self.backbone.has_class_token:
             raise ValueError("this network has no [CLS] token, whose attention to its patches was asked for.")
         prefix, result = self.backbone.num_prefix_tokens, []
         with torch.no_grad():
             q_THd, k_THd, _ = self._qkv(block, x_TD)
-        split = [count * length for count, length in runs]
+        split = [count * length for count, length in sequences]
         with torch.no_grad(), torch.autocast(x_TD.device.type, enabled=False):  # which would take einsum to half again
-            for shape, q, k in zip(runs, q_THd.split(split), k_THd.split(split), strict=True):
+            for shape, q, k in zip(sequences, q_THd.split(split), k_THd.split(split), strict=True):
                 q_BHd, k_BTHd = q.unflatten(0, shape)[:, 0].float(), k.unflatten(0, shape).float()
                 score_BHT = torch.einsum("bhd,bthd->bht", q_BHd, k_BTHd) * q_BHd.shape[-1] ** -0.5
                 result.append(score_BHT.softmax(dim=-1).mean(dim=1)[:, prefix:])
         return result
 
 
-def _drop_path(x_TD: Tensor, drop: nn.Module, runs: Runs) -> Tensor:
+def _drop_path(x_TD: Tensor, drop: nn.Module, sequences: Sequences) -> Tensor:
     """Stochastic depth by sequence, not by token: timm's own would draw for each packed token."""
     probability = getattr(drop, "drop_prob", 0.0)
     if not drop.training or not probability:
         return x_TD
-    keep_S = torch.rand(sum(count for count, _ in runs), device=x_TD.device) >= probability
-    parts = zip(keep_S.split([count for count, _ in runs]), runs, strict=True)
+    keep_S = torch.rand(sum(count for count, _ in sequences), device=x_TD.device) >= probability
+    parts = zip(keep_S.split([count for count, _ in sequences]), sequences, strict=True)
     keep_T = torch.cat([keep.repeat_interleave(length) for keep, (_, length) in parts])
     return x_TD * (keep_T[:, None].to(x_TD.dtype) / (1 - probability))
 

@@ -191,7 +191,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def damage(checkpoint: Path) -> str:
-    """Why a checkpoint is not whole; empty if it is."""
+    """Why a checkpoint is damaged; empty if it is whole."""
     try:
         for name, expected in json.loads((checkpoint / STATE_FILE).read_text())["checksums"].items():
             if checksum(checkpoint / name) != expected:

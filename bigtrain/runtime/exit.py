@@ -1,5 +1,5 @@
-"""How a process of a run ends: one sentence and exit code 2 for a user's mistake, the other ranks told, the process
-group left."""
+"""How a process of a run ends: one sentence and exit code 2 for a user's mistake, the other ranks informed, the
+process group destroyed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bigtrain.runtime.heartbeat import Heartbeat
 from bigtrain.runtime.launch import stop_with_launcher
 from bigtrain.text import clean
 
-at_end = ExitStack()  # what `user_errors` lets go of, such as the run folder's lock
+at_end = ExitStack()  # what `user_errors` releases, such as the run folder's lock
 
 
 @contextmanager
@@ -38,17 +38,17 @@ def user_errors(program: str) -> Iterator[None]:
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         if os.environ.get("BIGTRAIN_TRACEBACK"):
             traceback.print_exc()
-        # before a process group forms, all ranks of a machine find the same mistake: one of them says so
+        # before a process group forms, all ranks of a machine find the same mistake: one reports it
         if has_group() or os.environ.get("LOCAL_RANK", "0") == "0":
             rank = os.environ.get("RANK", "0")
             where = f" (rank {rank} on {socket.gethostname()})" if rank != "0" else ""
             print(f"{program}: error{where}: {clean(str(error))}", file=sys.stderr, flush=True)
-        heartbeat.failed(error)  # second: another rank may end of it, and the launcher then ends this one
+        heartbeat.failed(error)  # after the message: other ranks may exit, and the launcher then kills this one
         raise SystemExit(USER_ERROR) from None
     except BaseException as error:
         if why := heartbeat.failed(error):
             print(f"{program}: error: {why}", file=sys.stderr, flush=True)
-            os._exit(LOST)  # the group of the processes cannot be left in good order any more
+            os._exit(LOST)  # the process group can no longer be shut down cleanly
         raise
     finally:
         at_end.close()
@@ -63,10 +63,10 @@ def close_heartbeat() -> None:
 
 
 def leave_group() -> None:
-    """End the process group, where there is one, once no network is left that was trained in it.
+    """Destroy the process group, if there is one, once no network trained in it is left.
 
     A DistributedDataParallel that outlives its group is the last to hold it, and destroys it with Python's lock in
-    hand: should a thread of gloo still be letting go of a tensor, which takes that lock, both wait for ever (seen under
+    hand: should a thread of gloo still be letting go of a tensor, which takes that lock, both wait forever (seen under
     load). Destroyed here it does not hold the lock. Left to the exit, gloo's threads abort now and then.
     """
     if has_group():
@@ -75,6 +75,6 @@ def leave_group() -> None:
 
 
 def has_group() -> bool:
-    """Whether this process has met others; one that has not imported torch has not."""
+    """Whether this process is in a process group; one that has not imported torch is not."""
     dist = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_initialized()

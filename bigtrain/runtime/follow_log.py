@@ -23,7 +23,7 @@ SHOWN = {  # figures in readable units; the rest as "loss 0.1234"
 
 
 class Follower:
-    """Reads what has been added to a log since the last look; begins anew where the file was replaced."""
+    """Reads what has been added to a log since the last look; starts over where the file was replaced."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,7 +77,7 @@ class Follower:
 
 @dataclass
 class LoggedStage:
-    """What the log has said of one stage."""
+    """What the log holds of one stage."""
 
     name: str
     step: int = 0

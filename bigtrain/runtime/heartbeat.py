@@ -1,9 +1,9 @@
-"""A rank that dies or hangs: the others find out, name it, and end, instead of waiting in a collective for ever.
+"""A rank that dies or hangs: the others notice, name it and exit, instead of waiting in a collective forever.
 
-Each rank's thread writes every second to a store on rank 0 that it lives and how often its main thread has moved on.
-Rank 0 judges: a rank is *silent* when its thread writes no more (killed, frozen, cut off), and *hangs* when nobody has
-moved on for long and it is the furthest behind, so that the others wait for it. All ranks then end with exit code LOST.
-The others judge rank 0: its store no longer answers. Which rank hangs inside of one collective cannot be told.
+A thread of each rank reports once a second, to a store on rank 0, that the rank is alive and how much progress its main
+thread has made. Rank 0 decides: a rank is *silent* when its reports stop (killed, frozen, cut off), and *hangs* when no
+rank makes progress for long and it is the furthest behind, so that the others wait for it. All ranks then exit with
+code LOST. The others watch whether rank 0's store answers. Which rank hangs inside of one collective cannot be known.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ OF_COLLECTIVES = re.compile(r"connection|peer|gloo|nccl|timed out|timeout|proces
 
 
 class Heartbeat:
-    """Watches over the ranks of a run; made and closed by all of them. One process alone needs none.
+    """Watches the ranks of a run; created and closed by all of them. A single process needs none.
 
     Args:
-        hang_s: after so long without any rank moving on, the one that is furthest behind is said to hang.
-        silent_s: longer than the main thread may hold Python's lock (loading, compiling).
+        hang_s: after so long without progress of any rank, the one furthest behind counts as hanging.
+        silent_s: must exceed how long the main thread may hold the GIL (loading, compiling).
     """
 
     current: Heartbeat | None = None
@@ -71,17 +71,17 @@ class Heartbeat:
             self._watch.start()
 
     def mark(self, doing: str) -> None:
-        """Say that the main thread has moved on, and to what; as often on each rank."""
+        """Report progress of the main thread, and what it did; as often on each rank."""
         self.doing = doing
         self.moves += 1
 
     def close(self) -> None:
-        """End the watch, on all ranks, in good order."""
+        """Stop watching, on all ranks."""
         if self._stop():
             self.accelerator.wait_for_everyone()  # rank 0's store outlives the others' threads
 
     def gone(self, reason: str) -> None:
-        """Tell the others that this rank ends with an error; they may not have met it themselves."""
+        """Tell the others that this rank exits with an error; they may not have the error themselves."""
         if self._stop():
             try:
                 self.store.set(VERDICT, json.dumps([[self.rank], f"{self._named(self._own())} has failed: {reason}"]))
@@ -122,7 +122,7 @@ class Heartbeat:
         self.store.set(str(self.rank), json.dumps(self._own()))
 
     def _read(self) -> list[dict[str, Any]]:
-        """What each rank said last, and when that was new, by this rank's clock."""
+        """The last report of each rank, and when it last changed, by this rank's clock."""
         now, before = time.monotonic(), self._seen
         said = [json.loads(text) for text in self.store.multi_get([str(rank) for rank in range(self.ranks)])]
         for rank, one in enumerate(said):
@@ -135,7 +135,7 @@ class Heartbeat:
         last = time.monotonic()
         while not self._ends.wait(self.beat_s):
             if time.monotonic() - last > min(5 * self.beat_s, self.silent_s / 2) and self.rank == 0:
-                self._seen = []  # this rank was frozen itself, perhaps all were: ages begin anew
+                self._seen = []  # this rank was frozen itself, perhaps all were: ages start over
             last = self._answered = time.monotonic()
             try:
                 self._beat()
@@ -154,7 +154,7 @@ class Heartbeat:
             return self._end(accused, sentence)
 
     def _watch_first(self) -> None:
-        """End where rank 0 is frozen or cut off: a call of the store then waits for ever, whatever its timeout says."""
+        """Exit where rank 0 is frozen or cut off: calls of the store then wait forever, whatever their timeout."""
         last = time.monotonic()
         while self._thread.is_alive():
             self._thread.join(self.beat_s)
@@ -166,25 +166,25 @@ class Heartbeat:
                 self._end([0], f"{self._named(self._first)} does not answer")
 
     def _judge(self) -> tuple[list[int], str] | None:
-        """Who is to be blamed, if anybody, and for what."""
+        """The ranks at fault, if any, and why."""
         now = time.monotonic()
         bound_s = 5 * self.beat_s if self._explains else self.silent_s
         silent = [one for one in self._seen if now - one["beats_at"] > bound_s]
         if silent:
-            return [one["rank"] for one in silent], f"{', '.join(map(self._named, silent))} does not live any more"
+            return [one["rank"] for one in silent], f"{', '.join(map(self._named, silent))} is no longer alive"
         idle_s = now - max(one["moves_at"] for one in self._seen)
         if idle_s > self.hang_s:
             behind = min(one["moves"] for one in self._seen)
             hanging = [one for one in self._seen if one["moves"] == behind]
             names = "; ".join(f"{self._named(one)}, which last {one['doing']}" for one in hanging)
-            return [one["rank"] for one in hanging], f"nothing has moved for {idle_s:.0f} s, waiting for {names}"
+            return [one["rank"] for one in hanging], f"no progress for {idle_s:.0f} s, waiting for {names}"
         return None
 
     def _named(self, one: dict[str, Any]) -> str:
         return f"rank {one['rank']} (process {one['pid']} on {one['host']})"
 
     def _end(self, accused: list[int], sentence: str) -> None:
-        self.verdict = f"{sentence}. All processes end; the same command continues from the newest checkpoint."
+        self.verdict = f"{sentence}. All processes exit; the same command continues from the newest checkpoint."
         self._judged.set()
         if self._explains:
             return  # the main thread is awake, and says it
@@ -196,7 +196,7 @@ class Heartbeat:
         self._linger()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(LOST)  # the main thread may hang in a collective for ever
+        os._exit(LOST)  # the main thread may hang in a collective forever
 
 
 def failed(error: BaseException) -> str | None:

@@ -35,17 +35,17 @@ def arguments_of_accelerate() -> list[str] | None:
 
 
 def processes_asked_for() -> int:
-    """How many processes accelerate was told to start; 1 where it was not told."""
+    """How many processes accelerate was told to start; 1 where it was not flags."""
     if (arguments := arguments_of_accelerate()) is None:
         return 1
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
-    told, _ = launch_command_parser().parse_known_args(arguments)
-    has_default = Path(default_config_file).is_file() and not told.cpu
-    if told.num_processes is None and (told.config_file or has_default):
-        told.num_processes = load_config_from_file(told.config_file).num_processes
-    return told.num_processes or 1
+    flags, _ = launch_command_parser().parse_known_args(arguments)
+    has_default = Path(default_config_file).is_file() and not flags.cpu
+    if flags.num_processes is None and (flags.config_file or has_default):
+        flags.num_processes = load_config_from_file(flags.config_file).num_processes
+    return flags.num_processes or 1
 
 
 def asks_for_deepspeed() -> bool:

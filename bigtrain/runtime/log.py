@@ -1,4 +1,4 @@
-"""What a run says: a bar on a terminal, plain lines elsewhere, log.jsonl and TensorBoard always."""
+"""The log of a run: a progress bar on a terminal, plain lines elsewhere, log.jsonl and TensorBoard always."""
 
 from __future__ import annotations
 
@@ -116,18 +116,18 @@ class StageLog:
             self.last_line = now
 
     def event(self, event: str, text: str = "", **further: Any) -> None:
-        """Write a row of log.jsonl that tells what happened: `event` is one of EVENTS."""
+        """Write an event to log.jsonl: one of EVENTS."""
         assert event in EVENTS
         if self.writes:
             self._write({"event": event, "text": text, **further})
 
     def saved(self, seconds: float, step: int) -> None:
-        """Note a checkpoint, and what it took."""
+        """Log a checkpoint and the seconds it took."""
         self.saving_s += seconds
         self.event("saved", f"checkpoint of step {step} in {seconds:.2f} s", checkpoint_s=round(seconds, 3))
 
     def skipped(self, why: str, keys: Sequence[str]) -> None:
-        """Note a step that did not change the weights, and the samples that were in it."""
+        """Log a skipped step and its samples."""
         self.skipped_steps += 1
         self.event("step skipped", why, keys=list(keys))
         if self.writes:
@@ -174,7 +174,7 @@ def memory_gib() -> float:
 
 
 def continued(path: Path, stage: str, done: int) -> Path:
-    """Leave out of a log the rows of steps that are taken again, those behind the checkpoint of a killed start."""
+    """Drop from a log the rows of steps after the checkpoint of a killed start: they are taken again."""
     rows = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [row for row in rows if not is_row_after(row, stage, done)]
     if len(kept) < len(rows):
@@ -210,7 +210,7 @@ class CleanFormatter(logging.Formatter):
 def show_warnings(rank: int) -> None:
     """Let the library's warnings (a skipped picture, a fallback) reach the terminal as plain lines.
 
-    What all ranks would say alike (`extra={"of_all_ranks": True}`) is said by the first.
+    What all ranks would log alike (`extra={"of_all_ranks": True}`) is logged by the first.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for handler in logging.getLogger().handlers:

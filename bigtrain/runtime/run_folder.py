@@ -1,4 +1,4 @@
-"""The run folder: the only truth that a restart needs."""
+"""The run folder: all that a restart needs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class RunFolder:
             raise ValueError(f"{given} holds a run with other settings: {pairs}. {what_to_do} to continue it.")
 
     def take_over(self, leaves: Mapping[str, str]) -> None:
-        """Copy the state of the run or checkpoint of --resume-from, once, into a new run. Called on one rank.
+        """Copy the state of --resume-from, a run or a checkpoint, into a new run, once. Called on one rank.
 
         Args:
             leaves: the stages of this recipe in their order, and the file that each leaves.
@@ -99,10 +99,10 @@ class RunFolder:
                     shutil.copytree(folder, copy_of_checkpoint, dirs_exist_ok=True)
 
     def lock(self, wait_s: float = 60.0) -> None:
-        """Keep other starts out of this folder until this process ends; one that is just ending is waited for.
+        """Lock this folder until this process ends; waits for an earlier start that is just ending.
 
         Raises:
-            ValueError: another start is at work in it.
+            ValueError: another start is using it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = at_end.enter_context((self / LOCK_FILE).open("w"))
@@ -116,7 +116,7 @@ class RunFolder:
                     return  # a file system without locks
             if time.monotonic() > until:
                 raise ValueError(
-                    f"--out {self.path}: another start of this run is at work in it. Wait until it has ended, or stop "
+                    f"--out {self.path}: another start of this run is using it. Wait until it has ended, or stop "
                     f"it with `touch {self / 'stop'}`."
                 )
             if not said:
@@ -125,12 +125,12 @@ class RunFolder:
             time.sleep(0.2)
 
     def resolved(self, name: str) -> Any:
-        """What an "auto" setting came to when the run began, so that a restart elsewhere keeps to it; None before."""
+        """What an "auto" setting resolved to when the run began, so that a restart keeps it; None before."""
         config = self / CONFIG_FILE
         return json.loads(config.read_text())["resolved"][name] if config.is_file() else None
 
     def create(self, **resolved: Any) -> None:
-        """Write settings, what the "auto" ones came to, and versions, once. Called on one rank, after `check`."""
+        """Write settings, what the "auto" ones resolved to, and versions, once. Called on one rank, after `check`."""
         self.path.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.path)
         if not (self / CONFIG_FILE).is_file():
@@ -143,7 +143,7 @@ class RunFolder:
             write_json(self / CONFIG_FILE, record)
 
     def finish(self, results: Any) -> None:
-        """Write results.json, which makes the run a finished one; its checkpoints have served, but for those of
+        """Write results.json, which marks the run as finished, and delete its checkpoints, except those of
         --keep-every. Called on one rank."""
         write_json(self / RESULTS_FILE, results)
         every = self.config.run.keep_every
@@ -164,7 +164,7 @@ def packages() -> dict[str, str]:
 
 
 def run_and_checkpoint(source: str) -> tuple[Path, Path | None]:
-    """What --resume-from names: a run, or a checkpoint and the run it is of."""
+    """What --resume-from names: a run, or a checkpoint and its run."""
     path = Path(source)
     if (path / CONFIG_FILE).is_file():
         return path, None
@@ -173,8 +173,8 @@ def run_and_checkpoint(source: str) -> tuple[Path, Path | None]:
         if (their_run / CONFIG_FILE).is_file():
             return their_run, path
     raise ValueError(
-        f"--resume-from {source} is no run: name a run's folder (with config.json in it), or one of its checkpoints, "
-        "RUN/checkpoints/STAGE/step-000123."
+        f"--resume-from {source} is not a run: name a run's folder (with config.json in it), or one of its "
+        "checkpoints, RUN/checkpoints/STAGE/step-000123."
     )
 
 

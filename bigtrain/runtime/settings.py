@@ -43,11 +43,11 @@ class RunSettings:
     keep_checkpoints: int = setting(2, 1)
     """How many of the newest checkpoints are kept."""
     keep_every: int = setting(0, 0)
-    """Also keep the checkpoints of every so many steps, even when the run is finished; 0: none."""
+    """Also keep every checkpoint at a multiple of this many steps, even when the run is finished; 0: none."""
     resume_from: str = ""
     """Start a new run from the state of another with the same settings: its folder, or one of its checkpoints."""
     accumulate: int = setting(1, 1)
-    """Each process computes its share of a batch in so many parts, to save memory."""
+    """Each process computes its slice of a batch in this many parts, to save memory."""
     recompute: bool = False
     """Activation checkpointing: compute activations again in the backward pass instead of keeping them."""
     compile: bool = False
@@ -55,9 +55,9 @@ class RunSettings:
     deterministic: bool = True
     """On a GPU: kernels that add up in a fixed order, so that a repeated run has the same bits."""
     max_skipped_steps: int = setting(3, 1)
-    """Stop the run after so many steps in a row whose loss or gradient is not finite."""
+    """Stop the run after this many steps in a row whose loss or gradient is not finite."""
     hang_timeout_min: float = setting(30.0, 0.01, 1e6)
-    """When no process has made progress for so long, all stop and name the one that the others wait for."""
+    """When no process has made progress for this long, all exit and name the one that the others wait for."""
     trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
     """Where figures also go, beside log.jsonl and TensorBoard; `uv sync --extra wandb` and so on installs them."""
     peak_tflops: float = setting(0.0, 0)

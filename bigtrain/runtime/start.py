@@ -98,11 +98,11 @@ def meeting() -> Iterator[None]:
         yield
         return
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    told = (
+    message = (
         f"rank {os.environ.get('RANK')} has waited {MEETING_S:.0f} s for all {world_size_of_launch()} processes to "
         f"meet at {address}: has one of them ended, or can it not reach that?"
     )
-    timer = threading.Timer(MEETING_S, lambda: print(told, file=sys.stderr, flush=True))
+    timer = threading.Timer(MEETING_S, lambda: print(message, file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the others too
@@ -114,7 +114,7 @@ def meeting() -> Iterator[None]:
 
 
 def add_in_fixed_order() -> None:
-    """Let CUDA use kernels that give the same bits each time; one that has no such form is an error of torch's.
+    """Make CUDA use deterministic kernels; torch raises an error for an operation that has none.
 
     With a warning alone (`warn_only`) torch's attention would stay as it is.
     """

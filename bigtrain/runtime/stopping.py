@@ -1,4 +1,4 @@
-"""Stopping: a signal or a file asks for it, all ranks agree on it at a step boundary."""
+"""Stopping: a signal or a file requests it, all ranks agree on it at a step boundary."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ class Stop:
             self._wakes.close()  # which ends the thread
 
     def leave(self, step: int = 0, stage: str = "") -> None:
-        """Say so and end with the exit code of a stopped run; call on all ranks, after saving."""
+        """Exit with the code of a stopped run; call on all ranks, after saving."""
         self.accelerator.wait_for_everyone()
-        self.accelerator.print("stopped when asked, saved; the same command continues.")
+        self.accelerator.print("stopped on request, saved; the same command continues.")
         if self.accelerator.is_main_process:
             self.file.unlink(missing_ok=True)
             record = {"stage": stage, "step": step, "time": time.time(), "exit_code": STOPPED}

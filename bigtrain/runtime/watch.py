@@ -1,4 +1,4 @@
-"""A live page of a run in the terminal, from the files in its folder alone; without torch, so it starts at once."""
+"""A live page of a run in the terminal, from the files in its folder; no torch, so it starts at once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def watch(run: Path, *, every_s: float = 2.0, once: bool = False, console: Conso
         ValueError: there is no run in the folder.
     """
     if not (run / "config.json").is_file():
-        raise ValueError(f"{run} is no run: name the folder that a recipe's --out named (config.json lies in it).")
+        raise ValueError(f"{run} is not a run: name the folder that a recipe's --out named (config.json lies in it).")
     if not (math.isfinite(every_s) and every_s > 0):
         raise ValueError(f"--every is {every_s}; it must be above 0 seconds.")
     console = console or Console()
@@ -61,7 +61,7 @@ def page(run: Path, follower: Follower, width: int) -> Panel:
         parts += [Text(), Columns([Text(clean(figure)) for figure in figures], padding=(0, 3))]
         if len(stage.losses) > 1:
             parts += [Text(), curve(stage, width - 4)]
-    lines = [f"{time.strftime('%H:%M:%S', time.localtime(float(e['time'])))}  {told(e)}" for e in follower.events]
+    lines = [f"{time.strftime('%H:%M:%S', time.localtime(float(e['time'])))}  {described(e)}" for e in follower.events]
     if lines:
         parts += [Text(), Text(clean("\n".join(lines)), style="dim", overflow="ellipsis", no_wrap=True)]
     if newest := newest_checkpoint(run):
@@ -76,7 +76,7 @@ def state(run: Path, follower: Follower) -> tuple[str, bool]:
         return f"finished{result(run)}", False
     event = follower.events[-1] if follower.events else {}
     if (run / "stopped.json").is_file():
-        return "stopped when asked; the same command continues", False
+        return "stopped on request; the same command continues", False
     if event.get("event") == "failed":
         return f"failed: {clean(str(event.get('text', '')))}; the same command continues", False
     if not follower.times:
@@ -135,5 +135,5 @@ def newest_checkpoint(run: Path) -> Path | None:
         return None
 
 
-def told(event: Mapping[str, Any]) -> str:
+def described(event: Mapping[str, Any]) -> str:
     return f"{event['stage']} {event['step']}: {event['event']}, {event.get('text', '')}".rstrip(", ")

@@ -1,8 +1,7 @@
 """DeepSpeed ZeRO as a way to launch: its settings, and weights and moments by name, whole, wherever their parts lie.
 
-Weights stay float32 and autocast is torch's, as under DDP, so that losses and checkpoints are the same; of DeepSpeed
-serves what shares optimizer states (stage 1), gradients (2) and weights (3) among the ranks. Facts about its inside are
-those of version 0.19.
+Weights stay float32 and autocast is torch's, as under DDP, so that losses and checkpoints are the same. DeepSpeed
+only shards optimizer states (stage 1), gradients (2) and weights (3) over the ranks. Its internals are those of 0.19.
 """
 
 from __future__ import annotations

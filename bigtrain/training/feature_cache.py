@@ -1,4 +1,4 @@
-"""What a network gives for many images, computed once: each process its own parts, kept as safetensors, reused."""
+"""A network's outputs for many images, computed once, kept in safetensors files and reused."""
 
 from __future__ import annotations
 

@@ -36,9 +36,9 @@ class DataMixin:
     validation_share: float = setting(0.1, 0, 0.9)
     """Share of the known training images that is held out, for the threshold."""
     train_limit: int = setting(0, 0)
-    """Train on a seeded choice of so many known images; 0: all."""
+    """Train on a seeded choice of this many known images; 0: all."""
     test_limit: int = setting(0, 0)
-    """Judge on a seeded choice of so many test images; 0: all."""
+    """Judge on a seeded choice of this many test images; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class JudgeMixin:
     score_batch: int = setting(64, 1)
     """Images of a forward pass of each process when scoring."""
     neighbours_bank: int = setting(10_000, 1)
-    """At most so many known images serve the nearest-neighbour figures."""
+    """At most this many known images are used for the nearest-neighbour figures."""
 
 
 def check_paths(config: Any) -> None:

@@ -2,7 +2,7 @@
 
     settings -> checks -> run folder -> data -> networks -> processes -> the recipe's own science -> results.json
 
-What is wrong with a command is told before anything is written, and before anything slow is imported.
+Mistakes in a command are reported before anything is written, and before anything slow is imported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ N = TypeVar("N")  # its networks, loaded
 
 @dataclass(frozen=True)
 class Result:
-    """What a recipe ends with: the record of results.json, and what is said of it on the last line."""
+    """What a recipe ends with: the record of results.json, and the last line it prints."""
 
     record: Mapping[str, Any]
     summary: str

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bigtrain.choices import Chosen
 from bigtrain.data.decode import jpeg_decoder
 from bigtrain.data.plan import Plan
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.stream import Stream
+from bigtrain.data.stream import Batch, Stream
 from bigtrain.data.views import Transform
 from bigtrain.models.flops import peak_flops
+from bigtrain.models.network import Network, load_network
 from bigtrain.runtime.heartbeat import Heartbeat
 from bigtrain.runtime.precision import autocast
 from bigtrain.runtime.run_folder import RunFolder
@@ -106,8 +108,23 @@ class Setup:
             f"{what}; {processes} process(es) on {device}, precision {self.precision}, JPEGs by {decoder}"
         )
 
+    def leave(self, name: str, network: Network, dtype: torch.dtype = torch.float32) -> Network:
+        """Write the network that ends a stage into the run folder."""
+        if self.accelerator.is_main_process:
+            network.save(self.run / name, dtype)
+        return network.to(self.accelerator.device)
+
+    def left(self, name: str, **options: Any) -> Network | None:
+        """The network that a finished stage left; None while the stage is not finished."""
+        path = self.run / name
+        return load_network(path, device=self.accelerator.device, **options) if path.is_file() else None
+
     def autocast(self) -> torch.autocast:
         return autocast(self.accelerator.device, self.precision)
+
+    def mean(self, batch: Batch, value_B: Tensor) -> Tensor:
+        """The mean over a step's images on all ranks, of this rank's values; see `Batch.mean`."""
+        return batch.mean(value_B, self.accelerator.num_processes)
 
     def stream(self, shard_set: ShardSet, plan: Plan, transform: Transform, **further: Any) -> Stream:
         """This process's share of a plan."""

@@ -158,7 +158,7 @@ class Stage(Generic[B]):
         self.log.event("started", f"at step {self.step} of {self.steps}, {accelerator.num_processes} process(es)")
 
     def __iter__(self) -> Iterator[Step[B]]:
-        """The steps that are left; torch's generator is seeded anew for each step and rank."""
+        """The steps that are left; torch's generator is seeded again for each step and rank."""
         for batch in self.stream.from_step(self.step, self.steps):
             start.seed_step(self.stream.seed, self.step, self.setup.accelerator.process_index)
             step = Step(self, batch.to(self.setup.accelerator.device))

@@ -1,4 +1,4 @@
-"""Training any trunk: batch norm, dropout, recomputation, and what an image is told to be."""
+"""Training any trunk: batch norm, dropout, recomputation, class labels of a batch."""
 
 from __future__ import annotations
 

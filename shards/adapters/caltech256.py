@@ -31,7 +31,7 @@ def about(root: Path, split: str, without_clutter: bool = False) -> About:
     by_class = pictures_by_class(root, without_clutter)
     folder.refuse_twins(root, by_class)
     if others := [name for inner in folder.class_folders(root) for name in folder.files_in(root, f"{inner}/", False)]:
-        warn(f"{counted(len(others), 'file')} in {root} left out, for by name they are no pictures: {few(others)}.")
+        warn(f"{counted(len(others), 'file')} in {root} left out, for by name they are not pictures: {few(others)}.")
     numbered = sorted(by_class, key=lambda name: by_class[name][0])  # 001.ak47/...
     return About("caltech256", list(by_class), LICENCE, sum(map(len, by_class.values())), tuple(numbered))
 

@@ -93,7 +93,7 @@ class Cifar:
             folder.refuse_twins(root / split, by_class)
             if unknown := sorted(set(by_class) - set(classes)):
                 raise ValueError(
-                    f"{root / split} has folders {', '.join(unknown[:5])}, which are no classes of {self.title} "
+                    f"{root / split} has folders {', '.join(unknown[:5])}, which are not classes of {self.title} "
                     f"({', '.join(classes[:10])}{' ...' * (len(classes) > 10)}): use the adapter `folder` for other "
                     "sets."
                 )
@@ -126,7 +126,7 @@ class Cifar:
         if form == "binary":
             record = len(self.keys) + PIXELS
             if not data or len(data) % record:
-                raise ValueError(f"{where} is no whole number of {record}-byte records: get it again.")
+                raise ValueError(f"{where} is not a whole number of {record}-byte records: download it again.")
             records = np.frombuffer(data, np.uint8).reshape(-1, record)
             column = list(self.keys).index(labels)
             pixels, numbers = records[:, len(self.keys) :], records[:, column].tolist()
@@ -139,12 +139,12 @@ class Cifar:
             except plain_pickle.RefusedError as error:
                 raise ValueError(f"{where} is refused: {error}. Get it from its owners.") from error
             except (KeyError, TypeError, IndexError) as error:
-                raise ValueError(f"{where} is no batch of {self.title} ({error!r}): get it again.") from error
+                raise ValueError(f"{where} is no batch of {self.title} ({error!r}): download it again.") from error
             if not well_formed:
-                raise ValueError(f"{where} does not hold N x {PIXELS} bytes and N labels: get it again.")
+                raise ValueError(f"{where} does not hold N x {PIXELS} bytes and N labels: download it again.")
         count = len(self.classes[labels])
         if not all(isinstance(number, int) and 0 <= number < count for number in numbers):
-            raise ValueError(f"{where} has labels outside 0 .. {count - 1}: get it again.")
+            raise ValueError(f"{where} has labels outside 0 .. {count - 1}: download it again.")
         return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), numbers
 
     def batch_bytes(self, root: Path, batch: str) -> tuple[bytes, str]:
@@ -170,7 +170,7 @@ def from_archive(archive: Path, name: str, title: str) -> bytes:
                 raise ValueError(f"{name} in {archive} is no batch of {title}: get the archive from its owners.")
             return file.read()
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{archive} cannot be read as an archive ({error}): get it again.") from error
+        raise ValueError(f"{archive} cannot be read as an archive ({error}): download it again.") from error
 
 
 CIFAR10 = Cifar(

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def about(root: Path, split: str) -> About:
-    """A picture in no class folder is refused, and so are two of one name; files that are no pictures are told of."""
+    """A picture in no class folder is refused, and so are two of one name; files that are not pictures are reported."""
     by_class = names_by_class(root)
     if loose := loose_pictures(root):
         raise ValueError(
@@ -39,7 +39,7 @@ def about(root: Path, split: str) -> About:
             f"class folders, build each by itself, with --root {root / first} say."
         )
     if others := [name for folder in class_folders(root) for name in files_in(root, f"{folder}/", pictures=False)]:
-        warn(f"{counted(len(others), 'file')} in {root} left out, for by name they are no pictures: {few(others)}.")
+        warn(f"{counted(len(others), 'file')} in {root} left out, for by name they are not pictures: {few(others)}.")
     return About(root.resolve().name, list(by_class), "unknown", sum(map(len, by_class.values())))
 
 
@@ -63,7 +63,7 @@ def names_by_class(root: Path) -> dict[str, list[str]]:
 def class_folders(root: Path) -> list[str]:
     """The folders in the root, links to folders too, by name; .hidden ones are none."""
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder: --root must be {LAYOUT}.")
+        raise FileNotFoundError(f"{root} is not a folder: --root must be {LAYOUT}.")
     with os.scandir(root) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 

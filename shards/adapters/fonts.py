@@ -134,7 +134,7 @@ def characters_in(path: Path) -> str:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--characters {path} is missing: give a text file in UTF-8.") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"--characters {path} is no text in UTF-8 ({error}): save it as UTF-8.") from error
+        raise ValueError(f"--characters {path} is not UTF-8 text ({error}): save it as UTF-8.") from error
     return "".join(character for character in dict.fromkeys(text) if not character.isspace())
 
 

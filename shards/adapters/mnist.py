@@ -113,11 +113,11 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be unpacked ({error}): get it again.") from error
+        raise ValueError(f"{path} cannot be unpacked ({error}): download it again.") from error
     header = 4 + 4 * dimensions
     shape = tuple(int(n) for n in np.frombuffer(data[4:header], ">u4")) if len(data) >= header else ()
     if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) != header + int(np.prod(shape, dtype=np.int64)):
-        raise ValueError(f"{path} is no whole idx file of bytes in {dimensions} dimensions: get it again.")
+        raise ValueError(f"{path} is not a whole idx file of bytes in {dimensions} dimensions: download it again.")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 

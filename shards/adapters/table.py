@@ -40,7 +40,7 @@ def about(root: Path, split: str, **options: Any) -> About:
     from shards.adapters.table_rows import columns_of, rows
 
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder: --root must be {LAYOUT}.")
+        raise FileNotFoundError(f"{root} is not a folder: --root must be {LAYOUT}.")
     table = options["table"]
     batches = list(rows(root, split, **options))
     paths = pa.chunked_array([batch["path"] for batch in batches], pa.string())

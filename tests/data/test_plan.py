@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from bigtrain.data.plan import PADDING, Plan, Position, check_divides, sample_seeds
 
 plans = st.builds(
-    lambda gaps, per_shard, share, world, seed, shuffle, run_length: (
+    lambda gaps, per_shard, share, world, seed, shuffle, span_length: (
         Plan(
             np.cumsum(gaps, dtype=np.int64),  # rows of the index that a filter left
             (np.cumsum(gaps) // per_shard).astype(np.int32),
             share * world,
             seed,
             shuffle,
-            run_length,
+            span_length,
         ),
         world,
     ),
@@ -28,7 +28,7 @@ plans = st.builds(
     world=st.integers(1, 5),
     seed=st.integers(0, 2**32),
     shuffle=st.booleans(),
-    run_length=st.integers(1, 7),
+    span_length=st.integers(1, 7),
 )
 
 
@@ -77,7 +77,7 @@ def test_resume(given_plan, epochs):
     plan, _ = given_plan
     whole = list(plan.positions(Position(), epochs))
     batches = [plan.batch(p) for p in whole]
-    fresh = Plan(plan.sample_N, plan.shard_N, plan.global_batch, plan.seed, plan.shuffle, plan.run_length)
+    fresh = Plan(plan.sample_N, plan.shard_N, plan.global_batch, plan.seed, plan.shuffle, plan.span_length)
     for step, position in enumerate(whole):
         assert plan.steps_before(position) == step
         rest = list(fresh.positions(position, epochs))
@@ -107,7 +107,7 @@ def lanes_of(plan, epoch=0):
 def test_many_shards():
     """In many shards each lane takes runs of one shard each, from all over the set."""
     sample_N = np.arange(64_000)
-    plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 64, run_length=8)
+    plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 64, span_length=8)
     lanes = lanes_of(plan)
     follows = np.diff(lanes) == 1
     assert 0.80 < follows.mean() < 0.88  # 7 of 8, less those cut at the ends of shards
@@ -123,7 +123,7 @@ def test_many_shards():
 def test_run_cuts():
     """The runs of each epoch begin at every place within a shard: no cuts are fixed."""
     sample_N = np.arange(64_000)
-    plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 64, run_length=8)
+    plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 64, span_length=8)
     begins = [set(lanes_of(plan, epoch)[:, 1:][np.diff(lanes_of(plan, epoch)) != 1] % 100) for epoch in range(2)]
     assert begins[0] == set(range(100)) == begins[1]
 
@@ -139,22 +139,22 @@ def test_read_ahead_lanes(given_plan, epoch, data):
     for b in range(first, plan.batches_per_epoch):
         position = Position(epoch, b)
         needed = set(plan.batch(position)[lanes]) - {PADDING}
-        ahead = plan.rest_of_runs(position, lanes, since=b - first)
+        ahead = plan.rest_of_spans(position, lanes, since=b - first)
         later = {s for c in range(b + 1, plan.batches_per_epoch) for s in plan.batch(Position(epoch, c))[lanes]}
         assert len(set(ahead)) == len(ahead) and set(ahead) <= later
         again = set(ahead) & read  # chance neighbours of runs: the reader knows what it has
-        assert not again or plan.run_length > 1
+        assert not again or plan.span_length > 1
         read |= needed | set(ahead)
 
 
 def test_read_ahead_requests():
     """Reading ahead serves nearly all samples: little more than one request a run is left."""
     sample_N = np.arange(20_000)
-    plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 8, run_length=10)
+    plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 8, span_length=10)
     requests, have = 0, set()
     for b in range(plan.batches_per_epoch):
         position = Position(0, b)
-        ahead = plan.rest_of_runs(position, slice(0, 8), since=b)
+        ahead = plan.rest_of_spans(position, slice(0, 8), since=b)
         requests += sum(s not in have for s in plan.batch(position).tolist())
         have |= set(plan.batch(position).tolist()) | set(ahead.tolist())
     assert requests < 1.25 * 20_000 / 10
@@ -240,16 +240,16 @@ def test_sample_seeds_distinct():
 def test_runs_under_way():
     """After a start in mid-epoch, runs under way are taken up a few at a time, not all at once."""
     sample_N = np.arange(64_000)
-    plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 640, run_length=32)
+    plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 640, span_length=32)
     start = Position(0, 50)
-    have = set(plan.rest_of_runs(start, slice(0, 640), since=0).tolist())
+    have = set(plan.rest_of_spans(start, slice(0, 640), since=0).tolist())
     assert 0 < len(have) < 640  # with all 640 lanes it would be some 9 000
     singles = []
     for since in range(50):
         position = Position(0, start.batch + since)
         needed = set(plan.batch(position).tolist())
         singles.append(len(needed - have))
-        have |= needed | set(plan.rest_of_runs(position, slice(0, 640), since=since).tolist())
+        have |= needed | set(plan.rest_of_spans(position, slice(0, 640), since=since).tolist())
     assert singles[0] > 500 and all(count < 60 for count in singles[40:])  # about 640 / 32 runs begin at each
 
 
@@ -271,6 +271,6 @@ def test_drop_last(given_plan, epoch):
 def test_runs_of_one_sample():
     """Each sample is a run of its own: whole shards of 100 do not follow one another in a lane."""
     sample_N = np.arange(6400)
-    plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 64, run_length=1)
+    plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 64, span_length=1)
     lanes = plan.order(0).reshape(plan.batches_per_epoch, 64).T
-    assert plan.in_runs and (np.diff(lanes) == 1).mean() < 0.01
+    assert plan.in_spans and (np.diff(lanes) == 1).mean() < 0.01

@@ -279,22 +279,22 @@ def forty_shards(write_set, name, classes, size=100):
     return write_set([([c], bytes(size)) for c in classes], per_shard=10, name=name)
 
 
-def test_run_length(write_set, caplog):
+def test_span_length(write_set, caplog):
     """A run is about a megabyte at most, and one picture where neighbours show one class."""
     in_order = ["a"] * 200 + ["b"] * 200
     mixed = np.random.default_rng(0).permutation(in_order).tolist()
     everything = np.arange(400)
     small, large = forty_shards(write_set, "small", mixed), forty_shards(write_set, "large", mixed, 30_000)
-    assert [small.plan(everything, 8).run_length, large.plan(everything, 8).run_length] == [32, 32]
+    assert [small.plan(everything, 8).span_length, large.plan(everything, 8).span_length] == [32, 32]
     large._size_N = 10 * large._size_N
-    assert large.plan(everything, 8).run_length == 3
+    assert large.plan(everything, 8).span_length == 3
     large._size_N = 10 * large._size_N
-    assert large.plan(everything, 8).run_length == 1
+    assert large.plan(everything, 8).span_length == 1
     assert not caplog.records
     shard_set = forty_shards(write_set, "sorted", in_order)
-    assert shard_set.plan(everything, 8).run_length == 1
+    assert shard_set.plan(everything, 8).span_length == 1
     assert "sorted by class" in caplog.text
-    assert shard_set.plan(everything[:200], 8).run_length == 32  # one class, and then there is nothing else
+    assert shard_set.plan(everything[:200], 8).span_length == 32  # one class, and then there is nothing else
 
 
 def test_plan_in_order(write_set, caplog):

@@ -27,7 +27,7 @@ def pictures(write_set, noise):
 
 
 def stream(shard_set, *, shuffle=True, transform=None, batch=BATCH, **options):
-    plan = Plan(np.arange(len(shard_set)), shard_set.shard_N, batch, seed=5, shuffle=shuffle, run_length=3)
+    plan = Plan(np.arange(len(shard_set)), shard_set.shard_N, batch, seed=5, shuffle=shuffle, span_length=3)
     return Stream(shard_set, plan, transform or MultiCrop(16, 8, 2), **options)
 
 
@@ -89,7 +89,7 @@ def many_shards(write_set, noise):
 def test_many_shards_same_bits(many_shards, workers):
     """Where samples are read in runs, too, neither workers nor ranks nor the start change a bit."""
     alone = list(stream(many_shards, batch=8).batches(epochs=EPOCHS))
-    assert stream(many_shards).plan.in_runs
+    assert stream(many_shards).plan.in_spans
     for epoch in range(EPOCHS):
         seen = np.concatenate([batch.sample_B for batch in alone if batch.position.epoch == epoch])
         assert sorted(seen[seen != PADDING]) == list(range(60))
@@ -107,15 +107,15 @@ def test_many_shards_same_bits(many_shards, workers):
 @given(
     global_batch=st.sampled_from([2, 4, 6, 12]),
     kept=st.sets(st.integers(0, 59), min_size=1),
-    run_length=st.integers(1, 9),
+    span_length=st.integers(1, 9),
     start=st.integers(0, 200),
     data=st.data(),
 )
-def test_filtered_once(many_shards, global_batch, kept, run_length, start, data):
+def test_filtered_once(many_shards, global_batch, kept, span_length, start, data):
     """Each sample that a filter leaves comes once an epoch, with its own views."""
     world_size = data.draw(st.sampled_from([n for n in (1, 2, 3, 4, 6) if global_batch % n == 0]))
     sample_N = np.array(sorted(kept))
-    plan = Plan(sample_N, many_shards.shard_N[sample_N], global_batch, seed=7, run_length=run_length)
+    plan = Plan(sample_N, many_shards.shard_N[sample_N], global_batch, seed=7, span_length=span_length)
     begin = plan.position_at(start % (EPOCHS * plan.batches_per_epoch))
     ranks = [Stream(many_shards, plan, Resized(4), rank=r, world_size=world_size) for r in range(world_size)]
     seen = [[] for _ in range(EPOCHS)]
@@ -135,7 +135,7 @@ def test_filtered_once(many_shards, global_batch, kept, run_length, start, data)
 
 
 def test_a_run_is_read_at_once(many_shards):
-    plan = Plan(np.arange(60), many_shards.shard_N, 4, run_length=3)
+    plan = Plan(np.arange(60), many_shards.shard_N, 4, span_length=3)
     asked = []
     one = Stream(many_shards, plan, Resized(4))
     one.shard_set = SimpleNamespace(
@@ -276,7 +276,7 @@ def test_bad_in_a_row():
     """A hundred bad pictures in a row stop the run, and ninety-nine do not."""
     budget = ErrorBudget(Keys(), 10**6)
     counted(budget, range(98), range(98))
-    counted(budget, [98, PADDING, 99], [98])  # 99 in a row; padding is no picture, and 99 is good
+    counted(budget, [98, PADDING, 99], [98])  # 99 in a row; padding is not a picture, and 99 is good
     counted(budget, range(100, 199), range(100, 199))
     with pytest.raises(ValueError, match=r"100 pictures in a row(.|\n)*k0: (.|\n)*k199: damaged: broken"):
         counted(budget, [199], [199])

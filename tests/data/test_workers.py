@@ -87,7 +87,7 @@ if __name__ == "__main__":
 
 
 class Stuck(Resized):
-    """Waits for ever, as a read of a dead network disk does."""
+    """Waits forever, as a read of a dead network disk does."""
 
     def __call__(self, picture, rng):
         time.sleep(1000)

@@ -16,9 +16,9 @@ def qkv(tokens=TOKENS, heads=2, width=8, device="cpu", dtype=torch.float32, seed
     return [part.to(device, dtype).requires_grad_() for part in x]
 
 
-def segments(runs):
+def segments(sequences):
     start = 0
-    for length in lengths(runs):
+    for length in lengths(sequences):
         yield slice(start, start + length)
         start += length
 
@@ -33,13 +33,13 @@ def test_dense_definition():
             torch.testing.assert_close(out[segment, head], weight @ v[segment, head])
 
 
-@pytest.mark.parametrize("runs", [RUNS, ((1, 32),), ((32, 1),), ((2, 7), (2, 7), (4, 1))])
-def test_sdpa_equals_dense(runs):
+@pytest.mark.parametrize("sequences", [RUNS, ((1, 32),), ((32, 1),), ((2, 7), (2, 7), (4, 1))])
+def test_sdpa_equals_dense(sequences):
     """SDPA equals the dense backend, forward and backward."""
     results = []
     for backend in ("sdpa", "dense"):
         leaves = qkv()
-        out = attention(*leaves, runs, backend=backend)
+        out = attention(*leaves, sequences, backend=backend)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
         results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
     for one, other in zip(*results, strict=True):
@@ -62,7 +62,7 @@ def test_sequences_isolated(backend):
 
 
 def test_runs_mismatch():
-    """Runs that do not add up to the packed tokens are refused."""
+    """Sequences that do not add up to the packed tokens are refused."""
     with pytest.raises(ValueError, match=r"do not add up to the 32 packed tokens"):
         attention(*qkv(), ((3, 5), (1, 9)))
 
@@ -97,14 +97,14 @@ def deterministic(request):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("runs", [((4, 197), (16, 37)), ((8, 99),)])
-def test_xformers_equals_dense(runs, deterministic):
+@pytest.mark.parametrize("sequences", [((4, 197), (16, 37)), ((8, 99),)])
+def test_xformers_equals_dense(sequences, deterministic):
     """In bf16 xFormers equals dense, forward and backward; when deterministic, it repeats bit by bit."""
     assert resolve_backend("auto", torch.device("cuda"), torch.bfloat16) == "xformers"
     results = []
     for backend in ("xformers", "xformers", "dense"):
-        leaves = qkv(sum(lengths(runs)), heads=6, width=64, device="cuda", dtype=torch.bfloat16)
-        out = attention(*leaves, runs, backend=backend)
+        leaves = qkv(sum(lengths(sequences)), heads=6, width=64, device="cuda", dtype=torch.bfloat16)
+        out = attention(*leaves, sequences, backend=backend)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
     for one, again, other in zip(*results, strict=True):

@@ -204,7 +204,7 @@ def test_drop_path(network):
 )
 def test_not_plain_vit(model):
     """What is not a plain vision transformer is refused."""
-    with pytest.raises(ValueError, match=f"{model} is no plain vision transformer: take a timm model vit_"):
+    with pytest.raises(ValueError, match=f"{model} is not a plain vision transformer: take a timm model vit_"):
         Architecture(model).build()
 
 
@@ -408,11 +408,11 @@ def test_recompute_same_bits(network, case, bf16):
     if case == "last blocks":
         vit.requires_grad_(False)
         net.blocks[2:].requires_grad_(True)
-    runs = []
+    sequences = []
     for recompute in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            runs.append(gradients(vit, views, recompute=recompute, **options))
-    (encoded, expected), (again, ours) = runs
+            sequences.append(gradients(vit, views, recompute=recompute, **options))
+    (encoded, expected), (again, ours) = sequences
     for one, other in zip(encoded, again, strict=True):
         for a, b in zip(one, other, strict=True):
             assert (a is None and b is None) or torch.equal(a, b)

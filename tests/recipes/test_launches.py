@@ -153,7 +153,7 @@ WRONG = {
     "ZeRO-3 with a moving average": ("zero3", 2, ["--ema-teacher"], {}, "launch with recipes/accelerate/zero2.yaml"),
     "DeepSpeed silently off": ("zero2", 2, [], {"ACCELERATE_USE_CPU": "true"}, "silently turn DeepSpeed off"),
     "fp16 without a GPU": ("cpu", 1, ["--precision", "fp16"], {}, "--precision fp16 needs a GPU"),
-    "no run to resume from": ("cpu", 1, ["--resume-from", "recipes"], {}, "--resume-from recipes is no run"),
+    "no run to resume from": ("cpu", 1, ["--resume-from", "recipes"], {}, "--resume-from recipes is not a run"),
 }
 
 

@@ -76,7 +76,7 @@ def test_other_settings(small, whole, tmp_path):
 def test_what_is_no_run_is_refused(small, whole, shards, tmp_path, what):
     source = {"pictures": shards / "train", "checkpoints": whole / "checkpoints", "nowhere": tmp_path / "none"}[what]
     error = refused(small, tmp_path / "new", "--resume-from", source)
-    assert f"--resume-from {source} is no run: name a run's folder" in error
+    assert f"--resume-from {source} is not a run: name a run's folder" in error
     assert not (tmp_path / "new").exists()
 
 

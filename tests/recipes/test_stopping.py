@@ -106,7 +106,7 @@ def test_a_bare_process(flags, tmp_path, by):
         assert process.wait() == STOPPED
         assert not left_in_session(process.pid, 60)
         has_stopped(run, process.said("err"))
-        assert "stopped when asked, saved; the same command continues." in process.said("out")
+        assert "stopped on request, saved; the same command continues." in process.said("out")
         assert ("continuing from" in process.said("out")) == (number > 0)
     steps = [(row["stage"], row["step"]) for row in rows(run) if "loss" in row]
     assert len(steps) == len(set(steps)), "a step was taken twice"

@@ -226,7 +226,7 @@ def test_changed_byte(checkpoints, capsys, harm):
 
 
 def test_none_whole(checkpoints, capsys):
-    """Where no checkpoint is whole, the run begins anew and says so."""
+    """Where no checkpoint is whole, the run starts over and says so."""
     save, load, folder = checkpoints()
     save(10)
     (folder / "step-000010" / "state.json").unlink()

@@ -58,7 +58,7 @@ def ended(processes, limit_s=90):
 @pytest.mark.parametrize(
     ("mode", "codes", "says"),
     [
-        ("SIGKILL", [LOST, -signal.SIGKILL], "rank 1 (process {1} on {host}) does not live any more"),
+        ("SIGKILL", [LOST, -signal.SIGKILL], "rank 1 (process {1} on {host}) is no longer alive"),
         ("loop", [LOST, LOST], "waiting for rank 1 (process {1} on {host}), which last was done with 2"),
         ("bug", [LOST, 1], "rank 1 (process {1} on {host}) has failed: ZeroDivisionError: one divided by nothing"),
         ("mistake", [LOST, 2], "rank 1 (process {1} on {host}) has failed: ValueError: a mistake of one rank."),
@@ -99,7 +99,7 @@ def test_three_ranks(tmp_path):
     processes = started(tmp_path, "SIGKILL", processes=3)
     codes, said = ended(processes)
     assert codes == [LOST, -signal.SIGKILL, LOST]
-    named = f"rank 1 (process {processes[1].pid} on {socket.gethostname()}) does not live any more"
+    named = f"rank 1 (process {processes[1].pid} on {socket.gethostname()}) is no longer alive"
     sentences = [row for text in said for row in text.splitlines() if "error: " in row]
     assert sentences and all(named in row for row in sentences), said
 

@@ -142,7 +142,7 @@ def test_all_agree_to_stop(tmp_path, use_cpu):
     agreed = [(tmp_path / f"agreed{rank}").read_text() for rank in range(2)]
     assert agreed == ["[False, False, True, True]"] * 2
     said = "".join(rank.said("out") for rank in ranks)
-    assert said.count("stopped when asked, saved; the same command continues.") == 1
+    assert said.count("stopped on request, saved; the same command continues.") == 1
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def test_curve():
         ),
         ("results.json", '{"top1": 0.5}', "finished: top-1 0.500"),
         ("results.json", "broken", "finished"),
-        ("stopped.json", "{}", "stopped when asked; the same command continues"),
+        ("stopped.json", "{}", "stopped on request; the same command continues"),
     ],
 )
 def test_a_run_that_has_ended_says_how(run, file, text, says):
@@ -148,7 +148,7 @@ def command(*arguments, **variables):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("watch", "nowhere"), "nowhere is no run: name the folder"),
+        (("watch", "nowhere"), "nowhere is not a run: name the folder"),
         (("watch", "RUN", "--every", "0"), "--every is 0.0; it must be above 0 seconds"),
         (("watch", "RUN", "--every", "nan"), "--every is nan"),
         (("watch", "RUN", "--every", "soon"), "invalid float value"),

@@ -120,7 +120,7 @@ def test_damaged_index_manifest(out):
     (out / INDEX_FILE).write_bytes(b"PAR1 no more")
     assert any("has no readable index.parquet" in line for line in check(str(out)))
     (out / MANIFEST_FILE).write_text("{")
-    assert any("is no manifest" in line for line in check(str(out)))
+    assert any("is not a manifest" in line for line in check(str(out)))
 
 
 def test_not_a_set(out, tmp_path):

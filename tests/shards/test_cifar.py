@@ -148,7 +148,7 @@ def test_class_folders(tmp_path, paint):
     ]
     assert CIFAR10.about(tmp_path, "test").classes == CIFAR10.classes["fine"]
     paint(2, path=tmp_path / "test" / "boat" / "1.jpg")
-    with pytest.raises(ValueError, match="boat, which are no classes of CIFAR-10"):
+    with pytest.raises(ValueError, match="boat, which are not classes of CIFAR-10"):
         CIFAR10.about(tmp_path, "test")
 
 

@@ -79,6 +79,6 @@ def test_split_folders(paint, tmp_path, capsys, names, warned):
 def test_class_not_utf8(paint, build_folder, tmp_path):
     """A class whose name is not UTF-8 is named before anything is written."""
     paint(path=tmp_path / "in" / os.fsdecode(b"caf\xe9") / "1.jpg")
-    with pytest.raises(ValueError, match=r"in has the class 'caf\\udce9', which is no text in UTF-8: rename it"):
+    with pytest.raises(ValueError, match=r"in has the class 'caf\\udce9', which is not UTF-8 text: rename it"):
         build_folder(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()

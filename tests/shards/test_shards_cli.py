@@ -53,7 +53,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("build mosaic --root R --known a --mode train --count 3 --split x --out O", "unrecognized arguments: --split"),
         ("check R", "R does not exist"),
         ("show R", "R does not exist"),
-        ("index R", "is no folder"),
+        ("index R", "is not a folder"),
         ("index http://127.0.0.1/R", "cannot be written"),
         ("index http://127.0.0.1/R --out O", "name them with --shards"),
         ("index pipe:cat", "would run a shell command"),

@@ -161,7 +161,7 @@ def test_quality():
     ids=["empty", "text"],
 )
 def test_not_a_picture(data, reason):
-    """The reason given for a file that is no picture is the same in every process."""
+    """The reason given for a file that is not a picture is the same in every process."""
     with pytest.raises(UnreadableError, match=f"^not a picture: {reason}$"):
         checked(data, "jpg", Treatment())
 

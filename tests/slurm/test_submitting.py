@@ -61,7 +61,7 @@ def test_refused_by_sbatch(run, scheduler):
 
 @pytest.mark.parametrize("gpus, most", [("(null)", 0), ("gpu:a100:4(S:0-1),gpu:2", 6)])
 def test_more_gpus_than_a_node_has(run, scheduler, gpus, most):
-    """Some SLURMs take such a job, and it waits for ever: it is not submitted."""
+    """Some SLURMs take such a job, and it waits forever: it is not submitted."""
     scheduler.gpus = gpus
     said = slurm("submit", COUNTING, "--gpus-per-node", 99, "--", "--out", run, fails=2)
     assert f"gpus_per_node is 99, and a node of the default partition has at most {most}: There is low: 3 nodes" in said

@@ -31,7 +31,7 @@ class Scoring(image_detector.Scoring):
     distance: Distance
     distilled_blocks: int
     attention: Backend
-    """Where it is not to be had on the device that loads the detector, another takes its place."""
+    """Where the loading device does not support it, another backend is used."""
     predict: Predict = "visible"
     """Which patches the student has learnt to predict."""
     score_pairs: int = 8
@@ -99,9 +99,8 @@ class DistillationDetector(ImageDetector):
 
     @torch.no_grad()
     def constant_score(self, image_B3HW: Tensor, constant: Tensor) -> Tensor:
-        """The score of a student that ignores the picture and answers with the same tokens always, such as the mean
-        `target` of the known pictures. It has learnt nothing that it could not know without looking: a figure of the
-        student means something above this one alone."""
+        """The score (B,) of a student that ignores the picture and always answers with the same tokens, such as the
+        mean `target` of the known pictures: what a student scores that has learnt nothing."""
         teacher = self.encode_by_teacher(image_B3HW)
         constant_LBND = constant[:, None].expand_as(teacher.blocks_LBND)  # (L, N, D)
         return self._scored(self._distance(constant_LBND, teacher.blocks_LBND), teacher).score_B

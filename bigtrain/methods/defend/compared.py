@@ -20,6 +20,7 @@ class CachedTeacherDetector(DistillationDetector):
     latest: tuple[Tensor, Encoded] | None = None
 
     def encode_by_teacher(self, image_B3HW: Tensor) -> Encoded:
+        """As the detector's, of uint8 images (B, 3, H, W)."""
         if self.latest is None or self.latest[0] is not image_B3HW:
             self.latest = image_B3HW, super().encode_by_teacher(image_B3HW)
         return self.latest[1]
