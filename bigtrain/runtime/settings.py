@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import tomllib
@@ -107,7 +108,7 @@ def show_ranges(config_class: type) -> None:
 
     kinds = get_type_hints(config_class)
     for owner in (*config_class.__mro__, RunSettings):
-        for name in owner.__dict__.get("__annotations__", {}):
+        for name in inspect.get_annotations(owner):
             field = owner.__dict__.get("__dataclass_fields__", {}).get(name)
             if field is not None and RANGE in field.metadata:
                 kind = kinds[name] if name in kinds else get_type_hints(owner)[name]
