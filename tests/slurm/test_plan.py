@@ -8,7 +8,7 @@ import pytest
 
 from bigtrain.data.schema import Manifest
 from bigtrain.data.set_files import read_manifest
-from recipes import baselines, deep_novelty, defend
+from recipes import baselines, deep_novelty, defend, panda
 from slurm.sweep import plan, toml_value
 from tests.launching import ROOT
 
@@ -25,6 +25,7 @@ CONFIGS = {
     "recipes/defend.py": defend.Config,
     "recipes/deep_novelty.py": deep_novelty.Config,
     "recipes/baselines.py": baselines.Config,
+    "recipes/panda.py": panda.Config,
 }
 COUNTS = {"cifar10": 10, "mnist": 10, "fashion": 10, "cifar100": 20, "voc": 20, "coco": 80}
 
