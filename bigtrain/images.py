@@ -89,6 +89,14 @@ def orientation(image: Image.Image, encoded: bytes) -> int:
     return turned if turned in range(1, 9) else 1
 
 
+def orientation_of(encoded: bytes) -> int:
+    """EXIF's orientation of encoded bytes; 1 where they cannot be read: decoding will say what is wrong."""
+    try:
+        return orientation(open_image(encoded), encoded)
+    except UnreadableError:
+        return 1
+
+
 def open_upright(encoded: bytes) -> Image.Image:
     """The image as displayed; not decoded yet, unless it has to be turned.
 

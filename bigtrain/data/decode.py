@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from bigtrain.images import (
+from bigtrain.images import Pixels, check_pixels, decode_rgb, open_upright, orientation_of, to_rgb
     Pixels,
     UnreadableError,
     check_pixels,
@@ -53,7 +53,7 @@ class Picture:
         if header and header.height and header.width and header.channels in (1, 3):
             check_pixels(header.width, header.height)
             self.height, self.width = header.height, header.width
-            self._turned = exif_orientation(payload) if header.has_app1 else 1
+            self._turned = orientation_of(payload) if header.has_app1 else 1
             if self._turned >= 5:
                 self.height, self.width = self.width, self.height
         else:
@@ -143,14 +143,6 @@ def jpeg_decoder() -> str:
         else:
             return name
     raise OSError("no library here decodes JPEGs: install simplejpeg, or a Pillow with libjpeg.")
-
-
-def exif_orientation(payload: bytes) -> int:
-    """EXIF's orientation of a JPEG, 1 to 8; Pillow reads it."""
-    try:
-        return orientation(open_image(payload), payload)
-    except UnreadableError:  # the decoder will say what is wrong
-        return 1
 
 
 def upright(pixels_HW3: Pixels, turned: int) -> Pixels:

@@ -19,7 +19,7 @@ RUNS = {
     "deep_novelty_table1": 48, "deep_novelty_table1_features": 36, "deep_novelty_table1_founder": 12,
     "deep_novelty_table2": 9, "deep_novelty_table3": 24, "deep_novelty_ablation": 15,
     "small_fashion": 60, "small_cifar10": 63, "small_growth": 12, "small_mosaics": 9, "small_vits14": 18,
-    "small_coco": 3,
+    "small_coco": 3, "panda_cifar10": 30,
 }  # fmt: skip
 CONFIGS = {
     "recipes/defend.py": defend.Config,
