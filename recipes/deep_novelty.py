@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from bigtrain.choices import HIGHEST_LR, BatchNorm, Chosen
-from bigtrain.data.class_labels import labels_of
-from bigtrain.data.protocol import Split, seeded_choice
+from bigtrain.data.protocol import Split, labels_of, seeded_choice
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.methods.deep_novelty.reference import check_reference, images_by_kind, overlaps
 from bigtrain.runtime.launch import check_batch, check_launch

@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.choices import HIGHEST_LR, BatchNorm, Chosen, Schedule
-from bigtrain.data.class_labels import check_single_labels, labels_of
-from bigtrain.data.protocol import Protocol, in_validation
+from bigtrain.data.protocol import Protocol, check_single_labels, in_validation, labels_of
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.models.timm_names import LOCAL, check_network_name, check_source
 from bigtrain.runtime.launch import check_batch, check_launch, check_moving_average

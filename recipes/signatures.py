@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bigtrain.choices import Chosen, Overlap
-from bigtrain.data.class_labels import labels_of
-from bigtrain.data.protocol import Split, seeded_choice
+from bigtrain.data.protocol import Split, labels_of, seeded_choice
 from bigtrain.runtime.launch import check_launch
 from bigtrain.runtime.settings import setting
 from bigtrain.training.mixins import DataMixin, JudgeMixin, NetworkMixin, RunMixin, check_network

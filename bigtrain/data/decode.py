@@ -18,15 +18,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from bigtrain.images import Pixels, check_pixels, decode_rgb, open_upright, orientation_of, to_rgb
-    Pixels,
-    UnreadableError,
-    check_pixels,
-    decode_rgb,
-    open_image,
-    open_upright,
-    orientation,
-    to_rgb,
-)
 from bigtrain.jpeg import read_header
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.data.class_labels import labels_of, only_label
-from bigtrain.data.protocol import Split
+from bigtrain.data.protocol import Split, labels_of, only_label
 from bigtrain.detectors.catalogue import ON_LOGITS, name_of
 from bigtrain.detectors.classical.logits import MaxLogit
 from bigtrain.detectors.feature_detector import FeatureDetector, checked

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bigtrain.data.class_labels import check_single_labels
-from bigtrain.data.protocol import Protocol, Split, check_every_class, split
+from bigtrain.data.protocol import Protocol, Split, check_every_class, check_single_labels, split
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.training.mixins import DataMixin
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bigtrain.choices import BatchNorm, Chosen
-from bigtrain.data.class_labels import only_label
 from bigtrain.data.plan import PADDING, Plan
+from bigtrain.data.protocol import only_label
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Batch
 from bigtrain.detectors.feature_detector import FeatureDetector

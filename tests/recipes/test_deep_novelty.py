@@ -11,8 +11,8 @@ import torch
 import bigtrain
 from bigtrain.data.protocol import Protocol, halved
 from bigtrain.data.shard_set import ShardSet
+from bigtrain.methods.deep_novelty.reference import shared_classes
 from bigtrain.models.network import load_network
-from bigtrain.models.synsets import shared_classes
 from recipes.deep_novelty import main
 from tests.fixtures import REFERENCE
 from tests.launching import run as started

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.data.class_labels import check_single_labels
-from bigtrain.data.protocol import Protocol, Split
+from bigtrain.data.protocol import Protocol, Split, check_single_labels
 from bigtrain.data.shard_set import ShardSet
 
 MAX_NAMED = 10
@@ -27,8 +26,6 @@ def check_reference(reference: ShardSet, split: Split) -> None:
 
 def overlaps(protocol: Protocol, reference: ShardSet) -> Iterator[str]:
     """A warning for reference classes that are known or novel ones too."""
-    from bigtrain.models.synsets import shared_classes  # it imports timm
-
     for kind, names in (("known", protocol.known), ("novel", protocol.novel)):
         if pairs := shared_classes(names, reference.classes):
             listed = ", ".join(a if a == b else f"{a} ({b})" for a, b in pairs[:MAX_NAMED])
@@ -49,3 +46,19 @@ def images_by_kind(split: Split, reference: ShardSet) -> dict[str, tuple[ShardSe
         "novel": (split.test, split.test_N[~is_known_N]),
         "reference": (reference, np.arange(len(reference))),
     }
+
+
+def shared_classes(names: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of classes that mean the same, by name or, where one is a synset (n02085620), by ImageNet's name of it."""
+    from bigtrain.models.lean_timm import timm
+
+    info = timm.data.ImageNetInfo("imagenet-21k")
+    descriptions = dict(zip(info.label_names(), info.label_descriptions(), strict=True))
+
+    def meanings(name: str) -> set[str]:
+        wnid = name.split("-")[0]
+        known_as = descriptions[wnid].split(",") if wnid in descriptions else [name]
+        return {" ".join(one.lower().replace("_", " ").replace("-", " ").split()) for one in known_as}
+
+    theirs = {b: meanings(b) for b in others}
+    return [(a, b) for a in names for own in [meanings(a)] for b in others if a == b or own & theirs[b]]
