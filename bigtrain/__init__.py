@@ -9,8 +9,8 @@
     settings, stages, a run from begin to end        bigtrain.training, on bigtrain.runtime;  recipes/ are the papers
 
 Open to every room, shards and slurm too: files (one atomic writer), retry (one policy), images and jpeg (from bytes to
-RGB), text, choices. Each floor imports those above it in this list; tests/test_imports.py holds it. WORDS.md has the
-words.
+RGB), pages (HTML), text, choices. Each floor imports those above it in this list; tests/test_imports.py holds it.
+WORDS.md has the words.
 
 Axes in tensor names: B images, V views, N patches (n: the visible ones), M patches of a crop, T packed tokens, L
 blocks, D features (d: of one head), H heads, K prototypes, C classes, H W pixels, h w the patch grid.

@@ -5,25 +5,28 @@ from __future__ import annotations
 from typing import Literal
 
 Keep = Literal["attended", "unattended", "random"]
-"""Which patches a student sees: data/masks.py."""
+"""Which patches a student sees: methods/defend/masks.py."""
 KeepOrAuto = Literal["auto", "attended", "unattended", "random"]
 Predict = Literal["visible", "hidden", "all"]
-"""Which patches' tokens a student is to predict: objectives/losses.py."""
+"""Which patches' tokens a student is to predict: methods/defend/equations.py."""
 ScoreOver = Literal["mean", "quantile", "attended"]
-"""How the scores of a picture's patches become the picture's: objectives/scores.py."""
+"""How the scores of a picture's patches become the picture's: methods/defend/equations.py."""
 Backend = Literal["auto", "xformers", "sdpa", "dense"]
 """What computes attention: models/attention.py."""
 BatchNorm = Literal["frozen", "trained"]
 Normalisation = Literal["l2", "layer", "none"]
-"""Of tokens before they are compared: objectives/losses.py."""
+"""Of tokens before they are compared: objectives/token_distances.py."""
 Distance = Literal["squared", "smooth_l1"]
 Overlap = Literal["share", "weighted", "cosine"]
-"""Of a picture with a signature: detectors/signatures.py."""
+"""Of a picture with a signature: methods/signatures/equations.py."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Chosen = Literal["fp32", "bf16", "fp16"]
 """What "auto" resolves to."""
 Schedule = Literal["constant", "cosine"]
-"""Of the learning rate: runtime/optim.py."""
+"""Of the learning rate: training/optim.py."""
+
+Tracker = Literal["wandb", "mlflow", "trackio"]
+"""Experiment trackers: runtime/trackers.py; each is an extra of pyproject.toml of the same name."""
 
 HIGHEST_LR = 1e30
 """Beyond it an optimizer's own arithmetic leaves fp32."""

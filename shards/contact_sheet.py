@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,11 +17,12 @@ from bigtrain.data.schema import Manifest
 from bigtrain.data.set_files import filesystem, read_index, shards_url
 from bigtrain.files import write_text
 from bigtrain.images import UnreadableError, decode_rgb, load_pixels, open_image
+from bigtrain.pages import data_uri, template
 from shards.existing_set import check_classes, manifest_of
 from shards.read_samples import Drawing, Found, read_neighbours
 from shards.show import readable, thousands
 
-TEMPLATE = "contact_sheet.html.jinja"
+TEMPLATE = Path(__file__).with_name("contact_sheet.html.jinja")
 MAX_SIDE = 360  # pixels of a picture in the page; larger ones are scaled down
 PIXEL_ART = 128  # pictures up to this side keep their pixels: PNG, enlarged with sharp edges
 STAGE = (288, 240)  # about the room that a picture has in the page, for the size of the letters
@@ -89,17 +87,9 @@ def write_page(url: str, path: Path, count: int = 120, seed: int = 0, classes: S
         )
     colours = {name: colour(number) for number, name in enumerate(manifest.classes)}
     cards = read_cards(url, manifest, index, groups, colours)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["thousands"] = thousands
     sections = [(group, colours.get(group.name), [next(cards) for _ in group.rows]) for group in groups]
     everything = [card for _, _, some in sections for card in some]
-    page = environment.get_template(TEMPLATE).render(
+    page = template(TEMPLATE, thousands=thousands).render(
         manifest=manifest,
         url=url,
         seed=seed,
@@ -252,12 +242,3 @@ def draw_mask(made: Card, encoded: bytes, size: tuple[int, int]) -> None:
 
 def share(of_whole: float) -> str:
     return f"{100 * of_whole:.2g} %" if of_whole else "nothing"
-
-
-def data_uri(image: Image.Image, is_png: bool) -> str:
-    encoded = io.BytesIO()
-    if is_png:
-        image.save(encoded, "PNG", optimize=True)
-    else:
-        image.save(encoded, "JPEG", quality=85)
-    return f"data:image/{'png' if is_png else 'jpeg'};base64,{base64.b64encode(encoded.getvalue()).decode()}"

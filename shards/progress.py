@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from bigtrain.text import clock
+
 EVERY_S = 10.0
 
 
@@ -37,7 +39,7 @@ class Progress:
         of = f" of {self.total}" if self.total else ""
         left = ""
         if self.total and self.new:
-            left = f", {duration((self.total - self.done) * self.seconds() / self.new)} left"
+            left = f", {clock((self.total - self.done) * self.seconds() / self.new)} left"
         return f"{self.done}{of} images{self.speed()}{left}"
 
     def speed(self) -> str:
@@ -58,10 +60,3 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -57,11 +57,11 @@ def decide(process: Process, code: int, error: str, asked: int | None, stopped: 
             process.record_event("stopped" if stopped else "failed", code=code, error=error, why=reason(code, asked))
             return 0 if stopped else 1
         record = scheduler.described(process.job_id)
-        if int(record.get("Restarts") or 0) > process.restarts:
+        if record.restarts > process.restarts:
             process.record_event("requeued", why="by SLURM: preemption, or an operator", code=code)
             return 0
-        left_s = scheduler.seconds_left(record)
-        if record.get("JobState") not in ("RUNNING", None) and not (left_s is not None and left_s <= 0):
+        left_s = record.seconds_left
+        if not record.is_running and not (left_s is not None and left_s <= 0):
             process.record_event("cancelled", code=code)
             return 0
         why = reason(code, asked)

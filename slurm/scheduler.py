@@ -1,6 +1,7 @@
 """All that is said to SLURM: what it knows of jobs, and giving it jobs. Nothing else runs its commands.
 
-Another scheduler would be another module with these functions.
+Another scheduler (LSF, say) is another module with these functions, a setting in cluster.py that names it, and a choice
+between the two here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import submitit
 from submitit import JobEnvironment
@@ -146,13 +147,25 @@ def accounted(job_ids: Iterable[str]) -> dict[str, JobState]:
     return found
 
 
-def described(job_id: str) -> dict[str, str]:
-    """The controller's record of one job, such as JobState, Restarts, EndTime; empty where it cannot be had."""
+class JobRecord(NamedTuple):
+    """What the controller says of one job now."""
+
+    state: str = ""  # "": it cannot be asked
+    restarts: int = 0
+    seconds_left: float | None = None  # until its time limit
+
+    @property
+    def is_running(self) -> bool:
+        return self.state in ("RUNNING", "")
+
+
+def described(job_id: str) -> JobRecord:
     try:
-        record = ask("scontrol", "-o", "show", "job", job_id)
+        text = ask("scontrol", "-o", "show", "job", job_id)
     except NoSlurmError:
-        return {}
-    return dict(re.findall(r"(?:^| )([A-Za-z/:]+)=(\S*)", record))
+        return JobRecord()
+    fields = dict(re.findall(r"(?:^| )([A-Za-z/:]+)=(\S*)", text))
+    return JobRecord(fields.get("JobState", ""), int(fields.get("Restarts") or 0), seconds_left(fields))
 
 
 def requeue(job_id: str, delay_s: int = 0) -> None:
@@ -179,7 +192,7 @@ def cancel(job_ids: Sequence[str]) -> None:
 
 
 def seconds_left(record: Mapping[str, str]) -> float | None:
-    """Until the job's time is up, from `described`; not from EndTime, which is now where a job is cancelled."""
+    """Until the job's time is up; not from EndTime, which is now where a job is cancelled."""
     limit = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", record.get("TimeLimit", ""))
     try:
         begun = time.mktime(time.strptime(record["StartTime"], "%Y-%m-%dT%H:%M:%S"))

@@ -72,24 +72,20 @@ def newcombe_interval(value: float, m: int, n: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def needed_for_95(count: int) -> int:
-    """Return the smallest number of images that is at least 95 % of `count`, exactly."""
-    return -(-95 * count // 100)
+def needed_for(percent: int, count: int) -> int:
+    """The smallest number of images that is at least so many percent of `count`, exactly."""
+    return -(-percent * count // 100)
 
 
-def figures_of_counts(known_RG: Ints, novel_RG: Ints) -> dict[str, Floats]:
-    """Return the figures of R resamples from their counts at each score, highest score first; each as above."""
-    known_low_RG, novel_low_RG = known_RG[:, ::-1], novel_RG[:, ::-1]
+# figures of R resamples, from their counts of known and novel images at each score, highest score first
+
+
+def detection_error_of_counts(known_RG: Ints, novel_RG: Ints) -> Floats:
+    """min_t [FPR + FNR] / 2."""
     flagged_known_RG, flagged_novel_RG = known_RG.cumsum(axis=1), novel_RG.cumsum(axis=1)
     fpr_RG = flagged_known_RG / flagged_known_RG[:, -1:]
     tpr_RG = flagged_novel_RG / flagged_novel_RG[:, -1:]
-    return {
-        "aupr_in": average_precision_of_counts(novel_low_RG, known_low_RG),
-        "aupr_out": average_precision_of_counts(known_RG, novel_RG),
-        "fpr_at_95_tpr_novel": fpr_of_counts(known_RG, novel_RG),
-        "fpr_at_95_tpr_known": fpr_of_counts(novel_low_RG, known_low_RG),
-        "detection_error": np.minimum(0.5, (0.5 * (fpr_RG + 1 - tpr_RG)).min(axis=1)),
-    }
+    return np.minimum(0.5, (0.5 * (fpr_RG + 1 - tpr_RG)).min(axis=1))
 
 
 def average_precision_of_counts(negative_RG: Ints, positive_RG: Ints) -> Floats:
@@ -100,8 +96,8 @@ def average_precision_of_counts(negative_RG: Ints, positive_RG: Ints) -> Floats:
     return np.einsum("rg,rg->r", positive_RG, precision_RG) / found_RG[:, -1]
 
 
-def fpr_of_counts(negative_RG: Ints, positive_RG: Ints) -> Floats:
-    """Share of negatives flagged at the first score that has 95 % of positives; the most positive score first."""
+def fpr_of_counts(negative_RG: Ints, positive_RG: Ints, percent: int = 95) -> Floats:
+    """Share of negatives flagged at the first score that has so many percent of positives, most positive first."""
     found_RG, false_RG = positive_RG.cumsum(axis=1), negative_RG.cumsum(axis=1)
-    first_R = (found_RG >= needed_for_95(int(found_RG[0, -1]))).argmax(axis=1)
+    first_R = (found_RG >= needed_for(percent, int(found_RG[0, -1]))).argmax(axis=1)
     return false_RG[np.arange(len(first_R)), first_R] / false_RG[:, -1]

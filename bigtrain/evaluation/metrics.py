@@ -7,6 +7,7 @@ as novel when its score is >= a threshold.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,38 +21,15 @@ from bigtrain.evaluation.intervals import (
     MOST_DRAWS,
     Bools,
     Floats,
+    Ints,
+    average_precision_of_counts,
     bias_corrected_interval,
-    figures_of_counts,
-    needed_for_95,
+    detection_error_of_counts,
+    fpr_of_counts,
+    needed_for,
     newcombe_interval,
     resampled_counts,
 )
-
-
-class Figure(NamedTuple):
-    """How a figure is called and read, wherever it is shown."""
-
-    heading: str
-    more_is_better: bool
-    meaning: str
-    is_in_report: bool = True  # else of some runs only, or a share that no detector is compared by
-
-
-FIGURES = {  # the one list: report, tables and recipes take names, headings and direction from it
-    "auroc": Figure("AUROC", True, "share of pairs in which the novel picture scores above the known one"),
-    "aupr_in": Figure("AUPR-in", True, "average precision, known is the positive class"),
-    "aupr_out": Figure("AUPR-out", True, "average precision, novel is the positive class"),
-    "fpr_at_95_tpr_novel": Figure("FPR, 95\u00a0% of novel caught", False, "share of known flagged at that threshold"),
-    "fpr_at_95_tpr_known": Figure(
-        "FPR, 95\u00a0% of known accepted", False, "share of novel accepted at that threshold"
-    ),
-    "detection_error": Figure("Detection error", False, "smallest mean of both error rates, over all thresholds"),
-    "closed_set_accuracy": Figure("Closed-set accuracy", True, "share of known pictures classified correctly", False),
-    "oscr": Figure("OSCR", True, "area under the open-set classification rate curve", False),
-    "explained": Figure("Explained", True, "by what share the error is below that of a constant answer", False),
-    "explained_novel": Figure("Explained, novel", False, "the same on novel pictures", False),
-    "auroc_annotated": Figure("AUROC, annotated", True, "AUROC without pictures that show no class", False),
-}
 
 
 class Estimate(NamedTuple):
@@ -214,18 +192,18 @@ def aupr_out(novel_N: ArrayLike, score_N: ArrayLike) -> AveragePrecision:
     return AveragePrecision(float(average_precision_score(novel, score)), float(novel.mean()))
 
 
-def fpr_at_95_tpr_novel(novel_N: ArrayLike, score_N: ArrayLike) -> float:
+def fpr_at_tpr_novel(novel_N: ArrayLike, score_N: ArrayLike, percent: int = 95) -> float:
     """Novel is the positive class: at the highest threshold that catches 95 % of novel, the share of known flagged."""
     novel, score = checked(novel_N, score_N)
-    caught = needed_for_95(int(novel.sum()))
+    caught = needed_for(percent, int(novel.sum()))
     threshold = np.sort(score[novel])[-caught]
     return float((score[~novel] >= threshold).mean())
 
 
-def fpr_at_95_tpr_known(novel_N: ArrayLike, score_N: ArrayLike) -> float:
+def fpr_at_tpr_known(novel_N: ArrayLike, score_N: ArrayLike, percent: int = 95) -> float:
     """Known is the positive class: at the lowest threshold that accepts 95 % of known, the share of novel accepted."""
     novel, score = checked(novel_N, score_N)
-    return fpr_at_95_tpr_novel(~novel, -score)
+    return fpr_at_tpr_novel(~novel, -score, percent)
 
 
 def detection_error(novel_N: ArrayLike, score_N: ArrayLike) -> float:
@@ -256,22 +234,61 @@ def summary(novel_N: ArrayLike, score_N: ArrayLike, *, seed: int = 0, resamples:
     if resamples < 2:
         raise ValueError(f"resamples is {resamples}: an interval needs at least 2, and 1000 are usual")
     resamples = min(resamples, max(FEWEST_RESAMPLES, MOST_DRAWS // len(score)))
-    chunks = [figures_of_counts(*counts) for counts in resampled_counts(novel, score, seed, resamples)]
+    chunks = list(resampled_counts(novel, score, seed, resamples))
 
-    out, in_ = aupr_out(novel, score), aupr_in(novel, score)
-    values = {
-        "aupr_in": in_.value,
-        "aupr_out": out.value,
-        "fpr_at_95_tpr_novel": fpr_at_95_tpr_novel(novel, score),
-        "fpr_at_95_tpr_known": fpr_at_95_tpr_known(novel, score),
-        "detection_error": detection_error(novel, score),
-    }
     result: dict[str, Any] = {"auroc": auroc(novel, score)._asdict()}
-    for name, value in values.items():
-        low, high = bias_corrected_interval(value, np.concatenate([chunk[name] for chunk in chunks]))
-        result[name] = Estimate(value, low, high)._asdict()
-    result["aupr_in"]["prevalence"] = in_.prevalence
-    result["aupr_out"]["prevalence"] = out.prevalence
+    for name, figure in FIGURES.items():
+        if figure.of_scores is not None and figure.of_counts is not None:
+            value = figure.of_scores(novel, score)
+            resampled_R = np.concatenate([figure.of_counts(*counts) for counts in chunks])
+            result[name] = Estimate(value, *bias_corrected_interval(value, resampled_R))._asdict()
+    result["aupr_in"]["prevalence"] = float((~novel).mean())
+    result["aupr_out"]["prevalence"] = float(novel.mean())
     result["counts"] = {"known": int((~novel).sum()), "novel": int(novel.sum())}
     result["bootstrap"] = {"resamples": resamples, "seed": seed}
     return result
+
+
+class Figure(NamedTuple):
+    """How a figure is called, read and computed; `of_counts` gives it for R resamples, for its interval."""
+
+    heading: str
+    more_is_better: bool
+    meaning: str
+    of_scores: Callable[[Bools, Floats], float] | None = None  # None: auroc has an interval of its own; else
+    of_counts: Callable[[Ints, Ints], Floats] | None = None  # of some runs only, and in no comparison of detectors
+
+    @property
+    def is_in_report(self) -> bool:
+        return self.of_scores is not None or self.heading == "AUROC"
+
+
+FIGURES = {  # the one list: summary, report, tables and recipes take names, headings and direction from it
+    "auroc": Figure("AUROC", True, "share of pairs in which the novel picture scores above the known one"),
+    "aupr_in": Figure(
+        "AUPR-in", True, "average precision, known is the positive class",
+        lambda novel, score: aupr_in(novel, score).value,
+        lambda known_RG, novel_RG: average_precision_of_counts(novel_RG[:, ::-1], known_RG[:, ::-1]),
+    ),
+    "aupr_out": Figure(
+        "AUPR-out", True, "average precision, novel is the positive class",
+        lambda novel, score: aupr_out(novel, score).value, average_precision_of_counts,
+    ),
+    "fpr_at_95_tpr_novel": Figure(
+        "FPR, 95\u00a0% of novel caught", False, "share of known flagged at that threshold",
+        fpr_at_tpr_novel, fpr_of_counts,
+    ),
+    "fpr_at_95_tpr_known": Figure(
+        "FPR, 95\u00a0% of known accepted", False, "share of novel accepted at that threshold",
+        fpr_at_tpr_known, lambda known_RG, novel_RG: fpr_of_counts(novel_RG[:, ::-1], known_RG[:, ::-1]),
+    ),
+    "detection_error": Figure(
+        "Detection error", False, "smallest mean of both error rates, over all thresholds",
+        detection_error, detection_error_of_counts,
+    ),
+    "closed_set_accuracy": Figure("Closed-set accuracy", True, "share of known pictures classified correctly"),
+    "oscr": Figure("OSCR", True, "area under the open-set classification rate curve"),
+    "explained": Figure("Explained", True, "by what share the error is below that of a constant answer"),
+    "explained_novel": Figure("Explained, novel", False, "the same on novel pictures"),
+    "auroc_annotated": Figure("AUROC, annotated", True, "AUROC without pictures that show no class"),
+}  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,11 +31,13 @@ def patch_distance(
     predicted_LBND = predicted_LBND.float()
     if normalise_student:
         predicted_LBND = normalised(predicted_LBND, normalisation)
-    if distance == "squared":
-        per_feature = (target_LBND - predicted_LBND).square()
-    else:
-        per_feature = F.smooth_l1_loss(predicted_LBND, target_LBND, reduction="none")
-    return per_feature.sum(dim=-1).mean(dim=0)
+    return DISTANCES[distance](predicted_LBND, target_LBND).sum(dim=-1).mean(dim=0)
+
+
+DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {  # of each feature; named in bigtrain.choices
+    "squared": lambda predicted, target: (target - predicted).square(),
+    "smooth_l1": lambda predicted, target: F.smooth_l1_loss(predicted, target, reduction="none"),
+}
 
 
 def normalised(tokens: Tensor, normalisation: Normalisation) -> Tensor:

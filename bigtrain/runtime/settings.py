@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from bigtrain.choices import Tracker
+
 PRINT_CONFIG = "--print-config"
 RANGE = "range"
 
@@ -59,7 +61,7 @@ class RunSettings:
     """Stop the run after this many steps in a row whose loss or gradient is not finite."""
     hang_timeout_min: float = setting(30.0, 0.01, 1e6)
     """When no process has made progress for this long, all exit and name the one that the others wait for."""
-    trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    trackers: tuple[Tracker, ...] = ()
     """Where figures also go, beside log.jsonl and TensorBoard; `uv sync --extra wandb` and so on installs them."""
     peak_tflops: float = setting(0.0, 0)
     """The device's peak, for mfu_percent; 0: known for common GPUs."""

@@ -26,7 +26,7 @@ from bigtrain.training.feature_cache import LINE_EVERY_S, Source, extracted
 from bigtrain.training.run_setup import Setup
 
 SCORED_AT_ONCE = 256
-SHOWN = ("auroc", "aupr_out", "fpr_at_95_tpr_known")  # on the page
+SHOWN = [name for name, figure in FIGURES.items() if figure.is_in_report]  # on the page
 
 
 class Inputs(NamedTuple):

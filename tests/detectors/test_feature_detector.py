@@ -107,7 +107,7 @@ def test_nonfinite_features(make, images):
 @every_detector
 def test_mistakes_are_told(make, images):
     known_ND, class_N, novel_ND = images
-    with pytest.raises(ValueError, match="before it was fitted"):
+    with pytest.raises(ValueError, match="is not fitted"):
         make().score(novel_ND)
     with pytest.raises(ValueError, match="at least one is needed"):
         make().fit(np.zeros((0, 4)), [])

@@ -7,10 +7,10 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
+from bigtrain.evaluation import metrics
 from bigtrain.evaluation.intervals import (
     average_precision_of_counts,
     bias_corrected_interval,
-    figures_of_counts,
     newcombe_interval,
     resampled_counts,
 )
@@ -21,8 +21,8 @@ from bigtrain.evaluation.metrics import (
     closed_set_accuracy,
     detection_error,
     explained,
-    fpr_at_95_tpr_known,
-    fpr_at_95_tpr_novel,
+    fpr_at_tpr_known,
+    fpr_at_tpr_novel,
     oscr,
     structural_components,
     summary,
@@ -55,21 +55,21 @@ def test_aupr_by_hand():
 def test_fpr_at_95_tpr_novel_by_hand():
     # 20 novel at 1 .. 20: 19 of them are >= 2; known at 0, 1.5, 2, 3: two of four are >= 2 and flagged
     novel_N = np.repeat([True, False], [20, 4])
-    assert fpr_at_95_tpr_novel(novel_N, [*range(1, 21), 0, 1.5, 2, 3]) == 0.5
+    assert fpr_at_tpr_novel(novel_N, [*range(1, 21), 0, 1.5, 2, 3]) == 0.5
 
 
 def test_fpr_at_95_tpr_known_by_hand():
     # 20 known at 1 .. 20: 19 of them are <= 19; novel at 18, 19, 19.5, 20, 30: two of five are <= 19 and accepted
     novel_N = np.repeat([False, True], [20, 5])
-    assert fpr_at_95_tpr_known(novel_N, [*range(1, 21), 18, 19, 19.5, 20, 30]) == 0.4
+    assert fpr_at_tpr_known(novel_N, [*range(1, 21), 18, 19, 19.5, 20, 30]) == 0.4
 
 
 def test_the_two_fpr_conventions_differ():
     # one novel image lies below all known, so catching 95 % of novel flags every known; accepting known misses only it
     novel_N = np.repeat([False, True], [10, 10])
     score_N = [*range(10, 20), 0, *range(30, 39)]
-    assert fpr_at_95_tpr_novel(novel_N, score_N) == 1.0
-    assert fpr_at_95_tpr_known(novel_N, score_N) == 0.1
+    assert fpr_at_tpr_novel(novel_N, score_N) == 1.0
+    assert fpr_at_tpr_known(novel_N, score_N) == 0.1
 
 
 def test_detection_error_by_hand():
@@ -88,9 +88,9 @@ def test_figures_as_sklearn(known, novel, levels):
     assert aupr_out(novel_N, score_N).value == pytest.approx(average_precision_score(novel_N, score_N))
     assert aupr_in(novel_N, score_N).value == pytest.approx(average_precision_score(~novel_N, -score_N))
     fpr_T, tpr_T, _ = roc_curve(novel_N, score_N, drop_intermediate=False)
-    assert fpr_at_95_tpr_novel(novel_N, score_N) == pytest.approx(fpr_T[tpr_T >= 0.95 - 1e-12].min())
+    assert fpr_at_tpr_novel(novel_N, score_N) == pytest.approx(fpr_T[tpr_T >= 0.95 - 1e-12].min())
     fpr_T, tpr_T, _ = roc_curve(~novel_N, -score_N, drop_intermediate=False)
-    assert fpr_at_95_tpr_known(novel_N, score_N) == pytest.approx(fpr_T[tpr_T >= 0.95 - 1e-12].min())
+    assert fpr_at_tpr_known(novel_N, score_N) == pytest.approx(fpr_T[tpr_T >= 0.95 - 1e-12].min())
 
 
 def test_auroc_flipped():
@@ -174,7 +174,7 @@ def test_bootstrap_figures(levels):
     """The bootstrap's figures of a resample are those of the images it drew."""
     novel_N, score_N = simulated(40, 30, 1.0, seed=5, levels=levels)
     [(known_RG, novel_RG)] = resampled_counts(novel_N, score_N, seed=0, resamples=8)
-    figures = figures_of_counts(known_RG, novel_RG)
+    figures = {name: f.of_counts(known_RG, novel_RG) for name, f in metrics.FIGURES.items() if f.of_counts}
     descending_G = np.unique(score_N)[::-1]
     for row, (known_G, novel_G) in enumerate(zip(known_RG, novel_RG, strict=True)):
         assert (known_G.sum(), novel_G.sum()) == (40, 30)
@@ -183,8 +183,8 @@ def test_bootstrap_figures(levels):
         expected = {
             "aupr_in": aupr_in(drawn_novel_N, drawn_N).value,
             "aupr_out": aupr_out(drawn_novel_N, drawn_N).value,
-            "fpr_at_95_tpr_novel": fpr_at_95_tpr_novel(drawn_novel_N, drawn_N),
-            "fpr_at_95_tpr_known": fpr_at_95_tpr_known(drawn_novel_N, drawn_N),
+            "fpr_at_95_tpr_novel": fpr_at_tpr_novel(drawn_novel_N, drawn_N),
+            "fpr_at_95_tpr_known": fpr_at_tpr_known(drawn_novel_N, drawn_N),
             "detection_error": detection_error(drawn_novel_N, drawn_N),
         }
         assert {name: values[row] for name, values in figures.items()} == pytest.approx(expected)
@@ -259,7 +259,7 @@ def test_fewer_resamples():
 )
 def test_scores_refused(novel_N, score_N, message):
     """Scores that rank nothing are an error and not a half, for every figure."""
-    for figure in (auroc, aupr_in, aupr_out, fpr_at_95_tpr_novel, fpr_at_95_tpr_known, detection_error, summary):
+    for figure in (auroc, aupr_in, aupr_out, fpr_at_tpr_novel, fpr_at_tpr_known, detection_error, summary):
         with pytest.raises(ValueError, match=message):
             figure(novel_N, score_N)
 

@@ -184,7 +184,7 @@ def test_impossible_options_are_refused(font, text, tmp_path):
     for options, sentence in (
         ({"count": 6764}, "it must be 1 to 6763"),
         ({"count": 0}, "it must be 1 to 6763"),
-        ({"characters": text(b"\xff")}, "no text in UTF-8"),
+        ({"characters": text(b"\xff")}, "not UTF-8 text"),
         ({"size": 4}, "--size 4 is too small"),
         ({"lacking": "drop-font"}, "no font has every character"),
     ):

@@ -55,7 +55,7 @@ def test_a_cut_idx_file_is_refused(idx, tmp_path):
     idx(suffix="")
     path = tmp_path / "t10k-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="no whole idx file"):
+    with pytest.raises(ValueError, match="not a whole idx file"):
         mnist.about(tmp_path, "test")
 
 

@@ -164,9 +164,9 @@ def test_not_queued_twice(run, monkeypatch):
     again = []
     monkeypatch.setattr(slurm_scheduler, "requeue", lambda job, delay_s: again.append((job, delay_s)))
     task = Process(run, "7", 1, 0, 1, 0, 1, "node1", on_slurm=True)
-    for restarts, why in (("2", "by SLURM: preemption, or an operator"), ("1", "asked to stop (SIGTERM)")):
+    for restarts, why in ((2, "by SLURM: preemption, or an operator"), (1, "asked to stop (SIGTERM)")):
         monkeypatch.setattr(
-            slurm_scheduler, "described", lambda job, r=restarts: {"JobState": "RUNNING", "Restarts": r}
+            slurm_scheduler, "described", lambda job, r=restarts: slurm_scheduler.JobRecord("RUNNING", r)
         )
         assert decide(task, 85, "", signal.SIGTERM, True) == 0
         assert (events(run)[-1]["event"], events(run)[-1]["why"]) == ("requeued", why)

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bigtrain.methods.defend.judging import CachedTeacherDetector
 
 import bigtrain
+from bigtrain.methods.defend.compared import CachedTeacherDetector
 from bigtrain.models.network import Network
 from bigtrain.models.vit import Architecture, ViT
 from bigtrain.models.weights import read_tensors

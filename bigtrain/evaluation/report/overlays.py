@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from PIL import Image
 
 from bigtrain.evaluation.intervals import Bools
 from bigtrain.evaluation.metrics import Floats
+from bigtrain.pages import data_uri
 
 MAX_SIDE = 256  # pixels in the page; larger pictures are scaled down
 MIN_OVERLAY_SIDE = 168  # small pictures are enlarged below their maps, so that patches keep their sharp edges
@@ -100,9 +99,6 @@ def overlay(image: Image.Image, score_map_hw: NDArray[np.floating], scale: Scale
     return Image.blend(grey, colours.resize(size, Image.Resampling.NEAREST), OPACITY)
 
 
-def data_uri(image: Image.Image) -> str:
-    """Return the picture as a data URI: PNG where it is small, JPEG where it is not."""
-    encoded = io.BytesIO()
-    kind = "png" if max(image.size) < 200 else "jpeg"
-    image.save(encoded, kind, **({"quality": 85} if kind == "jpeg" else {"optimize": True}))
-    return f"data:image/{kind};base64,{base64.b64encode(encoded.getvalue()).decode()}"
+def page_image(image: Image.Image) -> str:
+    """A picture inside of a page: PNG where it is small, JPEG where it is not."""
+    return data_uri(image, is_png=max(image.size) < 200)

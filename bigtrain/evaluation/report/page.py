@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from bigtrain.data.decode import Picture
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.evaluation.report.overlays import data_uri, rgb
+from bigtrain.evaluation.report.overlays import page_image, rgb
 from bigtrain.files import write_text
+from bigtrain.pages import template
 
-TEMPLATE = "pictures.html.jinja"
+TEMPLATE = Path(__file__).with_name("pictures.html.jinja")
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Card:
             "classes": ", ".join(self.shard_set.classes_of(self.sample)) or "no class",
             "kind": self.kind,
             "value": f"{self.value:.3g}",
-            "image": data_uri(image),
+            "image": page_image(image),
             "width": image.width,
             "height": image.height,
             "small": max(image.size) < 128,
@@ -66,19 +65,8 @@ class Section:
 
 def write_page(path: Path, title: str, lead: Sequence[str], sections: Sequence[Section]) -> None:
     """Write the page whole or not at all; everything in it that comes from data is escaped."""
-    page = environment().get_template(TEMPLATE).render(title=title, lead=lead, sections=[shown(s) for s in sections])
+    page = template(TEMPLATE).render(title=title, lead=lead, sections=[shown(s) for s in sections])
     write_text(path, page)
-
-
-def environment() -> jinja2.Environment:
-    """Templates beside this file; what is put into them is escaped, and what they lack is an error."""
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def shown(section: Section) -> dict[str, Any]:

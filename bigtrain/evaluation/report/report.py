@@ -12,11 +12,11 @@ from numpy.typing import ArrayLike
 from bigtrain.evaluation.intervals import Bools
 from bigtrain.evaluation.metrics import FIGURES, Floats, checked
 from bigtrain.evaluation.report.charts import SERIES, histogram, histogram_chart, roc_chart, roc_points
-from bigtrain.evaluation.report.overlays import HEAT, Scale, Shown, data_uri, overlay, rgb, shared_scale
-from bigtrain.evaluation.report.page import environment
+from bigtrain.evaluation.report.overlays import HEAT, Scale, Shown, overlay, page_image, rgb, shared_scale
 from bigtrain.files import write_text
+from bigtrain.pages import template
 
-TEMPLATE = "report.html.jinja"
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SHOWN = {name: figure for name, figure in FIGURES.items() if figure.is_in_report}
 
 
@@ -56,8 +56,7 @@ def write_report(
     threshold = results.get("threshold")
     scale = shared_scale(picture for section in pictures.values() for picture in section)
     auroc = {name: found["auroc"]["value"] for name, found in summaries.items()}
-    template = environment().get_template(TEMPLATE)
-    page = template.render(
+    page = template(TEMPLATE).render(
         title=title,
         protocol=protocol_line(results, novel),
         rows=table_rows(summaries),
@@ -129,7 +128,7 @@ def card(picture: Shown, scale: Scale | None, threshold: float | None) -> dict[s
     image = rgb(picture.image)
     with_map = None
     if picture.score_map_hw is not None and scale is not None:
-        with_map = data_uri(overlay(image, picture.score_map_hw, scale))
+        with_map = page_image(overlay(image, picture.score_map_hw, scale))
     error = ""
     if threshold is not None and picture.novel != (picture.score > threshold):
         error = "missed" if picture.novel else "false alarm"
@@ -139,7 +138,7 @@ def card(picture: Shown, scale: Scale | None, threshold: float | None) -> dict[s
         "novel": picture.novel,
         "score": f"{picture.score:.4g}",
         "error": error,
-        "image": data_uri(image),
+        "image": page_image(image),
         "overlay": with_map,
         "width": image.width,
         "height": image.height,

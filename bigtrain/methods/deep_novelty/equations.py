@@ -64,7 +64,7 @@ def branch_losses(
     Returns:
         loss_B of each branch, float32.
     """
-    first = {"known": 0, "reference": first_reference}
+    first = {name: 0 if name == "known" else first_reference for name in logits}
     losses = {
         name: F.cross_entropy(logits_BC.float(), class_B[name] + first[name], reduction="none")
         for name, logits_BC in logits.items()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bigtrain.data.stream import Stream
 from bigtrain.evaluation.collect import collect
-from bigtrain.evaluation.report.overlays import data_uri
+from bigtrain.evaluation.report.overlays import page_image
 from bigtrain.evaluation.report.page import Card, Group, Section, Strip, write_page
 from bigtrain.methods.signatures.detector import Signatures
 
@@ -81,7 +81,7 @@ def matrix_section(has_CD: NDArray[np.bool_], classes: list[str]) -> Section:
         "dimensions are in any. Both are ordered so that those alike lie side by side.",
         f"From above: {', '.join(classes[row] for row in rows)}.",
     ]
-    return Section("Classes and dimensions", text, image=data_uri(image))
+    return Section("Classes and dimensions", text, image=page_image(image))
 
 
 def pairs_section(
