@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,6 @@ from bigtrain.choices import Chosen
 from bigtrain.data.protocol import Split
 from bigtrain.detectors.catalogue import EVERY, ON_FEATURES, detector_class
 from bigtrain.models.timm_names import check_source
-from bigtrain.runtime.launch import check_launch
 from bigtrain.runtime.settings import setting
 from bigtrain.training.mixins import DataMixin, JudgeMixin, NetworkMixin, RunMixin, check_network
 from bigtrain.training.read_split import read_split
@@ -39,35 +39,23 @@ class Config(RunMixin, JudgeMixin, NetworkMixin, DataMixin):
     """A network trained on the same known classes: network.safetensors of a run of recipes/deep_novelty.py with
     --branches one --membership-weight 0. Give both the same data and --seed, --protocol, --order, --train-limit and
     --validation-share, or images are held out here that it was trained on."""
-    layer: str = ""
-    """The layer whose features are taken, by torch's name; empty: what the classifier would see."""
-    detectors: tuple[str, ...] = ()
-    """Which of them, by name; empty: all that these classes and networks allow."""
-    nu: float = setting(0.1, 1e-6, 1)
-    """Of the one-class SVM and SVDD: largest share of known images outside."""
-    local_neighbours: int = setting(600, 1)
-    """k of local KNFST."""
+    layer: str = ""  # The layer whose features are taken, by torch's name; empty: what the classifier would see.
+    detectors: tuple[str, ...] = ()  # Which of them, by name; empty: all that these classes and networks allow.
+    nu: float = setting(0.1, 1e-6, 1)  # Of the one-class SVM and SVDD: largest share of known images outside.
+    local_neighbours: int = setting(600, 1)  # k of local KNFST.
     landmarks: int = setting(0, 0)
     """Of KNFST: 0 is exact, up to 20 000 images; else Nystroem's kernel of this many of them."""
-    share: float = setting(0.1, 1e-6, 1 - 1e-6)
-    """Of K-extremes: share of the dimensions that make a signature."""
-    save: tuple[str, ...] = ()
-    """Rows whose detector is saved, in OUT/detectors/ROW, each with its network."""
-    features: str = ""
-    """Folder that keeps features, for several runs; empty: the run's own."""
+    share: float = setting(0.1, 1e-6, 1 - 1e-6)  # Of K-extremes: share of the dimensions that make a signature.
+    save: tuple[str, ...] = ()  # Rows whose detector is saved, in OUT/detectors/ROW, each with its network.
+    features: str = ""  # Folder that keeps features, for several runs; empty: the run's own.
 
 
 def check(config: Config) -> None:
     check_network(config)
     if unknown := [name for name in config.detectors if name not in EVERY]:
         raise ValueError(f"there is no detector {', '.join(unknown)}; there are {', '.join(EVERY)}.")
-    check_launch()
     if config.finetuned:
         check_source(config.finetuned)
-
-
-def read(config: Config) -> Split:
-    return read_split(config, config.seed, single_labels=True)
 
 
 def load(config: Config, split: Split, precision: Chosen) -> dict[str, NetworkDetector]:
@@ -77,7 +65,7 @@ def load(config: Config, split: Split, precision: Chosen) -> dict[str, NetworkDe
     from bigtrain.training.trunk import network_detector, read_network
 
     known = split.protocol.known
-    given = read_network(config, config.seed)
+    given = read_network(config)
     networks: dict[str, Network] = {"" if given.head_of(known) else " pre": given}
     if config.finetuned:
         finetuned = load_network(config.finetuned)
@@ -149,6 +137,7 @@ def rows_of(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    read = partial(read_split, single_labels=True)
     run_recipe(Recipe("baselines", Config, __doc__ or "", check, read, load, baselines), argv)
 
 

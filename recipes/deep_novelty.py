@@ -22,18 +22,11 @@ import numpy as np
 from bigtrain.choices import HIGHEST_LR, BatchNorm, Chosen
 from bigtrain.data.protocol import Split, labels_of, seeded_choice
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.methods.deep_novelty.reference import check_reference, images_by_kind, overlaps
-from bigtrain.runtime.launch import check_batch, check_launch
+from bigtrain.methods.deep_novelty.checks import check_reference, check_settings, overlaps
+from bigtrain.runtime.launch import check_batch
 from bigtrain.runtime.settings import setting
 from bigtrain.text import clean
-from bigtrain.training.mixins import (
-    DataMixin,
-    JudgeMixin,
-    NetworkMixin,
-    OptimMixin,
-    RunMixin,
-    check_network,
-)
+from bigtrain.training.mixins import DataMixin, JudgeMixin, NetworkMixin, OptimMixin, RunMixin, check_network
 from bigtrain.training.read_split import read_split
 from bigtrain.training.run import Recipe, Result, run_recipe
 
@@ -48,32 +41,24 @@ LEAVES = {"train": "network.safetensors"}
 class Config(RunMixin, JudgeMixin, OptimMixin, NetworkMixin, DataMixin):
     reference: str = ""
     """Shard set of the reference classes, such as ILSVRC12's validation set: any labelled pictures of other things."""
-    reference_batch: int = setting(32, 1)
-    """Reference images a step, over all processes."""
+    reference_batch: int = setting(32, 1)  # Reference images a step, over all processes.
     branches: Literal["two", "one", "joint"] = "two"
     """Two heads on one trunk; one: no reference; joint: one softmax over known and reference classes, Finetune(c+C)."""
-    ce_weight: float = setting(1.0, 0)
-    """alpha 1 of eq. 4, of the known classes' cross-entropy."""
-    membership_weight: float = setting(1.0, 0)
-    """alpha 2 of eq. 4, of the membership loss."""
-    true_class_weight: float = setting(5.0, 0)
-    """lambda of eq. 3, of the true class in the membership loss."""
+    ce_weight: float = setting(1.0, 0)  # alpha 1 of eq. 4, of the known classes' cross-entropy.
+    membership_weight: float = setting(1.0, 0)  # alpha 2 of eq. 4, of the membership loss.
+    true_class_weight: float = setting(5.0, 0)  # lambda of eq. 3, of the true class in the membership loss.
     variant: Literal["paper", "author_code"] = "paper"
     """author_code: lambda weighs the wrong classes, as in the authors' code."""
 
-    batch: int = setting(32, 1)
-    """Known images a step, over all processes."""
+    batch: int = setting(32, 1)  # Known images a step, over all processes.
     steps: int = setting(20_000, 1)
-    epochs: int = setting(0, 0)
-    """Passes over the known images, in place of --steps; 0: by --steps."""
+    epochs: int = setting(0, 0)  # Passes over the known images, in place of --steps; 0: by --steps.
     lr: float = setting(1e-3, 0, HIGHEST_LR)
-    lr_drop: float = setting(0.1, 0, 1)
-    """Factor of the learning rate every --lr-drop-every steps."""
+    lr_drop: float = setting(0.1, 0, 1)  # Factor of the learning rate every --lr-drop-every steps.
     lr_drop_every: int = setting(5000, 1)
     momentum: float = setting(0.9, 0, 1)
     weight_decay: float = setting(5e-4, 0)
-    mirror: bool = True
-    """Mirror half of the training images; not for letters."""
+    mirror: bool = True  # Mirror half of the training images; not for letters.
     batch_norm: BatchNorm = "frozen"
     """Of a network that has it: statistics and scale stay as they were trained, or are trained on."""
     dropout: float = setting(0.5, 0, 0.99)
@@ -89,25 +74,13 @@ class Data(NamedTuple):
 
 def check(config: Config) -> None:
     check_network(config)
-    if (config.branches == "one") == bool(config.reference):
-        given = "is of no use with --branches one" if config.reference else "SHARDS is needed (or --branches one)"
-        raise ValueError(f"--reference {given}: it is what the second branch classifies.")
-    if config.branches == "joint" and config.membership_weight not in (0, Config.membership_weight):
-        raise ValueError(
-            "--membership-weight has no effect with --branches joint, which has one softmax: leave it out."
-        )
-    if config.epochs and config.steps != Config.steps:
-        raise ValueError("--steps and --epochs were both given: how long to train is one of them.")
-    if config.variant == "author_code" and not (config.membership_weight and config.branches != "joint"):
-        raise ValueError("--variant author_code is about the membership loss, which is not taken: leave it out.")
-    check_launch()
-    check_batch(config.batch, config.run.accumulate)
-    if config.reference:
-        check_batch(config.reference_batch, config.run.accumulate)
+    check_settings(config)
+    for batch in (config.batch, config.reference_batch) if config.reference else (config.batch,):
+        check_batch(batch, config.run.accumulate)
 
 
 def read(config: Config) -> Data:
-    split = read_split(config, config.seed, fewest_classes=2, single_labels=True)
+    split = read_split(config, fewest_classes=2, single_labels=True)
     if not config.reference:
         return Data(split, None)
     reference = ShardSet(config.reference)
@@ -118,7 +91,7 @@ def read(config: Config) -> Data:
 def load(config: Config, data: Data, precision: Chosen) -> Network:
     from bigtrain.training.trunk import check_training, read_network
 
-    given = read_network(config, config.seed)
+    given = read_network(config)
     check_training(given.trunk, config.batch_norm, config.run)
     return given
 
@@ -127,23 +100,21 @@ def deep_novelty(config: Config, setup: Setup, data: Data, given: Network) -> Re
     """Train the two branches (4.4), then score by the known head (4.5)."""
     from bigtrain.detectors.classical.logits import MaxLogit
     from bigtrain.detectors.classical.nearest import pixel_features
-    from bigtrain.methods.deep_novelty.page import write_filters
+    from bigtrain.methods.deep_novelty.page import images_by_kind, write_filters
     from bigtrain.training.judging import judged
     from bigtrain.training.trunk import network_detector
 
-    (split, reference), known = data, data.split.protocol.known
-    seen = (
-        f", reference {reference.manifest.dataset}, {len(reference)} of {len(reference.classes)}" if reference else ""
-    )
-    setup.announce(f"deep novelty: {split}{seen}; {given.described}")
+    (split, reference), known, said = data, data.split.protocol.known, f"deep novelty: {data.split}"
+    if reference:
+        said += f", reference {reference.manifest.dataset}, {len(reference)} of {len(reference.classes)}"
+    setup.announce(f"{said}; {given.described}")
     for warning in overlaps(split.protocol, reference) if reference else ():
         setup.accelerator.print(clean(warning))
     given.to(setup.accelerator.device)
     network = train(config, setup, data, given)
 
-    detector = network_detector(
-        network, MaxLogit().fit(np.zeros((1, len(known)))), config, setup.precision, head="known"
-    )
+    max_logit = MaxLogit().fit(np.zeros((1, len(known))))
+    detector = network_detector(network, max_logit, config, setup.precision, head="known")
     before = network_detector(given, MaxLogit(), config, setup.precision)
     method = {"two": "deep novelty", "one": "one branch", "joint": "Finetune(c+C)"}[config.branches]
     plain = {"pixels": pixel_features, "features of the given network": before.outputs}
@@ -173,15 +144,9 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
     from bigtrain.data.views import RandomCrop
     from bigtrain.methods.deep_novelty.equations import branch_losses
     from bigtrain.methods.deep_novelty.network import Branches
+    from bigtrain.training import trunk
     from bigtrain.training.optim import scaled_lr, set_schedule
     from bigtrain.training.stage import Stage
-    from bigtrain.training.trunk import (
-        class_numbers,
-        prepare_batch_norm,
-        prepare_trunk,
-        with_batch_norm,
-        without_padding,
-    )
 
     if trained_network := setup.left(LEAVES["train"]):
         return trained_network
@@ -190,7 +155,7 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
         sets["reference"] = (reference, np.arange(len(reference)), config.reference_batch, reference.classes)
     view = RandomCrop(config.image_size, config.resize, config.mirror)
     plans = {
-        name: without_padding(of.plan(sample_N, batch, config.seed), given.trunk, config.batch_norm)
+        name: trunk.without_padding(of.plan(sample_N, batch, config.seed), given.trunk, config.batch_norm)
         for name, (of, sample_N, batch, _) in sets.items()
     }
     streams = {name: setup.stream(of, plans[name], view) for name, (of, *_) in sets.items()}
@@ -201,11 +166,11 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
     def branches() -> Branches:
         torch.manual_seed(config.seed)
         counts = {name: len(names) for name, names in classes.items()}
-        trunk = copy.deepcopy(given.backbone).requires_grad_(True)
-        return prepare_batch_norm(Branches(trunk, counts, joint=is_joint), config.batch_norm)
+        backbone = copy.deepcopy(given.backbone).requires_grad_(True)
+        return trunk.prepare_batch_norm(Branches(backbone, counts, joint=is_joint), config.batch_norm)
 
     model = branches().train()
-    prepare_trunk(model.trunk, setup.settings, config.dropout)
+    trunk.prepare_trunk(model.trunk, setup.settings, config.dropout)
     lr = scaled_lr(config.lr, config.batch, config.lr_batch)
     groups = [{"params": [*model.parameters()], "base_lr": lr, "decays": True}]
     stage = Stage(
@@ -225,7 +190,7 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
         for part in step.parts():
             with setup.autocast():
                 logits = stage.module({name: given.normalise(batch.views["image"]) for name, batch in part.items()})
-            class_B = {name: class_numbers(streams[name].shard_set, b, label_of[name]) for name, b in part.items()}
+            class_B = {name: trunk.class_numbers(sets[name][0], b, label_of[name]) for name, b in part.items()}
             losses = branch_losses(
                 logits, class_B,
                 ce_weight=config.ce_weight, membership_weight=0 if is_joint else config.membership_weight,
@@ -237,7 +202,7 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
             step.backward(loss)
         step.update(lr=factor * lr)
 
-    trained = with_batch_norm(stage.into(branches()))
+    trained = trunk.with_batch_norm(stage.into(branches()))
     network = given.with_backbone(trained.trunk, heads=trained.linear_heads(), classes=classes)
     return setup.leave(LEAVES["train"], network)
 

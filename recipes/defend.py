@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal
 from bigtrain import choices
 from bigtrain.data.protocol import Split
 from bigtrain.methods.defend.checks import check_networks, check_settings, kept, student_architecture
-from bigtrain.runtime.launch import check_batch, check_launch, check_moving_average
+from bigtrain.runtime.launch import check_batch, check_moving_average
 from bigtrain.runtime.settings import setting
 from bigtrain.training.mixins import DataMixin, JudgeMixin, OptimMixin, RunMixin
 from bigtrain.training.read_split import read_split
@@ -43,19 +43,14 @@ LEAVES = {"tune": "teacher.safetensors", "distil": "student.safetensors"}  # sta
 
 @dataclass(frozen=True)
 class Config(RunMixin, JudgeMixin, OptimMixin, DataMixin):
-    teacher: str = "vit_base_patch16_224.augreg_in21k"
-    """A timm name, or a local .safetensors, .pth or AugReg .npz."""
-    arch: str = ""
-    """The timm vit_* that a local file's weights belong to; bigtrain's own files know theirs."""
-    pretrained: bool = True
-    """--no-pretrained: a name's teacher with random weights."""
-    student: str = ""
-    """The student's architecture, a timm vit_* as wide as the teacher; empty: the teacher's."""
+    teacher: str = "vit_base_patch16_224.augreg_in21k"  # A timm name, or a local .safetensors, .pth or AugReg .npz.
+    arch: str = ""  # The timm vit_* that a local file's weights belong to; bigtrain's own files know theirs.
+    pretrained: bool = True  # --no-pretrained: a name's teacher with random weights.
+    student: str = ""  # The student's architecture, a timm vit_* as wide as the teacher; empty: the teacher's.
     image_size: int = setting(224, 1)
     crop_size: int = setting(96, 1)
     attention: choices.Backend = "auto"
-    tune: bool = True
-    """Stage 1; without it (--no-tune) the teacher is distilled as it is."""
+    tune: bool = True  # Stage 1; without it (--no-tune) the teacher is distilled as it is.
     distil: bool = True
     """Stage 2; without it (--no-distil) the run ends with the tuned teacher.safetensors, for others' --teacher."""
     tune_epochs: int = setting(3, 1)
@@ -63,29 +58,21 @@ class Config(RunMixin, JudgeMixin, OptimMixin, DataMixin):
     tuned_blocks: int = setting(2, 1)
     crops: int = setting(4, 1)
     crop_scale: tuple[float, float] = setting((0.1, 0.3), 0.001, 1)
-    global_crops: int = setting(0, 0)
-    """Further crops of scale .3-1 at the image's size; the authors' code has one."""
-    prototypes: int = setting(0, 0)
-    """K; 0: twice the number of classes that the training images show (4.3)."""
+    global_crops: int = setting(0, 0)  # Further crops of scale .3-1 at the image's size; the authors' code has one.
+    prototypes: int = setting(0, 0)  # K; 0: twice the number of classes that the training images show (4.3).
     temperature: float = setting(0.1, 1e-4)
     epsilon: float = setting(0.05, 1e-4)
     sinkhorn_iterations: int = setting(3, 1)
-    tune_lr: float = setting(1e-5, 0, choices.HIGHEST_LR)
-    """Of the tuned blocks."""
-    head_lr: float = setting(1e-4, 0, choices.HIGHEST_LR)
-    """Of projection head and prototypes."""
+    tune_lr: float = setting(1e-5, 0, choices.HIGHEST_LR)  # Of the tuned blocks.
+    head_lr: float = setting(1e-4, 0, choices.HIGHEST_LR)  # Of projection head and prototypes.
     tune_decay: tuple[float, float] = setting((0.04, 0.5), 0)
     layer_decay: float = setting(1.0, 1e-3, 1)
     """Of tuning: each block's learning rate is that of the block after it times this."""
-    ema_teacher: bool = False
-    """Take the targets from a moving average of the network, as the authors' code can."""
-    ema_momentum: float = setting(0.9995, 0, 1)
-    """At the start; it rises to 1 along a cosine."""
-    queue: int = setting(0, 0)
-    """Projected tokens of earlier batches that join Sinkhorn; 8192 in the authors' code."""
+    ema_teacher: bool = False  # Take the targets from a moving average of the network, as the authors' code can.
+    ema_momentum: float = setting(0.9995, 0, 1)  # At the start; it rises to 1 along a cosine.
+    queue: int = setting(0, 0)  # Projected tokens of earlier batches that join Sinkhorn; 8192 in the authors' code.
     distil_epochs: int = setting(10, 1)
-    distil_steps: int = setting(0, 0)
-    """Distil for this many steps instead of --distil-epochs; 0: by epochs."""
+    distil_steps: int = setting(0, 0)  # Distil for this many steps instead of --distil-epochs; 0: by epochs.
     distil_batch: int = setting(64, 1)
     mask_ratio: float = setting(0.5, 0, 0.99)
     keep: choices.KeepOrAuto = "auto"
@@ -97,8 +84,7 @@ class Config(RunMixin, JudgeMixin, OptimMixin, DataMixin):
     decoder_blocks: int = setting(1, 1)
     """With --predict hidden or all: how many of the student's last blocks complete the hidden patches."""
     normalisation: choices.Normalisation = "l2"
-    normalise_student: bool = True
-    """--no-normalise-student: teacher only, for the pixel level (4.6)."""
+    normalise_student: bool = True  # --no-normalise-student: teacher only, for the pixel level (4.6).
     distance: choices.Distance = "squared"
     distilled_blocks: Literal[1, 3, 5] = 1
     distil_lr: float = setting(1e-5, 0, choices.HIGHEST_LR)
@@ -118,7 +104,6 @@ class Config(RunMixin, JudgeMixin, OptimMixin, DataMixin):
 
 def check(config: Config) -> None:
     check_settings(config)
-    check_launch()
     if config.ema_teacher or config.ema_student:
         check_moving_average("--ema-teacher, --ema-student")
     for global_batch in (config.tune_batch, config.distil_batch) if config.tune else (config.distil_batch,):
@@ -128,7 +113,7 @@ def check(config: Config) -> None:
 def read(config: Config) -> Split:
     if is_embedded(config):
         build_embedded_shards()
-    return read_split(config, config.seed)
+    return read_split(config)
 
 
 def load(config: Config, split: Split, precision: choices.Chosen) -> Network:
@@ -169,7 +154,6 @@ def defend(config: Config, setup: Setup, split: Split, given: Network) -> Result
 def dense_tuning(config: Config, setup: Setup, split: Split, given: Network) -> Network:
     """3.1: patches of one object come to agree. Leaves teacher.safetensors in the run folder, which ends the stage."""
     import torch
-    from torch import nn
 
     from bigtrain.data.views import MultiCrop
     from bigtrain.methods.defend.cluster_map import cluster_map
@@ -186,10 +170,8 @@ def dense_tuning(config: Config, setup: Setup, split: Split, given: Network) -> 
     tuner = DenseTuner(copy.deepcopy(given.vit), prototypes, config.tuned_blocks)
     tuner.vit.recompute = config.run.recompute
     queue = TokenQueue(config.queue)
-    state = nn.ModuleDict({"tuner": tuner, "queue": queue})
     ema = copy.deepcopy(tuner).requires_grad_(False)
-    if config.ema_teacher:
-        state["ema"] = ema
+    state = {"tuner": tuner, "queue": queue} | ({"ema": ema} if config.ema_teacher else {})
     lr, head_lr = (scaled_lr(lr, config.tune_batch, config.lr_batch) for lr in (config.tune_lr, config.head_lr))
     groups = decay_groups(tuner.vit.named_parameters(), base_lr=lr, layer_decay=config.layer_decay)
     groups += decay_groups([*tuner.head.named_parameters(), *tuner.prototypes.named_parameters()], base_lr=head_lr)
@@ -232,14 +214,13 @@ def dense_tuning(config: Config, setup: Setup, split: Split, given: Network) -> 
 def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Network) -> Network:
     """3.2: a student from scratch predicts the teacher from a part of the patches. Leaves student.safetensors."""
     import torch
-    from torch import nn
 
     from bigtrain.data.views import Resized
     from bigtrain.methods.defend.equations import distillation_loss
     from bigtrain.methods.defend.masks import visible_count, visible_patches
     from bigtrain.methods.defend.network import student_network
     from bigtrain.models.flops import trained_flops
-    from bigtrain.training.optim import adamw, decay_groups, follow, scaled_lr, schedule, set_schedule
+    from bigtrain.training.optim import adamw, decay_groups, scaled_lr, schedule, set_schedule
     from bigtrain.training.stage import Stage
     from bigtrain.training.teacher_tokens import TeacherTokens
 
@@ -258,13 +239,11 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
         setup, teacher, split.train, plan, steps=steps, batch=config.score_batch, image_size=config.image_size,
         layers=config.distilled_blocks, with_attention=keep != "random" and config.mask_ratio > 0,
     )  # fmt: skip
-    state, ema = nn.ModuleDict({"student": student}), copy.deepcopy(student).requires_grad_(False)
-    if config.ema_student:
-        state["ema"] = ema
     groups = decay_groups(student.named_parameters(), base_lr=lr)
     stage = Stage(
         "distil", setup,
-        trained=student, optimizer=adamw(groups, setup.accelerator.device, lr=lr, betas=(0.9, 0.95)), state=state,
+        trained=student, optimizer=adamw(groups, setup.accelerator.device, lr=lr, betas=(0.9, 0.95)),
+        state={"student": student}, ema=config.ema_student,
         stream=setup.stream(split.train, plan, Resized(config.image_size)), steps=steps, clip=config.clip,
         flops_per_image=trained_flops(student, config.image_size, visible) + tokens.flops_per_image,
     )  # fmt: skip
@@ -285,11 +264,10 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
                 normalisation=config.normalisation, normalise_student=config.normalise_student,
             )  # fmt: skip
             step.backward(setup.mean(part, loss_B))
-        if step.update(lr=factor * lr) and config.ema_student:
-            follow(ema, student, config.ema_student)
+        step.update(lr=factor * lr)
 
     made = new_student(config.drop_path)
-    return setup.leave(LEAVES["distil"], replace(made, trunk=ema if config.ema_student else stage.into(made.vit)))
+    return setup.leave(LEAVES["distil"], replace(made, trunk=stage.into(made.vit)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from bigtrain.choices import HIGHEST_LR, Chosen
 from bigtrain.data.protocol import Split, seeded_choice
-from bigtrain.runtime.launch import check_batch, check_launch
+from bigtrain.runtime.launch import check_batch
 from bigtrain.runtime.settings import setting
 from bigtrain.training.mixins import DataMixin, JudgeMixin, NetworkMixin, OptimMixin, RunMixin, check_network
 from bigtrain.training.read_split import read_split
@@ -34,37 +34,28 @@ LEAVES = {"adapt": "network.safetensors"}
 
 @dataclass(frozen=True)
 class Config(RunMixin, JudgeMixin, OptimMixin, NetworkMixin, DataMixin):
-    network: str = "resnet152.tv_in1k"
-    """A timm name, alexnet, or a local .safetensors or .pth."""
+    network: str = "resnet152.tv_in1k"  # A timm name, alexnet, or a local .safetensors or .pth.
     tuned_layers: tuple[str, ...] = ("layer3", "layer4")
     """Layers that learn, by torch's name; all others stay as they are."""
     epochs: int = setting(15, 1)
-    batch: int = setting(32, 1)
-    """Images a step, over all processes."""
+    batch: int = setting(32, 1)  # Images a step, over all processes.
     lr: float = setting(1e-2, 0, HIGHEST_LR)
     momentum: float = setting(0.9, 0, 1)
     weight_decay: float = setting(5e-5, 0)
-    clip: float = setting(1e-3, 0)
-    """Largest norm of the gradient; 0: not clipped."""
-    neighbours: int = setting(2, 1)
-    """k of the score: the sum of the squared distances to this many known images (DN2)."""
+    clip: float = setting(1e-3, 0)  # Largest norm of the gradient; 0: not clipped.
+    neighbours: int = setting(2, 1)  # k of the score: the sum of the squared distances to this many known images (DN2).
 
 
 def check(config: Config) -> None:
     check_network(config)
-    check_launch()
     check_batch(config.batch, config.run.accumulate)
-
-
-def read(config: Config) -> Split:
-    return read_split(config, config.seed)
 
 
 def load(config: Config, split: Split, precision: Chosen) -> Network:
     from bigtrain.methods.panda.equations import freeze_all_but
     from bigtrain.training.trunk import check_training, read_network
 
-    given = read_network(config, config.seed)
+    given = read_network(config)
     check_training(given.trunk, "frozen", config.run)
     freeze_all_but(given.backbone, config.tuned_layers)  # refuses layers that there are not
     return given
@@ -132,7 +123,7 @@ def adapt(config: Config, setup: Setup, split: Split, given: Network) -> Network
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_recipe(Recipe("panda", Config, __doc__ or "", check, read, load, panda, LEAVES), argv)
+    run_recipe(Recipe("panda", Config, __doc__ or "", check, read_split, load, panda, LEAVES), argv)
 
 
 if __name__ == "__main__":

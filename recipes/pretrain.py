@@ -9,7 +9,6 @@ AdamW, warm-up and cosine. The Finetune of Perera & Patel is row (a) of recipes/
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,15 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.choices import HIGHEST_LR, BatchNorm, Chosen, Schedule
-from bigtrain.data.protocol import Protocol, check_single_labels, in_validation, labels_of
+from bigtrain.data.protocol import Protocol, check_single_labels, in_validation, labels_of, only_label
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.models.timm_names import LOCAL, check_network_name, check_source
-from bigtrain.runtime.launch import check_batch, check_launch, check_moving_average
+from bigtrain.runtime.launch import check_batch, check_moving_average
 from bigtrain.runtime.settings import setting
 from bigtrain.training.mixins import OptimMixin, RunMixin
 from bigtrain.training.run import Recipe, Result, run_recipe
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used
+    from torch import Tensor
+
     from bigtrain.data.stream import Stream
     from bigtrain.models.classifier import Classifier
     from bigtrain.models.network import Network
@@ -39,24 +40,17 @@ DEFAULT_SIZE = 224
 
 @dataclass(frozen=True)
 class Config(RunMixin, OptimMixin):
-    train: str = ""
-    """Shard set to train on; each image shows one class."""
-    val: str = ""
-    """Shard set to report top-1 and top-5 on; without it, a seeded share of train is held out."""
-    validation_share: float = setting(0.05, 0, 0.9)
-    """Share of train that is held out where there is no --val."""
-    known: tuple[str, ...] = ()
-    """Train on these classes only; with neither this nor --novel on all."""
-    novel: tuple[str, ...] = ()
-    """Or on all but these."""
+    train: str = ""  # Shard set to train on; each image shows one class.
+    val: str = ""  # Shard set to report top-1 and top-5 on; without it, a seeded share of train is held out.
+    validation_share: float = setting(0.05, 0, 0.9)  # Share of train that is held out where there is no --val.
+    known: tuple[str, ...] = ()  # Train on these classes only; with neither this nor --novel on all.
+    novel: tuple[str, ...] = ()  # Or on all but these.
 
     model: str = "vit_small_patch16_224"
     """A timm network, or alexnet; or a local file, whose weights training begins with. The three settings below change
     the definition of a vit_* where they are not 0."""
-    arch: str = ""
-    """The network that a local file's weights belong to; bigtrain's own files know theirs."""
-    pretrained: bool = False
-    """Begin with timm's weights for that name."""
+    arch: str = ""  # The network that a local file's weights belong to; bigtrain's own files know theirs.
+    pretrained: bool = False  # Begin with timm's weights for that name.
     image_size: int = setting(0, 0)
     patch_size: int = setting(0, 0)
     depth: int = setting(0, 0)
@@ -66,8 +60,7 @@ class Config(RunMixin, OptimMixin):
     """Of a network that has it: trained over the batches of all processes, or kept as it was."""
 
     epochs: int = setting(100, 1)
-    batch: int = setting(256, 1)
-    """Images a step, over all processes."""
+    batch: int = setting(256, 1)  # Images a step, over all processes.
     lr: float = setting(1e-3, 0, HIGHEST_LR)
     weight_decay: float = setting(0.05, 0)
     warmup_epochs: float = setting(5.0, 0)
@@ -76,17 +69,12 @@ class Config(RunMixin, OptimMixin):
     """At fc6 and fc7, which VGG and AlexNet have; other networks have no such layers."""
     label_smoothing: float = setting(0.1, 0, 0.99)
     crop_scale: tuple[float, float] = setting((0.25, 1.0), 0.001, 1)
-    mirror: bool = True
-    """Mirror half of the training images; not for letters."""
+    mirror: bool = True  # Mirror half of the training images; not for letters.
     schedule: Schedule = "cosine"
-    layer_decay: float = setting(1.0, 1e-3, 1)
-    """Each block's learning rate is that of the block after it times this."""
-    ema: float = setting(0.0, 0, 1)
-    """Momentum of a moving average of the weights, which becomes the network; 0: none."""
-    clip: float = setting(1.0, 0)
-    """Largest norm of the gradient; 0: not clipped."""
-    weights: Literal["fp32", "fp16"] = "fp32"
-    """How the network is stored; the figures are of the weights as stored."""
+    layer_decay: float = setting(1.0, 1e-3, 1)  # Each block's learning rate is that of the block after it times this.
+    ema: float = setting(0.0, 0, 1)  # Momentum of a moving average of the weights, which becomes the network; 0: none.
+    clip: float = setting(1.0, 0)  # Largest norm of the gradient; 0: not clipped.
+    weights: Literal["fp32", "fp16"] = "fp32"  # How the network is stored; the figures are of the weights as stored.
 
 
 class Images(NamedTuple):
@@ -109,7 +97,6 @@ def check(config: Config) -> None:
     if config.arch:
         check_network_name(config.arch)
     check_batch(config.batch, config.run.accumulate)
-    check_launch()
     if config.ema:
         check_moving_average("--ema")
 
@@ -167,39 +154,30 @@ def pretrain(config: Config, setup: Setup, images: Images, given: Network) -> Re
     """Cross-entropy on random crops; leaves network.safetensors, and top-1 and top-5 of whole held-out images."""
     import torch
     import torch.nn.functional as F
-    from torch import nn
 
     from bigtrain.data.views import RandomResizedCrop, Resized
     from bigtrain.models.classifier import Classifier
-    from bigtrain.training.optim import adamw, decay_groups, follow, scaled_lr, schedule, set_schedule
+    from bigtrain.training import trunk
+    from bigtrain.training.optim import adamw, decay_groups, scaled_lr, schedule, set_schedule
     from bigtrain.training.stage import Stage
-    from bigtrain.training.trunk import (
-        class_numbers,
-        prepare_batch_norm,
-        prepare_trunk,
-        with_batch_norm,
-        without_padding,
-    )
 
     classes, train, fitted_N, held_out, held_out_N = images
-    label_of, size, device = labels_of(classes), size_of(config, given), setup.accelerator.device
+    label_of, size = labels_of(classes), size_of(config, given)
     parameters = sum(p.numel() for p in given.backbone.parameters()) / 1e6
     setup.announce(
         f"pretrain: {len(fitted_N)} images of {len(classes)} classes of {train.manifest.dataset}; "
         f"{given.architecture.model} with {parameters:.1f} M parameters at {size} pixels, {given.report}"
     )
     model = Classifier(given.trunk.requires_grad_(True), len(classes), config.pool)
-    model = prepare_batch_norm(model, config.batch_norm)
-    prepare_trunk(model.trunk, config.run, config.dropout)
-    plan = without_padding(train.plan(fitted_N, config.batch, config.seed), model.trunk, config.batch_norm)
+    model = trunk.prepare_batch_norm(model, config.batch_norm)
+    trunk.prepare_trunk(model.trunk, config.run, config.dropout)
+    plan = trunk.without_padding(train.plan(fitted_N, config.batch, config.seed), model.trunk, config.batch_norm)
     lr = scaled_lr(config.lr, config.batch, config.lr_batch)
     groups = decay_groups(model.named_parameters(), base_lr=lr, layer_decay=config.layer_decay)
-    state, ema = nn.ModuleDict({"model": model.train()}), copy.deepcopy(model).requires_grad_(False)
-    if config.ema:
-        state["ema"] = ema
     stage = Stage(
         "pretrain", setup,
-        trained=model, optimizer=adamw(groups, device, lr=lr), state=state, clip=config.clip,
+        trained=model.train(), optimizer=adamw(groups, setup.accelerator.device, lr=lr), clip=config.clip,
+        state={"model": model}, ema=config.ema,
         stream=setup.stream(train, plan, RandomResizedCrop(size, config.crop_scale, config.mirror)),
         steps=config.epochs * plan.batches_per_epoch, flops_per_image=given.training_flops(size),
     )  # fmt: skip
@@ -209,17 +187,16 @@ def pretrain(config: Config, setup: Setup, images: Images, given: Network) -> Re
         factor = schedule(config.schedule, stage.step, total=stage.steps, warmup=warmup)
         set_schedule(stage.optimizer, lr_factor=factor, weight_decay=config.weight_decay)
         for part in step.parts():
-            class_B = class_numbers(train, part, label_of)
+            class_B = trunk.class_numbers(train, part, label_of)
             with setup.autocast():
                 logits_BC = stage.module(given.normalise(part.views["image"]))
             loss_B = F.cross_entropy(
                 logits_BC.float(), class_B, reduction="none", label_smoothing=config.label_smoothing
             )
             step.backward(setup.mean(part, loss_B))
-        if step.update(lr=factor * lr) and config.ema:
-            follow(ema, model, config.ema)
+        step.update(lr=factor * lr)
 
-    model = with_batch_norm(ema if config.ema else stage.into(model))
+    model = trunk.with_batch_norm(stage.into(model))
     dtype = torch.float16 if config.weights == "fp16" else torch.float32
     model = model.to(dtype).float().eval()
     network = replace(given, trunk=model.trunk)
@@ -238,22 +215,18 @@ def accuracy(
     """Top-1, top-5 and the number of images judged: whole images, each once over all ranks."""
     import torch
 
-    from bigtrain.training.trunk import class_numbers
+    from bigtrain.evaluation.collect import collect
 
-    accelerator = setup.accelerator
-    hits = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    for batch in stream.batches():
-        batch = batch.to(accelerator.device)
-        class_B = class_numbers(stream.shard_set, batch, label_of)
-        with torch.no_grad(), setup.autocast():
-            logits_BC = model(given.normalise(batch.views["image"]))
-        hit_B5 = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == class_B[:, None]
-        hit_B5 = hit_B5 & (batch.weight_B > 0)[:, None]
-        hits += torch.stack([hit_B5[:, 0].sum(), hit_B5.sum(), batch.weight_B.sum()]).double()
-    top1, top5, count = accelerator.reduce(hits, reduction="sum").tolist()
-    if accelerator.num_processes > 1:
-        stream.budget.agree(0, len(stream.plan.sample_N) - int(count))
-    return top1 / count, top5 / count, int(count)
+    @torch.no_grad()
+    def answers(image_B3HW: Tensor) -> Tensor:
+        with setup.autocast():
+            logits_BC = model(given.normalise(image_B3HW))
+        return logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
+
+    sample_N, found = collect(setup.accelerator, stream, {"answers": answers})
+    class_N = np.array([only_label(stream.shard_set, sample, label_of) for sample in sample_N.tolist()])
+    hit_N5 = found["answers"] == class_N[:, None]
+    return float(hit_N5[:, 0].mean()), float(hit_N5.any(axis=1).mean()), len(sample_N)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bigtrain.choices import Chosen, Overlap
 from bigtrain.data.protocol import Split, labels_of, seeded_choice
-from bigtrain.runtime.launch import check_launch
 from bigtrain.runtime.settings import setting
 from bigtrain.training.mixins import DataMixin, JudgeMixin, NetworkMixin, RunMixin, check_network
 from bigtrain.training.read_split import read_split
@@ -35,20 +35,10 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used
 class Config(RunMixin, JudgeMixin, NetworkMixin, DataMixin):
     layer: str = ""
     """The layer whose activations are taken, by torch's name; empty: what the classifier would see (fc7 of VGG16)."""
-    share: float = setting(0.1, 1e-6, 1 - 1e-6)
-    """Share of the dimensions that make a signature."""
+    share: float = setting(0.1, 1e-6, 1 - 1e-6)  # Share of the dimensions that make a signature.
     overlap: Overlap = "share"
     """How much of a signature an image has: the share of its dimensions, that weighted by their mean activation, or the
     cosine between the image's activations and the signature."""
-
-
-def check(config: Config) -> None:
-    check_network(config)
-    check_launch()
-
-
-def read(config: Config) -> Split:
-    return read_split(config, config.seed, single_labels=True)
 
 
 def load(config: Config, split: Split, precision: Chosen) -> NetworkDetector:
@@ -56,7 +46,7 @@ def load(config: Config, split: Split, precision: Chosen) -> NetworkDetector:
     from bigtrain.training.trunk import network_detector, read_network
 
     empty = Signatures(config.share, config.overlap)
-    return network_detector(read_network(config, config.seed), empty, config, precision, layer=config.layer)
+    return network_detector(read_network(config), empty, config, precision, layer=config.layer)
 
 
 def signatures(config: Config, setup: Setup, split: Split, extractor: NetworkDetector) -> Result:
@@ -112,7 +102,8 @@ def class_means(config: Config, setup: Setup, split: Split, extractor: NetworkDe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_recipe(Recipe("signatures", Config, __doc__ or "", check, read, load, signatures), argv)
+    read = partial(read_split, single_labels=True)
+    run_recipe(Recipe("signatures", Config, __doc__ or "", check_network, read, load, signatures), argv)
 
 
 if __name__ == "__main__":

@@ -20,26 +20,17 @@ class Cluster:
     account: str = ""
     qos: str = ""
     nodes: int = 1
-    gpus_per_node: int = 0
-    """One process for each; 0: a job without GPUs."""
-    tasks_per_node: int = 1
-    """Processes on a node without GPUs."""
-    cpus_per_task: int = 1
-    """For each process; torch takes as many threads, and the workers that read share them."""
-    mem_gb: float = 0.0
-    """Of each node."""
-    timeout_min: int = 60
-    """Of one attempt; what is not done then is saved, and continued by the next."""
-    signal_delay_s: int = 120
-    """How long before its time limit a job is asked to save and exit."""
-    max_attempts: int = 100
-    """How often a job is started at most."""
-    strategy: Strategy = "ddp"
-    """What several processes share: DDP, or DeepSpeed's ZeRO."""
+    gpus_per_node: int = 0  # One process for each; 0: a job without GPUs.
+    tasks_per_node: int = 1  # Processes on a node without GPUs.
+    cpus_per_task: int = 1  # For each process; torch takes as many threads, and the workers that read share them.
+    mem_gb: float = 0.0  # Of each node.
+    timeout_min: int = 60  # Of one attempt; what is not done then is saved, and continued by the next.
+    signal_delay_s: int = 120  # How long before its time limit a job is asked to save and exit.
+    max_attempts: int = 100  # How often a job is started at most.
+    strategy: Strategy = "ddp"  # What several processes share: DDP, or DeepSpeed's ZeRO.
     setup: tuple[str, ...] = ()
     """Shell lines before the processes start: modules, a virtual environment, NCCL_SOCKET_IFNAME."""
-    container: str = ""
-    """An image for srun's --container-image (pyxis), with this Python and `scontrol` in it."""
+    container: str = ""  # An image for srun's --container-image (pyxis), with this Python and `scontrol` in it.
     container_mounts: str = ""
     constraint: str = ""
     exclude: str = ""

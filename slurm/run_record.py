@@ -33,10 +33,8 @@ class JobSpec:
     flags: tuple[str, ...]
     cwd: str
     cluster: Cluster
-    logs: str
-    """Folder of submitit and of the logs."""
-    needs: Mapping[str, str] = field(default_factory=dict)
-    """Files that other runs write -> which run does."""
+    logs: str  # Folder of submitit and of the logs.
+    needs: Mapping[str, str] = field(default_factory=dict)  # Files that other runs write -> which run does.
 
     def write(self, run: Path) -> None:
         (run / FOLDER).mkdir(parents=True, exist_ok=True)

@@ -37,8 +37,7 @@ class NoSlurmError(ValueError):
 
 @dataclass(frozen=True)
 class JobState:
-    name: str
-    """SLURM's word: RUNNING, PENDING, CANCELLED ..."""
+    name: str  # SLURM's word: RUNNING, PENDING, CANCELLED ...
     reason: str = ""
     nodes: str = ""
 

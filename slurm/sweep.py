@@ -30,11 +30,9 @@ class Run:
     name: str
     recipe: str
     settings: Mapping[str, Any]
-    axes: Mapping[str, Any]
-    """What sets it apart from the others: the value of each axis, as tables show it."""
+    axes: Mapping[str, Any]  # What sets it apart from the others: the value of each axis, as tables show it.
     shared: bool = False
-    needs: Mapping[str, str] = field(default_factory=dict)
-    """Files that a shared run leaves -> that run's name."""
+    needs: Mapping[str, str] = field(default_factory=dict)  # Files that a shared run leaves -> that run's name.
 
 
 @dataclass(frozen=True)

@@ -139,11 +139,9 @@ class Split:
     protocol: Protocol
     train: ShardSet
     test: ShardSet
-    fitted_N: NDArray[np.int64]
-    """Numbers of samples in `train`; so are those held out."""
+    fitted_N: NDArray[np.int64]  # Numbers of samples in `train`; so are those held out.
     held_out_N: NDArray[np.int64]
-    test_N: NDArray[np.int64]
-    """Numbers of samples in `test`, which may be `train` itself."""
+    test_N: NDArray[np.int64]  # Numbers of samples in `test`, which may be `train` itself.
 
     def __str__(self) -> str:
         known = len(self.protocol.known)

@@ -24,12 +24,9 @@ from bigtrain.models.weights import save_tensors
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring(image_detector.Scoring):
-    resize: int
-    """The whole picture is resized to this side, and the centre of it is seen."""
-    layer: str
-    """Whose features are scored; "": the trunk's end."""
-    head: str
-    """Whose logits are scored; "": features."""
+    resize: int  # The whole picture is resized to this side, and the centre of it is seen.
+    layer: str  # Whose features are scored; "": the trunk's end.
+    head: str  # Whose logits are scored; "": features.
 
 
 class NetworkDetector(ImageDetector):

@@ -42,8 +42,7 @@ class Network:
     std: tuple[float, ...]
     heads: Mapping[str, nn.Linear] = field(default_factory=dict)
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    report: str = ""
-    """A line on what was loaded."""
+    report: str = ""  # A line on what was loaded.
 
     @property
     def vit(self) -> ViT:

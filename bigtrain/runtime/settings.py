@@ -30,31 +30,24 @@ def setting(default: Any, low: float, high: float = math.inf) -> Any:
 class RunSettings:
     """Settings that change the result by rounding at most; every recipe has them as its field `run`."""
 
-    out: str = ""
-    """Run folder; the same command again continues in it."""
-    workers: int = setting(0, 0)
-    """Processes of each rank that read and decode; 0: the training process does."""
+    out: str = ""  # Run folder; the same command again continues in it.
+    workers: int = setting(0, 0)  # Processes of each rank that read and decode; 0: the training process does.
     threads: int = setting(0, 0)
     """CPU threads of each process; 0: OMP_NUM_THREADS, which `accelerate launch` sets to 1 by default."""
     cache_gib: float = setting(2.0, 0)
     """On CPUs, GiB of memory of each process, and of the run folder, for what each epoch would compute again (DEFEND's
     teacher tokens); 0: compute it in each step."""
-    log_every: int = setting(20, 1)
-    """Steps between two lines of the log."""
-    checkpoint_every: int = setting(200, 1)
-    """Steps between two checkpoints."""
-    keep_checkpoints: int = setting(2, 1)
-    """How many of the newest checkpoints are kept."""
+    log_every: int = setting(20, 1)  # Steps between two lines of the log.
+    checkpoint_every: int = setting(200, 1)  # Steps between two checkpoints.
+    keep_checkpoints: int = setting(2, 1)  # How many of the newest checkpoints are kept.
     keep_every: int = setting(0, 0)
     """Also keep every checkpoint at a multiple of this many steps, even when the run is finished; 0: none."""
     resume_from: str = ""
     """Start a new run from the state of another with the same settings: its folder, or one of its checkpoints."""
-    accumulate: int = setting(1, 1)
-    """Each process computes its slice of a batch in this many parts, to save memory."""
+    accumulate: int = setting(1, 1)  # Each process computes its slice of a batch in this many parts, to save memory.
     recompute: bool = False
     """Activation checkpointing: compute activations again in the backward pass instead of keeping them."""
-    compile: bool = False
-    """torch.compile the trained network."""
+    compile: bool = False  # torch.compile the trained network.
     deterministic: bool = True
     """On a GPU: kernels that add up in a fixed order, so that a repeated run has the same bits."""
     max_skipped_steps: int = setting(3, 1)
@@ -63,8 +56,7 @@ class RunSettings:
     """When no process has made progress for this long, all exit and name the one that the others wait for."""
     trackers: tuple[Tracker, ...] = ()
     """Where figures also go, beside log.jsonl and TensorBoard; `uv sync --extra wandb` and so on installs them."""
-    peak_tflops: float = setting(0.0, 0)
-    """The device's peak, for mfu_percent; 0: known for common GPUs."""
+    peak_tflops: float = setting(0.0, 0)  # The device's peak, for mfu_percent; 0: known for common GPUs.
 
 
 def read_settings(

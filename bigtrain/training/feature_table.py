@@ -133,8 +133,7 @@ class Table:
     seen: Seen
     rows: Mapping[str, Row]
     scores: Mapping[str, Scores]
-    quantile: float
-    """Of the held-out known images' scores, for each row's threshold."""
+    quantile: float  # Of the held-out known images' scores, for each row's threshold.
     seed: int
     novel_N: NDArray[np.bool_] = field(init=False)
 

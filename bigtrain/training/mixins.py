@@ -14,41 +14,31 @@ from bigtrain.runtime.settings import RunSettings, setting
 @dataclass(frozen=True)
 class RunMixin:
     seed: int = setting(0, 0)
-    precision: Precision = "auto"
-    """auto: bf16 on CUDA (fp16 where the GPU lacks it), fp32 on CPUs."""
+    precision: Precision = "auto"  # auto: bf16 on CUDA (fp16 where the GPU lacks it), fp32 on CPUs.
     run: RunSettings = field(default_factory=RunSettings)
 
 
 @dataclass(frozen=True)
 class DataMixin:
-    train: str = ""
-    """Shard set to train on; only its known images are read."""
+    train: str = ""  # Shard set to train on; only its known images are read.
     test: str = ""
     """Shard set to judge on. Empty: half of the known images of --train, and its novel ones (Perera & Patel 5.2)."""
-    known: tuple[str, ...] = ()
-    """Known classes; an image with any object of them is known. All others are novel."""
-    novel: tuple[str, ...] = ()
-    """Or the novel classes; all others are known."""
-    protocol: Half = ""
-    """Or half of the classes are known: the first in --order, or a choice by the seed."""
+    known: tuple[str, ...] = ()  # Known classes; an image with any object of them is known. All others are novel.
+    novel: tuple[str, ...] = ()  # Or the novel classes; all others are known.
+    protocol: Half = ""  # Or half of the classes are known: the first in --order, or a choice by the seed.
     order: Order = "name"
     """Of the classes for first-half: by name (CUB-200), or that of the owners' numbered folders (Caltech-256)."""
     validation_share: float = setting(0.1, 0, 0.9)
     """Share of the known training images that is held out, for the threshold."""
-    train_limit: int = setting(0, 0)
-    """Train on a seeded choice of this many known images; 0: all."""
-    test_limit: int = setting(0, 0)
-    """Judge on a seeded choice of this many test images; 0: all."""
+    train_limit: int = setting(0, 0)  # Train on a seeded choice of this many known images; 0: all.
+    test_limit: int = setting(0, 0)  # Judge on a seeded choice of this many test images; 0: all.
 
 
 @dataclass(frozen=True)
 class NetworkMixin:
-    network: str = "vgg16.tv_in1k"
-    """A timm name, alexnet, or a local .safetensors or .pth."""
-    arch: str = ""
-    """The network that a local file's weights belong to; bigtrain's own files know theirs."""
-    pretrained: bool = True
-    """--no-pretrained: a name's network with random weights."""
+    network: str = "vgg16.tv_in1k"  # A timm name, alexnet, or a local .safetensors or .pth.
+    arch: str = ""  # The network that a local file's weights belong to; bigtrain's own files know theirs.
+    pretrained: bool = True  # --no-pretrained: a name's network with random weights.
     image_size: int = setting(224, 1)
     resize: int = setting(256, 1)
     """The whole picture is resized to this side; the network sees --image-size of it, in judging the centre."""
@@ -56,8 +46,7 @@ class NetworkMixin:
 
 @dataclass(frozen=True)
 class OptimMixin:
-    clip: float = setting(0.0, 0)
-    """Largest norm of the gradient; 0: not clipped."""
+    clip: float = setting(0.0, 0)  # Largest norm of the gradient; 0: not clipped.
     lr_batch: int = setting(0, 0)
     """The learning rate is meant for this global batch, and scaled linearly to the given one; 0: not scaled."""
 
@@ -66,8 +55,7 @@ class OptimMixin:
 class JudgeMixin:
     threshold_percentile: float = setting(95.0, 0.01, 99.99)
     """The threshold lies at this percentile of the held-out known images' scores."""
-    score_batch: int = setting(64, 1)
-    """Images of a forward pass of each process when scoring."""
+    score_batch: int = setting(64, 1)  # Images of a forward pass of each process when scoring.
     neighbours_bank: int = setting(10_000, 1)
     """At most this many known images are used for the nearest-neighbour figures."""
 

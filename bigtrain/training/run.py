@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from bigtrain.data.workers import prepare_workers
 from bigtrain.runtime.exit import user_errors
+from bigtrain.runtime.launch import check_launch
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import print_if_asked, read_settings
 from bigtrain.text import clock
@@ -35,25 +36,20 @@ class Result:
 
     record: Mapping[str, Any]
     summary: str
-    look_at: str = "report.html"
-    """The file of the run folder to look at first."""
+    look_at: str = "report.html"  # The file of the run folder to look at first.
 
 
 @dataclass(frozen=True)
 class Recipe(Generic[C, D, N]):
     """The functions of a recipe, in the order in which `run_recipe` calls them."""
 
-    name: str
-    """Of its script, without .py."""
+    name: str  # Of its script, without .py.
     config: type[C]
-    description: str
-    """For --help: the recipe's docstring."""
+    description: str  # For --help: the recipe's docstring.
     check: Callable[[C], None]
     """Refuse settings that contradict each other, or without effect; reads nothing, imports no torch."""
-    read: Callable[[C], D]
-    """Open the shard sets and say which images are for what."""
-    load: Callable[[C, D, Chosen], N]
-    """Load the networks, and refuse what does not fit them."""
+    read: Callable[[C], D]  # Open the shard sets and say which images are for what.
+    load: Callable[[C, D, Chosen], N]  # Load the networks, and refuse what does not fit them.
     train: Callable[[C, Setup, D, N], Result]
     """The science: train, save, judge. What an earlier start has finished is not done again."""
     leaves: Mapping[str, str] = field(default_factory=dict)
@@ -75,6 +71,7 @@ def run_recipe(recipe: Recipe[C, D, N], argv: Sequence[str] | None = None) -> No
         run = RunFolder(config.run.out, config)
         if run.is_already_finished():
             return
+        check_launch()
         recipe.check(config)
         data = recipe.read(config)
         began = time.monotonic()

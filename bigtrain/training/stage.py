@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Generic, TypeVar
 from typing import Protocol as Interface
@@ -18,6 +19,7 @@ from bigtrain.runtime import start, zero
 from bigtrain.runtime.checkpoint import Checkpoints
 from bigtrain.runtime.log import StageLog
 from bigtrain.runtime.trackers import end_trackers
+from bigtrain.training.optim import follow
 from bigtrain.training.run_setup import Setup
 from bigtrain.training.update import Update
 
@@ -78,6 +80,8 @@ class Step(Generic[B]):
         self.stage.setup.heartbeat.mark(f"computed the gradient of step {self.stage.step + 1}")
         taken, self.problem = self.stage.updates.take()
         self.figures = {**taken, **figures}
+        if self.stage.average is not None and not self.problem:
+            follow(self.stage.average, self.stage.trained, self.stage.ema)
         return not self.problem
 
     def _check(self, is_right: bool, what: str) -> None:
@@ -103,7 +107,8 @@ class Stage(Generic[B]):
         stream: what is read.
         steps: how many there are in all.
         clip: largest norm of the gradient; 0: not clipped.
-        state: all that a checkpoint holds, where that is more than `trained`, which is then a part of it.
+        state: what a checkpoint holds, by name, where that is more than `trained`, which is then among it.
+        ema: momentum of a moving average of `trained`, which `into` gives instead; 0: none. It needs `state`.
         flops_per_image: of a training step, for the log.
     """
 
@@ -117,16 +122,21 @@ class Stage(Generic[B]):
         stream: Source[B],
         steps: int,
         clip: float = 0.0,
-        state: nn.Module | None = None,
+        state: Mapping[str, nn.Module] | None = None,
+        ema: float = 0.0,
         flops_per_image: float = 0.0,
     ) -> None:
         self.setup, self.steps, self.name, self.trained = setup, steps, name, trained
         self.stream: Source[B] = stream
+        self.ema, self.average = ema, copy.deepcopy(trained).requires_grad_(False) if ema else None
         accelerator, settings = setup.accelerator, setup.settings
-        (state or trained).to(accelerator.device)  # before the moments are loaded beside the weights
+        kept: nn.Module = trained
+        if state:
+            kept = nn.ModuleDict({**state, **({"ema": self.average} if self.average is not None else {})})
+        kept.to(accelerator.device)  # before the moments are loaded beside the weights
         self.checkpoints = Checkpoints(
             setup.run / "checkpoints" / name, accelerator, trained, optimizer,
-            state=state, keep=settings.keep_checkpoints, keep_every=settings.keep_every,
+            state=kept, keep=settings.keep_checkpoints, keep_every=settings.keep_every,
         )  # fmt: skip
         found = self.checkpoints.load()
         self.step = found.get("step", 0)
@@ -201,9 +211,10 @@ class Stage(Generic[B]):
             weight.copy_(function(weight))
 
     def into(self, module: M, prefix: str = "") -> M:
-        """Load what was trained, or the part of it whose names begin so, into a module that is not prepared."""
-        is_shared = zero.is_used(self.setup.accelerator)
-        weights = zero.whole_weights(self.module) if is_shared else self.trained.state_dict()
+        """Load what was trained, or its moving average, into a module that is not prepared; of it the part whose names
+        begin with `prefix`."""
+        is_shared = zero.is_used(self.setup.accelerator) and self.average is None
+        weights = zero.whole_weights(self.module) if is_shared else (self.average or self.trained).state_dict()
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         module.load_state_dict(own)
         return module.to(self.setup.accelerator.device).requires_grad_(False).eval()

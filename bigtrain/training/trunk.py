@@ -21,18 +21,17 @@ from bigtrain.models.vit import Architecture, ViT
 from bigtrain.runtime.launch import world_size_of_launch
 from bigtrain.runtime.precision import device_type
 from bigtrain.runtime.settings import RunSettings
-from bigtrain.training.mixins import NetworkMixin
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def read_network(config: NetworkMixin, seed: int) -> Network:
-    """The network that --network names, at --image-size."""
+def read_network(config: Any) -> Network:
+    """The network that --network names, at --image-size, by a recipe's settings (NetworkMixin and RunMixin)."""
     is_named = config.arch or ("." in config.network and config.network.rpartition(".")[2] in ("pth", "pt", "npz"))
     architecture = Architecture(config.arch, config.image_size) if is_named else None
     if architecture is None and not config.network.endswith(".safetensors"):
         architecture = Architecture(config.network, config.image_size)
-    torch.manual_seed(seed)
+    torch.manual_seed(config.seed)
     network = load_network(config.network, architecture, pretrained=config.pretrained)
     check_picture_size(network, config.image_size)
     return network

@@ -11,7 +11,7 @@ import torch
 import bigtrain
 from bigtrain.data.protocol import Protocol, halved
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.methods.deep_novelty.reference import shared_classes
+from bigtrain.methods.deep_novelty.checks import shared_classes
 from bigtrain.models.network import load_network
 from recipes.deep_novelty import main
 from tests.fixtures import REFERENCE

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bigtrain.data.protocol import Split
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
 from bigtrain.evaluation.collect import collect
@@ -42,6 +43,16 @@ def mean_and_interval(value_N: Floats) -> dict[str, float]:
     """The mean over images with its normal 95 % interval."""
     half = 1.96 * float(value_N.std(ddof=1)) / np.sqrt(len(value_N)) if len(value_N) > 1 else float("inf")
     return {"value": float(value_N.mean()), "low": float(value_N.mean()) - half, "high": float(value_N.mean()) + half}
+
+
+def images_by_kind(split: Split, reference: ShardSet) -> dict[str, tuple[ShardSet, NDArray[np.int64]]]:
+    """Known and novel test images, and all reference images: what filters are looked at with."""
+    is_known_N = split.protocol.is_known(split.test)[split.test_N]
+    return {
+        "known": (split.test, split.test_N[is_known_N]),
+        "novel": (split.test, split.test_N[~is_known_N]),
+        "reference": (reference, np.arange(len(reference))),
+    }
 
 
 def write_filters(

@@ -30,10 +30,8 @@ class Scoring(image_detector.Scoring):
     normalise_student: bool
     distance: Distance
     distilled_blocks: int
-    attention: Backend
-    """Where the loading device does not support it, another backend is used."""
-    predict: Predict = "visible"
-    """Which patches the student has learnt to predict."""
+    attention: Backend  # Where the loading device does not support it, another backend is used.
+    predict: Predict = "visible"  # Which patches the student has learnt to predict.
     score_pairs: int = 8
     """With "hidden" and "all", which are scored alike: pairs of complementary halves of a picture to be seen."""
     score_over: ScoreOver = "mean"

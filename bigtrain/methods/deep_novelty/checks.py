@@ -1,16 +1,31 @@
-"""The reference data set of Perera & Patel: it must show other things than the known and the novel classes."""
+"""What settings and reference data set of deep novelty must not be: contradictory, or of known and novel things."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bigtrain.data.protocol import Protocol, Split, check_single_labels
 from bigtrain.data.shard_set import ShardSet
 
 MAX_NAMED = 10
+
+
+def check_settings(config: Any) -> None:
+    """Refuse settings of recipes/deep_novelty.py that contradict each other; imports no torch."""
+    if (config.branches == "one") == bool(config.reference):
+        given = "is of no use with --branches one" if config.reference else "SHARDS is needed (or --branches one)"
+        raise ValueError(f"--reference {given}: it is what the second branch classifies.")
+    if config.branches == "joint" and config.membership_weight not in (0, type(config).membership_weight):
+        raise ValueError(
+            "--membership-weight has no effect with --branches joint, which has one softmax: leave it out."
+        )
+    if config.epochs and config.steps != type(config).steps:
+        raise ValueError("--steps and --epochs were both given: how long to train is one of them.")
+    if config.variant == "author_code" and not (config.membership_weight and config.branches != "joint"):
+        raise ValueError("--variant author_code is about the membership loss, which is not taken: leave it out.")
 
 
 def check_reference(reference: ShardSet, split: Split) -> None:
@@ -36,16 +51,6 @@ def overlaps(protocol: Protocol, reference: ShardSet) -> Iterator[str]:
                 else "novel classes have been seen in training, so that the figures are too good"
             )
             yield f"warning: {len(pairs)} {kind} classes are reference classes too, {why}: {listed}{more}"
-
-
-def images_by_kind(split: Split, reference: ShardSet) -> dict[str, tuple[ShardSet, NDArray[np.int64]]]:
-    """Known and novel test images, and all reference images: what filters are looked at with."""
-    is_known_N = split.protocol.is_known(split.test)[split.test_N]
-    return {
-        "known": (split.test, split.test_N[is_known_N]),
-        "novel": (split.test, split.test_N[~is_known_N]),
-        "reference": (reference, np.arange(len(reference))),
-    }
 
 
 def shared_classes(names: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
