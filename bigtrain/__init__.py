@@ -5,11 +5,11 @@
     batches -> tokens, features                      bigtrain.models
     features -> losses, novelty scores               bigtrain.objectives, bigtrain.detectors
     scores -> figures, tables, report                bigtrain.evaluation
-    a paper's equations, network, detector, page     bigtrain.methods, a room for each
-    settings, stages, a run from begin to end        bigtrain.training, on bigtrain.runtime;  recipes/ are the papers
+    a paper's equations, network, detector, page     bigtrain.methods, a package each
+    settings, stages, a run from start to finish        bigtrain.training, on bigtrain.runtime;  recipes/ are the papers
 
-Open to every room, shards and slurm too: files (one atomic writer), retry (one policy), images and jpeg (from bytes to
-RGB), pages (HTML), text, choices. Each floor imports those above it in this list; tests/test_imports.py holds it.
+For every package, shards and slurm too: files (one atomic writer), retry (one policy), images and jpeg (from bytes to
+RGB), pages (HTML), text, choices. Each imports only those above it in this list (tests/test_imports.py).
 WORDS.md has the words.
 
 Axes in tensor names: B images, V views, N patches (n: the visible ones), M patches of a crop, T packed tokens, L

@@ -12,12 +12,12 @@ from bigtrain.runtime.exit_codes import USER_ERROR
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bigtrain", description="Look after bigtrain's runs.")
+    parser = argparse.ArgumentParser(prog="bigtrain", description="Inspect bigtrain's runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     live = commands.add_parser("watch", help="a live page of a run in the terminal")
     live.add_argument("run", type=Path, help="the run's folder, what the recipe's --out named")
     live.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between two looks (2)")
-    live.add_argument("--once", action="store_true", help="print the page once; so it is without a terminal")
+    live.add_argument("--once", action="store_true", help="print the page once (default without a terminal)")
     tables = commands.add_parser("tables", help="the table of a sweep's finished runs, with intervals")
     tables.add_argument("folder", type=Path, help="of a sweep, or one that holds runs' folders")
     tables.add_argument("--metric", default="auroc", help="a figure of results.json (auroc)")

@@ -12,19 +12,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
+import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
 Strength = Literal["renamed", "synced", "durable"]
 TEMPORARY = ".tmp"
+WRITER = re.compile(r"[-.](\d+)\.tmp$")  # NAME.PID.tmp in earlier versions
+DAY_S = 86400
 
 
 def temporary_for(path: Path) -> Path:
     """The name under which this process writes a file or folder."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{TEMPORARY}")
+    name = os.fsdecode(os.fsencode(path.name)[:150])  # of the 255 bytes that a name may have
+    return path.with_name(f"{name}.{socket.gethostname()}-{os.getpid()}{TEMPORARY}")
 
 
 @contextlib.contextmanager
@@ -53,13 +59,16 @@ def whole_folder(path: Path, strength: Strength = "synced") -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        if strength != "renamed":
-            for inner in [*temporary.rglob("*"), temporary]:
-                sync(inner)
+        for inner in [*temporary.rglob("*"), temporary]:
+            sync_folder(inner) if inner.is_dir() else sync(inner)
         if path.exists():
             before = temporary_for(path.with_name(f"{path.name}.old"))
             path.rename(before)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                before.rename(path)
+                raise
             shutil.rmtree(before)
         else:
             temporary.rename(path)
@@ -68,6 +77,19 @@ def whole_folder(path: Path, strength: Strength = "synced") -> Iterator[Path]:
         raise
     if strength == "durable":
         sync_folder(path.parent)
+
+
+def read_toml(path: Path, hint: str) -> dict[str, Any]:
+    """Raises:
+    ValueError: it cannot be read, which `hint` says how to mend, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ValueError(f"{path} cannot be read ({reason}): {hint}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}.") from error
 
 
 def write_text(path: Path, text: str, strength: Strength = "synced") -> None:
@@ -80,13 +102,34 @@ def write_json(path: Path, record: Any, strength: Strength = "synced") -> None:
     write_text(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", strength)
 
 
-def remove_unfinished(folder: Path, name: str = "*") -> None:
-    """Delete what killed writers of `name` (a glob pattern) left behind; only where nobody else is writing."""
+def remove_unfinished(folder: Path, name: str = "*", *, is_shared: bool = False) -> None:
+    """Delete what killed writers of `name` (a glob pattern) left behind.
+
+    Args:
+        is_shared: others may be writing here: a file goes if its process on this machine has ended, or after a day.
+    """
     for left_over in folder.glob(f"{name}{TEMPORARY}"):
+        writer = WRITER.search(left_over.name)
+        if (name == "*" and not writer) or (is_shared and not is_abandoned(left_over, writer)):
+            continue
         if left_over.is_dir():
             shutil.rmtree(left_over, ignore_errors=True)
         else:
             left_over.unlink(missing_ok=True)
+
+
+def is_abandoned(temporary: Path, writer: re.Match[str] | None) -> bool:
+    if writer and temporary.name.endswith(f".{socket.gethostname()}{writer[0]}"):
+        try:
+            os.kill(int(writer[1]), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - temporary.stat().st_mtime > DAY_S
+    return False
 
 
 def sync(path: Path) -> None:

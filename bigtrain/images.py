@@ -31,8 +31,7 @@ class UnreadableError(Exception):
 def pillow_errors() -> Iterator[None]:
     """Pillow's many errors on damaged input as an UnreadableError, and its warnings left out of our log."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     except (MemoryError, UnreadableError):
         raise
@@ -45,7 +44,7 @@ def pillow_errors() -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """What an error says, without addresses in memory; one that says a single word or nothing is named too."""
+    """What an error says, without addresses in memory; one of a single word or none gets its type too."""
     said = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))
     return said if " " in said else f"{type(error).__name__}: {said}".rstrip(": ")
 
@@ -81,8 +80,7 @@ def orientation(image: Image.Image, encoded: bytes) -> int:
     if image.format == "PNG" and not any(name in encoded for name in PNG_METADATA):
         return 1  # Pillow would decode the whole image to look for it
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             turned = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
         return 1

@@ -24,7 +24,7 @@ class Header(NamedTuple):
     scan: int | None  # where the first scan begins; a preview in an earlier segment has an end of its own
 
     def is_complete(self, encoded: bytes) -> bool:
-        """Whether the file goes on to the mark of its end; what lies behind that does no harm."""
+        """Whether the end marker is there; bytes after it do no harm."""
         return self.scan is not None and encoded.rfind(END, self.scan) > 0
 
 

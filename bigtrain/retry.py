@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import random
 import time
 from collections.abc import Callable
@@ -13,9 +14,10 @@ Answer = TypeVar("Answer")
 
 MAX_WAIT_S = 30.0
 TRANSIENT_STATUS = (408, 425, 429)  # of HTTP's 4xx: too slow, too early, too many requests
+TRANSIENT_CODES = ("BadDigest", "IncompleteBody", "RequestTimeout")  # of S3's status 400
 PERMANENT = (
     FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError, TypeError,
-    NotImplementedError,
+    NotImplementedError, MemoryError,
 )  # fmt: skip
 PERMANENT_ERRNO = (errno.ELOOP, errno.ENAMETOOLONG)
 _jitter = random.SystemRandom()  # neither the run's random numbers nor those of other workers take part
@@ -65,7 +67,10 @@ def retried(
 
 def is_permanent(error: BaseException) -> bool:
     """Whether trying again cannot help; an HTTP status decides where there is one."""
-    if isinstance(error, TimeoutError):  # an OSError as well
+    if isinstance(error, TimeoutError | json.JSONDecodeError):  # an OSError; a ValueError, of an answer cut short
+        return False
+    response = getattr(error.__cause__, "response", None)
+    if isinstance(response, dict) and response.get("Error", {}).get("Code") in TRANSIENT_CODES:
         return False
     status = http_status(error)
     if status is not None:

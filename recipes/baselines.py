@@ -38,9 +38,9 @@ class Config(RunMixin, JudgeMixin, NetworkMixin, DataMixin):
     finetuned: str = ""
     """A network trained on the same known classes: network.safetensors of a run of recipes/deep_novelty.py with
     --branches one --membership-weight 0. Give both the same data and --seed, --protocol, --order, --train-limit and
-    --validation-share, or images are held out here that it was trained on."""
+    --validation-share, or images it was trained on are held out here."""
     layer: str = ""  # The layer whose features are taken, by torch's name; empty: what the classifier would see.
-    detectors: tuple[str, ...] = ()  # Which of them, by name; empty: all that these classes and networks allow.
+    detectors: tuple[str, ...] = ()  # Which detectors, by name; empty: all that these classes and networks allow.
     nu: float = setting(0.1, 1e-6, 1)  # Of the one-class SVM and SVDD: largest share of known images outside.
     local_neighbours: int = setting(600, 1)  # k of local KNFST.
     landmarks: int = setting(0, 0)
@@ -71,7 +71,7 @@ def load(config: Config, split: Split, precision: Chosen) -> dict[str, NetworkDe
         finetuned = load_network(config.finetuned)
         if not finetuned.head_of(known):
             raise ValueError(
-                f"--finetuned {config.finetuned} tells other classes apart than the {len(known)} known ones: train it "
+                f"--finetuned {config.finetuned} has other classes than the {len(known)} known ones: train it "
                 "with recipes/deep_novelty.py --branches one --membership-weight 0 and the same --known, --novel or "
                 "--protocol, --order and --seed."
             )
@@ -94,6 +94,8 @@ def baselines(config: Config, setup: Setup, split: Split, networks: Mapping[str,
         source.network.to(setup.accelerator.device)
         seen = read_inputs(folder, setup, source, split)
         rows |= rows_of(config, seen.inputs, suffix, len(split.protocol.known), setup.accelerator.print)
+    if not rows:
+        raise ValueError("none of --detectors fits these classes and networks (see above): name others.")
     quantile = config.threshold_percentile / 100
     scores = score_rows(setup, rows, quantile=quantile, save=config.save)
     table = Table(split, seen, rows, scores, quantile=quantile, seed=config.seed)
@@ -126,7 +128,7 @@ def rows_of(
             continue
         kind = detector_class(name)
         if known_classes < kind.fewest_classes:
-            say(f"{name} is left out: it tells known classes apart, and there is one")
+            say(f"{name} is left out: it tells known classes apart, and there is only one")
         elif name in ON_FEATURES:
             rows[name + suffix] = Row(kind(**options.get(name, {})), inputs["features"])
         elif "logits" in inputs:

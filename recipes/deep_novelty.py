@@ -4,8 +4,9 @@
         --out runs/birds
 
 Known classes and a reference data set go through one trunk with two heads (4.4); the membership loss (4.2) makes the
-known head's answers absolute; novelty (4.5) = no known class answers: - max f. Ablation of 5.4: (a) --branches one
---membership-weight 0, (b) --branches one, (c) --membership-weight 0, (d) as it is; Finetune(c+C): --branches joint.
+known head's answers absolute; novelty (4.5) is -max f: high when no known class responds. Ablation of 5.4:
+(a) --branches one --membership-weight 0, (b) --branches one, (c) --membership-weight 0, (d) as it is; Finetune(c+C):
+--branches joint.
 Aims at tables 1 to 3: slurm/sweeps/deep_novelty_table1.toml and on; figures in recipes/README.md.
 """
 
@@ -13,13 +14,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from bigtrain.choices import HIGHEST_LR, BatchNorm, Chosen
+from bigtrain.choices import HIGHEST_LR, BatchNorm, Chosen, Variant
 from bigtrain.data.protocol import Split, labels_of, seeded_choice
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.methods.deep_novelty.checks import check_reference, check_settings, overlaps
@@ -47,12 +48,12 @@ class Config(RunMixin, JudgeMixin, OptimMixin, NetworkMixin, DataMixin):
     ce_weight: float = setting(1.0, 0)  # alpha 1 of eq. 4, of the known classes' cross-entropy.
     membership_weight: float = setting(1.0, 0)  # alpha 2 of eq. 4, of the membership loss.
     true_class_weight: float = setting(5.0, 0)  # lambda of eq. 3, of the true class in the membership loss.
-    variant: Literal["paper", "author_code"] = "paper"
+    variant: Variant = "paper"
     """author_code: lambda weighs the wrong classes, as in the authors' code."""
 
     batch: int = setting(32, 1)  # Known images a step, over all processes.
     steps: int = setting(20_000, 1)
-    epochs: int = setting(0, 0)  # Passes over the known images, in place of --steps; 0: by --steps.
+    epochs: int = setting(0, 0)  # Passes over the known images, instead of --steps; 0: use --steps.
     lr: float = setting(1e-3, 0, HIGHEST_LR)
     lr_drop: float = setting(0.1, 0, 1)  # Factor of the learning rate every --lr-drop-every steps.
     lr_drop_every: int = setting(5000, 1)
@@ -60,7 +61,7 @@ class Config(RunMixin, JudgeMixin, OptimMixin, NetworkMixin, DataMixin):
     weight_decay: float = setting(5e-4, 0)
     mirror: bool = True  # Mirror half of the training images; not for letters.
     batch_norm: BatchNorm = "frozen"
-    """Of a network that has it: statistics and scale stay as they were trained, or are trained on."""
+    """Of a network that has it: statistics and scale stay as they were, or are trained further."""
     dropout: float = setting(0.5, 0, 0.99)
     """At fc6 and fc7, which VGG and AlexNet have; other networks have no such layers."""
     filter_images: int = setting(2000, 0)
@@ -127,12 +128,8 @@ def deep_novelty(config: Config, setup: Setup, data: Data, given: Network) -> Re
         for kind, (of, sample_N) in images_by_kind(split, reference).items()
     }
     features = network_detector(network, MaxLogit(), config, setup.precision).outputs
-    filters = write_filters(
-        setup.run / "filters.html", setup.accelerator, streams, features,
-        known_CD=network.heads["known"].weight, reference_CD=network.heads["reference"].weight,
-        known_classes=known, reference_classes=reference.classes,
-    )  # fmt: skip
-    return replace(result, record={**result.record, "filters": filters})
+    filters = write_filters(setup.run / "filters.html", setup.accelerator, streams, features, network)
+    return result._replace(record={**result.record, "filters": filters})
 
 
 def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
@@ -145,7 +142,7 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
     from bigtrain.methods.deep_novelty.equations import branch_losses
     from bigtrain.methods.deep_novelty.network import Branches
     from bigtrain.training import trunk
-    from bigtrain.training.optim import scaled_lr, set_schedule
+    from bigtrain.training.optim import scaled_lr, set_schedule, sgd
     from bigtrain.training.stage import Stage
 
     if trained_network := setup.left(LEAVES["train"]):
@@ -172,17 +169,12 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
     model = branches().train()
     trunk.prepare_trunk(model.trunk, setup.settings, config.dropout)
     lr = scaled_lr(config.lr, config.batch, config.lr_batch)
-    groups = [{"params": [*model.parameters()], "base_lr": lr, "decays": True}]
     stage = Stage(
         "train", setup,
-        trained=model, clip=config.clip, optimizer=torch.optim.SGD(groups, lr=lr, momentum=config.momentum),
+        trained=model, clip=config.clip, optimizer=sgd(model, lr=lr, momentum=config.momentum),
         stream=Mixture(streams), steps=config.epochs * plans["known"].batches_per_epoch or config.steps,
         flops_per_image=3 * given.flops(config.image_size),
     )  # fmt: skip
-
-    weights = {"true_class_weight": config.true_class_weight}
-    if config.variant == "author_code":
-        weights = {"true_class_weight": 1.0, "wrong_class_weight": config.true_class_weight}
 
     for step in stage:
         factor = config.lr_drop ** (stage.step // config.lr_drop_every)
@@ -194,7 +186,8 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
             losses = branch_losses(
                 logits, class_B,
                 ce_weight=config.ce_weight, membership_weight=0 if is_joint else config.membership_weight,
-                first_reference=len(classes["known"]) if is_joint else 0, **weights,
+                true_class_weight=config.true_class_weight, variant=config.variant,
+                first_reference=len(classes["known"]) if is_joint else 0,
             )  # eq. 4  # fmt: skip
             loss = torch.zeros((), device=setup.accelerator.device)
             for name, batch in part.items():

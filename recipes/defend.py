@@ -10,9 +10,9 @@ where it is silent or may be read in two ways, the authors' code's.
 What the student predicts. The paper's student infers "the full context by only partially observing the input"; the
 authors' code takes the loss on the visible patches, the default here (--predict visible). Such a student can copy what
 it sees: it explains novel pictures as well as known ones. With --predict hidden or all, each patch is scored by halves
-of the picture that hide it. A student that ignores the picture stands beside every figure: only above it has anything
-been learnt. Which half it sees. The code shows the patches that the teacher attends to (--keep attended), the paper's
-Fig. 2 hides them (--keep unattended). Aims at tables 1 to 5: slurm/sweeps/defend_table1_cifar10.toml and on.
+of the picture that hide it. A student that ignores the picture is scored beside every figure: only above it has
+anything been learnt. Which half it sees. The code shows the patches that the teacher attends to (--keep attended), the
+paper's Fig. 2 hides them (--keep unattended). Aims at tables 1 to 5: slurm/sweeps/defend_table1_cifar10.toml and on.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LEAVES = {"tune": "teacher.safetensors", "distil": "student.safetensors"}  # sta
 @dataclass(frozen=True)
 class Config(RunMixin, JudgeMixin, OptimMixin, DataMixin):
     teacher: str = "vit_base_patch16_224.augreg_in21k"  # A timm name, or a local .safetensors, .pth or AugReg .npz.
-    arch: str = ""  # The timm vit_* that a local file's weights belong to; bigtrain's own files know theirs.
+    arch: str = ""  # The timm vit_* that a local file's weights belong to; bigtrain's own files record theirs.
     pretrained: bool = True  # --no-pretrained: a name's teacher with random weights.
     student: str = ""  # The student's architecture, a timm vit_* as wide as the teacher; empty: the teacher's.
     image_size: int = setting(224, 1)
@@ -52,7 +52,7 @@ class Config(RunMixin, JudgeMixin, OptimMixin, DataMixin):
     attention: choices.Backend = "auto"
     tune: bool = True  # Stage 1; without it (--no-tune) the teacher is distilled as it is.
     distil: bool = True
-    """Stage 2; without it (--no-distil) the run ends with the tuned teacher.safetensors, for others' --teacher."""
+    """Stage 2; without it (--no-distil) the run ends with the tuned teacher.safetensors, for other runs' --teacher."""
     tune_epochs: int = setting(3, 1)
     tune_batch: int = setting(64, 1)
     tuned_blocks: int = setting(2, 1)

@@ -4,9 +4,9 @@ CVPR 2021.
     accelerate launch recipes/panda.py --train data/train --test data/test --known dog --out runs/panda-dog
 
 The last layers of a pretrained network are trained for a few epochs so that known images come close to their centre
-(compactness loss, eq. 1); novelty is the distance to the two nearest known images (DN2). Built: early stopping, that is
-a fixed number of epochs (PANDA-Early). Not built: EWC, whose Fisher diagonal comes from ImageNet, and outlier exposure.
-Batch norm is frozen whole; in the authors' code its scale learns. Aims at the paper's table 1 (CIFAR-10, uni-class,
+(compactness loss, eq. 1); novelty is the distance to the two nearest known images (DN2). Implemented: early stopping,
+that is a fixed number of epochs (PANDA-Early). Not: EWC, whose Fisher diagonal comes from ImageNet, and outlier
+exposure. Batch norm is frozen whole; in the authors' code its scale learns. Aims at table 1 (CIFAR-10, uni-class,
 ResNet-152: 96.2): slurm/sweeps/panda_cifar10.toml.
 """
 
@@ -57,7 +57,7 @@ def load(config: Config, split: Split, precision: Chosen) -> Network:
 
     given = read_network(config)
     check_training(given.trunk, "frozen", config.run)
-    freeze_all_but(given.backbone, config.tuned_layers)  # refuses layers that there are not
+    freeze_all_but(given.backbone, config.tuned_layers)  # refuses layers that do not exist
     return given
 
 
@@ -87,7 +87,7 @@ def adapt(config: Config, setup: Setup, split: Split, given: Network) -> Network
     from bigtrain.data.views import CentreCrop
     from bigtrain.evaluation.collect import mean_over
     from bigtrain.methods.panda.equations import compactness_loss, freeze_all_but
-    from bigtrain.training.optim import scaled_lr, set_schedule
+    from bigtrain.training.optim import scaled_lr, set_schedule, sgd
     from bigtrain.training.stage import Stage
     from bigtrain.training.trunk import prepare_batch_norm, prepare_trunk, with_batch_norm
 
@@ -101,11 +101,10 @@ def adapt(config: Config, setup: Setup, split: Split, given: Network) -> Network
     freeze_all_but(model, config.tuned_layers)
     prepare_trunk(model, config.run, dropout=0.0)
     lr = scaled_lr(config.lr, config.batch, config.lr_batch)
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "base_lr": lr, "decays": True}]
     plan = split.train.plan(split.fitted_N, config.batch, config.seed)
     stage = Stage(
         "adapt", setup,
-        trained=model, optimizer=torch.optim.SGD(groups, lr=lr, momentum=config.momentum), clip=config.clip,
+        trained=model, optimizer=sgd(model, lr=lr, momentum=config.momentum), clip=config.clip,
         stream=setup.stream(split.train, plan, view),
         steps=config.epochs * plan.batches_per_epoch, flops_per_image=3 * given.flops(config.image_size),
     )  # fmt: skip

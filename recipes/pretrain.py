@@ -1,4 +1,4 @@
-"""Supervised training of a network on labelled shards: the way to a teacher or trunk where none can be downloaded.
+"""Supervised training of a network on labelled shards: makes a teacher or trunk where none can be downloaded.
 
     accelerate launch recipes/pretrain.py --train data/reference/train --val data/reference/val --out runs/teacher
 
@@ -12,25 +12,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Literal
 
 from bigtrain.choices import HIGHEST_LR, BatchNorm, Chosen, Schedule
-from bigtrain.data.protocol import Protocol, check_single_labels, in_validation, labels_of, only_label
-from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.protocol import labels_of
 from bigtrain.models.timm_names import LOCAL, check_network_name, check_source
 from bigtrain.runtime.launch import check_batch, check_moving_average
 from bigtrain.runtime.settings import setting
 from bigtrain.training.mixins import OptimMixin, RunMixin
+from bigtrain.training.read_labelled import Labelled, read_labelled
 from bigtrain.training.run import Recipe, Result, run_recipe
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used
     from torch import Tensor
 
-    from bigtrain.data.stream import Stream
-    from bigtrain.models.classifier import Classifier
     from bigtrain.models.network import Network
     from bigtrain.training.run_setup import Setup
 
@@ -49,7 +44,7 @@ class Config(RunMixin, OptimMixin):
     model: str = "vit_small_patch16_224"
     """A timm network, or alexnet; or a local file, whose weights training begins with. The three settings below change
     the definition of a vit_* where they are not 0."""
-    arch: str = ""  # The network that a local file's weights belong to; bigtrain's own files know theirs.
+    arch: str = ""  # The network that a local file's weights belong to; bigtrain's own files record theirs.
     pretrained: bool = False  # Begin with timm's weights for that name.
     image_size: int = setting(0, 0)
     patch_size: int = setting(0, 0)
@@ -77,16 +72,6 @@ class Config(RunMixin, OptimMixin):
     weights: Literal["fp32", "fp16"] = "fp32"  # How the network is stored; the figures are of the weights as stored.
 
 
-class Images(NamedTuple):
-    """The classes to learn, the images to learn them from, and those to report top-1 and top-5 on."""
-
-    classes: tuple[str, ...]
-    train: ShardSet
-    fitted_N: NDArray[np.int64]
-    held_out: ShardSet
-    held_out_N: NDArray[np.int64]
-
-
 def check(config: Config) -> None:
     is_file = Path(config.model).suffix in LOCAL
     if is_file and (config.patch_size or config.depth or config.pretrained):
@@ -101,68 +86,38 @@ def check(config: Config) -> None:
         check_moving_average("--ema")
 
 
-def read(config: Config) -> Images:
-    train = ShardSet(config.train)
-    classes, fitted_N = train.classes, np.arange(len(train))
-    if config.known or config.novel:
-        protocol = Protocol.of(train.classes, known=config.known, novel=config.novel)
-        classes, fitted_N = protocol.known, np.flatnonzero(protocol.is_known(train))
-    held_out, held_out_N = train, fitted_N
-    if config.val:
-        held_out = ShardSet(config.val)
-        if unknown := sorted(set(held_out.classes) - set(train.classes)):
-            raise ValueError(f"--val has classes that --train lacks: {', '.join(unknown[:10])}.")
-        held_out_N = np.flatnonzero(held_out.shows_any(classes))
-    else:
-        keys = [train.key(sample) for sample in fitted_N.tolist()]
-        is_held_out = in_validation(keys, share=config.validation_share, seed=config.seed)
-        fitted_N, held_out_N = fitted_N[~is_held_out], fitted_N[is_held_out]
-    if len(held_out_N) == 0:
-        raise ValueError("nothing is held out to report top-1 on: give --val SHARDS, or a greater --validation-share.")
-    for shard_set, sample_N in ((train, fitted_N), (held_out, held_out_N)):
-        check_single_labels(shard_set, sample_N, classes)
-    return Images(classes, train, fitted_N, held_out, held_out_N)
-
-
-def load(config: Config, images: Images, precision: Chosen) -> Network:
+def load(config: Config, images: Labelled, precision: Chosen) -> Network:
     """What training begins with."""
     import torch
 
     from bigtrain.models.network import load_network
-    from bigtrain.models.vit import Architecture, ViT
+    from bigtrain.models.vit import ViT, asked_for
     from bigtrain.training.trunk import check_picture_size, check_training
 
     torch.manual_seed(config.seed)
-    architecture: Architecture | None = Architecture(config.model, config.image_size, config.patch_size, config.depth)
-    if Path(config.model).suffix in LOCAL:
-        architecture = Architecture(config.arch, config.image_size) if config.arch else None
+    architecture = asked_for(config.model, config.arch, config.image_size, config.patch_size, config.depth)
     given = load_network(config.model, architecture, pretrained=config.pretrained, drop_path=config.drop_path)
     if config.pool == "both" and not isinstance(given.trunk, ViT):
         raise ValueError(f"--pool both is about a ViT's tokens, and {given.architecture.model} has none: leave it out.")
-    check_picture_size(given, size_of(config, given))
+    check_picture_size(given, given.image_size or config.image_size or DEFAULT_SIZE)
     check_training(given.trunk, config.batch_norm, config.run)
     return given
 
 
-def size_of(config: Config, network: Network) -> int:
-    """The side of the images: of a ViT its own, else --image-size."""
-    patch_embed = getattr(network.backbone, "patch_embed", None) if hasattr(network.trunk, "backbone") else None
-    return patch_embed.img_size[0] if patch_embed else config.image_size or DEFAULT_SIZE
-
-
-def pretrain(config: Config, setup: Setup, images: Images, given: Network) -> Result:
+def pretrain(config: Config, setup: Setup, images: Labelled, given: Network) -> Result:
     """Cross-entropy on random crops; leaves network.safetensors, and top-1 and top-5 of whole held-out images."""
     import torch
     import torch.nn.functional as F
 
     from bigtrain.data.views import RandomResizedCrop, Resized
+    from bigtrain.evaluation.collect import top_k
     from bigtrain.models.classifier import Classifier
     from bigtrain.training import trunk
     from bigtrain.training.optim import adamw, decay_groups, scaled_lr, schedule, set_schedule
     from bigtrain.training.stage import Stage
 
     classes, train, fitted_N, held_out, held_out_N = images
-    label_of, size = labels_of(classes), size_of(config, given)
+    label_of, size = labels_of(classes), given.image_size or config.image_size or DEFAULT_SIZE
     parameters = sum(p.numel() for p in given.backbone.parameters()) / 1e6
     setup.announce(
         f"pretrain: {len(fitted_N)} images of {len(classes)} classes of {train.manifest.dataset}; "
@@ -204,33 +159,19 @@ def pretrain(config: Config, setup: Setup, images: Images, given: Network) -> Re
         network = replace(network, heads={"classes": model.head}, classes={"classes": classes})
     setup.leave(LEAVES["pretrain"], network, dtype)
     stream = setup.in_order(held_out, held_out_N, Resized(size), config.batch)
-    top1, top5, count = accuracy(setup, model, stream, label_of, given)
+
+    @torch.no_grad()
+    def logits(image_B3HW: Tensor) -> Tensor:
+        with setup.autocast():
+            return model(given.normalise(image_B3HW))
+
+    top1, top5, count = top_k(setup.accelerator, stream, logits, label_of)
     record = {"top1": top1, "top5": top5, "held_out_images": count, "classes": len(classes), "seed": config.seed}
     return Result(record, f"top-1 {top1:.3f}, top-5 {top5:.3f} on {count} held-out images", LEAVES["pretrain"])
 
 
-def accuracy(
-    setup: Setup, model: Classifier, stream: Stream, label_of: dict[str, int], given: Network
-) -> tuple[float, float, int]:
-    """Top-1, top-5 and the number of images judged: whole images, each once over all ranks."""
-    import torch
-
-    from bigtrain.evaluation.collect import collect
-
-    @torch.no_grad()
-    def answers(image_B3HW: Tensor) -> Tensor:
-        with setup.autocast():
-            logits_BC = model(given.normalise(image_B3HW))
-        return logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
-
-    sample_N, found = collect(setup.accelerator, stream, {"answers": answers})
-    class_N = np.array([only_label(stream.shard_set, sample, label_of) for sample in sample_N.tolist()])
-    hit_N5 = found["answers"] == class_N[:, None]
-    return float(hit_N5[:, 0].mean()), float(hit_N5.any(axis=1).mean()), len(sample_N)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    run_recipe(Recipe("pretrain", Config, __doc__ or "", check, read, load, pretrain, LEAVES), argv)
+    run_recipe(Recipe("pretrain", Config, __doc__ or "", check, read_labelled, load, pretrain, LEAVES), argv)
 
 
 if __name__ == "__main__":

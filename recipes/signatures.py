@@ -4,9 +4,9 @@ of Deep Neural Activations", GCPR 2017.
     accelerate launch recipes/signatures.py --train data/train --test data/test --known cat dog --out runs/pets
 
 Nothing is trained: one pass over the known images adds up each class's activations of a layer; a class is the set of
-its strongest dimensions, and novelty is what no class's set shares with an image's own strongest. Built: signatures of
-10 % of a layer (fc7 of VGG16 by default), three ways to measure the overlap, of which the texts at hand name none, and
-the page of what classes share. Figures: recipes/README.md.
+its strongest dimensions, and novelty is what no class's set shares with an image's own strongest. Implemented:
+signatures of 10 % of a layer (fc7 of VGG16 by default), three ways to measure the overlap, of which the texts at hand
+name none, and the page of what classes share. Figures: recipes/README.md.
 """
 
 from __future__ import annotations

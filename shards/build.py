@@ -11,7 +11,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def build(settings: Settings, out: Path | str, workers: int = 1, max_skipped: fl
             as_text(name)
         except ValueError as error:
             raise ValueError(f"{settings.root} {error}.") from error
-    about = replace(about, dataset=settings.name or about.dataset, licence=settings.licence or about.licence)
+    about = about._replace(dataset=settings.name or about.dataset, licence=settings.licence or about.licence)
 
     with space_for(str(out)):
         if place.folder is not None:
@@ -149,11 +149,12 @@ def pack_all(
                 for entry in part.skipped if is_new else ():
                     progress.say(f"skipped {entry['source'] or entry['key']}: {entry['reason']}")
                 skipped += part.skipped
-                in_a_row = longest_run(part, in_a_row, budget=MAX_IN_A_ROW)
+                in_a_row = longest_run(part, in_a_row)
                 if len(skipped) > allowed or in_a_row >= MAX_IN_A_ROW:
-                    what = f"{in_a_row} in a row" if in_a_row >= MAX_IN_A_ROW else f"{len(skipped)} of {about.total}"
+                    many = in_a_row >= MAX_IN_A_ROW
+                    what = f"{in_a_row} pictures in a row" if many else f"{len(skipped)} of {about.total} pictures"
                     raise ValueError(
-                        f"{what} pictures cannot be read, at most {allowed} may be (or {MAX_IN_A_ROW - 1} in a row); "
+                        f"{what} cannot be read, and at most {allowed} may be (or {MAX_IN_A_ROW - 1} in a row); "
                         f"the first is {skipped[0]['source'] or skipped[0]['key']} ({skipped[0]['reason']}). All are "
                         f"in {out}/{SKIPPED_FILE}: repair them, or allow more with --max-skipped, and run again."
                     )
@@ -164,7 +165,7 @@ def pack_all(
             write_lines(out, DUPLICATES_FILE, [{"keys": group.keys} for group in twice])
     finally:
         progress.close()
-        write_lines(out, SKIPPED_FILE, skipped_lines(skipped))
+        write_lines(out, SKIPPED_FILE, [{k: v for k, v in entry.items() if k != "position"} for entry in skipped])
     for name in set(out.sizes()) - {shard.file for shard in shards}:  # of an earlier run, when the dataset was larger
         if name.endswith(".tar"):
             out.remove(name)
@@ -179,7 +180,7 @@ def pack_all(
 
 
 def contents_of(samples: int, shards: int, classes: Sequence[str]) -> str:
-    """How much of what a set holds, and its first classes by name."""
+    """Samples, shards and classes of a set in numbers, and its first classes by name."""
     named = f" ({few(classes)})" if classes else ""
     return f"{counted(samples, 'sample')} in {counted(shards, 'shard')}, {counted(len(classes), 'class')}{named}"
 
@@ -188,7 +189,7 @@ def said_of_equals(groups: Sequence[Equals], listing: str) -> str:
     more = sum(len(group.keys) - 1 for group in groups)
     have = "has" if more == 1 else "have"
     said = f"{counted(more, 'picture')} {have} the same bytes as another; all are kept, and {listing} names them."
-    if differing := sum(group.has_several_labels for group in groups):
+    if differing := sum(len(group.labels) > 1 for group in groups):
         group = counted(differing, "group")
         said += f" In {group} of equal pictures the classes differ, so some of these labels are wrong."
     return said
@@ -206,19 +207,15 @@ def blocks(
         yield Done(part) if part is not None else Task(out, number, block, settings.treatment)
 
 
-def longest_run(part: Part, before: int, budget: int) -> int:
-    """Pictures skipped in a row at the part's end, or the budget if it was reached on the way."""
+def longest_run(part: Part, before: int) -> int:
+    """Pictures skipped in a row at the part's end, or MAX_IN_A_ROW if it was reached on the way."""
     bad = {entry["position"] for entry in part.skipped}
     run = before
     for position in range(part.samples):
         run = run + 1 if position in bad else 0
-        if run >= budget:
+        if run >= MAX_IN_A_ROW:
             return run
     return run
-
-
-def skipped_lines(skipped: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: entry[name] for name in ("key", "source", "reason")} for entry in skipped]
 
 
 def write_lines(out: Location, name: str, records: list[dict[str, Any]]) -> None:
@@ -236,7 +233,7 @@ def part_name(number: int) -> str:
 
 
 def save_part(out: Location, part: Part) -> None:
-    # one that a power cut empties costs its shard's work again
+    # if a power cut empties it, its shard is built again
     with out.written(f"{PARTS_FOLDER}/{part_name(part.number)}", "renamed") as file:
         shard = vars(part.shard) if part.shard else None
         file.write(json.dumps({**vars(part), "shard": shard}).encode())

@@ -15,7 +15,7 @@ from shards.treatment import JPEG_QUALITY, VERIFY, Treatment
 
 @dataclass(frozen=True)
 class Settings:
-    """Whatever changes the bytes."""
+    """Everything that changes the bytes of a build."""
 
     adapter: str
     root: str
@@ -32,8 +32,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.quality is not None and self.max_side is None:
             raise ValueError(
-                "--quality is of pictures that are made smaller, and without --max-side all keep their bytes: give "
-                "--max-side too, or leave --quality out."
+                "--quality applies only to pictures that --max-side makes smaller: give --max-side too, or leave "
+                "--quality out."
             )
         if not 1 <= (self.quality or JPEG_QUALITY) <= 100 or self.verify not in VERIFY:
             raise ValueError(f"--quality is {self.quality} (1 to 100), --verify {self.verify} ({' or '.join(VERIFY)}).")
@@ -44,7 +44,7 @@ class Settings:
 
     @property
     def record(self) -> dict[str, Any]:
-        """As JSON gives it back."""
+        """The settings after a round trip through JSON."""
         return dict(json.loads(json.dumps(asdict(self))))
 
 

@@ -7,7 +7,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -39,17 +39,13 @@ class Held:
 
 
 class Faults(list[str]):
-    """A line each; of many alike in one shard the first, and a line that says how many more there are."""
+    """One line a fault; of many in one shard only the first few, and a line with the number of the rest."""
 
     unnamed = 0
 
     @property
     def number(self) -> int:
         return len(self) + self.unnamed
-
-    def join(self, other: Faults) -> None:
-        self += other
-        self.unnamed += other.unnamed
 
     def add(self, lines: list[str], shard: Shard) -> None:
         more = len(lines) - MAX_NAMED
@@ -59,8 +55,7 @@ class Faults(list[str]):
             self.unnamed += more - 1
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A shard to be read whole, and its rows of the index."""
 
     tars: Location
@@ -90,7 +85,8 @@ def check(url: str, quick: bool = False, workers: int = 1) -> Faults:
         wrong.append(str(error))
     if index is not None:
         wrong += counts(manifest, index)
-        index = index.sort_by("shard") if not is_sorted(index) else index
+        if (np.diff(index["shard"].to_numpy()) < 0).any():
+            index = index.sort_by("shard")
     skipped = skipped_keys(place)
     tars = Location(shards_url(url, manifest))
     there = listed(tars)
@@ -99,7 +95,8 @@ def check(url: str, quick: bool = False, workers: int = 1) -> Faults:
         wrong.append(f"{tars}: no tar of this view lies there ({counted(len(named), 'tar')} should): have they moved?")
         return wrong
     if not manifest.shards_at:
-        wrong += [f"{name}: not in the manifest" for name in sorted((there or {}).keys() - named) if is_tar(name)]
+        extra = sorted(name for name in (there or {}).keys() - named if name.endswith(".tar"))
+        wrong += [f"{name}: not in the manifest" for name in extra]
     sizes = there if there is not None else {shard.file: tars.size(shard.file) for shard in manifest.shards}
     edges = [0] if index is None else np.searchsorted(index["shard"].to_numpy(), np.arange(len(manifest.shards) + 1))
 
@@ -120,23 +117,16 @@ def check(url: str, quick: bool = False, workers: int = 1) -> Faults:
     try:
         processes = 1 if quick or tars.of_one_process else min(workers, len(manifest.shards))
         for shard, (faults, _) in zip(manifest.shards, in_order(content, tasks(), processes), strict=True):
-            wrong.join(faults)
+            wrong += faults
+            wrong.unnamed += faults.unnamed
             progress.add(shard.samples, shard.bytes, is_new=not quick)
     finally:
         progress.close()
     return wrong
 
 
-def is_tar(name: str) -> bool:
-    return name.endswith(".tar")
-
-
-def is_sorted(index: pa.Table) -> bool:
-    return bool((np.diff(index["shard"].to_numpy()) >= 0).all())
-
-
 def counts(manifest: Manifest, index: pa.Table) -> list[str]:
-    """Keys once, as many rows for each shard as the manifest says, no class that it does not name."""
+    """Every key is unique, each shard has the rows that the manifest says, and it names every class."""
     wrong = []
     if pc.count_distinct(index["key"]).as_py() != index.num_rows:
         wrong += [
@@ -148,7 +138,7 @@ def counts(manifest: Manifest, index: pa.Table) -> list[str]:
     for number, shard in enumerate(manifest.shards):
         if (there := rows.pop(number, 0)) != shard.samples:
             wrong.append(f"index: {there} rows for {shard.file}, and the manifest says {shard.samples}")
-    wrong += [f"index: {times} rows for a shard number {number} that is not there" for number, times in rows.items()]
+    wrong += [f"index: {times} rows for a shard number {number} that does not exist" for number, times in rows.items()]
     shown = pc.unique(pc.list_flatten(index["classes"])).to_pylist()
     wrong += [
         f"index: the class {name!r} is not in the manifest" for name in sorted(set(shown) - set(manifest.classes))
@@ -157,7 +147,7 @@ def counts(manifest: Manifest, index: pa.Table) -> list[str]:
 
 
 def content(task: Task) -> Faults:
-    """One shard: its bytes, and its pictures and labels against its rows; of a tar that is not whole no more."""
+    """One shard: its bytes and, if the tar is whole, its pictures and labels against its rows."""
     tars, shard, wrong, held = task.tars, task.shard, Faults(), Held()
     broken = ""
     try:
@@ -176,7 +166,7 @@ def content(task: Task) -> Faults:
     elif file.sha256.hexdigest() != shard.sha256:
         wrong.append(f"{shard.file}: {broken}its bytes have changed since the manifest was written")
     elif broken:
-        wrong.append(f"{shard.file}: {broken}as it was when the manifest was written")
+        wrong.append(f"{shard.file}: {broken}and it was already so when the manifest was written")
     if broken:
         return wrong
     wrong.add(held.wrong, shard)

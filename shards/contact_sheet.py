@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,24 +16,24 @@ from PIL import Image, ImageFilter, ImageOps
 from bigtrain.data.schema import Manifest
 from bigtrain.data.set_files import filesystem, read_index, shards_url
 from bigtrain.files import write_text
-from bigtrain.images import UnreadableError, decode_rgb, load_pixels, open_image
+from bigtrain.images import UnreadableError, decode_rgb
 from bigtrain.pages import data_uri, template
 from shards.existing_set import check_classes, manifest_of
+from shards.mask_codec import marked_pixels
 from shards.read_samples import Drawing, Found, read_neighbours
 from shards.show import readable, thousands
 
 TEMPLATE = Path(__file__).with_name("contact_sheet.html.jinja")
 MAX_SIDE = 360  # pixels of a picture in the page; larger ones are scaled down
 PIXEL_ART = 128  # pictures up to this side keep their pixels: PNG, enlarged with sharp edges
-STAGE = (288, 240)  # about the room that a picture has in the page, for the size of the letters
+STAGE = (288, 240)  # about the size of a picture on the page, which sets the size of the letters
 AT_A_TIME = 64  # pictures whose bytes are held at once
 MAX_BOXES = 300  # drawn in one picture
 MASK_COLOUR = (255, 45, 149)
 TINT, OUTLINE = 80, 255  # opacity, of 255
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Pictures that were drawn for one class; "" is no class."""
 
     name: str
@@ -157,7 +157,9 @@ def card(row: dict[str, Any], group: str, found: Found, colours: dict[str, str])
     facts = f"{row['width']} x {row['height']}, {readable(row['image_size'])}, {row['image_ext']}"
     notes = [*found.notes, *drawing.notes]
     made = Card(row["key"], drawing.source, facts, has_json=found.json is not None, notes=notes)
-    for name in sorted({*row["classes"], *(name for *_, name in drawing.boxes)}, key=lambda name: name != group):
+    for name in sorted(
+        {*row["classes"], *(name for *_, name in drawing.boxes)}, key=lambda name: (name != group, name)
+    ):
         made.classes.append(
             (name, colours.get(name, "#888"), sum(1 for *_, boxed in drawing.boxes if boxed == name)),
         )
@@ -196,7 +198,7 @@ def draw_boxes(made: Card, drawing: Drawing, group: str, colours: dict[str, str]
 
 
 def place_names(made: Card) -> None:
-    """Inside a box with room for its name, else above it; a name that would cover another's is left to the colour."""
+    """Inside a box with room for its name, else above it; a name that would cover another is not drawn."""
     tall = made.letters * 1.15
     placed: list[tuple[float, float, float]] = []
     for box in sorted(made.boxes, key=lambda box: not box["of_group"]):
@@ -215,30 +217,22 @@ def thumbnail_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def draw_mask(made: Card, encoded: bytes, size: tuple[int, int]) -> None:
-    """A tint with an outline over all that is not 0; a marked pixel is seen, however small the picture is made."""
+    """A tint and outline over every pixel that is not 0; none is lost when the picture is made smaller."""
     try:
-        mask = open_image(encoded)
-        load_pixels(mask)
+        marked = marked_pixels(encoded)
     except UnreadableError as reason:
         made.notes.append(f"its mask cannot be read: {reason}")
         return
-    values = np.asarray(mask)
-    marked = values.astype(bool) if values.ndim == 2 else values[..., :3].any(axis=2)
     if marked.shape != (made.height, made.width):
         made.notes.append(f"its mask is {marked.shape[1]} x {marked.shape[0]} and is not drawn")
         return
-    made.masked = share(marked.mean())
+    made.masked = f"{100 * marked.mean():.2g} %" if marked.any() else "nothing"
     enlarged = max(1, math.ceil(240 / max(size)))  # the outline of a small picture is thinner than its pixels
     over = (size[0] * enlarged, size[1] * enlarged)
     coverage = Image.fromarray(marked.astype(np.float32)).resize(size, Image.Resampling.BOX)
     seen = Image.fromarray(((np.asarray(coverage) > 0) * 255).astype(np.uint8)).resize(over, Image.Resampling.NEAREST)
-    padded = ImageOps.expand(seen, 2)
-    inner = padded.filter(ImageFilter.MinFilter(3)).crop((2, 2, over[0] + 2, over[1] + 2))
+    inner = ImageOps.crop(ImageOps.expand(seen, 2).filter(ImageFilter.MinFilter(3)), 2)
     opacity = np.where(np.asarray(seen) == 0, 0, np.where(np.asarray(inner) == 0, OUTLINE, TINT)).astype(np.uint8)
     overlay = Image.new("RGBA", over, (*MASK_COLOUR, 0))
     overlay.putalpha(Image.fromarray(opacity))
     made.mask = data_uri(overlay, is_png=True)
-
-
-def share(of_whole: float) -> str:
-    return f"{100 * of_whole:.2g} %" if of_whole else "nothing"

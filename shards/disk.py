@@ -1,4 +1,4 @@
-"""A build's local disk: one writer in a folder, a full disk as one sentence, early write-back."""
+"""A build's local disk: one writer in a folder, a clear error when the disk is full, early write-back."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def space_for(out: str) -> Iterator[None]:
-    """A full disk is one sentence; what was finished before stays."""
+    """Report a full disk in one sentence; finished files stay."""
     try:
         yield
     except OSError as error:

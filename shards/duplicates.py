@@ -28,10 +28,6 @@ class Equals:
     keys: list[str] = field(default_factory=list)
     labels: set[tuple[str, ...]] = field(default_factory=set)
 
-    @property
-    def has_several_labels(self) -> bool:
-        return len(self.labels) > 1
-
 
 def duplicates(out: Location, index: IO[bytes], digests_N: NDArray[np.uint64], shards: Sequence[Shard]) -> list[Equals]:
     """The groups of equal pictures; only candidates are read again.

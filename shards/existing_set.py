@@ -14,7 +14,7 @@ MAX_NAMED = 10  # sets in a folder of sets
 
 
 def manifest_of(url: str) -> Manifest:
-    """As read_manifest; where there is none, the error says what is there."""
+    """Like read_manifest, but where there is none the error says what is there instead."""
     place = Location(url)
     if place.folder is not None and place.folder.is_file():
         raise NotADirectoryError(f"{url} is a file: give the folder of a shard set, which holds its {MANIFEST_FILE}.")
@@ -27,7 +27,7 @@ def manifest_of(url: str) -> Manifest:
 
 
 def what_is_there(place: Location) -> str:
-    """A sentence on a place that is not a finished set; "" where read_manifest has said all."""
+    """A sentence on a place that is not a finished set; "" where read_manifest's own error is enough."""
     there = listed(place)
     if there is None or MANIFEST_FILE in there:
         return ""

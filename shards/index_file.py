@@ -1,4 +1,4 @@
-"""index.parquet, written shard by shard, and what only all rows together show: keys or contents that come twice."""
+"""index.parquet, written shard by shard, and how repeated keys or contents are found among all rows."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class IndexWriter:
 
 
 def columns_at(file: IO[bytes], rows: NDArray[np.int64], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Some rows of a written index, which are given and come in rising order; read group by group."""
+    """Some rows of a written index, given and returned in rising order, read group by group."""
     file.seek(0)
     parquet = pq.ParquetFile(file, pre_buffer=False)
     begin = 0
@@ -69,9 +69,7 @@ def columns_at(file: IO[bytes], rows: NDArray[np.int64], names: Sequence[str]) -
 def repeated(hashes_N: NDArray[np.uint64]) -> list[NDArray[np.int64]]:
     """The places of equal hashes, two or more in a group, each in rising order; groups by their first place."""
     order_N = np.argsort(hashes_N, kind="stable")
-    is_new_N = np.diff(hashes_N[order_N], prepend=hashes_N[order_N[:1]] ^ np.uint64(1)) != 0
-    starts = np.flatnonzero(is_new_N)
-    lengths = np.diff(np.append(starts, len(order_N)))
+    _, starts, lengths = np.unique(hashes_N[order_N], return_index=True, return_counts=True)
     is_more = lengths > 1
     groups = [order_N[start : start + n] for start, n in zip(starts[is_more], lengths[is_more], strict=True)]
     return sorted(groups, key=lambda group: int(group[0]))

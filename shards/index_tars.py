@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -20,19 +19,20 @@ from numpy.typing import NDArray
 from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Shard
 from bigtrain.text import counted
 from shards.adapters.lists import warn
-from shards.build import SKIPPED_FILE, contents_of, skipped_lines, write_lines
+from shards.build import SKIPPED_FILE, contents_of, write_lines
 from shards.disk import space_for
 from shards.existing_set import listed
 from shards.index_file import IndexWriter, columns_at, hash64, repeated
 from shards.labels import CLASSES_FROM, numbers_first
 from shards.location import Location
 from shards.progress import Progress
+from shards.split import shards_at
 from shards.survey import MAX_NAMED, Survey, Task, survey
 from shards.worker_pool import in_order
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_SHARDS = 1_000_000
-MANY_SAMPLES = 50  # where more have nearly a class each, the classes are none
+MANY_SAMPLES = 50  # above this, nearly one class a sample is warned of
 
 
 def describe(
@@ -54,7 +54,7 @@ def describe(
         folder: the tars' folder or URL prefix.
         out: a local folder for manifest and index; None: beside the tars.
         shards: names with {000..123}, or a file of names, one a line; None: all that lie in `folder`.
-        allow_unlabelled: samples without a class, among others with one, show none.
+        allow_unlabelled: accept samples without a class among labelled ones.
         classes_from: "members": a sample's .json, .cls or .txt; "folder": the folder in its key, above the file.
     """
     place, target = locations(folder, out)
@@ -85,10 +85,10 @@ def describe(
             raise
         finally:
             progress.close()
-        write_lines(target, SKIPPED_FILE, skipped_lines(found.skipped))
+        write_lines(target, SKIPPED_FILE, found.skipped)
         classes = tuple(class_names) if class_names else tuple(sorted(found.classes, key=numbers_first))
         called = name or PurePosixPath(place.path if place.folder is None else str(place.folder.resolve())).name
-        at = "" if target is place else tars_from(place, target)
+        at = "" if target is place else shards_at(place.url.rstrip("/"), Path(target.path))
         manifest = Manifest(called, split, classes, licence, tuple(found.shards), at)
         with target.written(MANIFEST_FILE) as file:
             file.write(manifest.to_json().encode())
@@ -139,7 +139,7 @@ class Total:
 
 
 def twice(rows: list[dict[str, Any]], tars: list[str]) -> list[str]:
-    """A line for each key that comes again, of rows among which are all such."""
+    """A line for each repeated key; the rows must include all with such keys."""
     first: dict[str, int] = {}
     wrong = []
     for row in rows:
@@ -160,7 +160,7 @@ def summarise(target: Location, found: Total, samples: int) -> None:
         print(f"{unread} cannot be read; {target}/{SKIPPED_FILE} lists them with the reasons.")
     if found.pickled:
         counts = ", ".join(f"{count} .{ext}" for ext, count in sorted(found.pickled.items()))
-        print(f"Pickled members are never opened, for they could run anything: {counts} ignored.")
+        print(f"Pickled members are never opened, because they could run any code: {counts} ignored.")
     again = f"delete {target}/{MANIFEST_FILE} and index again"
     if not found.classes:
         warn(
@@ -244,11 +244,3 @@ def named_tars(shards: str) -> list[str]:
             "each once, with {000..123} for running numbers, or a file with a name a line."
         )
     return names
-
-
-def tars_from(place: Location, target: Location) -> str:
-    """What the manifest says of where the tars are: their URL, or the way there from its own folder."""
-    if place.folder is None:
-        return place.url.rstrip("/")
-    assert target.folder is not None
-    return Path(os.path.relpath(place.folder.resolve(), target.folder.resolve())).as_posix()

@@ -1,4 +1,4 @@
-"""Keys and paths that cannot leave their place."""
+"""Safe keys, and paths that cannot leave their folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def inside(folder: Path, name: str) -> Path:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or "\0" in name:
         raise ValueError(
-            f"a file {name!r} is named, which lies outside of {folder}, and nothing outside is read: correct the list "
+            f"{name!r} lies outside of {folder}, and nothing outside is read: correct the list "
             "that names it, or give the folder that holds all its files."
         )
     return folder / path

@@ -18,15 +18,13 @@ def classes_of(ext: str, data: bytes, class_names: Sequence[str] | None) -> list
             record = json.loads(data)
         except RecursionError as error:
             raise ValueError("is nested too deeply") from error
-        field_of = next(
-            (name for name in ("classes", "label", "class") if isinstance(record, dict) and name in record), None
-        )
-        value = record[field_of] if field_of else []
+        record = record if isinstance(record, dict) else {}
+        value = next((record[name] for name in ("classes", "label", "class") if name in record), None)
         values = value if isinstance(value, list) else [] if value is None else [value]
     else:
         text = data.decode("utf-8").strip()
         if "\n" in text or len(text) > MAX_NAME:
-            raise ValueError("holds a longer text than the name of a class")
+            raise ValueError("holds a text too long for a class name")
         values = [int(text)] if text.isdecimal() else [text] if text else []
     return checked_names(values, class_names)
 

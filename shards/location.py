@@ -37,16 +37,12 @@ class Location:
     url: str
 
     @cached_property
-    def _fs_and_path(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        return filesystem(self.url)
-
-    @property
     def fs(self) -> fsspec.AbstractFileSystem:
-        return self._fs_and_path[0]
+        return filesystem(self.url)[0]
 
-    @property
+    @cached_property
     def path(self) -> str:
-        return self._fs_and_path[1]
+        return filesystem(self.url)[1]
 
     @property
     def folder(self) -> Path | None:
@@ -58,7 +54,7 @@ class Location:
         return isinstance(self.fs, MemoryFileSystem)
 
     def __getstate__(self) -> dict[str, str]:
-        return {"url": self.url}  # connections stay where they are
+        return {"url": self.url}  # connections are not pickled
 
     def __str__(self) -> str:
         return self.url
@@ -67,8 +63,8 @@ class Location:
         protocols = (self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol
         if {"http", "https"} & set(protocols):
             raise ValueError(
-                f"{self.url} cannot be written, for web servers only give files: use a folder or s3://, gs:// ..., and "
-                "serve that."
+                f"{self.url} cannot be written, because web servers are read-only: use a folder or s3://, gs:// ..., "
+                "and serve that."
             )
 
     def prepare(self, *folders: str) -> None:
@@ -79,11 +75,9 @@ class Location:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.folder / name)
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> contextlib.AbstractContextManager[None]:
         """Refuse a second build in a folder. Behind a URL nothing can be locked: two there write the same bytes."""
-        with alone_in(self.folder) if self.folder is not None else contextlib.nullcontext():
-            yield
+        return alone_in(self.folder) if self.folder is not None else contextlib.nullcontext()
 
     def sizes(self, inner: str = "") -> dict[str, int]:
         """The names in it, or in its folder `inner`, and their bytes (a folder: 0); empty where nothing is there."""
@@ -108,8 +102,6 @@ class Location:
             return None
 
     def read(self, name: str) -> bytes:
-        if self.folder is not None:
-            return (self.folder / name).read_bytes()
         return self._request("read", f"{self.path}/{name}", lambda: self.fs.cat_file(f"{self.path}/{name}"))
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
@@ -143,16 +135,14 @@ class Location:
 
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with what is in it; it may be missing."""
-        if self.folder is not None:
-            path = self.folder / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-            return
-        with contextlib.suppress(FileNotFoundError):
-            path_there = f"{self.path}/{name}"
-            self._request("removed", path_there, lambda: self.fs.rm(path_there, recursive=True))
+        path = f"{self.path}/{name}"
+        if self.folder is None:
+            with contextlib.suppress(FileNotFoundError):
+                self._request("removed", path, lambda: self.fs.rm(path, recursive=True))
+        elif Path(path).is_dir():
+            shutil.rmtree(path)
+        else:
+            Path(path).unlink(missing_ok=True)
 
     def _upload(self, file: IO[bytes], path: str) -> None:
         size = os.fstat(file.fileno()).st_size
@@ -171,7 +161,7 @@ class Location:
         self._request("written", path, upload)
 
     def _request(self, what: str, path: str, request: Callable[[], Answer]) -> Answer:
-        """Make a request of a server, retried; what fails in the end is one sentence."""
+        """Make a request to a server, with retries; the final failure is one sentence."""
         if self.folder is not None:
             return request()
         name = self.fs.unstrip_protocol(path)
@@ -185,7 +175,7 @@ class Location:
                     f"{name} cannot be {what} ({described(error)}): check the address and your rights there."
                 ) from error
             raise OSError(
-                f"{name} cannot be {what}: tried {RETRY.attempts} times, at last {described(error)}. Run the same "
+                f"{name} cannot be {what}: tried {RETRY.attempts} times; last error: {described(error)}. Run the same "
                 "command again later."
             ) from error
 

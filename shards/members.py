@@ -7,9 +7,8 @@ import re
 import struct
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from bigtrain.data.schema import IMAGE_EXTENSIONS, MASK_SUFFIX
 from shards.keys import META
@@ -25,8 +24,7 @@ class RefusedError(tarfile.TarError):
     """A tar with a member that could lead out of its folder, or is not a plain file."""
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     key: str
     ext: str  # as it is written; see is_image for its case
     offset: int  # of its bytes, behind the header
@@ -52,7 +50,7 @@ class Member:
 
 
 def members(file: Any) -> Iterator[Member]:
-    """Walk an uncompressed tar (a file or Digested); folders, .hidden files and names without dot are no sample's.
+    """Walk an uncompressed tar (a file or Digested); folders, .hidden files and names without a dot are skipped.
 
     Raises:
         RefusedError: a member's name leads out of the folder, or it is a link, a device or a sparse file.
@@ -66,7 +64,7 @@ def members(file: Any) -> Iterator[Member]:
                 found = KEY_AND_EXT.match(info.name)
                 if found and info.isreg() and not META.match(info.name):
                     yield Member(found[1], found[2], info.offset_data, info.size)
-            file.seek(tar.offset)  # tarfile takes a damaged header for the end
+            file.seek(tar.offset)  # tarfile mistakes a damaged header for the end
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(f"at byte {tar.offset} there is neither a member nor the mark of the end")
     except (ValueError, OverflowError, struct.error, IndexError, KeyError, RecursionError) as error:

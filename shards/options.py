@@ -24,6 +24,10 @@ class Parser(argparse.ArgumentParser):
 
     given: Sequence[str] = ()
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self.set_defaults(parser=self)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.given = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
@@ -78,22 +82,19 @@ def cpus() -> int:
 
 
 def parser() -> Parser:
-    top = Parser(prog="bigtrain-shards", description="Pictures to tar shards, and a look at them.", allow_abbrev=False)
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    add_build(commands)
-    for add in (add_check, add_show, add_split, add_index):
-        sub = add(commands)
-        sub.set_defaults(parser=sub)
+    top = Parser(prog="bigtrain-shards", description="Pictures to tar shards, and a look at them.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (add_build, add_check, add_show, add_split, add_index):
+        add(commands)
     return top
 
 
 def add_build(commands: Any) -> None:
-    making = commands.add_parser("build", help="pictures to shards; a killed build continues", allow_abbrev=False)
-    adapters = making.add_subparsers(dest="adapter", required=True, metavar="ADAPTER", parser_class=Parser)
+    making = commands.add_parser("build", help="pictures to shards; a killed build continues")
+    adapters = making.add_subparsers(dest="adapter", required=True, metavar="ADAPTER")
     for name, adapter in ADAPTERS.items():
         doc = adapter.doc or (sys.modules[adapter.samples.__module__].__doc__ or "").strip()
-        sub = adapters.add_parser(name, help=doc.splitlines()[0], description=doc, allow_abbrev=False)
-        sub.set_defaults(parser=sub)
+        sub = adapters.add_parser(name, help=doc.splitlines()[0], description=doc)
         sub.add_argument("--root", required=True, help=adapter.root)
         if adapter.split is not None:
             where = "the last part of ROOT where that is train, val or test, else " if name == "folder" else ""
@@ -142,7 +143,7 @@ def add_build_options(sub: Parser) -> None:
         type=fraction,
         default=0.01,
         metavar="FRACTION",
-        help="stop when more than this share of the pictures cannot be read (default: 0.01, but one is allowed)",
+        help="stop when more than this share of the pictures is unreadable (default: 0.01; unless 0, one may be)",
     )
     sub.add_argument(
         "--workers",
@@ -153,34 +154,31 @@ def add_build_options(sub: Parser) -> None:
     )
 
 
-def add_check(commands: Any) -> Parser:
-    checking: Parser = commands.add_parser("check", help="is a shard set whole? exit code 1 if not", allow_abbrev=False)
+def add_check(commands: Any) -> None:
+    checking = commands.add_parser("check", help="verify a shard set; exit code 1 if it has faults")
     checking.add_argument("set", metavar="OUT", help="folder or URL of a shard set")
     checking.add_argument("--quick", action="store_true", help="names, sizes and counts only")
     checking.add_argument("--workers", type=whole_number, default=cpus(), metavar="N", help="processes, as in build")
-    return checking
 
 
-def add_show(commands: Any) -> Parser:
-    showing: Parser = commands.add_parser("show", help="what is in a shard set", allow_abbrev=False)
+def add_show(commands: Any) -> None:
+    showing = commands.add_parser("show", help="what is in a shard set")
     showing.add_argument("set", metavar="OUT", help="folder or URL of a shard set")
     showing.add_argument("--all-classes", action="store_true", help="list every class, not only the first 40")
     showing.add_argument(
         "--page", metavar="FILE", help="write a contact sheet too: one HTML file, boxes and masks drawn"
     )
     showing.add_argument("--count", type=whole_number, metavar="N", help="pictures on the page (default: 120)")
-    showing.add_argument("--seed", type=int, help="of the choice of pictures for the page (default: 0)")
+    showing.add_argument("--seed", type=int, help="seed for choosing the pictures of the page (default: 0)")
     showing.add_argument("--classes", nargs="+", metavar="CLASS", help="only pictures of these classes on the page")
-    return showing
 
 
-def add_split(commands: Any) -> Parser:
-    splitting: Parser = commands.add_parser(
+def add_split(commands: Any) -> None:
+    splitting = commands.add_parser(
         "split",
         help="train/val or per-class views of a shard set, which copy no picture",
         description="Views of a shard set: index and manifest of some of its samples, which refer to its tars. "
         "What a view takes follows from seed, keys and classes alone.",
-        allow_abbrev=False,
     )
     splitting.add_argument("set", metavar="SET", help="folder or URL of a shard set, or of a view")
     splitting.add_argument(
@@ -192,25 +190,23 @@ def add_split(commands: Any) -> Parser:
         nargs="+",
         type=share,
         metavar="NAME=SHARE",
-        help="views DIR/NAME, which divide all samples, each class alike; say train=0.9 val=0.1",
+        help="views DIR/NAME that divide all samples, and each class, by these shares, e.g. train=0.9 val=0.1",
     )
     how.add_argument(
         "--classes", nargs="+", metavar="CLASS", help="a view DIR of the samples that show any of these classes"
     )
     how.add_argument("--classes-file", metavar="FILE", help="the same, with a class a line")
     how.add_argument("--per-class", type=whole_number, metavar="N", help="a view DIR of N random samples of each class")
-    splitting.add_argument("--seed", type=int, help="of --shares and --per-class (default: 0)")
-    return splitting
+    splitting.add_argument("--seed", type=int, help="seed of --shares and --per-class (default: 0)")
 
 
-def add_index(commands: Any) -> Parser:
-    indexing: Parser = commands.add_parser(
+def add_index(commands: Any) -> None:
+    indexing = commands.add_parser(
         "index",
         help="index and manifest for shards that others made",
         description="Index and manifest for WebDataset shards that others made, which stay as they are. The classes of "
         'a sample are those of its .json ("classes", "label" or "class"); without a class there, of its .cls; then, '
         "if it has no .json, the text of its .txt. A name or number each; or see --classes-from.",
-        allow_abbrev=False,
     )
     indexing.add_argument(
         "folder", metavar="DIR", help="folder or URL of WebDataset .tar files, which stay as they are"
@@ -240,4 +236,3 @@ def add_index(commands: Any) -> Parser:
     indexing.add_argument("--split", default="train", help="default: train")
     indexing.add_argument("--licence", default="unknown", help="default: unknown")
     indexing.add_argument("--max-skipped", type=fraction, default=0.01, metavar="FRACTION", help="as in build")
-    return indexing

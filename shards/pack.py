@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from bigtrain.data.schema import IMAGE_EXTENSIONS, MASK_SUFFIX, Box, Object, Sample, Shard
 from bigtrain.images import UnreadableError, open_image
@@ -16,15 +16,15 @@ from bigtrain.retry import RetryPolicy, is_permanent, retried
 from shards.disk import start_writing
 from shards.duplicates import content_digest
 from shards.location import Location
-from shards.treatment import Treated, Treatment, checked, checked_mask, displayed_size
+from shards.mask_codec import checked_mask
+from shards.treatment import Treated, Treatment, checked, displayed_size
 
 RECORD = 10240  # a tar ends on a multiple of this
 RETRY = RetryPolicy(attempts=4)
 AHEAD_BYTES = 16 << 20  # written by the program before the disk is asked to begin
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """Samples number * samples_per_shard and on, to go to one shard."""
 
     out: Location
@@ -42,7 +42,7 @@ class Part:
     fingerprint: str  # a dataset that has changed is noticed
     shard: Shard | None  # None: not one of them could be read
     rows: list[dict[str, Any]]  # INDEX_SCHEMA without "shard"
-    contents: list[int]  # of each row: what pictures of equal bytes have in common, see content_digest
+    contents: list[int]  # content_digest of each row's picture
     skipped: list[dict[str, Any]]  # position, key, source, reason
 
 
@@ -99,7 +99,7 @@ def state(content: Path | bytes | Callable[[], bytes] | None) -> bytes:
             return b"%d %d" % (found.st_size, found.st_mtime_ns)
         except OSError:
             return b"-"
-    return pickle.dumps(content)  # what is made again follows from the arguments
+    return pickle.dumps(content)  # a generated picture depends on its arguments alone
 
 
 def shard_name(number: int) -> str:
@@ -176,7 +176,7 @@ def content(image: Path | bytes | Callable[[], bytes]) -> bytes:
     if not isinstance(image, Path):
         return image()
     try:
-        return retried(lambda: read_unbuffered(image), RETRY)
+        return retried(image.read_bytes, RETRY)
     except OSError as error:
         if is_permanent(error):
             raise UnreadableError(f"{type(error).__name__}: {error.strerror}") from error
@@ -185,11 +185,6 @@ def content(image: Path | bytes | Callable[[], bytes]) -> bytes:
             f"{image} cannot be read (tried {RETRY.attempts} times, {error.strerror}): check its disk, and run the "
             "same command again; the build continues.",
         ) from error
-
-
-def read_unbuffered(path: Path) -> bytes:
-    with path.open("rb", buffering=0) as file:
-        return file.read()
 
 
 def placed(thing: Object, original: tuple[int, int], size: tuple[int, int]) -> Object:

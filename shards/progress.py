@@ -13,7 +13,7 @@ EVERY_S = 10.0
 
 
 class Progress:
-    """Counts images out of `total` (0: not known) and their bytes; what an earlier run did counts as no speed."""
+    """Counts images out of `total` (0: not known) and their bytes; what an earlier run did does not count as speed."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.new, self.new_bytes = total, 0, 0, 0
@@ -43,7 +43,7 @@ class Progress:
         return f"{self.done}{of} images{self.speed()}{left}"
 
     def speed(self) -> str:
-        """Behind a comma; nothing where an earlier run did it all."""
+        """With a leading comma; empty where an earlier run did everything."""
         if not self.new:
             return ""
         return f", {self.new / self.seconds():.0f} images/s, {self.new_bytes / 1e6 / self.seconds():.3g} MB/s"

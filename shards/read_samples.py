@@ -22,7 +22,7 @@ MAX_MEMBER = 64 << 20  # bytes of a json or mask that is read
 
 @dataclass
 class Found:
-    """The bytes of one sample; of what could not be had the notes tell."""
+    """The bytes of one sample; the notes say what could not be read."""
 
     picture: bytes = b""
     json: bytes | None = None
@@ -119,7 +119,7 @@ def sample(fs: fsspec.AbstractFileSystem, path: str, row: dict[str, Any], begin:
 
 
 def members_around(data: bytes, picture_at: int) -> list[Member]:
-    """The members in a piece of a tar, from the first header from which the headers lead to the picture's."""
+    """The members in a piece of a tar, from the first header whose chain reaches the picture's."""
     for start in range(0, picture_at, BLOCK):
         if data[start + 257 : start + 262] != b"ustar" and start != picture_at - BLOCK:
             continue

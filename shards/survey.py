@@ -7,7 +7,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from bigtrain.data.schema import Shard
 from bigtrain.images import UnreadableError
@@ -20,8 +20,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": 
 MAX_NAMED = 10
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     shards: Location
     file: str
     class_names: Sequence[str] | None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from PIL import ExifTags, Image, ImageOps
 
@@ -18,8 +17,7 @@ EXT_OF = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 REDUCING_GAP = 2.0  # a decoder or a box filter first brings a picture down to this many times its new size
 
 
-@dataclass(frozen=True)
-class Treatment:
+class Treatment(NamedTuple):
     """What is done with each picture.
 
     Args:
@@ -34,8 +32,7 @@ class Treatment:
     verify: str = "structure"
 
 
-@dataclass(frozen=True)
-class Treated:
+class Treated(NamedTuple):
     """A picture as it goes into a shard: encoded bytes, and the size as displayed, after EXIF's orientation."""
 
     encoded: bytes
@@ -63,7 +60,7 @@ def has_its_end(encoded: bytes, kind: str | None) -> bool:
 
 
 def plain_size(encoded: bytes) -> tuple[int, int] | None:
-    """Width and height of a whole JPEG of the usual kind that nothing turns; None: Pillow has to look at it.
+    """Width and height of a whole, usual JPEG without EXIF or XMP; None: Pillow has to look at it.
 
     That is most of the pictures of most collections.
     """
@@ -97,8 +94,7 @@ def smaller(image: Image.Image, encoded: bytes, max_side: int, quality: int) -> 
     """
     scale = max_side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    kind = {"MPO": "JPEG"}.get(image.format or "", image.format or "")
-    kind = kind if kind in EXT_OF else "PNG"
+    kind = {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP"}.get(image.format or "", "PNG")
     turned = orientation(image, encoded)
     image.draft(None, (round(size[0] * REDUCING_GAP), round(size[1] * REDUCING_GAP)))
     load_pixels(image)
@@ -108,16 +104,12 @@ def smaller(image: Image.Image, encoded: bytes, max_side: int, quality: int) -> 
         if image.mode.startswith("I;16"):
             small = small.convert("I;16")
         if turned != 1:
-            small.getexif()[ExifTags.Base.Orientation] = turned  # so that XMP's counts as well
+            small.getexif()[ExifTags.Base.Orientation] = turned  # so that an orientation from XMP is applied too
             small = ImageOps.exif_transpose(small)
             kept["exif"] = without_orientation(image)
-        options: dict[str, Any] = {
-            "JPEG": {"quality": quality, "subsampling": 0},
-            "WEBP": {"quality": quality},
-            "PNG": {},
-        }[kind]
         file = io.BytesIO()
-        small.save(file, kind, **{name: value for name, value in kept.items() if value}, **options)
+        kept = {name: value for name, value in kept.items() if value}
+        small.save(file, kind, quality=quality, subsampling=0, **kept)  # a format takes what it knows of them
     except (ValueError, OSError) as error:
         raise UnreadableError(f"cannot be made smaller: {error}") from error
     return Treated(file.getvalue(), EXT_OF[kind], *small.size)
@@ -137,22 +129,11 @@ def without_orientation(image: Image.Image) -> bytes:
         exif = image.getexif()
         exif.pop(ExifTags.Base.Orientation, None)
         return exif.tobytes() if len(exif) else b""
-    except Exception:  # damaged: the picture is worth more than what is left of it
+    except Exception:  # damaged EXIF is dropped, the picture is kept
         return b""
 
 
-def checked_mask(encoded: bytes, displayed: tuple[int, int], size: tuple[int, int]) -> bytes:
-    """The mask's original bytes, or nearest-neighbour resized along with its picture, as PNG."""
-    mask = open_image(encoded)
-    if mask.size != displayed:
-        raise UnreadableError(
-            f"its mask is {mask.size[0]} x {mask.size[1]}, the picture as displayed {displayed[0]} x {displayed[1]}"
-        )
-    if displayed == size and mask.format == "PNG":
-        if not has_its_end(encoded, "PNG"):
-            load_pixels(mask)
-        return encoded
-    load_pixels(mask)
+def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    mask.resize(size, Image.Resampling.NEAREST).save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()

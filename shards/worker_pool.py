@@ -33,7 +33,7 @@ def in_order(
             yield (piece.answer, False) if isinstance(piece, Done) else (do(piece), True)
         return
     waiting: deque[Done[Answer] | Future[Answer]] = deque()
-    # forked from a server that imports once what they need, and that has no threads
+    # workers are forked from a server without threads that has imported what they need
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", do.__module__])
     pool = ProcessPoolExecutor(workers, context, worker_start, (dict(os.environ),))
@@ -46,7 +46,7 @@ def in_order(
             yield first_of(waiting)
     except BrokenProcessPool as error:
         raise ValueError(
-            "a process of the work was killed (out of memory?): run the same command again with fewer --workers; "
+            "a worker process was killed (out of memory?): run the same command again with fewer --workers; "
             "a build continues where it stopped."
         ) from error
     finally:

@@ -35,10 +35,10 @@ def ask_recipe(recipe: Path, flags: Sequence[str]) -> dict[str, Any]:
 
 
 def check_settings(sweep: Sweep) -> None:
-    """Ask each recipe of a sweep about the settings of the first run that names such settings.
+    """Have each recipe of a sweep check one run for each set of setting names.
 
     Raises:
-        ValueError: an axis or a setting that is none, or a value that it refuses.
+        ValueError: an unknown axis or setting, or a value that it refuses.
     """
     for run in {(run.recipe, *run.settings): run for run in reversed(sweep.runs)}.values():
         print(f"asking {run.recipe} for its settings", file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 
 The recipe runs in a process of its own. This one, above it, passes signals on, reads what it says last, and decides
 what becomes of the job when it has ended: done, failed for good, or requeued. Rank 0 decides; if it is gone, another
-rank does. README.md draws the whole course.
+rank does. README.md has the diagram.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
 from threading import Thread
 from types import FrameType
@@ -24,18 +23,10 @@ from submitit.core.utils import DelayedSubmission
 
 from bigtrain.runtime.exit_codes import STOPPED, USER_ERROR
 from bigtrain.runtime.ports import free_port
+from slurm import scheduler
 from slurm.attempt_end import end
 from slurm.process import Process, publish_port, wait_for_port
-from slurm.run_record import (
-    FINAL_EVENTS,
-    RESULTS_FILE,
-    JobSpec,
-    RunLock,
-    attempts,
-    events,
-    position,
-    record_event,
-)
+from slurm.run_record import FINAL_EVENTS, RESULTS_FILE, JobSpec, RunLock, attempts, events, position, record_event
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 KILL_AFTER_S = 90  # after another rank has failed, how long until this one's recipe is killed
@@ -65,7 +56,7 @@ class SignalRelay:
         self.child: subprocess.Popen[bytes] | None = None
         for number in SIGNALS:
             signal.signal(number, self._take)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the recipe gets it itself
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal: the recipe gets it too
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
@@ -75,7 +66,7 @@ class SignalRelay:
 
 def run_attempt(run: Path) -> int:
     """Returns the exit code of this process."""
-    relay, process = SignalRelay(), Process.of_this_process(run)
+    relay, process = SignalRelay(), Process(run, **scheduler.environment())
     try:
         job = JobSpec.read(run)
         port = begin(process, job) if process.rank == 0 else wait_for_port(process)
@@ -129,9 +120,9 @@ def begin(process: Process, job: JobSpec) -> int | None:
     return port
 
 
-def environment(process: Process, job: JobSpec, port: int, given: Mapping[str, str]) -> dict[str, str]:
+def environment(process: Process, job: JobSpec, port: int) -> dict[str, str]:
     """The recipe's environment: the other processes, its threads, DeepSpeed."""
-    found = {**given, "OMP_NUM_THREADS": str(job.cluster.cpus_per_task), "BIGTRAIN_LAUNCHED": "1"}
+    found = {**os.environ, "OMP_NUM_THREADS": str(job.cluster.cpus_per_task), "BIGTRAIN_LAUNCHED": "1"}
     if job.cluster.strategy != "ddp":
         found |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": job.cluster.strategy[-1]}
     if process.world_size > 1 or job.cluster.strategy != "ddp":
@@ -147,8 +138,8 @@ def run_recipe(process: Process, job: JobSpec, port: int, relay: SignalRelay) ->
     """The recipe's exit code (minus the number of a signal that killed it) and its last error line."""
     command = [sys.executable, job.recipe, *job.flags, "--out", str(process.run)]
     lines: deque[str] = deque(maxlen=200)
-    around = environment(process, job, port, os.environ)
-    with subprocess.Popen(command, cwd=job.cwd, env=around, stderr=subprocess.PIPE) as relay.child:
+    own = environment(process, job, port)
+    with subprocess.Popen(command, cwd=job.cwd, env=own, stderr=subprocess.PIPE) as relay.child:
         assert relay.child.stderr
         reader = Thread(target=pass_on, args=(relay.child.stderr, lines), daemon=True)
         reader.start()

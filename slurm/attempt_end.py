@@ -12,7 +12,7 @@ from slurm.run_record import FINAL_EVENTS, RunLock, events, idle_attempts, posit
 
 RANK_0_TIMEOUT_S = 30  # if rank 0 records no end within this time, another rank decides
 BACKOFF_S, LONGEST_BACKOFF_S = 15, 600
-NEAR_LIMIT_S = 300  # a stop so near to the time limit is put down to it
+NEAR_LIMIT_S = 300  # a stop this close to the time limit is blamed on it
 
 
 def end(process: Process, code: int, error: str, asked: int | None) -> int:
@@ -27,7 +27,7 @@ def end(process: Process, code: int, error: str, asked: int | None) -> int:
     if process.rank and (not lost or others_decide(process)):
         return 0
     if lost and process.world_size > 1:
-        time.sleep(3)  # a failed rank is about to record it
+        time.sleep(3)  # time for a failed rank to record it
     return decide(process, code, error, asked, stopped)
 
 
@@ -73,7 +73,7 @@ def decide(process: Process, code: int, error: str, asked: int | None, stopped: 
         owner.release()
         try:
             scheduler.requeue(process.job_id, delay_s)
-        except scheduler.NoSlurmError as problem:
+        except scheduler.SchedulerError as problem:
             process.record_event("failed", rank=process.rank, code=code, error=f"it could not be requeued: {problem}")
             return 1
         return 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from bigtrain.choices import fits
+from bigtrain.files import read_toml
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
 
@@ -24,9 +25,9 @@ class Cluster:
     tasks_per_node: int = 1  # Processes on a node without GPUs.
     cpus_per_task: int = 1  # For each process; torch takes as many threads, and the workers that read share them.
     mem_gb: float = 0.0  # Of each node.
-    timeout_min: int = 60  # Of one attempt; what is not done then is saved, and continued by the next.
+    timeout_min: int = 60  # Of one attempt; an unfinished run is saved, and the next attempt continues it.
     signal_delay_s: int = 120  # How long before its time limit a job is asked to save and exit.
-    max_attempts: int = 100  # How often a job is started at most.
+    max_attempts: int = 100  # How many times a job is started at most.
     strategy: Strategy = "ddp"  # What several processes share: DDP, or DeepSpeed's ZeRO.
     setup: tuple[str, ...] = ()
     """Shell lines before the processes start: modules, a virtual environment, NCCL_SOCKET_IFNAME."""
@@ -77,17 +78,9 @@ class Cluster:
                 near = difflib.get_close_matches(name, kinds, n=2) or sorted(kinds)
                 raise ValueError(f"{where}: there is no setting {name!r}; near it: {', '.join(near)}.")
             value = given[name] = tuple(value) if isinstance(value, list) else value
-            if not _fits(value, kinds[name]):
+            if not fits(value, kinds[name]):
                 raise ValueError(f"{where}: {name} is {value!r}; it must be {said(kinds[name])}.")
         return replace(self, **given).checked(where)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(isinstance(line, str) for line in value)
-    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def said(kind: Any) -> str:
@@ -101,22 +94,6 @@ def said(kind: Any) -> str:
 
 def read_cluster(path: Path) -> Cluster:
     """Raises:
-    ValueError: no such file, no TOML, or a setting that there is not.
+    ValueError: no such file, not TOML, or an unknown setting.
     """
-    return Cluster().changed(str(path), **read_toml(path, "a cluster file (shipped ones lie in slurm/clusters/)"))
-
-
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ValueError(f"{path} cannot be read ({reason}): name {what}.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}.") from error
-
-
-def names_of_settings() -> Mapping[str, Any]:
-    """Each setting and its kind."""
-    kinds = get_type_hints(Cluster)
-    return {field.name: kinds[field.name] for field in fields(Cluster)}
+    return Cluster().changed(str(path), **read_toml(path, "name a cluster file (shipped ones lie in slurm/clusters/)"))

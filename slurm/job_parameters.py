@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,14 @@ from slurm.cluster import Cluster
 
 
 def parameters(
-    cluster: Cluster, *, name: str, folder: Path, parallel: int | None = None, after: str = ""
+    cluster: Cluster, *, name: str, folder: Path, parallel: int | None = None, after: Sequence[str] = ()
 ) -> dict[str, Any]:
     """submitit's parameters for such a job, or an array of them.
 
     Args:
         folder: where submitit keeps its files, which all nodes must see.
         parallel: of an array, how many may run at once.
-        after: jobs that must have ended before, for --dependency.
+        after: jobs that must have ended before.
     """
     made: dict[str, Any] = {
         "job_name": name,
@@ -35,11 +36,11 @@ def parameters(
     if parallel:
         made["array_parallelism"] = parallel
     if after:
-        made["dependency"] = after
+        made["dependency"] = f"afterany:{':'.join(after)}"
     setup = [*cluster.setup, *([see_folder(folder)] if cluster.nodes > 1 else [])]
     if setup:
         made["setup"] = setup
-    srun = [f"--cpus-per-task={cluster.cpus_per_task}"]  # since SLURM 22.05 srun does not take over sbatch's
+    srun = [f"--cpus-per-task={cluster.cpus_per_task}"]  # since SLURM 22.05 srun does not inherit sbatch's
     if cluster.container:
         srun.append(f"--container-image={cluster.container}")
         if cluster.container_mounts:
@@ -49,7 +50,7 @@ def parameters(
 
 
 def see_folder(folder: Path) -> str:
-    """A shell line of the first node: end the job with a sentence where another node does not see the folder."""
+    """A shell line of the first node: end the job with an error if another node does not see the folder."""
     quoted = "'" + str(folder).replace("'", "'\"'\"'") + "'"
     look = f"srun --ntasks-per-node=1 --chdir=/ --output=/dev/null --error=/dev/null test -d {quoted}"
     sentence = "bigtrain-slurm: error: not all nodes of this job see its folder: choose one on a shared file system."

@@ -74,7 +74,7 @@ def outcome(run: Path) -> str:
 
 
 def print_from(log: Path, place: int) -> int:
-    """What has been added to a log."""
+    """Print what was added to a log."""
     try:
         with log.open("rb") as file:
             file.seek(place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,18 @@ def check_folder(path: Path) -> Path:
     """A folder that sbatch's file names can hold."""
     if bad := sorted(set(str(path)) & set("%\\\n\r")):
         raise ValueError(
-            f"{path} cannot be a run's folder on SLURM, for sbatch reads {bad[0]!r} in names: choose another."
+            f"{path} cannot be a run's folder on SLURM, as sbatch expands {bad[0]!r} in names: choose another."
         )
     return path
 
 
 def prepare(run: Path, recipe: Path, flags: Sequence[str], cluster: Cluster, logs: Path, **further: Any) -> None:
     """Write what the job of a run will read."""
-    JobSpec(
-        recipe=str(recipe.absolute()),
-        flags=tuple(flags),
-        cwd=str(Path.cwd()),
-        cluster=cluster,
-        logs=str(logs),
-        **further,
-    ).write(run)
+    JobSpec(str(recipe.absolute()), tuple(flags), str(Path.cwd()), cluster, str(logs), **further).write(run)
 
 
-def prepare_run(run: Run, out: Path, cluster: Cluster) -> Path:
-    """The folder of a sweep's run, with its settings.
+def prepare_run(run: Run, out: Path, cluster: Cluster) -> None:
+    """Write the folder of a sweep's run.
 
     Raises:
         ValueError: it holds a run of the same name with other settings.
@@ -52,14 +46,11 @@ def prepare_run(run: Run, out: Path, cluster: Cluster) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, text)
     prepare(folder, Path(run.recipe), ["--config", str(file)], cluster, out / FOLDER, needs=run.needs)
-    return folder
 
 
 def forget(run: Path) -> None:
     """Take back what `prepare` wrote into a folder that was new."""
     shutil.rmtree(run / FOLDER, ignore_errors=True)
-    for folder in (run, run.parent):
-        try:
-            folder.rmdir()
-        except OSError:  # it holds something
-            return
+    with suppress(OSError):  # it holds something
+        run.rmdir()
+        run.parent.rmdir()

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bigtrain.files import write_text
-from slurm import scheduler
 from slurm.run_record import FOLDER, events, record_event
 
 MEETING_FILE = "meeting.json"
 MEETING_S = 180  # a network file system may show a new file late
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """Which process of which job this is."""
 
     run: Path
@@ -28,10 +26,6 @@ class Process:
     local_world_size: int
     first_host: str
     on_slurm: bool
-
-    @classmethod
-    def of_this_process(cls, run: Path) -> Process:
-        return cls(run, **scheduler.environment())
 
     def record_event(self, event: str, **further: object) -> None:
         record_event(self.run, event, job=self.job_id, restarts=self.restarts, **further)
@@ -64,6 +58,6 @@ def wait_for_port(process: Process) -> int | None:
             return record["port"]
         time.sleep(0.2)
     raise ValueError(
-        f"rank {process.rank} found no word of rank 0 in {file} for {MEETING_S} s: the run's folder must lie on a "
+        f"rank {process.rank} heard nothing from rank 0 in {file} for {MEETING_S} s: the run's folder must lie on a "
         "file system that all nodes share."
     )

@@ -24,12 +24,10 @@ OF_NODES = {"partition", "nodes", "gpus-per-node", "mem"}
 
 
 def explained(refusal: str, script: str, what_there_is: Callable[[], str]) -> str:
-    """One sentence of what sbatch has said, with the lines of the script that caused it and what there is instead."""
+    """sbatch's refusal in one sentence, with the script lines that caused it and what is available instead."""
     words = [line.split("error:", 1)[1].strip() for line in refusal.splitlines() if "sbatch: error:" in line]
-    words = [w for w in words if "Batch job submission failed" not in w] + [
-        w for w in words if "submission failed" in w
-    ]
-    what = words[0].rstrip(".") if words else (refusal.strip().splitlines() or ["no word of why"])[-1]
+    words.sort(key=lambda line: "Batch job submission failed" in line)
+    what = words[0].rstrip(".") if words else (refusal.strip().splitlines() or ["no reason given"])[-1]
     everything = " ".join(words).lower()
     names = [name for word, names in CAUSES.items() if word in everything for name in names]
     lines = [line for line in script.splitlines() for n in dict.fromkeys(names) if line.startswith(f"#SBATCH --{n}=")]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigtrain.files import write_text
+from bigtrain.files import write_json
 from slurm import scheduler
 from slurm.cluster import Cluster
 
@@ -21,7 +21,7 @@ FOLDER = "slurm"  # in a run's folder, or a sweep's: submitit's files, the logs 
 JOB_FILE = "job.json"
 OWNER_FILE = "owner.json"
 EVENTS_FILE = "events.jsonl"  # in the run's folder itself
-RESULTS_FILE = "results.json"  # which makes a run a finished one
+RESULTS_FILE = "results.json"  # marks a run as finished
 FINAL_EVENTS = ("requeued", "stopped", "failed", "finished", "cancelled")  # of an attempt
 
 
@@ -34,11 +34,11 @@ class JobSpec:
     cwd: str
     cluster: Cluster
     logs: str  # Folder of submitit and of the logs.
-    needs: Mapping[str, str] = field(default_factory=dict)  # Files that other runs write -> which run does.
+    needs: Mapping[str, str] = field(default_factory=dict)  # file -> the other run that writes it
 
     def write(self, run: Path) -> None:
         (run / FOLDER).mkdir(parents=True, exist_ok=True)
-        write_text(run / FOLDER / JOB_FILE, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        write_json(run / FOLDER / JOB_FILE, asdict(self))
 
     @classmethod
     def read(cls, run: Path) -> JobSpec:
@@ -110,7 +110,7 @@ class RunLock:
         try:
             for _ in range(10):
                 with suppress(FileExistsError):
-                    os.link(mine, self.file)  # of several at once, one succeeds
+                    os.link(mine, self.file)  # if several try, one succeeds
                     return
                 self._remove_the_dead()
             raise ValueError(f"{self.file} keeps changing: check which jobs are working in this run.")
@@ -148,6 +148,6 @@ def is_alive(job_id: str, host: str, pid: int) -> bool:
         return host != socket.gethostname() or Path(f"/proc/{pid}").exists()
     try:
         state = scheduler.states([job_id]).get(job_id)
-    except scheduler.NoSlurmError:
+    except scheduler.SchedulerError:
         return True
     return state is not None and state.is_active

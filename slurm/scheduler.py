@@ -1,7 +1,8 @@
-"""All that is said to SLURM: what it knows of jobs, and giving it jobs. Nothing else runs its commands.
+"""All communication with SLURM: asking about jobs, submitting them. Nothing else runs its commands.
 
-Another scheduler (LSF, say) is another module with these functions, a setting in cluster.py that names it, and a choice
-between the two here.
+Another scheduler (LSF, say) is another module with these functions and their answers (job ids "12" and "12_3",
+JobState, JobRecord, SchedulerError), a choice between the two here, by the commands that there are, and the settings
+that it lacks in cluster.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,16 +27,15 @@ from slurm.refusals import explained
 
 ACTIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
-AT_ONCE = 500  # job ids in one question
+AT_ONCE = 500  # job ids per query
 ANSWER_S = 60
 
 
-class NoSlurmError(ValueError):
+class SchedulerError(ValueError):
     """SLURM cannot be asked here."""
 
 
-@dataclass(frozen=True)
-class JobState:
+class JobState(NamedTuple):
     name: str  # SLURM's word: RUNNING, PENDING, CANCELLED ...
     reason: str = ""
     nodes: str = ""
@@ -54,10 +53,10 @@ def check_slurm(cluster: Cluster) -> None:
     """Refuse, before anything is written, to submit where SLURM does not answer or has no such node.
 
     Raises:
-        ValueError: no SLURM answers, or no node has so many GPUs: some SLURMs take such a job, and it waits forever.
+        ValueError: SLURM does not answer, or no node has that many GPUs: some accept such a job, which waits forever.
     """
     if missing := [tool for tool in ("sbatch", "srun", "squeue", "scontrol") if not shutil.which(tool)]:
-        raise NoSlurmError(
+        raise SchedulerError(
             f"there is no SLURM here ({', '.join(missing)} not on the PATH): run this on a login node of the cluster, "
             "or with --local on this machine."
         )
@@ -85,31 +84,31 @@ def what_there_is() -> str:
     """The partitions and what their nodes have."""
     try:
         found = ask("sinfo", "-h", "-o", "%R: %D nodes of %c CPUs, %m MB, %G").splitlines()
-    except NoSlurmError:
+    except SchedulerError:
         return ""
     return f" There is {'; '.join(line.replace('(null)', 'no GPUs') for line in sorted(set(found)))}." if found else ""
 
 
 def ask(*command: str) -> str:
     """Raises:
-    NoSlurmError: the command is missing, fails or takes too long.
+    SchedulerError: the command is missing, fails or takes too long.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
     except FileNotFoundError as error:
-        raise NoSlurmError(f"{command[0]} is not on the PATH.") from error
+        raise SchedulerError(f"{command[0]} is not on the PATH.") from error
     except subprocess.TimeoutExpired as error:
-        raise NoSlurmError(f"{command[0]} has not answered for {ANSWER_S} s: is its controller up?") from error
+        raise SchedulerError(f"{command[0]} has not answered for {ANSWER_S} s: is its controller up?") from error
     if done.returncode:
-        raise NoSlurmError(f"{command[0]}: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
+        raise SchedulerError(f"{command[0]}: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
     return done.stdout
 
 
 def states(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """What is known of each job, "12" or, of an array, "12_3"; those that nobody knows any more are left out.
+    """What is known of each job, "12" or, of an array, "12_3"; those that SLURM has forgotten are left out.
 
     Raises:
-        NoSlurmError: the controller cannot be asked.
+        SchedulerError: the controller cannot be asked.
     """
     wanted = set(job_ids)
     found: dict[str, JobState] = {}
@@ -118,7 +117,7 @@ def states(job_ids: Iterable[str]) -> dict[str, JobState]:
         some = ",".join(whole[first : first + AT_ONCE])
         try:
             rows = ask("squeue", "-h", "-r", "-t", "all", "-j", some, "-o", "%i|%T|%r|%N")
-        except NoSlurmError as error:
+        except SchedulerError as error:
             if "Invalid job id" not in str(error):
                 raise
             rows = ""
@@ -138,7 +137,7 @@ def accounted(job_ids: Iterable[str]) -> dict[str, JobState]:
         some = ",".join(whole[first : first + AT_ONCE])
         try:
             rows = ask("sacct", "-n", "-P", "-X", "-j", some, "-o", "JobID,State,NodeList")
-        except NoSlurmError:
+        except SchedulerError:
             return found
         for row in rows.splitlines():
             job_id, name, nodes = row.split("|", 2)
@@ -149,7 +148,7 @@ def accounted(job_ids: Iterable[str]) -> dict[str, JobState]:
 class JobRecord(NamedTuple):
     """What the controller says of one job now."""
 
-    state: str = ""  # "": it cannot be asked
+    state: str = ""  # "": SLURM did not answer
     restarts: int = 0
     seconds_left: float | None = None  # until its time limit
 
@@ -161,17 +160,17 @@ class JobRecord(NamedTuple):
 def described(job_id: str) -> JobRecord:
     try:
         text = ask("scontrol", "-o", "show", "job", job_id)
-    except NoSlurmError:
+    except SchedulerError:
         return JobRecord()
     fields = dict(re.findall(r"(?:^| )([A-Za-z/:]+)=(\S*)", text))
     return JobRecord(fields.get("JobState", ""), int(fields.get("Restarts") or 0), seconds_left(fields))
 
 
 def requeue(job_id: str, delay_s: int = 0) -> None:
-    """Have a running job start again, not before so many seconds. It ends the process that calls it, soon.
+    """Restart a running job after at least delay_s seconds. The calling process is killed soon after.
 
     Raises:
-        NoSlurmError: it cannot be.
+        SchedulerError: SLURM refuses.
     """
     ask("scontrol", "requeue", job_id)
     if delay_s:
@@ -185,13 +184,13 @@ def largest_array() -> int:
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Cancel jobs. Raises NoSlurmError where the controller refuses."""
+    """Cancel jobs. Raises SchedulerError where the controller refuses."""
     for first in range(0, len(job_ids), AT_ONCE):
         ask("scancel", *job_ids[first : first + AT_ONCE])
 
 
 def seconds_left(record: Mapping[str, str]) -> float | None:
-    """Until the job's time is up; not from EndTime, which is now where a job is cancelled."""
+    """Until the time limit; not from EndTime, which becomes "now" on cancelling."""
     limit = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", record.get("TimeLimit", ""))
     try:
         begun = time.mktime(time.strptime(record["StartTime"], "%Y-%m-%dT%H:%M:%S"))
@@ -204,7 +203,7 @@ def seconds_left(record: Mapping[str, str]) -> float | None:
 
 
 def environment() -> dict[str, Any]:
-    """Which process this is of which job, as fields of `process.Process`: SLURM's word, or that of submitit's stand-in
+    """Which process this is of which job, as fields of `process.Process`: from SLURM, or from submitit's stand-in
     on this machine."""
     found = JobEnvironment()
     on_slurm = found.cluster == "slurm"
@@ -223,7 +222,7 @@ def environment() -> dict[str, Any]:
 class Executor(submitit.SlurmExecutor):
     @classmethod
     def affinity(cls) -> int:
-        return 2  # whether there is a SLURM is asked elsewhere; to show a script there need not be one
+        return 2  # SLURM is checked for elsewhere; showing a script does not need it
 
 
 def executor(cluster: Cluster, logs: Path, name: str, **further: Any) -> Executor:
@@ -262,7 +261,7 @@ def queue(calls: Sequence[Callable[[], None]], cluster: Cluster, logs: Path, nam
 
 @contextmanager
 def without_slurm_variables() -> Iterator[None]:
-    """A job submitted from inside of another must not inherit what that one asked for."""
+    """A job submitted from inside another must not inherit its requests."""
     names = [name for name in os.environ if re.match("SLURM_(?!CONF$)|SBATCH_", name)]
     before = {name: os.environ.pop(name) for name in names}
     try:

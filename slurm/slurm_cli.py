@@ -10,25 +10,25 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import get_args, get_origin, get_type_hints
 
-from bigtrain.files import write_text
+from bigtrain.files import write_json
 from bigtrain.runtime.exit_codes import INTERRUPTED, USER_ERROR
 from slurm import scheduler, status
 from slurm.ask_recipe import ask_recipe, check_settings
-from slurm.cluster import Cluster, names_of_settings, read_cluster
+from slurm.cluster import Cluster, read_cluster
 from slurm.local import run_here, run_in_this_process
 from slurm.prepare_run import check_folder, prepare, prepare_run
-from slurm.run_record import FOLDER, JOB_FILE, RESULTS_FILE, JobSpec, record_event
+from slurm.run_record import FOLDER, RESULTS_FILE, JobSpec, record_event
 from slurm.submit import submit, submit_arrays
-from slurm.sweep import Run, Sweep, plan
+from slurm.sweep import Sweep, plan
 
 SHOWN_RUNS = 40  # of a dry run, unless --all
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    own = argv.index("--") if "--" in argv else len(argv)  # behind it are the recipe's
+    own = argv.index("--") if "--" in argv else len(argv)  # what follows is the recipe's
     given = parser().parse_args(argv[:own], argparse.Namespace(flags=argv[own + 1 :]))
     try:
         code: int = given.command(given)
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add_cluster(one)
     one.set_defaults(command=submit_one)
 
-    many = commands.add_parser("sweep", help="the runs of a sweep file as job arrays; those that are done are left out")
+    many = commands.add_parser("sweep", help="the runs of a sweep file as job arrays; skips those that are done")
     many.add_argument("file", type=Path, help="a TOML file, such as slurm/sweeps/defend_table3.toml")
     where = many.add_mutually_exclusive_group()
     where.add_argument("--local", action="store_true", help="one after another on this machine, without SLURM")
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
             add_cluster(further)
         if name == "logs":
             further.add_argument(
-                "--all", action="store_true", help="of all processes, not of rank 0 or the one that failed"
+                "--all", action="store_true", help="of all processes, not just rank 0 or the failed one"
             )
             further.add_argument("--lines", type=int, default=40, metavar="N", help="last lines to show (40)")
             further.add_argument("--follow", "-f", action="store_true", help="follow until the run has ended")
@@ -86,11 +86,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what each job gets, over the cluster file")
+    group = parser.add_argument_group("what each job gets; overrides the cluster file")
     group.add_argument(
         "--cluster", type=Path, metavar="FILE", help="a cluster file, such as slurm/clusters/a100x8.toml"
     )
-    for name, kind in names_of_settings().items():
+    for name, kind in get_type_hints(Cluster).items():
         flag = "--" + name.replace("_", "-")
         if get_origin(kind) is tuple:
             group.add_argument(flag, action="append", metavar="LINE")
@@ -102,7 +102,7 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
 
 def cluster_of(given: argparse.Namespace, base: Cluster | None = None) -> Cluster:
     cluster = read_cluster(given.cluster) if given.cluster else base or Cluster()
-    flags = {name: value for name in names_of_settings() if (value := getattr(given, name)) is not None}
+    flags = {name: value for name in get_type_hints(Cluster) if (value := getattr(given, name)) is not None}
     return cluster.changed("the flags", **flags)
 
 
@@ -136,8 +136,6 @@ def submit_one(given: argparse.Namespace) -> int:
 
 
 def refuse_live(run: Path) -> None:
-    if not (run / FOLDER / JOB_FILE).is_file():
-        return
     (one,) = status.statuses([run])
     if one.is_live:
         raise ValueError(
@@ -155,35 +153,28 @@ def submit_sweep(given: argparse.Namespace) -> int:
     if given.dry_run:
         show_plan(sweep, cluster, SHOWN_RUNS if not given.all else len(sweep.runs))
         return 0
-    folders = {run.name: sweep.out / run.name for run in sweep.runs}
-    before = {one.run.name: one for one in status.statuses([folders[run.name] for run in sweep.runs])}
+    before = {one.run.name: one for one in status.statuses([sweep.out / run.name for run in sweep.runs])}
     missing = [run for run in sweep.runs if before[run.name].state != "done" and not before[run.name].is_live]
     for run in missing:
         prepare_run(run, sweep.out, cluster)
     sweep.out.mkdir(parents=True, exist_ok=True)
-    write_text(sweep.out / status.SWEEP_FILE, sweep.record() + "\n")
+    write_json(sweep.out / status.SWEEP_FILE, sweep.record())
     print(f"{status.count_of(list(before.values()))}; {len(missing)} to run, in {sweep.out}")
-    if given.local:
-        return run_sweep_here(missing, folders, cluster, sweep, given.at_once)
     first = {run.name for run in sweep.runs if run.shared}
     wait_for = [one.job for one in before.values() if one.is_live and one.run.name in first]
+    logs, unfinished = sweep.out / FOLDER, 0
     for is_shared in (True, False):
-        runs = [folders[run.name] for run in missing if run.shared == is_shared]
-        after = [] if is_shared else wait_for
-        wait_for += submit_arrays(runs, cluster, sweep.out / FOLDER, sweep.path.stem, sweep.max_parallel, after)
+        runs = [sweep.out / run.name for run in missing if run.shared == is_shared]
+        if given.local:
+            unfinished += run_here(runs, cluster, logs, at_once=given.at_once)
+        else:
+            after = [] if is_shared else wait_for
+            wait_for += submit_arrays(runs, cluster, logs, sweep.path.stem, sweep.max_parallel, after)
+    if given.local:
+        return min(1, unfinished)
     out = shlex.quote(str(sweep.out))
     print(f"  bigtrain-slurm status {out}\n  bigtrain tables {out}")
     return 0
-
-
-def run_sweep_here(
-    missing: Sequence[Run], folders: dict[str, Path], cluster: Cluster, sweep: Sweep, at_once: int
-) -> int:
-    unfinished = 0
-    for shared in (True, False):
-        some = [folders[run.name] for run in missing if run.shared == shared]
-        unfinished += run_here(some, cluster, sweep.out / FOLDER, at_once=at_once)
-    return min(1, unfinished)
 
 
 def show_plan(sweep: Sweep, cluster: Cluster, shown: int) -> None:
@@ -223,21 +214,20 @@ def show_logs(given: argparse.Namespace) -> int:
             status.follow(files, [one.run])
             continue
         for file in files:
-            print(f"== {file}" if len(found) > 1 or given.all else "", end="\n" if len(found) > 1 or given.all else "")
-            print(status.clean_log("\n".join(status.tail([file], given.lines))))
+            if len(found) > 1 or given.all:
+                print(f"== {file}")
+            print(status.clean_log("\n".join(status.tail(file, given.lines))))
     return 0
 
 
 def cancel(given: argparse.Namespace) -> int:
     live = [one for one in status.statuses(status.runs_in(given.folder)) if one.is_live]
-    on_slurm = [one for one in live if not one.job.startswith("local-")]
     for one in live:
         if one.job.startswith("local-"):
             (one.run / "stop").touch()
-    if on_slurm:
-        for one in on_slurm:
+        else:
             record_event(one.run, "cancelled", job=one.job, why="by bigtrain-slurm cancel")
-        scheduler.cancel([one.job for one in on_slurm])
+    scheduler.cancel([one.job for one in live if not one.job.startswith("local-")])
     print(f"{len(live)} of {len(live)} live jobs cancelled" if live else "nothing is running or waiting")
     return 0
 

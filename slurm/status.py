@@ -6,9 +6,8 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bigtrain.runtime.follow_log import Follower
 from bigtrain.text import clean, clock
@@ -28,8 +27,7 @@ ENDED_BADLY = {
 }
 
 
-@dataclass(frozen=True)
-class RunStatus:
+class RunStatus(NamedTuple):
     """One run: done, running, waiting, failed, cancelled, stopped, lost, or new."""
 
     run: Path
@@ -73,13 +71,13 @@ def statuses(runs: Sequence[Path]) -> list[RunStatus]:
     ids = {run: newest_job(history) for run, history in histories.items()}
     try:
         known = scheduler.states(job for job in ids.values() if job and not job.startswith("local-"))
-    except scheduler.NoSlurmError:
+    except scheduler.SchedulerError:
         known = {}
     return [status_of(run, histories[run], ids[run], known.get(ids[run])) for run in runs]
 
 
 def newest_job(history: Iterable[Mapping[str, Any]]) -> str:
-    """The job that a run was submitted as last."""
+    """The job a run was last submitted as."""
     return next((str(row["job"]) for row in reversed(list(history)) if row["event"] == "submitted"), "")
 
 
@@ -98,7 +96,8 @@ def status_of(run: Path, history: Sequence[Mapping[str, Any]], job: str, state: 
     if state and state.is_waiting:
         return stands("waiting", state.reason)
     last = next((row for row in reversed(own) if row["event"] not in ("submitted", "lost")), None)
-    if (state and state.is_active) or (state is None and is_running_here(own)):
+    is_here = job.startswith("local-") and is_alive(job, str(own[-1].get("host")), int(job.removeprefix("local-")))
+    if (state and state.is_active) or is_here:
         return stands("running", progress(run) or ("ending" if last and last["event"] != "started" else "starting"))
     failed = next((row for row in reversed(own) if row["event"] in ("failed", "started")), None)
     if failed and failed["event"] == "failed":
@@ -114,14 +113,6 @@ def status_of(run: Path, history: Sequence[Mapping[str, Any]], job: str, state: 
     if last is None:
         return stands("lost", "SLURM no longer knows its job, which never started")
     return stands("lost", "its last attempt ended unexpectedly")
-
-
-def is_running_here(own: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a --local job has begun and not ended."""
-    if not own or not str(own[-1]["job"]).startswith("local-"):
-        return False
-    pid = int(str(own[-1]["job"]).removeprefix("local-"))
-    return is_alive(str(own[-1]["job"]), str(own[-1].get("host")), pid)
 
 
 def progress(run: Path) -> str:
@@ -141,7 +132,8 @@ def progress(run: Path) -> str:
 
 def last_line(run: Path, job: str) -> str:
     """The last line of the first process's log, for a job that ended before it could record why."""
-    lines = [line for line in tail(log_files(run, job)[:1]) if line.strip() and not line.startswith("submitit ")]
+    newest = [line for file in log_files(run, job)[:1] for line in tail(file)]
+    lines = [line for line in newest if line.strip() and not line.startswith("submitit ")]
     return lines[-1] if lines else "it left no log"
 
 
@@ -156,18 +148,15 @@ def log_files(run: Path, job: str) -> list[Path]:
     return sorted(Path(JobSpec.read(run).logs).glob(f"{job.removeprefix('local-')}_*_log.out"), key=place)
 
 
-def tail(files: Iterable[Path], lines: int = 40) -> list[str]:
-    """The last lines of some logs."""
-    found: list[str] = []
-    for file in files:
-        with file.open("rb") as opened:
-            opened.seek(max(0, file.stat().st_size - 200 * lines))
-            found += opened.read().decode(errors="replace").splitlines()[-lines:]
-    return found
+def tail(file: Path, lines: int = 40) -> list[str]:
+    """The last lines of a log."""
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - 200 * lines))
+        return opened.read().decode(errors="replace").splitlines()[-lines:]
 
 
 def table(found: Sequence[RunStatus], root: Path) -> list[str]:
-    """Lines for a person."""
+    """Lines to print."""
     rows = []
     for one in found:
         name = one.run.name if one.run != root else str(one.run)
@@ -186,7 +175,7 @@ def count_of(found: Sequence[RunStatus]) -> str:
 
 
 def follow(files: Sequence[Path], until_ended: Sequence[Path]) -> None:
-    """Print what is added to a log, until no run of those is live."""
+    """Print what is added to logs until none of the runs is live."""
     places = dict.fromkeys(files, 0)
     looked = 0.0
     while True:
@@ -204,5 +193,5 @@ def follow(files: Sequence[Path], until_ended: Sequence[Path]) -> None:
 
 
 def clean_log(text: str) -> str:
-    """A log as a terminal may show it: without control characters, but for the ends of lines."""
+    """A log as a terminal may show it: without control characters except line ends."""
     return "\n".join(clean(line.replace("\t", "    ")) for line in text.split("\n"))

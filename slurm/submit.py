@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bigtrain.text import counted
 from slurm import scheduler
 from slurm.attempt import Attempt
 from slurm.cluster import Cluster
@@ -35,15 +36,13 @@ def submit(runs: Sequence[Path], cluster: Cluster, logs: Path, name: str, **furt
 def submit_arrays(
     runs: Sequence[Path], cluster: Cluster, logs: Path, name: str, parallel: int, wait_for: Sequence[str]
 ) -> list[str]:
-    """Runs as one array, or as several one after another where SLURM takes no larger ones; the ids of the arrays."""
+    """Runs as one array, or several in sequence where SLURM limits their size; the ids of the arrays."""
     largest = scheduler.largest_array() if len(runs) > 1 else 1
     ids: list[str] = []
     for first in range(0, len(runs), largest):
-        others = ids[-1:] or sorted({job.split("_")[0] for job in wait_for})
-        after = f"afterany:{':'.join(others)}" if others else ""
+        after = ids[-1:] or sorted({job.split("_")[0] for job in wait_for})
         some = submit(runs[first : first + largest], cluster, logs, name, parallel=parallel, after=after)
         ids.append(some[0].split("_")[0])
-        print(
-            f"job {ids[-1]}: {len(some)} run{'s' if len(some) > 1 else ''}{f', {after}' if after else ''}", flush=True
-        )
+        behind = f", after {' '.join(after)}" if after else ""
+        print(f"job {ids[-1]}: {counted(len(some), 'run')}{behind}", flush=True)
     return ids

@@ -8,14 +8,15 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bigtrain.data.protocol import expand
 from bigtrain.data.set_files import read_manifest
-from slurm.cluster import Cluster, read_cluster, read_toml
+from bigtrain.files import read_toml
+from slurm.cluster import Cluster, read_cluster
 
 KEYS = {
     "recipe": str, "out": str, "cluster": (str, dict), "max_parallel": int, "protocol": str, "classes": list,
@@ -32,7 +33,7 @@ class Run:
     settings: Mapping[str, Any]
     axes: Mapping[str, Any]  # What sets it apart from the others: the value of each axis, as tables show it.
     shared: bool = False
-    needs: Mapping[str, str] = field(default_factory=dict)  # Files that a shared run leaves -> that run's name.
+    needs: Mapping[str, str] = field(default_factory=dict)  # file -> the shared run that writes it
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,14 @@ class Sweep:
     max_parallel: int
     runs: tuple[Run, ...]
 
-    def record(self) -> str:
+    def record(self) -> dict[str, Any]:
         """What status and tables read, in OUT/sweep.json."""
         runs = [{"name": run.name, "axes": run.axes, "shared": run.shared} for run in self.runs]
         further = {"recipe": self.recipe, "max_parallel": self.max_parallel}
-        return json.dumps({"sweep": self.path.name, **further, "runs": runs}, indent=1, ensure_ascii=False)
+        return {"sweep": self.path.name, **further, "runs": runs}
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One value of an axis: what a table calls it, and the settings behind it."""
 
     label: Any
@@ -63,12 +63,14 @@ def plan(path: Path) -> Sweep:
     """Read a sweep file.
 
     Raises:
-        ValueError: a key or a value that means nothing; two runs that are the same.
+        ValueError: an unknown key, an invalid value, or two identical runs.
     """
-    given = read_toml(path, "a sweep file (shipped ones lie in slurm/sweeps/)")
+    given = read_toml(path, "name a sweep file (shipped ones lie in slurm/sweeps/)")
     check_keys(str(path), given, KEYS)
     if "recipe" not in given:
         raise ValueError(f"{path}: recipe is missing: which script runs, such as recipes/defend.py?")
+    if (max_parallel := given.get("max_parallel", 100)) < 1:
+        raise ValueError(f"{path}: max_parallel is {max_parallel}; it must be at least 1.")
     cluster = given.get("cluster", {})
     where = cluster if isinstance(cluster, str) else f"{path}: [cluster]"
     out = Path(given.get("out", f"runs/{path.stem}")).absolute()
@@ -90,7 +92,7 @@ def plan(path: Path) -> Sweep:
         out=out,
         recipe=given["recipe"],
         cluster=read_cluster(Path(cluster)) if isinstance(cluster, str) else Cluster().changed(where, **cluster),
-        max_parallel=positive(path, given.get("max_parallel", 100)),
+        max_parallel=max_parallel,
         runs=tuple(with_names_of_their_own(path, whole)),
     )
 
@@ -107,7 +109,7 @@ def runs_at(
     points: Mapping[str, Point],
     shared: Iterable[tuple[str, Mapping[str, Any]]],
 ) -> Iterable[Run]:
-    """The run at these points of the axes, behind the shared runs that it needs."""
+    """The run at these points of the axes, after the shared runs that it needs."""
     own, needs = {**settings, **merged(points)}, dict[str, str]()
     for name, table in shared:
         first = shared_run(recipe, name, table, settings, points)
@@ -128,12 +130,6 @@ def check_keys(where: str, given: Mapping[str, Any], keys: Mapping[str, Any]) ->
             kinds = keys[name] if isinstance(keys[name], tuple) else (keys[name],)
             words = {str: "a string", dict: "a table", list: "a list", int: "a whole number"}
             raise ValueError(f"{where}: {name} is {value!r}; it must be {' or '.join(words[k] for k in kinds)}.")
-
-
-def positive(path: Path, number: int) -> int:
-    if number < 1:
-        raise ValueError(f"{path}: max_parallel is {number}; it must be at least 1.")
-    return number
 
 
 def axes_of(path: Path, given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, list[Point]]:
@@ -159,7 +155,7 @@ def side_of(path: Path, given: Mapping[str, Any], axes: Mapping[str, Sequence[Po
     """What a protocol's axis is called; empty without a protocol."""
     if "protocol" not in given:
         if "classes" in given:
-            raise ValueError(f"{path}: classes without a protocol means nothing: add protocol, or an axis known.")
+            raise ValueError(f"{path}: classes needs a protocol: add protocol, or an axis named known.")
         return ""
     named = {*given.get("settings", {}), *(n for points in axes.values() for point in points for n in point.settings)}
     if {"known", "novel"} & named:
@@ -190,7 +186,7 @@ def zipped(path: Path, table: Any) -> tuple[str, list[Point]]:
     table = dict(table) if isinstance(table, dict) else {}
     name = table.pop("axis", "row")
     if not table or not all(isinstance(values, list) and values for values in table.values()):
-        raise ValueError(f"{path}: each [[zip]] holds settings with a list of values each, and here is {table!r}.")
+        raise ValueError(f"{path}: each setting of a [[zip]] must be a list of values: {table!r}.")
     if len({len(values) for values in table.values()}) > 1:
         lengths = ", ".join(f"{name} has {len(values)}" for name, values in table.items())
         raise ValueError(f"{path}: the lists of a [[zip]] must be of the same length: {lengths}.")
@@ -213,14 +209,14 @@ def check_shared(path: Path, shared: Any, axes: Mapping[str, Any]) -> str:
         raise ValueError(f'{where} needs name = "…" and leaves = {{setting = "file it leaves"}}.')
     for axis in shared.get("per", []):
         if axis not in axes:
-            raise ValueError(f"{where}: per names {axis!r}, which is no axis; there are {', '.join(axes)}.")
+            raise ValueError(f"{where}: per names {axis!r}, which is not an axis; the axes are {', '.join(axes)}.")
     return str(shared["name"])
 
 
 def shared_run(
     recipe: str, name: str, shared: Mapping[str, Any], settings: Mapping[str, Any], points: Mapping[str, Point]
 ) -> Run:
-    """The run that must have been before one at these points of the axes: the same for all that differ elsewhere."""
+    """The shared run needed at these points: the same for all runs that differ only in other axes."""
     own = dict(settings) if shared.get("recipe", recipe) == recipe else {}
     labels = {axis: points[axis].label for axis in shared.get("per", [])}
     for axis in labels:
@@ -232,12 +228,8 @@ def shared_run(
 def name_of(labels: Mapping[str, Any]) -> str:
     """A folder's name: "dog-mask_ratio0.5-s0"."""
     bare = dict.fromkeys(("known", "novel", "half", "row", "dataset", "category"), "") | {"seed": "s"}
-    words = [f"{bare.get(axis, axis)}{said(value)}" for axis, value in labels.items()]
+    words = [f"{bare.get(k, k)}{str(v).lower() if isinstance(v, bool) else v}" for k, v in labels.items()]
     return re.sub(r"[^\w.+=-]+", "_", "-".join(words), flags=re.ASCII).lstrip(".-") or ("run" if words else "")
-
-
-def said(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def key(run: Run) -> str:
@@ -251,7 +243,7 @@ def with_names_of_their_own(path: Path, runs: Sequence[Run]) -> Iterable[Run]:
         if (other := seen.setdefault(key(run), run)) is not run:
             raise ValueError(
                 f"{path}: the runs {other.name} and {run.name} have the same settings: "
-                f"{json.dumps(dict(run.axes), ensure_ascii=False)} is there twice."
+                f"{json.dumps(dict(run.axes), ensure_ascii=False)} appears twice."
             )
     count = Counter(run.name[:LONGEST_NAME].lower() or "run" for run in runs)
     for run in runs:
@@ -259,8 +251,8 @@ def with_names_of_their_own(path: Path, runs: Sequence[Run]) -> Iterable[Run]:
         if count[name.lower()] > 1:
             name += "-" + hashlib.sha256(key(run).encode()).hexdigest()[:8]
         if name != run.name and run.shared:
-            raise ValueError(f"{path}: the name of the shared run {run.name} is too long or not its own: change it.")
-        yield Run(name, run.recipe, run.settings, run.axes, run.shared, run.needs)
+            raise ValueError(f"{path}: the name of the shared run {run.name} is too long or not unique: change it.")
+        yield replace(run, name=name)
 
 
 def toml(settings: Mapping[str, Any]) -> str:

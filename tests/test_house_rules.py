@@ -16,12 +16,16 @@ TREES = {name: ast.parse(file.read_text()) for name, file in FILES.items()}
 MAX_FILE, MAX_FUNCTION = 300, 60  # lines
 LONGER = {  # a paper's training stage reads from top to bottom: data, network, optimizer, the loop, what it leaves
     ("recipes/deep_novelty.py", "train"),
-    ("recipes/defend.py", "dense_tuning"),
-    ("recipes/defend.py", "masked_distillation"),
     ("recipes/pretrain.py", "pretrain"),
     ("bigtrain/evaluation/judge.py", "judge"),  # a page of contract above a page of steps
 }
-ROOM = {"equations.py", "network.py", "detector.py", "page.py"}  # a room of bigtrain/methods has files of these names
+ROOM = {
+    "equations.py",
+    "network.py",
+    "detector.py",
+    "page.py",
+    "checks.py",
+}  # a room of bigtrain/methods has files of these names
 AXES = re.compile(r"_(?=[A-Z0-9]*[A-Z])[BVNnMTLDdHKCWhwRSPQEGFJAX0-9]+$")
 
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right in pixels of the upright picture, half-open
 
-SPARE = 3  # times a view's side: no picture is decoded smaller than that (at 1/2, 1/4, 1/8 of its size)
+SPARE = 3  # times a view's side: what its box keeps at least when decoded at 1/2, 1/4 or 1/8
 
 
 class Picture:
@@ -86,7 +86,7 @@ class Picture:
             pixels_HW3 = JPEG_DECODERS[self._decoder](self._payload, reduce)
         except MemoryError:
             raise
-        except Exception as refused:  # each library has errors of its own; Pillow, which reads most, has the last word
+        except Exception as refused:  # each library has its own errors; Pillow, which reads most, is the fallback
             log.debug("%s refuses a JPEG (%s): Pillow reads it", self._decoder, refused)
             return decode_rgb(self._payload)
         return upright(pixels_HW3, self._turned)
@@ -94,13 +94,13 @@ class Picture:
 
 def _by_simplejpeg(payload: bytes, reduce: int) -> Pixels:
     height, width, *_ = simplejpeg.decode_jpeg_header(payload)
-    # without a minimum it takes no notice of the factor
+    # it decodes smaller only when given a minimum size
     least = {"min_height": -(-height // reduce), "min_width": -(-width // reduce)} if reduce > 1 else {}
     return simplejpeg.decode_jpeg(payload, colorspace="RGB", **least)
 
 
 def _by_torchvision(payload: bytes, reduce: int) -> Pixels:
-    """It decodes at full size only."""
+    """Full size only: ignores `reduce`."""
     import torchvision.io
 
     data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
@@ -130,7 +130,7 @@ def jpeg_decoder() -> str:
         try:
             decode(file.getvalue(), 2)
         except Exception as error:
-            log.warning("%s cannot decode JPEGs here (%s): the next fastest does", name, error)
+            log.warning("%s cannot decode JPEGs here (%s): using the next fastest", name, error)
         else:
             return name
     raise OSError("no library here decodes JPEGs: install simplejpeg, or a Pillow with libjpeg.")
@@ -154,8 +154,7 @@ def _resized(pixels_HW3: Pixels, box: tuple[float, ...], size: int) -> Pixels:
         small = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
         return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
     top, left, bottom, right = map(round, box)
-    part_HW3 = torch.from_numpy(pixels_HW3)[top:bottom, left:right]
-    if part_HW3.shape[:2] == (size, size):
-        return np.ascontiguousarray(part_HW3.permute(2, 0, 1).numpy())
-    part_13HW = part_HW3.permute(2, 0, 1)[None]
-    return F.interpolate(part_13HW, (size, size), mode="bicubic", antialias=True)[0].contiguous().numpy()
+    part_3HW = torch.from_numpy(pixels_HW3)[top:bottom, left:right].permute(2, 0, 1)
+    if part_3HW.shape[1:] != (size, size):
+        part_3HW = F.interpolate(part_3HW[None], (size, size), mode="bicubic", antialias=True)[0]
+    return part_3HW.contiguous().numpy()

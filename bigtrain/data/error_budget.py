@@ -18,15 +18,15 @@ log = logging.getLogger(__name__)
 class ErrorBudget:
     """Names each picture that cannot be decoded, once, and stops the run when there are too many.
 
-    Too many: `in_a_row` one after the other on a rank, or in an epoch over all ranks more than `share` of the samples
-    (one is always allowed). Where there are several ranks, the caller adds them up (`agree`), the same on each of them.
+    Too many: `in_a_row` in succession on a rank, or more than `share` of an epoch's samples over all ranks (one is
+    always allowed). With several ranks the caller passes their sum to `agree` on each.
     """
 
     def __init__(self, shard_set: ShardSet, samples: int, *, in_a_row: int = 100, share: float = 0.01) -> None:
         self.shard_set, self.in_a_row, self.samples = shard_set, in_a_row, samples
         self.limit = max(1, int(share * samples))
         self.skipped: dict[str, str] = {}  # key -> reason; those of this rank
-        self.by_kind: Counter[str] = Counter()  # of pictures.KINDS
+        self.by_kind: Counter[str] = Counter()  # of images.KINDS
         self._row = 0
         self._epoch, self._in_epoch = 0, 0
 

@@ -24,7 +24,7 @@ from bigtrain.retry import RetryPolicy, described, http_status, is_permanent
 log = logging.getLogger(__name__)
 MAX_OPEN_FILES = 64  # far below the usual limit
 MAX_REQUESTS = 16  # at once, of one process
-SLOWEST_BYTES_PER_S = 250_000  # what is slower counts as silent
+SLOWEST_BYTES_PER_S = 250_000  # anything slower times out
 FIRST_PIECE_BYTES, MAX_PIECE_BYTES = 256 << 10, 32 << 20  # of a file that is read whole
 
 
@@ -53,7 +53,7 @@ class LocalFiles:
         return answers
 
     def size(self, path: str) -> int | None:
-        """None where it cannot be had: reading will say why."""
+        """None if unavailable: reading will say why."""
         try:
             return Path(path).stat().st_size
         except OSError:
@@ -92,10 +92,10 @@ class RemoteFiles:
 
     def __init__(self, fs: fsspec.AbstractFileSystem, timeout_s: float) -> None:
         self._fs, self._timeout_s = fs, timeout_s
-        self._limit = {"timeout": timeout_s} if isinstance(fs, AsyncFileSystem) else {}  # fsspec's, of any call
+        self._limit = {"timeout": timeout_s} if isinstance(fs, AsyncFileSystem) else {}  # of every fsspec call
 
     def get(self, ranges: Sequence[Range]) -> list[bytes | BaseException]:
-        # those at work together share one line, so that each may take as long as all of them
+        # concurrent requests share the bandwidth, so each may take as long as all together
         largest = sorted((end - start for _, start, end in ranges), reverse=True)[:MAX_REQUESTS]
         limit_s = self._timeout_s + sum(largest) / SLOWEST_BYTES_PER_S
         if isinstance(self._fs, AsyncFileSystem):
@@ -216,21 +216,18 @@ def fetch_file(files: Files, path: str, policy: RetryPolicy) -> bytes:
 
 
 def _check_cut(files: Files, wanted: Range, came: int) -> None:
-    """Say what no second request will change: the file is too short, or its server knows no ranges."""
+    """Raise what no retry can fix: the file is too short, or its server supports no ranges."""
     name = files.name(wanted.path)
     if came > wanted.end - wanted.start:
-        text = (
+        raise OSError(
             f"{name}: the server sent {came} bytes where {wanted.end - wanted.start} were asked for, so it serves no "
             "byte ranges: use a server that does (nginx, S3), or copy the shards to a disk."
         )
-    elif (size := files.size(wanted.path)) is not None and size < wanted.end:
-        text = (
+    if (size := files.size(wanted.path)) is not None and size < wanted.end:
+        raise OSError(
             f"{name} has {size} bytes, and bytes {wanted.start} to {wanted.end} were to be read: the file was cut or "
             "changed after its index was made. Copy it again, or make the index again with `bigtrain-shards index`."
         )
-    else:
-        return
-    raise OSError(text)
 
 
 def _stop(files: Files, path: str, error: BaseException, attempts: int) -> OSError:
@@ -241,4 +238,4 @@ def _stop(files: Files, path: str, error: BaseException, attempts: int) -> OSErr
         text = f"{name} may not be read ({described(error)}): check the rights of the file or your credentials."
         return PermissionError(text)
     tried = "once" if attempts == 1 else f"{attempts} times"
-    return OSError(f"{name} cannot be read: tried {tried}, at last {described(error)}.")
+    return OSError(f"{name} cannot be read: tried {tried}; last error: {described(error)}.")

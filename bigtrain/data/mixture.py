@@ -41,7 +41,7 @@ class Mixture:
 
     def __init__(self, streams: Mapping[str, Stream]) -> None:
         if not streams:
-            raise ValueError("a mixture of no streams was asked for: give one at least.")
+            raise ValueError("a mixture of no streams was asked for: give at least one.")
         self.streams = dict(streams)
 
     def from_step(self, step: int, steps: int) -> Generator[Batches]:

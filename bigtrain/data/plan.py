@@ -4,8 +4,8 @@ The order is a function of (seed, epoch, samples, global batch) and of nothing e
 slices of it. So a run resumes in the middle of an epoch from two integers, at any world size that divides the global
 batch.
 
-A set of a few shards is shuffled whole. In a larger one that would make each picture a read of its own, far from the
-last. There the unit is the span, some consecutive samples of one shard: spans are shuffled over the whole set and dealt
+A set of a few shards is shuffled whole. In a larger one that would make each picture a separate, distant read.
+There the unit is the span, some consecutive samples of one shard: spans are shuffled over the whole set and dealt
 to G lanes, and batch b is sample b of every lane. So a batch holds G spans' samples, mixed as widely as the set is, and
 whoever serves a lane reads each span at once. Lanes belong to places in the global batch, not to ranks. Successive
 batches share spans, which does no harm where neighbours in a shard are unlike; `ShardSet.plan` looks at that.
@@ -95,8 +95,8 @@ class Plan:
         this position, and of the spans under way in some of the lanes when reading began.
 
         Args:
-            since: batches read of this epoch since reading began; all spans under way at once would delay the first
-                batch, so each lane has its turn.
+            since: batches read of this epoch since reading began; reading all open spans at once would delay the
+                first batch, so lanes take turns.
         """
         if not self.in_spans:
             return np.empty(0, np.int64)
@@ -152,9 +152,6 @@ class Plan:
         """Where training stands after so many steps."""
         return Position(*divmod(step, self.batches_per_epoch))
 
-    def steps_before(self, position: Position) -> int:
-        return position.epoch * self.batches_per_epoch + position.batch
-
 
 def shuffled_places(plan: Plan, epoch: int) -> NDArray[np.int32]:
     """The order of an epoch as places in sample_N."""
@@ -174,7 +171,7 @@ def shuffled_places(plan: Plan, epoch: int) -> NDArray[np.int32]:
     size_R = np.diff(start_R, append=len(place_N))
     shuffled_R = rng.permutation(len(start_R))
     start_R, size_R = start_R[shuffled_R], size_R[shuffled_R]
-    # one span after the other: each place is its own number, moved by what its span was moved
+    # spans in their new order: each place is its own number plus its span's shift
     tape_N = place_N + np.repeat((start_R - np.concatenate([[0], np.cumsum(size_R)[:-1]])).astype(np.int32), size_R)
     return dealt(tape_N, plan.global_batch)
 

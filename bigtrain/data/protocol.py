@@ -35,12 +35,12 @@ class Protocol:
     ) -> Protocol:
         """Half of the classes are known: the first ones (Perera & Patel 5.2), or a seeded choice.
 
-        The first by name, where a number before it ("001.Black_footed_Albatross") does not count. Of an odd number the
+        The first by name, ignoring a leading number ("001.Black_footed_Albatross"). Of an odd number the
         known half is the smaller one.
 
         Args:
-            folder_order: or the first in this order, of the owners' numbered folders (a manifest's `folder_order`):
-                that of the paper's Caltech-256.
+            folder_order: take the first in this order instead: the dataset's numbered folders (a manifest's
+                `folder_order`), as the paper does for Caltech-256.
 
         Raises:
             ValueError: there is one class, or no such order is known.
@@ -69,9 +69,7 @@ class Protocol:
         """
         if bool(known) == bool(novel):
             given = "both" if known else "neither"
-            raise ValueError(
-                f"{given} of --known and --novel was given; name one side, the other classes are the rest."
-            )
+            raise ValueError(f"{given} of --known and --novel given; name one side, the other gets the rest.")
         named = tuple(dict.fromkeys(known or novel))
         for name in named:
             if name not in classes:
@@ -90,7 +88,7 @@ class Protocol:
         return shard_set.shows_any(self.known)
 
     def check_test(self, test: ShardSet, sample_N: NDArray[np.int64]) -> None:
-        """Refuse a test split on whose samples `sample_N` nothing can be judged."""
+        """Refuse a test split whose samples `sample_N` lack known or novel images."""
         known = self.is_known(test)[sample_N]
         for side, count in (("known", int(known.sum())), ("novel", int((~known).sum()))):
             if count == 0:
@@ -210,7 +208,7 @@ def split(
 
 
 def check_every_class(protocol: Protocol, train: ShardSet, fitted_N: NDArray[np.int64]) -> None:
-    """Refuse known classes without an image to train on: methods of several classes would not know them."""
+    """Refuse known classes without an image to train on: multi-class methods could not learn them."""
     shown = {name for sample in fitted_N.tolist() for name in train.classes_of(sample)}
     if empty := [name for name in protocol.known if name not in shown]:
         raise ValueError(

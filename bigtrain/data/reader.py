@@ -12,7 +12,7 @@ from bigtrain.data.fetch import LocalFiles, Range, fetch, files_of
 from bigtrain.data.set_files import filesystem
 from bigtrain.retry import DEFAULT, RetryPolicy
 
-MAX_GAP_BYTES = 64 << 10  # what another request costs in bytes of the same line; headers and labels are far less
+MAX_GAP_BYTES = 64 << 10  # bytes transferred in the time of one more request; headers and labels are far smaller
 MAX_RANGE_BYTES = 8 << 20  # longer runs are several requests, which go at once
 MAX_LOCAL_GAP_BYTES = 4 << 10
 MAX_LOCAL_RANGE_BYTES = 128 << 10  # a disk reads ahead by itself, and cutting a long range up costs more than a read
@@ -26,7 +26,7 @@ class Reader:
         files: their names, by number.
         retry: how often, and how long, a disk or server is asked again.
 
-    `bytes_read` counts what was read since it was made or unpickled, gaps included. Not for two threads at once.
+    `bytes_read` counts what was read since it was made or unpickled, gaps included. Not thread-safe.
     """
 
     def __init__(self, url: str, files: Sequence[str], retry: RetryPolicy = DEFAULT) -> None:

@@ -6,7 +6,7 @@ A shard set is a folder, or any fsspec URL prefix (s3://, gs://, http://, hf://)
     manifest.json    what the set is, and every shard with its samples, bytes and sha256; written last
     index.parquet    one row a sample, in shard order: where its image lies and which classes it shows
 
-A view is a set without tars: its manifest says where they lie (`shards_at`), its index holds some of their samples.
+A subset is a set without tars: its manifest says where they lie (`shards_at`), its index holds some of their samples.
 
 `set_files` has the columns of the index and reads both files. Neither knows torch or any dataset, so that `shards` and
 `slurm` can build on them.
@@ -91,8 +91,8 @@ class Manifest:
     split: str
     classes: tuple[str, ...]  # every class name of the set, in the order the dataset gives them
     licence: str
-    shards: tuple[Shard, ...]  # of a view: `samples` are those it takes, `bytes` and `sha256` are of the whole tar
-    shards_at: str = ""  # of a view: the URL of the folder of the tars, or its path from the manifest's own folder
+    shards: tuple[Shard, ...]  # of a subset: `samples` are those it takes, `bytes` and `sha256` are of the whole tar
+    shards_at: str = ""  # of a subset: the URL of the folder of the tars, or its path from the manifest's own folder
     folder_order: tuple[str, ...] = ()  # the classes as the owners' numbered folders order them, where names do not
 
     @property

@@ -40,7 +40,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def shards_url(url: str, manifest: Manifest) -> str:
-    """The folder or URL prefix where the tars of the set at `url` lie: its own, unless it is a view."""
+    """The folder or URL prefix where the tars of the set at `url` lie: its own, unless it is a subset."""
     if not manifest.shards_at:
         return url
     if "://" in manifest.shards_at:

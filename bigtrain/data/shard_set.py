@@ -90,7 +90,7 @@ class ShardSet:
         return int(np.count_nonzero(np.bincount(self._class_of_object[is_counted])))
 
     def shared_pictures(self, other: ShardSet) -> int:
-        """How many pictures of this set are in another one too: the same places of the same shards, as views have."""
+        """How many pictures of this set are in another one too: the same places of the same shards, as subsets have."""
 
         def places(shard_set: ShardSet) -> set[tuple[str, int]]:
             files = [shard.sha256 for shard in shard_set.manifest.shards]
@@ -102,10 +102,10 @@ class ShardSet:
         return len(places(self) & places(other)) if common else 0
 
     def plan(self, sample_N: NDArray[np.int64], global_batch: int, seed: int = 0, shuffle: bool = True) -> Plan:
-        """The plan of an epoch over some of the samples, ascending, with spans as long as this set bears.
+        """The plan of an epoch over some of the samples, ascending, with spans as long as this set allows.
 
-        A span is about SPAN_BYTES. Where neighbours show the same class more often than by chance, so would successive
-        batches, and each span is one sample.
+        A span is about SPAN_BYTES. If neighbours share a class more often than by chance, so would successive batches:
+        each span is then one sample.
         """
         shard_N, size_N = self.shard_N[sample_N], self._size_N[sample_N]
         span_length = int(np.clip(SPAN_BYTES // max(size_N.mean(), 1), 1, MAX_SPAN)) if len(sample_N) else MAX_SPAN

@@ -167,7 +167,7 @@ class Stream:
         return [len(batch.bad)]
 
     def agree(self, batch: Batch, bad: Sequence[int]) -> None:
-        """Count what `bad` gave, summed over the ranks; a stream alone has counted it itself."""
+        """Count `bad`, summed over the ranks; a single-rank stream has already done so."""
         self.budget.agree(batch.position.epoch, bad[0])
 
     def keys(self, batch: Batch) -> list[str]:
@@ -187,7 +187,7 @@ class Stream:
                 yield _Piece(position, sample_B, seed_B, read_N, self.shard_set.places(read_N))
 
     def _received(self, loader: Iterable[_Done]) -> Iterator[_Done]:
-        """What the workers did; one that was killed stops the run with a sentence."""
+        """The workers' results; a killed worker stops the run with a clear error."""
         has_begun = False
         try:
             for part in loader:
@@ -201,7 +201,7 @@ class Stream:
             if "shared memory" in str(error):
                 why = "there is too little shared memory: make /dev/shm larger (docker run --shm-size)"
             elif not has_begun:
-                why += '. Or did it never start? A script streams inside of `if __name__ == "__main__":`'
+                why += '. Or did it never start? A script must stream inside `if __name__ == "__main__":`'
             raise OSError(f"a process that reads {self.shard_set.url} has ended; {why}.") from error
 
     def _joined(self, done: Iterable[_Done]) -> Iterator[Batch]:
@@ -224,7 +224,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A worker's places of one batch, and the samples to read for it, those of later batches behind them."""
+    """A worker's places of one batch, and the samples to read for it, then those of later batches."""
 
     position: Position
     sample_B: NDArray[np.int64]
@@ -290,10 +290,9 @@ class _Work(torch.utils.data.Dataset[_Done]):
 
 
 def joined(parts: list[Tensor]) -> Tensor:
-    """Tensors one behind the other; in pinned memory where there is a GPU, so that copies run beside its work."""
+    """Tensors concatenated; in pinned memory where there is a GPU, so that copies overlap its work."""
     if len(parts) == 1 and not torch.cuda.is_available():
         return parts[0]
-    whole = torch.empty(
-        (sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype, pin_memory=torch.cuda.is_available()
-    )
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    whole = parts[0].new_empty(shape, pin_memory=torch.cuda.is_available())
     return torch.cat(parts, out=whole)

@@ -2,7 +2,7 @@
 seed.
 
 Views are uint8 and channels first; the network normalises them on its device. Crops lie on whole pixels of the picture,
-and the boxes that are told are those.
+and the returned boxes are exactly those.
 """
 
 from __future__ import annotations
@@ -87,10 +87,9 @@ class MultiCrop:
 
 
 @dataclass(frozen=True)
-class RandomResizedCrop:
+class RandomResizedCrop(Resized):
     """`image`: a random crop, resized to size x size and mirrored half of the time; for supervised training."""
 
-    size: int
     scale: tuple[float, float] = (0.25, 1.0)
     mirror: bool = True
 
@@ -99,30 +98,23 @@ class RandomResizedCrop:
         (image,) = picture.cut([(box, self.size)])
         return {"image": mirrored(image, rng) if self.mirror else image}
 
-    def blank(self) -> Views:
-        return {"image": np.zeros((3, self.size, self.size), np.uint8)}
-
 
 @dataclass(frozen=True)
-class CentreCrop:
-    """`image`: the centre, size x size, of the picture resized to `resize` x `resize`; alike, the whole picture."""
+class CentreCrop(Resized):
+    """`image`: the centre, size x size, of the picture resized to `resize` x `resize`; if equal, the whole picture."""
 
-    size: int
     resize: int
 
     def __call__(self, picture: Picture, rng: np.random.Generator) -> Views:
         return {"image": self.cut(picture, 0.5, 0.5)}
 
     def cut(self, picture: Picture, down: float, across: float) -> NDArray[np.uint8]:
-        """The crop that lies so far down and across, 0 .. 1; cut from the picture itself, which is sharper."""
+        """The crop at these fractions (0 .. 1) down and across; cut from the picture itself, which is sharper."""
         share = self.size / self.resize
         height, width = share * picture.height, share * picture.width
         top, left = down * (picture.height - height), across * (picture.width - width)
         (image,) = picture.cut([(on_pixels(np.array([top, left, top + height, left + width]), picture), self.size)])
         return image
-
-    def blank(self) -> Views:
-        return {"image": np.zeros((3, self.size, self.size), np.uint8)}
 
 
 @dataclass(frozen=True)
@@ -161,7 +153,7 @@ def random_box(
 ) -> tuple[float, float, float, float]:
     """A box of a random share of the area and of a random shape: (top, left, bottom, right), floats.
 
-    The share is always as drawn: in an elongated picture the shape gives way.
+    The share is always as drawn: in an elongated picture the shape is clipped.
     """
     area = height * width * rng.uniform(*scale)
     least, most = area / height**2, width**2 / area  # width / height of the boxes of this area that fit

@@ -70,7 +70,7 @@ class FeatureDetector:
         return type(self).__name__
 
     def _fit(self, features_ND: Floats, class_N: Ints) -> None:
-        raise NotImplementedError
+        """Learn from checked features; nothing where only the number of classes counts."""
 
     def _score(self, features_ND: Floats) -> Floats:
         raise NotImplementedError

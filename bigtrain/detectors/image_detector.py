@@ -48,7 +48,7 @@ class Scored(NamedTuple):
 class ImageDetector:
     """Novelty of pictures. A subclass has `method`, `view`, `score_tensor`, `_write` and `load`.
 
-    What only some methods can do is asked for, not for their names: `score_map` (patch by patch), `Scored.class_B` (the
+    Callers test for optional abilities, not for method names: `score_map` (patch by patch), `Scored.class_B` (the
     class shown), `target` and `constant_score` (a prediction, and what predicting the mean would score).
     """
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bigtrain.data.protocol import only_label
 from bigtrain.data.stream import Stream
 
 
@@ -48,7 +49,7 @@ def collect(
 def mean_over(accelerator: Accelerator, stream: Stream, function: Callable[[Tensor], Tensor]) -> Tensor:
     """The mean over the images of a stream of what a function of uint8 images gives for each, (B, ...) to (...).
 
-    Summed in float64 as the batches come, so that large tensors need no memory an image; the same on all ranks.
+    Summed in float64 as the batches come, so that large tensors are not kept per image; the same on all ranks.
     """
     total: Tensor | None = None
     images = torch.zeros((), dtype=torch.float64, device=accelerator.device)
@@ -63,3 +64,23 @@ def mean_over(accelerator: Accelerator, stream: Stream, function: Callable[[Tens
         total, images = here if total is None else total + here, images + in_step
     assert total is not None
     return (accelerator.reduce(total, "sum") / images).float()
+
+
+def top_k(
+    accelerator: Accelerator, stream: Stream, logits: Callable[[Tensor], Tensor], label_of: dict[str, int]
+) -> tuple[float, float, int]:
+    """Top-1 and top-5 accuracy of a classifier, and the number of images judged; the same on all ranks.
+
+    Args:
+        logits: uint8 images (B, 3, H, W) to (B, C).
+        label_of: the class of each column by name.
+    """
+
+    def answers(image_B3HW: Tensor) -> Tensor:
+        logits_BC = logits(image_B3HW)
+        return logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
+
+    sample_N, found = collect(accelerator, stream, {"answers": answers})
+    class_N = np.array([only_label(stream.shard_set, sample, label_of) for sample in sample_N.tolist()])
+    hit_N5 = found["answers"] == class_N[:, None]
+    return float(hit_N5[:, 0].mean()), float(hit_N5.any(axis=1).mean()), len(sample_N)

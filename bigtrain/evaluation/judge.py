@@ -65,7 +65,7 @@ def judge(
     Called on all ranks; the first one writes.
 
     Args:
-        split: its test images are what figures are computed of, and nothing is chosen by them; the held-out known ones
+        split: figures are computed on its test images, which decide nothing; the held-out known ones
             give the threshold, where there are any.
         read: this rank's share of some samples, in the order of the index.
         method: what the detector's figures are called.
@@ -85,7 +85,10 @@ def judge(
     """
     bank = read(split.train, bank_N)
     others = {f"nearest neighbour on {name}": f for name, f in nearest_scorers(accelerator, bank, plain).items()}
-    constants = {n: constant_scorer(accelerator, read(split.train, bank_N), d) for n, d in (floors or {}).items()}
+    constants = {
+        name: partial(d.constant_score, constant=mean_over(accelerator, read(split.train, bank_N), d.target))
+        for name, d in (floors or {}).items()
+    }
     scorers: dict[str, Features] = {"score": partial(scored_and_classified, detector, bool(classes)), **constants}
     held_out = read(split.train, split.held_out_N) if len(split.held_out_N) else None
     known_N, known = (
@@ -103,8 +106,10 @@ def judge(
     comparisons = {name: (score_N, summary(scored.novel_N, score_N, seed=seed)) for name, score_N in found.items()}
     further = further_figures(scored, answer_NA, classes)
     if constants:
-        first = next(iter(constants))
-        further |= explained_figures(scored, comparisons[first][0], known_scored, known.get(first), seed)
+        first, novel_N = next(iter(constants)), scored.novel_N
+        further["explained_novel"] = explained(scored.score_N[novel_N], found[first][novel_N], seed=seed)
+        if len(known_N):
+            further["explained"] = explained(known_scored.score_N, known[first], seed=seed)
     results = {
         "method": method,
         **figures,
@@ -122,31 +127,18 @@ def judge(
         detector.save(folder / "detector")
         write_scores(folder / "scores.parquet", [scored, known_scored] if held_out else [scored])
         for_report = {**results, "metrics": figures, "detector": method, "threshold": threshold, "settings": settings}
-        report_on(folder / "report.html", detector, scored, for_report, comparisons)
+        telling = most_telling(scored.novel_N, scored.score_N)
+        write_report(
+            folder / "report.html",
+            title=f"{method}: {', '.join(results['known'][:3])}{' ...' if len(results['known']) > 3 else ''}",
+            results=for_report,
+            novel_N=scored.novel_N,
+            score_N=scored.score_N,
+            comparisons=comparisons,
+            pictures={title: shown(scored, places, detector) for title, places in telling.items()},
+        )
     accelerator.wait_for_everyone()
     return results
-
-
-def report_on(
-    path: Path,
-    detector: ImageDetector,
-    test: Scored,
-    results: Mapping[str, Any],
-    comparisons: Mapping[str, tuple[NDArray[np.float64], Mapping[str, Any]]],
-) -> None:
-    """Write the report of a judged detector, with the pictures that tell most."""
-    known = results["known"]
-    write_report(
-        path,
-        title=f"{results['method']}: {', '.join(known[:3])}{' ...' if len(known) > 3 else ''}",
-        results=results,
-        novel_N=test.novel_N,
-        score_N=test.score_N,
-        comparisons=comparisons,
-        pictures={
-            title: shown(test, places, detector) for title, places in most_telling(test.novel_N, test.score_N).items()
-        },
-    )
 
 
 def scored_and_classified(detector: ImageDetector, has_classes: bool, image_B3HW: Tensor) -> Tensor:
@@ -169,39 +161,23 @@ def nearest_scorers(accelerator: Accelerator, bank: Stream, plain: Mapping[str, 
     return {name: partial(distance_to_known, name) for name in plain}
 
 
-def constant_scorer(accelerator: Accelerator, bank: Stream, detector: ImageDetector) -> Features:
-    """The score of a predictor that has learnt nothing: it answers each image with the known images' mean target."""
-    constant = mean_over(accelerator, bank, detector.target)
-    return partial(detector.constant_score, constant=constant)
-
-
 def further_figures(test: Scored, answer_NA: NDArray[np.float64], classes: Sequence[str]) -> dict[str, Estimate]:
     """Figures that not every run has: of predicted classes, and without images that show none."""
     found: dict[str, Estimate] = {}
-    shown_N = [test.shard_set.classes_of(sample) for sample in test.sample_N]
     if answer_NA.shape[1] > 1:
-        is_right_N = np.array([classes[int(a)] in names for a, names in zip(answer_NA[:, 1], shown_N, strict=True)])
-        found["closed_set_accuracy"] = closed_set_accuracy(is_right_N[~test.novel_N])
-        found["oscr"] = oscr(test.novel_N, test.score_N, is_right_N)
-    shows_any_N = np.array([bool(names) for names in shown_N])
+        found |= class_figures(test, [classes[int(answer)] for answer in answer_NA[:, 1]])
+    shows_any_N = np.array([bool(test.shard_set.classes_of(sample)) for sample in test.sample_N])
     if not shows_any_N.all() and len(set(test.novel_N[shows_any_N].tolist())) == 2:
         found["auroc_annotated"] = auroc(test.novel_N[shows_any_N], test.score_N[shows_any_N])
     return found
 
 
-def explained_figures(
-    test: Scored,
-    constant_N: NDArray[np.float64],
-    known: Scored,
-    known_constant_N: NDArray[np.float64] | None,
-    seed: int,
-) -> dict[str, Estimate]:
-    """By what share the detector's error is below the constant predictor's, on novel and on held-out known images."""
-    novel_N = test.novel_N
-    found = {"explained_novel": explained(test.score_N[novel_N], constant_N[novel_N], seed=seed)}
-    if known_constant_N is not None:
-        found["explained"] = explained(known.score_N, known_constant_N, seed=seed)
-    return found
+def class_figures(test: Scored, answers: Sequence[str]) -> dict[str, Estimate]:
+    """Accuracy and OSCR of the classes that a detector says the images show."""
+    shown_N = [test.shard_set.classes_of(int(sample)) for sample in test.sample_N]
+    is_right_N = np.array([answer in names for answer, names in zip(answers, shown_N, strict=True)])
+    accuracy = closed_set_accuracy(is_right_N[~test.novel_N])
+    return {"closed_set_accuracy": accuracy, "oscr": oscr(test.novel_N, test.score_N, is_right_N)}
 
 
 def all_skipped(streams: Sequence[Stream]) -> dict[str, str]:
@@ -213,7 +189,6 @@ def all_skipped(streams: Sequence[Stream]) -> dict[str, str]:
 def write_scores(path: Path, parts: list[Scored]) -> None:
     """Write one row an image: key, split, classes, novel, score, and where there are several the detector; whole or not
     at all."""
-    names = [("detector", pa.string())] if any(part.detector for part in parts) else []
     rows = [
         {
             "detector": part.detector,
@@ -226,18 +201,12 @@ def write_scores(path: Path, parts: list[Scored]) -> None:
         for part in parts
         for sample, novel, score in zip(part.sample_N, part.novel_N, part.score_N, strict=True)
     ]
-    schema = pa.schema(
-        [
-            *names,
-            ("key", pa.string()),
-            ("split", pa.string()),
-            ("classes", pa.list_(pa.string())),
-            ("novel", pa.bool_()),
-            ("score", pa.float64()),
-        ]
-    )
+    text = pa.string()
+    kinds = {"key": text, "split": text, "classes": pa.list_(text), "novel": pa.bool_(), "score": pa.float64()}
+    if any(part.detector for part in parts):
+        kinds = {"detector": text, **kinds}
     with whole_file(path) as file:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
+        pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(kinds)), file)
 
 
 def rates(threshold: float | None, test: Scored) -> dict[str, float] | None:

@@ -40,13 +40,6 @@ class Estimate(NamedTuple):
     high: float
 
 
-class AveragePrecision(NamedTuple):
-    """Average precision, and the share of the positive class, which is what random scores would get."""
-
-    value: float
-    prevalence: float
-
-
 def checked(novel_N: ArrayLike, score_N: ArrayLike) -> tuple[Bools, Floats]:
     """Return both as arrays, or say why no figure can be computed from them: a figure of 0.5 would hide the reason."""
     novel, score = np.asarray(novel_N), np.asarray(score_N)
@@ -176,20 +169,17 @@ def explained(score_N: ArrayLike, floor_N: ArrayLike, *, seed: int = 0) -> Estim
     return Estimate(value, min(float(low), value), max(float(high), value))
 
 
-def aupr_in(novel_N: ArrayLike, score_N: ArrayLike) -> AveragePrecision:
-    """Average precision with known as the positive class, scored by -score."""
-    from sklearn.metrics import average_precision_score
-
+def aupr_in(novel_N: ArrayLike, score_N: ArrayLike) -> float:
+    """Average precision with known as the positive class, scored by -score; by chance its share, the prevalence."""
     novel, score = checked(novel_N, score_N)
-    return AveragePrecision(float(average_precision_score(~novel, -score)), float((~novel).mean()))
+    return aupr_out(~novel, -score)
 
 
-def aupr_out(novel_N: ArrayLike, score_N: ArrayLike) -> AveragePrecision:
+def aupr_out(novel_N: ArrayLike, score_N: ArrayLike) -> float:
     """Average precision with novel as the positive class."""
     from sklearn.metrics import average_precision_score
 
-    novel, score = checked(novel_N, score_N)
-    return AveragePrecision(float(average_precision_score(novel, score)), float(novel.mean()))
+    return float(average_precision_score(*checked(novel_N, score_N)))
 
 
 def fpr_at_tpr_novel(novel_N: ArrayLike, score_N: ArrayLike, percent: int = 95) -> float:
@@ -250,29 +240,25 @@ def summary(novel_N: ArrayLike, score_N: ArrayLike, *, seed: int = 0, resamples:
 
 
 class Figure(NamedTuple):
-    """How a figure is called, read and computed; `of_counts` gives it for R resamples, for its interval."""
+    """What a figure is called, how it is read and computed; `of_counts` gives it for R resamples, for its interval."""
 
     heading: str
     more_is_better: bool
     meaning: str
-    of_scores: Callable[[Bools, Floats], float] | None = None  # None: auroc has an interval of its own; else
-    of_counts: Callable[[Ints, Ints], Floats] | None = None  # of some runs only, and in no comparison of detectors
-
-    @property
-    def is_in_report(self) -> bool:
-        return self.of_scores is not None or self.heading == "AUROC"
+    of_scores: Callable[[Bools, Floats], float] | None = None  # None: auroc, which has its own interval, and
+    of_counts: Callable[[Ints, Ints], Floats] | None = None  # figures that only some runs have: not in the report
 
 
 FIGURES = {  # the one list: summary, report, tables and recipes take names, headings and direction from it
     "auroc": Figure("AUROC", True, "share of pairs in which the novel picture scores above the known one"),
     "aupr_in": Figure(
         "AUPR-in", True, "average precision, known is the positive class",
-        lambda novel, score: aupr_in(novel, score).value,
+        aupr_in,
         lambda known_RG, novel_RG: average_precision_of_counts(novel_RG[:, ::-1], known_RG[:, ::-1]),
     ),
     "aupr_out": Figure(
         "AUPR-out", True, "average precision, novel is the positive class",
-        lambda novel, score: aupr_out(novel, score).value, average_precision_of_counts,
+        aupr_out, average_precision_of_counts,
     ),
     "fpr_at_95_tpr_novel": Figure(
         "FPR, 95\u00a0% of novel caught", False, "share of known flagged at that threshold",
@@ -292,3 +278,4 @@ FIGURES = {  # the one list: summary, report, tables and recipes take names, hea
     "explained_novel": Figure("Explained, novel", False, "the same on novel pictures"),
     "auroc_annotated": Figure("AUROC, annotated", True, "AUROC without pictures that show no class"),
 }  # fmt: skip
+IN_REPORT = {name: figure for name, figure in FIGURES.items() if figure.of_scores or name == "auroc"}

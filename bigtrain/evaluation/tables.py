@@ -15,7 +15,7 @@ from scipy.stats import t as student_t
 from bigtrain.evaluation.metrics import FIGURES
 
 SWEEP_FILE = "sweep.json"
-WHAT_IS_KNOWN = ("known", "novel", "half", "category")  # an axis over whose values a table gives the mean
+WHAT_IS_KNOWN = ("known", "novel", "half", "category")  # axes that a table averages over
 MAX_NAMED = 20
 
 
@@ -48,7 +48,7 @@ def read_results(folder: Path, *, plain: bool = False) -> list[Result]:
     if not runs:
         raise ValueError(f"{folder} holds no runs: name the folder of a sweep, or one that holds runs' folders.")
     found = [figures(run) for run in runs]
-    is_judged = [one is None or "auroc" in one or "detectors" in one for one in found]  # a network's training is not
+    is_judged = [one is None or "auroc" in one or "detectors" in one for one in found]  # pretraining runs are not
     settings = [json.loads((run / "config.json").read_text())["settings"] for run in runs]
     compared = [one for one, judged in zip(settings, is_judged, strict=True) if judged]
     names = [
@@ -60,13 +60,13 @@ def read_results(folder: Path, *, plain: bool = False) -> list[Result]:
 
 
 def several(results: list[Result], *, are_alike: bool = True, plain: bool = False) -> list[Result]:
-    """A run of several detectors as one result each, with the axis "detector"; one without figures yet as all of
-    them. Runs of unlike recipes have that axis too."""
+    """A run of several detectors as one result each, with the axis "detector"; one without figures yet stands
+    for all of them. Runs of unlike recipes have that axis too."""
     of_runs = [None if result.figures is None else of_detectors(result.figures, plain) for result in results]
     if are_alike and not plain and not any(result.figures and "detectors" in result.figures for result in results):
         return results
     varying = ("seed", *WHAT_IS_KNOWN)
-    names: dict[Any, dict[str, None]] = {}  # what was judged at each place, up to seeds and known classes
+    names: dict[Any, dict[str, None]] = {}  # what was judged per setting, over all seeds and known classes
     places = [tuple((name, str(value)) for name, value in r.axes.items() if name not in varying) for r in results]
     for place, one in zip(places, of_runs, strict=True):
         names.setdefault(place, {}).update(dict.fromkeys(one or ()))
@@ -88,11 +88,8 @@ def as_axis(value: Any) -> Any:
 
 
 def figures(run: Path) -> Mapping[str, Any] | None:
-    try:
-        found: Mapping[str, Any] = json.loads((run / "results.json").read_text())
-        return found
-    except FileNotFoundError:
-        return None
+    file = run / "results.json"
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
@@ -116,7 +113,7 @@ class Row:
 
 
 def rows(results: Sequence[Result], metric: str) -> tuple[list[str], list[Row]]:
-    """The axes but for the seed, and a row for each combination on them; where the classes that are known vary, a row
+    """All axes except the seed, and a row for each combination on them; where the classes that are known vary, a row
     "mean" too: the mean over them for each seed that has all, then over seeds."""
     names = [name for name in results[0].axes if name != "seed"]
     columns = [
@@ -141,7 +138,7 @@ def rows(results: Sequence[Result], metric: str) -> tuple[list[str], list[Row]]:
 def alike(values: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
     """The values of an axis; those that name their seed, such as a network trained with it, as one: "net-{seed}".
 
-    Such a value is there with its seed alone, and its like with every other.
+    Each such value occurs with one seed, and every seed has one.
     """
     if len(set(seeds)) == 1:
         return list(values)
@@ -165,7 +162,7 @@ def row_of(place: tuple[Hashable, ...], by_seed: Mapping[Any, float | None]) -> 
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """None where one is missing: a mean over other classes is another figure."""
+    """None where one is missing: a mean over fewer classes is a different figure."""
     there = [value for value in values if value is not None]
     return float(np.mean(there)) if len(there) == len(values) else None
 
@@ -211,7 +208,7 @@ def table(results: Sequence[Result], metric: str = "auroc", *, against: str = ""
         against: AXIS=VALUE; see `paired_differences`, which are two more columns.
 
     Raises:
-        ValueError: the runs have no such figure, or what they are to be compared with is not there.
+        ValueError: the runs have no such figure, or the runs to compare with are missing.
     """
     has_it = [r.figures is None or bool(figure_of(r.figures, metric)) for r in results]
     if not any(result.figures and its for result, its in zip(results, has_it, strict=True)):

@@ -22,7 +22,7 @@ ImageSize = int | tuple[int, int]
 def vit_forward_flops(vit: ViT, image_size: ImageSize, visible: int | None = None) -> int:
     """FLOPs of one image's forward pass.
 
-        patch embedding   2 N 3 p^2 D      for all N patches: the hidden ones are dropped behind it
+        patch embedding   2 N 3 p^2 D      for all N patches: hidden ones are dropped after it
         in each block     2 T |W|          for W of qkv, projection and MLP, |W| the numbers in it
                           2 T^2 D  twice   scores q k^T, and the mix of v by them; D = heads x width of a head
 
@@ -31,7 +31,7 @@ def vit_forward_flops(vit: ViT, image_size: ImageSize, visible: int | None = Non
     A pass over several views is the sum of them. The attention of [CLS] that guides a mask is not counted.
 
     Args:
-        vit: any of ours; the numbers are those of its modules.
+        vit: its modules give the numbers.
         image_size: the side of the image, or (height, width).
         visible: how many patches are seen; None: all.
     """
@@ -45,7 +45,7 @@ def trained_flops(vit: ViT, image_size: ImageSize, visible: int | None = None) -
     before it learns; a product of attention, whose factors are both computed, costs 2 F if anything before it learns.
     So forward and backward cost together
 
-        everything learns    3 x forward - patch embedding: nobody asks for the gradient of the pixels
+        everything learns    3 x forward - patch embedding: the pixels need no gradient
         the last k blocks    forward + 2 x these blocks: those below the first that learns cost nothing backward
         nothing              forward
 
@@ -99,10 +99,8 @@ def counted_flops(module: nn.Module, image_size: int) -> int:
     return counter.get_total_flops()
 
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-
 _PEAK_TFLOPS: dict[str, tuple[float | None, float | None, float | None, float | None]] = {
-    # a name of torch.cuda.get_device_name behind the vendor: fp32, tf32, bf16, fp16
+    # torch.cuda.get_device_name without the vendor: fp32, tf32, bf16, fp16
     r"V100-SXM2-\d+GB": (15.7, None, None, 125),
     r"V100-PCIE-\d+GB": (14, None, None, 112),
     r"T4": (8.1, None, None, 65),
@@ -113,17 +111,14 @@ _PEAK_TFLOPS: dict[str, tuple[float | None, float | None, float | None, float | 
     r"GeForce RTX 3090": (35.6, 35.6, 71, 71),
     r"GeForce RTX 4090": (82.6, 82.6, 165.2, 165.2),
     r"RTX A6000": (38.7, 77.4, 154.8, 154.8),
-    r"H100 80GB HBM3": (67, 494.5, 989.5, 989.5),
+    r"H100 80GB HBM3|H200|GH200 (120GB|480GB|144G HBM3e)": (67, 494.5, 989.5, 989.5),
     r"H100 PCIe": (51, 378, 756.5, 756.5),
-    r"H100 NVL": (60, 417.5, 835.5, 835.5),
-    r"H200": (67, 494.5, 989.5, 989.5),
-    r"H200 NVL": (60, 417.5, 835.5, 835.5),
-    r"GH200 (120GB|480GB|144G HBM3e)": (67, 494.5, 989.5, 989.5),
+    r"H100 NVL|H200 NVL": (60, 417.5, 835.5, 835.5),
     r"B200": (75, 1100, 2250, 2250),
 }
 
 
-def peak_flops(device_name: str, precision: Precision) -> float | None:
+def peak_flops(device_name: str, precision: Literal["fp32", "tf32", "bf16", "fp16"]) -> float | None:
     """The dense peak of an NVIDIA GPU in FLOPs a second, by its torch.cuda.get_device_name; None if it is not known.
 
     From NVIDIA's papers, where they give figures "with sparsity", half of these: the datasheets of V100 (2020), T4,

@@ -32,7 +32,7 @@ def released_weights(name: str, **options: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def from_cache_alone_without_hub() -> Iterator[None]:
-    """Where the hub does not answer, its client looks into its cache alone; it would try again for a minute."""
+    """If the hub does not answer, use the cache alone; its client would retry for a minute."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -51,10 +51,10 @@ def hub_answers(within_s: float) -> bool:
     answers: list[object] = []
 
     def ask() -> None:
-        with suppress(Exception):  # of the network, in as many kinds as there are clients
+        with suppress(Exception):  # each HTTP client has its own network errors
             answers.append(get_session().head(constants.ENDPOINT, timeout=within_s))
 
-    thread = threading.Thread(target=ask, daemon=True)  # looking up a host's name heeds no timeout
+    thread = threading.Thread(target=ask, daemon=True)  # DNS lookup ignores the timeout
     thread.start()
     thread.join(within_s)
     return bool(answers)

@@ -21,8 +21,7 @@ def extractor(trunk: nn.Module, layers: Sequence[str]) -> nn.Module:
     names = layers_of(trunk)
     if unknown := [layer for layer in layers if layer not in names]:
         raise ValueError(f"the network has no layer {unknown[0]!r}; it has {', '.join(names)}.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that training would trace another graph
+    with warnings.catch_warnings(action="ignore"):  # that training would trace another graph
         return timm.models.create_feature_extractor(trunk.eval(), list(layers))
 
 
@@ -78,8 +77,7 @@ class PooledLayer(nn.Module):
 
 def layers_of(trunk: nn.Module) -> list[str]:
     """The layers that `FeatureMaps` and `PooledLayer` can take, in the order of the network."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         _, nodes = timm.models._features_fx.get_graph_node_names(trunk.eval())
     modules = dict(trunk.named_modules())
     names: dict[str, None] = {}

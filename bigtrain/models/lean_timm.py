@@ -29,7 +29,7 @@ def is_compile_supported(device_type: str) -> bool:
 
 
 def disable_at_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compiler.disable`, for which the compiler is imported only if something else has."""
+    """`torch.compiler.disable`, but it imports the compiler only if something else already has."""
 
     @wraps(function)
     def run(*arguments: Any, **options: Any) -> Any:

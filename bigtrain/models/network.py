@@ -56,6 +56,11 @@ class Network:
         return self.trunk
 
     @property
+    def image_size(self) -> int | None:
+        """The side of the images that a ViT was made for; None of other networks, which take any."""
+        return self.vit.backbone.patch_embed.img_size[0] if isinstance(self.trunk, ViT) else None
+
+    @property
     def backbone(self) -> nn.Module:
         """timm's or torchvision's own module: float images to the features (B, D) that a classifier would see."""
         return self.trunk.backbone if isinstance(self.trunk, ViT) else self.trunk
@@ -156,7 +161,7 @@ def load_network(
         network = _from_file(Path(source), architecture, drop_path, attention)
     else:
         if architecture is not None and (architecture.model or source) != source:
-            raise ValueError(f"--arch was given beside the network's name {source!r}, which is its own: leave it out.")
+            raise ValueError(f"--arch was given, but {source!r} already names a network: leave it out.")
         network = _from_hub(architecture or Architecture(str(source)), pretrained, plain_vit, drop_path, attention)
     return network.to(device)
 
@@ -188,13 +193,15 @@ def _from_file(path: Path, architecture: Architecture | None, drop_path: float, 
         weight = state.pop(f"heads.{name}.weight")
         heads[name] = nn.Linear(weight.shape[1], len(names))
         heads[name].load_state_dict({"weight": weight.float(), "bias": state.pop(f"heads.{name}.bias").float()})
-    mask_token = state.pop(MASK_TOKEN, None)
     state = {key.removeprefix("trunk."): value for key, value in state.items()}
     backbone = build_trunk(architecture, drop_path=drop_path)
-    report = load_matching(backbone, resample_positions(state, backbone), str(path), _classifier(architecture.model))
     trunk = _packed(backbone, attention, about.get("decoder_blocks", 0))
-    if mask_token is not None and isinstance(trunk, ViT):
-        trunk.mask_token_D.data = mask_token.float()  # type: ignore[union-attr]
+    mask_token = trunk.mask_token_D if isinstance(trunk, ViT) else None
+    if mask_token is not None:
+        if MASK_TOKEN not in state:
+            raise ValueError(f"{path} lacks the mask token that its decoder blocks need: make it again.")
+        mask_token.data = state.pop(MASK_TOKEN).float()
+    report = load_matching(backbone, resample_positions(state, backbone), str(path), _classifier(architecture.model))
     return Network(trunk, architecture, mean, std, heads, classes, report)
 
 
@@ -254,7 +261,7 @@ def build_trunk(architecture: Architecture, *, drop_path: float = 0.0) -> nn.Mod
     if architecture.patch_size or architecture.depth:
         raise ValueError(f"{name} has no --patch-size or --depth to change: they are settings of a vit_*.")
     further: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
-    if _has_fixed_size(name) and architecture.image_size:
+    if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False) and architecture.image_size:
         further["img_size"] = architecture.image_size
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **further)
@@ -270,11 +277,6 @@ def dropouts_of_fc(trunk: nn.Module) -> list[nn.Dropout]:
     if isinstance(trunk, torchvision.models.AlexNet):
         return [module for module in trunk.classifier if isinstance(module, nn.Dropout)]
     return []
-
-
-def _has_fixed_size(name: str) -> bool:
-    config = timm.get_pretrained_cfg(name)
-    return bool(config and config.fixed_input_size)
 
 
 def trunk_width(trunk: nn.Module) -> int:

@@ -30,12 +30,12 @@ def timm_names() -> frozenset[str]:
 
 
 def is_timm_name(name: str) -> bool:
-    """Whether timm has this network; whether it has those weights of it is for timm to say."""
+    """Whether timm has this network; whether those weights exist is left to timm."""
     return name.split(".")[0] in timm_names()
 
 
 def near(name: str, letters: int, instead: str) -> str:
-    """Up to five networks that begin alike, or `instead`."""
+    """Up to five networks with similar names, or `instead`."""
     names = sorted(timm_names(), key=lambda known: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", known)])
     return ", ".join(fnmatch.filter(names, f"*{name.split('.')[0][:letters]}*")[:5]) or instead
 

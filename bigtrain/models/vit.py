@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from bigtrain.models.lean_timm import timm  # isort: skip  # first, for what follows is timm's
+from bigtrain.models.lean_timm import timm  # isort: skip  # first: the imports below load timm
 
 import torch
 from timm.layers import Attention
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bigtrain.choices import Backend
 from bigtrain.models.attention import Sequences, attention
-from bigtrain.models.timm_names import check_vit_name
+from bigtrain.models.timm_names import LOCAL, check_vit_name
 
 NO_PLAIN_VIT = "{} is not a plain vision transformer: take a timm model vit_*, such as vit_base_patch16_224."
 
@@ -83,6 +84,13 @@ class Architecture:
         return net
 
 
+def asked_for(source: str, arch: str, image_size: int = 0, patch_size: int = 0, depth: int = 0) -> Architecture | None:
+    """What settings ask for: a timm name with other sizes, or the network of a local file; None: the file knows."""
+    if Path(source).suffix in LOCAL:
+        return Architecture(arch, image_size) if arch else None
+    return Architecture(arch or source, image_size, patch_size, depth)
+
+
 class ViT(nn.Module):
     """A timm VisionTransformer whose forward pass is packed, and returns tokens and attention.
 
@@ -116,11 +124,7 @@ class ViT(nn.Module):
         return self.backbone.patch_embed.patch_size[0]
 
     def forward(
-        self,
-        *views: Tensor,
-        visible_BN: Tensor | None = None,
-        last: int = 1,
-        with_attention: bool = False,
+        self, *views: Tensor, visible_BN: Tensor | None = None, last: int = 1, with_attention: bool = False
     ) -> tuple[Encoded, ...]:
         """Encode images of one or more sizes in one packed pass.
 
@@ -176,7 +180,7 @@ class ViT(nn.Module):
         return tuple(encoded)
 
     def _check_last(self, last: int, *, is_masked: bool) -> int | None:
-        """Refuse tokens of blocks that there are not; the block before which hidden patches come back, if they do."""
+        """Refuse a `last` beyond the blocks; return the one before which hidden patches come back, if any."""
         depth = len(self.backbone.blocks)
         if not 1 <= last <= depth:
             raise ValueError(f"the last {last} blocks were asked for, of a network with {depth}; use 1 to {depth}.")
@@ -229,7 +233,7 @@ class ViT(nn.Module):
         with torch.no_grad():
             q_THd, k_THd, _ = self._qkv(block, x_TD)
         split = [count * length for count, length in sequences]
-        with torch.no_grad(), torch.autocast(x_TD.device.type, enabled=False):  # which would take einsum to half again
+        with torch.no_grad(), torch.autocast(x_TD.device.type, enabled=False):  # or einsum runs in half
             for shape, q, k in zip(sequences, q_THd.split(split), k_THd.split(split), strict=True):
                 q_BHd, k_BTHd = q.unflatten(0, shape)[:, 0].float(), k.unflatten(0, shape).float()
                 score_BHT = torch.einsum("bhd,bthd->bht", q_BHd, k_BTHd) * q_BHd.shape[-1] ** -0.5

@@ -1,7 +1,7 @@
 """Files of weights: .safetensors of ours and of others, .pth (weights only), AugReg .npz; matched key by key.
 
-Every load accounts for every key: what the network lacks or the file has too much of is an error, but for the
-classifier of the pretraining task, which is left out and reported.
+Every load accounts for every key: a missing or unexpected one is an error, except the pretraining
+task's classifier, which is left out and reported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLASSIFIER = re.compile(r"(head|head_dist|pre_logits|fc_norm|attn_pool)(\.|$)")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write a .safetensors file under a temporary name, flush it to disk, then rename it; the same bytes for the same.
+    """Write a .safetensors file under a temporary name, flush it to disk, then rename it; same input, same bytes.
 
     `about` becomes one JSON entry of the metadata: the format does not keep the order of several.
     """
@@ -45,7 +45,7 @@ def load_matching(module: nn.Module, state: Mapping[str, Tensor], source: str, c
         A line: how many keys matched, which were left out.
 
     Raises:
-        ValueError: a key is missing or too many, or a shape differs.
+        ValueError: a key is missing or unexpected, or a shape differs.
     """
     own = module.state_dict()
     left_out = sorted(

@@ -97,15 +97,16 @@ class Checkpoints:
 
     def load_moments(self, prepared: nn.Module) -> None:
         """Give the optimizer the moments that `load` found, once the module is prepared."""
-        given, self._moments = self._moments, {}
-        if zero.is_used(self.accelerator):
-            zero.set_moments(prepared, {key.removeprefix(self._prefix): value for key, value in given.items()})
-            return
-        state: dict[int, dict[str, Any]] = {}
-        number_of = {name: number for number, name in enumerate(self._names)}
-        for key, tensor in given.items():
+        moments: dict[str, Tensors] = {}
+        for key, tensor in self._moments.items():
             name, _, kind = key.rpartition("/")
-            state.setdefault(number_of[name], {})[kind] = tensor
+            moments.setdefault(name, {})[kind] = tensor
+        self._moments = {}
+        if zero.is_used(self.accelerator):
+            zero.set_moments(prepared, {name.removeprefix(self._prefix): kinds for name, kinds in moments.items()})
+            return
+        number_of = {name: number for number, name in enumerate(self._names)}
+        state = {number_of[name]: kinds for name, kinds in moments.items()}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def weights(self, prepared: nn.Module) -> Tensors:
@@ -159,20 +160,20 @@ class Checkpoints:
                 self._remove(old)
 
     def _remove(self, checkpoint: Path) -> None:
-        going = temporary_for(checkpoint)  # first: half of it must not look like a checkpoint
+        going = temporary_for(checkpoint)  # renamed first: half of it must not look whole
         shutil.rmtree(going, ignore_errors=True)
         checkpoint.rename(going)
         shutil.rmtree(going)
 
     def _complete(self) -> list[Path]:
         found = [p for p in self.folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]  # no step-000123.tmp
-        return sorted(found, key=step_of)  # behind 999999 there are 7 digits
+        return sorted(found, key=step_of)  # above 999999 there are 7 digits
 
     def _newest_whole(self) -> str | None:
         for folder in reversed(self._complete()):
             if not (why := damage(folder)):
                 return folder.name
-            print(f"checkpoint {folder} is not whole ({why}); the one before it is taken.", flush=True)
+            print(f"checkpoint {folder} is not whole ({why}); using the one before it.", flush=True)
         return None
 
     def _all_moments(self, prepared: nn.Module) -> Tensors:

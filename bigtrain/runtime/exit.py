@@ -32,7 +32,6 @@ def user_errors(program: str) -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
     except SystemExit as stop:  # asked to, on all ranks
         traceback.clear_frames(stop.__traceback__)
-        close_heartbeat()
         leave_group()
         raise
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
@@ -52,23 +51,19 @@ def user_errors(program: str) -> Iterator[None]:
         raise
     finally:
         at_end.close()
-    close_heartbeat()
     leave_group()
 
 
-def close_heartbeat() -> None:
+def leave_group() -> None:
+    """End the heartbeat and, once no network trained in it is left, the process group, if there is one.
+
+    A DistributedDataParallel that outlives its group is the last to hold it, and destroys it while holding the GIL: if
+    a gloo thread is still releasing a tensor, which needs the GIL, both wait forever (seen under load). Destroyed here
+    it does not hold the GIL. Left to interpreter exit, gloo's threads sometimes abort.
+    """
     if Heartbeat.current:
         Heartbeat.current.close()
         Heartbeat.current = None
-
-
-def leave_group() -> None:
-    """Destroy the process group, if there is one, once no network trained in it is left.
-
-    A DistributedDataParallel that outlives its group is the last to hold it, and destroys it with Python's lock in
-    hand: should a thread of gloo still be letting go of a tensor, which takes that lock, both wait forever (seen under
-    load). Destroyed here it does not hold the lock. Left to the exit, gloo's threads abort now and then.
-    """
     if has_group():
         gc.collect()
         sys.modules["torch.distributed"].destroy_process_group()

@@ -13,7 +13,7 @@ from typing import Any
 KEPT_ROWS = 4096  # of a stage, for the curve
 SHOWN = {  # figures in readable units; the rest as "loss 0.1234"
     "images_per_s": "{:.0f} images/s",
-    "images_per_s_per_process": "{:.0f} images/s a process",
+    "images_per_s_per_process": "{:.0f} images/s per process",
     "data_wait_percent": "waits for data {:.0f} %",
     "read_mb_per_s": "reads {:.1f} MB/s",
     "memory_gib": "{:.1f} GiB",

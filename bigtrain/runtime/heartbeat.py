@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ class Heartbeat:
             self._watch.start()
 
     def mark(self, doing: str) -> None:
-        """Report progress of the main thread, and what it did; as often on each rank."""
+        """Report progress of the main thread, and what it did; equally often on each rank."""
         self.doing = doing
         self.moves += 1
 
@@ -83,11 +84,9 @@ class Heartbeat:
     def gone(self, reason: str) -> None:
         """Tell the others that this rank exits with an error; they may not have the error themselves."""
         if self._stop():
-            try:
+            with suppress(RuntimeError):  # rank 0 has ended before
                 self.store.set(VERDICT, json.dumps([[self.rank], f"{self._named(self._own())} has failed: {reason}"]))
                 self._linger()
-            except RuntimeError:
-                pass  # rank 0 has ended before
 
     def explain(self, within_s: float = 20.0) -> str | None:
         """Why a collective has failed on this rank: a sentence that names the rank that has ended, if one has."""

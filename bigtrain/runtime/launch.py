@@ -35,7 +35,7 @@ def arguments_of_accelerate() -> list[str] | None:
 
 
 def processes_asked_for() -> int:
-    """How many processes accelerate was told to start; 1 where it was not flags."""
+    """How many processes accelerate was told to start; 1 if it was not used."""
     if (arguments := arguments_of_accelerate()) is None:
         return 1
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file

@@ -62,8 +62,8 @@ class StageLog:
         self.reading: dict[str, float] = {}  # the figures of the last row
         self.skipped_steps = 0
         if self.writes:
-            path = continued(folder / "log.jsonl", stage, done)
-            self.before = steps_of_others(path, stage)
+            path = folder / "log.jsonl"
+            self.before = continued(path, stage, done)
             self.file = path.open("a", buffering=1)
             from torch.utils.tensorboard import SummaryWriter  # half a second: on this rank alone
 
@@ -154,7 +154,7 @@ class StageLog:
         return figures
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        # a value that is not finite is no JSON
+        # JSON has no NaN or infinity
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
         record = {"stage": self.stage, "step": self.done, "time": time.time(), **finite}
         self.file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -167,26 +167,24 @@ class StageLog:
 
 
 def memory_gib() -> float:
-    """The most that this process has had: of its GPU, or where there is none, of the machine's memory."""
+    """Peak memory of this process: of its GPU, or where there is none, of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-def continued(path: Path, stage: str, done: int) -> Path:
-    """Drop from a log the rows of steps after the checkpoint of a killed start: they are taken again."""
+def continued(path: Path, stage: str, done: int) -> int:
+    """Drop from a log the rows of steps after the checkpoint of a killed start: they are taken again.
+
+    Returns:
+        The steps of the other stages, so that trackers see steps that only rise.
+    """
     rows = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [row for row in rows if not is_row_after(row, stage, done)]
     if len(kept) < len(rows):
         write_text(path, "".join(kept), "renamed")
-    return path
-
-
-def steps_of_others(path: Path, stage: str) -> int:
-    """The steps of the other stages in a log, so that trackers see steps that only rise."""
     steps: dict[str, int] = {}
-    for row in path.read_text().splitlines() if path.exists() else []:
-        record = json.loads(row)
+    for record in map(json.loads, kept):
         if record["stage"] != stage:
             steps[record["stage"]] = max(steps.get(record["stage"], 0), record["step"])
     return sum(steps.values())

@@ -7,12 +7,12 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-GIVEN = Path("/proc/sys/net/ipv4/ip_local_port_range")  # what Linux gives to connections by itself
+GIVEN = Path("/proc/sys/net/ipv4/ip_local_port_range")  # Linux's ephemeral ports
 TRIES = 100
 
 
 def free_port() -> int:
-    """A free port of this machine that the system gives to no connection by itself before it is used.
+    """A free port outside the ephemeral range, so that no connection takes it first.
 
     Raises:
         OSError: none was found.

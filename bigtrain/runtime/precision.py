@@ -10,12 +10,6 @@ from bigtrain.choices import Chosen, Precision
 from bigtrain.runtime.launch import is_on
 
 
-def autocast(device: torch.device, precision: Chosen) -> torch.autocast:
-    """Mixed precision by torch alone, the same under DDP and DeepSpeed: weights stay float32."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
-
-
 def device_type() -> Literal["cuda", "cpu"]:
     """The kind of device that `start` will choose."""
     return "cuda" if torch.cuda.is_available() and not is_on("ACCELERATE_USE_CPU") else "cpu"
@@ -24,7 +18,7 @@ def device_type() -> Literal["cuda", "cpu"]:
 def choose_precision(precision: Precision) -> Chosen:
     """What "auto" means here: bf16 on CUDA (fp16 where the GPU lacks it), fp32 on a CPU.
 
-    On a CPU of whatever kind, so that the same settings give the same figures with any launcher and on any machine.
+    fp32 on any CPU, so that the same settings give the same figures with any launcher and on any machine.
     Where it has bf16 instructions, --precision bf16 is faster from ViT-S up (tests/benchmarks/README.md).
 
     Raises:

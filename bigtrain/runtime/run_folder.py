@@ -21,7 +21,7 @@ from bigtrain.runtime.settings import result_settings
 
 CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.json"
-STOPPED_FILE = "stopped.json"  # says what its exit code does, where a launcher turns every code into 1
+STOPPED_FILE = "stopped.json"  # for launchers that turn every exit code into 1
 LOCK_FILE = ".lock"
 NOT_OURS = (LOCK_FILE, "slurm", "events.jsonl")  # which may be there before the run: slurm/run_record.py
 

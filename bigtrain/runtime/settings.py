@@ -7,13 +7,13 @@ import difflib
 import inspect
 import json
 import math
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
-from bigtrain.choices import Tracker
+from bigtrain.choices import Tracker, fits
+from bigtrain.files import read_toml
 
 PRINT_CONFIG = "--print-config"
 RANGE = "range"
@@ -100,12 +100,11 @@ def show_ranges(config_class: type) -> None:
     """Let --help print each setting's range, by annotations that tyro reads."""
     import tyro
 
-    kinds = get_type_hints(config_class)
     for owner in (*config_class.__mro__, RunSettings):
         for name in inspect.get_annotations(owner):
             field = owner.__dict__.get("__dataclass_fields__", {}).get(name)
             if field is not None and RANGE in field.metadata:
-                kind = kinds[name] if name in kinds else get_type_hints(owner)[name]
+                kind = get_type_hints(owner)[name]
                 words = [k.__name__.upper() for k in (get_args(kind) or (kind,))]
                 metavar = f"{' '.join(words)}, {reach(*field.metadata[RANGE])}"
                 owner.__annotations__[name] = Annotated[kind, tyro.conf.arg(metavar=metavar)]
@@ -133,14 +132,7 @@ def check_ranges(config: Any) -> None:
 
 def overlay(config: C, path: Path) -> C:
     """Settings of a TOML file over a config; tables are nested groups, and names may also stand at the top."""
-    try:
-        given = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}): --config takes a .toml file of settings."
-        ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}.") from error
+    given = read_toml(path, "--config takes a .toml file of settings")
     own_kinds, run_kinds = get_type_hints(type(config)), get_type_hints(RunSettings)
     del own_kinds["run"]
     flat = {key: value for key, value in given.items() if key != "run"}
@@ -153,21 +145,10 @@ def overlay(config: C, path: Path) -> C:
                 near = difflib.get_close_matches(key, sorted(own_kinds | run_kinds), n=2)
                 raise ValueError(f"{path}: there is no setting {key!r}; near it: {', '.join(near) or 'see --help'}.")
             values[key] = tuple(value) if isinstance(value, list) else value
-            if not _fits(values[key], kinds[key]):
+            if not fits(values[key], kinds[key]):
                 kind = kinds[key].__name__ if isinstance(kinds[key], type) else str(kinds[key])
                 raise ValueError(f"{path}: {key} is {value!r}; it must be {kind.removeprefix('typing.')}.")
     return dataclasses.replace(config, **flat, run=dataclasses.replace(config.run, **run))  # type: ignore[type-var,attr-defined]
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value of a TOML file is what a setting's type allows; a whole number serves as a float."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:
-        one, *others = get_args(kind)
-        kinds = [one] * len(value) if others == [...] and isinstance(value, tuple) else [one, *others]
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
-    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def result_settings(config: Any) -> dict[str, Any]:

@@ -45,10 +45,10 @@ def start(
     """
     check_launch()
     check_installed(trackers)
-    # of torch, about its own and DeepSpeed's calls: nothing that a user could mend
+    # torch's, about its own and DeepSpeed's calls: nothing a user could fix
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     backend = "gloo" if asks_for_deepspeed() and not torch.cuda.is_available() else None
-    # without saying so, several processes on a machine without a GPU would not know each other
+    # without it, several processes on a machine without a GPU would form no group
     on_cpu = world_size_of_launch() > 1 and not torch.cuda.is_available() and not asks_for_deepspeed()
     with port_errors(), meeting():
         accelerator = Accelerator(  # no mixed precision of Accelerate's: see `precision.autocast`
@@ -100,7 +100,7 @@ def meeting() -> Iterator[None]:
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     message = (
         f"rank {os.environ.get('RANK')} has waited {MEETING_S:.0f} s for all {world_size_of_launch()} processes to "
-        f"meet at {address}: has one of them ended, or can it not reach that?"
+        f"meet at {address}: has one ended, or is that address unreachable?"
     )
     timer = threading.Timer(MEETING_S, lambda: print(message, file=sys.stderr, flush=True))
     timer.daemon = True
@@ -116,7 +116,7 @@ def meeting() -> Iterator[None]:
 def add_in_fixed_order() -> None:
     """Make CUDA use deterministic kernels; torch raises an error for an operation that has none.
 
-    With a warning alone (`warn_only`) torch's attention would stay as it is.
+    With `warn_only` torch's attention would stay nondeterministic.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
     torch.use_deterministic_algorithms(True)

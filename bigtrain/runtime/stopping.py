@@ -26,7 +26,7 @@ SAME_PRESS_S = 1.0  # a launcher passes the Ctrl-C on that the terminal has sent
 class Stop:
     """`stop.agreed()` is True on every rank at the same step, once any of them was asked to stop.
 
-    Nothing is saved in a signal handler. A second Ctrl-C leaves at once: a thread sees to it, for Python's handlers
+    Nothing is saved in a signal handler. A second Ctrl-C exits at once, from a thread: Python's handlers
     wait while the main thread is in a collective.
     """
 
@@ -47,7 +47,7 @@ class Stop:
         return self.agreed_and_sums([])[0]
 
     def agreed_and_sums(self, counts: Sequence[int]) -> tuple[bool, list[int]]:
-        """Whether any rank was asked to stop and, as the ranks talk for it anyway, the sums of their counts."""
+        """Whether any rank was asked to stop and, since the ranks talk anyway, the sums of their counts."""
         asked = self.asked or self.file.exists()
         if self.accelerator.num_processes == 1:
             return asked, list(counts)
@@ -56,7 +56,7 @@ class Stop:
         return asked_sum > 0, sums
 
     def leave_if_asked(self) -> None:
-        """Where there is nothing to save (while images are judged, say): call on all ranks, as often on each."""
+        """Where there is nothing to save (while images are judged, say): call on all ranks, equally often on each."""
         if self.agreed():
             self.leave()
 

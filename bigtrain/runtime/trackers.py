@@ -1,4 +1,4 @@
-"""Experiment trackers of Accelerate (wandb, mlflow, trackio), beside the log: installed? begun, written to, closed."""
+"""Experiment trackers of Accelerate (wandb, mlflow, trackio), beside the log: checked, opened, written to, closed."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def is_used(accelerator: Accelerator) -> bool:
 
 
 def leave_shared_memory_out() -> None:
-    """Have gloo add up among the processes of a CPU, as under DDP.
+    """Have gloo do the all-reduce on a CPU, as under DDP.
 
     DeepSpeed would first compile an operation of its own for that: it takes a compiler and some two minutes.
     """
@@ -35,7 +35,7 @@ def leave_shared_memory_out() -> None:
 
 class Plugin(DeepSpeedPlugin):
     def set_deepspeed_weakref(self) -> None:
-        """Accelerate would import transformers here, whether there are its models or not."""
+        """Accelerate would import transformers here, needed or not."""
 
 
 def plugin(precision: Literal["fp32", "bf16", "fp16"], clip: float = 0.0) -> DeepSpeedPlugin:
@@ -50,8 +50,8 @@ def plugin(precision: Literal["fp32", "bf16", "fp16"], clip: float = 0.0) -> Dee
         leave_shared_memory_out()
     made = Plugin(gradient_accumulation_steps=1, zero3_init_flag=False)
     config = made.deepspeed_config
-    config["train_micro_batch_size_per_gpu"] = 1  # only counted with: the stream makes the batches
-    config["gradient_accumulation_steps"] = 1  # where a step ends is said at each backward pass
+    config["train_micro_batch_size_per_gpu"] = 1  # bookkeeping only: the stream makes the batches
+    config["gradient_accumulation_steps"] = 1  # each backward pass says if it ends a step
     config["gradient_clipping"] = clip
     config["steps_per_print"] = 10**9
     if precision == "bf16":
@@ -156,13 +156,9 @@ def moments(engine: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def set_moments(engine: Any, given: Mapping[str, Tensor]) -> None:
-    """Put the optimizer's state, by name, where DeepSpeed keeps this rank's part of it."""
+def set_moments(engine: Any, of_name: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Put the optimizer's state, by weight and kind, where DeepSpeed keeps this rank's part of it."""
     state = engine.optimizer.optimizer.state
-    of_name: dict[str, dict[str, Tensor]] = {}
-    for key, value in given.items():
-        name, _, kind = key.rpartition("/")
-        of_name.setdefault(name, {})[kind] = value
     for fragment in fragments(engine):
         shape = getattr(fragment.parameter, "ds_shape", fragment.parameter.shape)
         for kind, value in of_name.get(fragment.name, {}).items():

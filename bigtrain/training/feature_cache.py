@@ -76,7 +76,7 @@ def fingerprint(network: Network) -> str:
     """A digest of a network's weights, its architecture and how its input is normalised."""
     digest = hashlib.sha256(json.dumps([asdict(network.architecture), network.mean, network.std]).encode())
     for name, value in network.trunk.state_dict().items():
-        digest.update(name.encode())
+        digest.update(name.removeprefix("backbone.").encode())  # as of the bare network, for caches of earlier versions
         digest.update(value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -84,9 +84,9 @@ def fingerprint(network: Network) -> str:
 def extracted(folder: Path, setup: Setup, source: Source, shard_set: ShardSet, sample_N: NDArray[np.int64]) -> Features:
     """The features of these images: those that lie in the folder are read, the others computed and put there.
 
-    A folder may serve several runs: what is in it goes by the source's identity, the device and the shards. Part files
-    appear atomically, and are computed in batches that do not depend on the number of processes, so that the features
-    do not either. Memory: the features and one part. Called on all ranks.
+    A folder may serve several runs: its contents are keyed by the source's identity, the device and the shards. Part
+    files appear atomically, and are computed in batches that do not depend on the number of processes, so that the
+    features do not either. Memory: the features and one part. Called on all ranks.
     """
     own = {
         **source.identity,
@@ -97,7 +97,7 @@ def extracted(folder: Path, setup: Setup, source: Source, shard_set: ShardSet, s
     place = folder / hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16]
     if setup.accelerator.is_main_process:
         place.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(place)
+        remove_unfinished(place, is_shared=True)
     setup.accelerator.wait_for_everyone()
     before = read_parts(place, with_features=False)
     missing_N = np.setdiff1d(sample_N, before.sample_N)
@@ -134,7 +134,7 @@ def compute_part(
     plan = shard_set.plan(sample_N, source.batch, shuffle=False)
     workers, mark = setup.settings.workers, setup.heartbeat.mark
     stream = Stream(shard_set, plan, source.view, workers=workers, mark=mark)
-    stream.budget = budget  # of the whole: two bad pictures may be many for a part
+    stream.budget = budget  # shared: two bad pictures may be too many for one part
     samples, features = [], []
     for batch in stream.batches():
         is_real_B = batch.weight_B > 0
@@ -159,6 +159,6 @@ def read_parts(place: Path, *, with_features: bool = True) -> Features:
             parts.append(tensors["features_ND"].numpy())
     sample_N = np.unique(np.concatenate([np.zeros(0, np.int64), *samples]))
     features_ND = np.empty((len(sample_N), *parts[0].shape[1:]) if parts else (0, 0), np.float32)
-    while parts:  # the last first, so that of an image in two files the first counts, and each is freed
+    while parts:  # last file first: for an image in two files the first wins; each is freed
         features_ND[np.searchsorted(sample_N, samples.pop())] = parts.pop()
     return Features(sample_N, features_ND, skipped)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +18,14 @@ from bigtrain.detectors.classical.logits import MaxLogit
 from bigtrain.detectors.feature_detector import FeatureDetector, checked
 from bigtrain.detectors.image_detector import calibrated
 from bigtrain.detectors.network_detector import NetworkDetector
-from bigtrain.evaluation.judge import Scored, rates, write_scores
-from bigtrain.evaluation.metrics import FIGURES, closed_set_accuracy, oscr, summary
+from bigtrain.evaluation.judge import Scored, class_figures, rates, write_scores
+from bigtrain.evaluation.metrics import IN_REPORT, summary
 from bigtrain.evaluation.report.page import Section, write_page
 from bigtrain.text import clock
 from bigtrain.training.feature_cache import LINE_EVERY_S, Source, extracted
 from bigtrain.training.run_setup import Setup
 
 SCORED_AT_ONCE = 256
-SHOWN = [name for name, figure in FIGURES.items() if figure.is_in_report]  # on the page
 
 
 class Inputs(NamedTuple):
@@ -92,7 +91,7 @@ def score_rows(setup: Setup, rows: Mapping[str, Row], *, quantile: float, save: 
 
     accelerator, own = setup.accelerator, []
     for number, (name, (detector, inputs)) in enumerate(rows.items()):
-        setup.heartbeat.mark(f"fits {name}")
+        setup.heartbeat.mark(f"began to fit {name}")
         if number % accelerator.num_processes == accelerator.process_index:
             began = time.monotonic()
             detector.fit(inputs.fitted_ND, inputs.class_N)
@@ -110,8 +109,8 @@ def score_rows(setup: Setup, rows: Mapping[str, Row], *, quantile: float, save: 
 
 
 def score(name: str, detector: FeatureDetector, features_ND: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The novelty of these images, with a line now and then: local KNFST solves an eigenproblem for each."""
-    checked(features_ND)  # all of them: in parts it would count the bad ones of one part
+    """The novelty of these images, with a progress line now and then: local KNFST solves an eigenproblem for each."""
+    checked(features_ND)  # as a whole: in chunks it would count only one chunk's
     began = last_line = time.monotonic()
     scores = [np.zeros(0)]
     for first in range(0, len(features_ND), SCORED_AT_ONCE):
@@ -135,11 +134,10 @@ class Table:
     scores: Mapping[str, Scores]
     quantile: float  # Of the held-out known images' scores, for each row's threshold.
     seed: int
-    novel_N: NDArray[np.bool_] = field(init=False)
 
-    def __post_init__(self) -> None:
-        is_known_N = self.split.protocol.is_known(self.split.test)[self.seen.test_N]
-        object.__setattr__(self, "novel_N", ~is_known_N)
+    @cached_property
+    def novel_N(self) -> NDArray[np.bool_]:
+        return ~self.split.protocol.is_known(self.split.test)[self.seen.test_N]
 
     @cached_property
     def figures(self) -> dict[str, dict[str, Any]]:
@@ -151,9 +149,9 @@ class Table:
         threshold = calibrated(scores.held_out_N, self.quantile)
         found["threshold"] = rates(threshold, self._scored(name)[0])
         if name_of(detector) in ON_LOGITS:
-            is_right_N = self._right_answers(inputs)
-            found["closed_set_accuracy"] = closed_set_accuracy(is_right_N[~self.novel_N])._asdict()
-            found["oscr"] = oscr(self.novel_N, scores.test_N, is_right_N)._asdict()
+            classes = inputs.source.network.classes[inputs.source.scoring.head]
+            answers = [classes[number] for number in inputs.test_ND.argmax(axis=1)]
+            found |= {name: its._asdict() for name, its in class_figures(self._scored(name)[0], answers).items()}
         return found
 
     def _scored(self, name: str) -> list[Scored]:
@@ -163,13 +161,6 @@ class Table:
             Scored(self.split.test, "test", seen.test_N, self.novel_N, scores.test_N, name),
             Scored(self.split.train, "held_out", seen.held_out_N, none_N, scores.held_out_N, name),
         ]
-
-    def _right_answers(self, inputs: Inputs) -> NDArray[np.bool_]:
-        """Whether the highest logit is that of a class which the image shows."""
-        classes = inputs.source.network.classes[inputs.source.scoring.head]
-        answers = [classes[number] for number in inputs.test_ND.argmax(axis=1)]
-        shown = [self.split.test.classes_of(int(sample)) for sample in self.seen.test_N]
-        return np.array([answer in names for answer, names in zip(answers, shown, strict=True)])
 
     def results(self, method: str) -> dict[str, Any]:
         """The record of results.json."""
@@ -189,10 +180,10 @@ class Table:
 
     def write_page(self, path: Path, title: str, about: str) -> None:
         """One page with all rows."""
-        headings = ["detector", *(FIGURES[figure].heading for figure in SHOWN), "known flagged", "novel missed"]
+        headings = ["detector", *(figure.heading for figure in IN_REPORT.values()), "known flagged", "novel missed"]
         rows = []
         for name, figures in self.figures.items():
-            cells = [f"{figures[figure]['value']:.3f} {interval(figures[figure])}" for figure in SHOWN]
+            cells = [f"{figures[figure]['value']:.3f} {interval(figures[figure])}" for figure in IN_REPORT]
             threshold = figures["threshold"] or {}
             shares = [f"{threshold[s]:.3f}" if threshold else "" for s in ("known_flagged", "novel_missed")]
             rows.append([name, *cells, *shares])

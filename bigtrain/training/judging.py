@@ -33,21 +33,13 @@ def judged(
         config: a recipe's, with JudgeMixin and RunMixin.
         plain, floors, classes: see `judge`.
     """
+    read = partial(setup.in_order, transform=detector.view(), batch=config.score_batch)
     results = judge(
-        setup.run.path,
-        setup.accelerator,
-        detector,
-        split,
-        partial(setup.in_order, transform=detector.view(), batch=config.score_batch),
-        method=method,
-        plain=plain,
+        setup.run.path, setup.accelerator, detector, split, read,
+        method=method, plain=plain, floors=floors, classes=classes,
         bank_N=seeded_choice(split.fitted_N, config.neighbours_bank, config.seed),
-        settings=result_settings(config),
-        seed=config.seed,
-        quantile=config.threshold_percentile / 100,
-        classes=classes,
-        floors=floors,
-    )
+        settings=result_settings(config), seed=config.seed, quantile=config.threshold_percentile / 100,
+    )  # fmt: skip
     return Result(results, summary_of(results))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from bigtrain.choices import Precision
 from bigtrain.data.protocol import Half, Order
@@ -27,7 +26,7 @@ class DataMixin:
     novel: tuple[str, ...] = ()  # Or the novel classes; all others are known.
     protocol: Half = ""  # Or half of the classes are known: the first in --order, or a choice by the seed.
     order: Order = "name"
-    """Of the classes for first-half: by name (CUB-200), or that of the owners' numbered folders (Caltech-256)."""
+    """Order of the classes for first-half: by name (CUB-200), or by the data set's numbered folders (Caltech-256)."""
     validation_share: float = setting(0.1, 0, 0.9)
     """Share of the known training images that is held out, for the threshold."""
     train_limit: int = setting(0, 0)  # Train on a seeded choice of this many known images; 0: all.
@@ -37,11 +36,11 @@ class DataMixin:
 @dataclass(frozen=True)
 class NetworkMixin:
     network: str = "vgg16.tv_in1k"  # A timm name, alexnet, or a local .safetensors or .pth.
-    arch: str = ""  # The network that a local file's weights belong to; bigtrain's own files know theirs.
+    arch: str = ""  # The network that a local file's weights belong to; bigtrain's own files record theirs.
     pretrained: bool = True  # --no-pretrained: a name's network with random weights.
     image_size: int = setting(224, 1)
     resize: int = setting(256, 1)
-    """The whole picture is resized to this side; the network sees --image-size of it, in judging the centre."""
+    """The whole picture is resized to this side; the network sees a crop of --image-size, the centre when judging."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +59,12 @@ class JudgeMixin:
     """At most this many known images are used for the nearest-neighbour figures."""
 
 
-def check_paths(config: Any) -> None:
-    """Refuse a run without data or without a folder."""
-    if not config.train or not config.run.out:
-        raise ValueError("--train SHARDS and --out FOLDER are needed: what to train on, and where the run goes.")
-
-
 def check_network(config: NetworkMixin) -> None:
     """Refuse a network that timm does not have, or whose file is missing, and sizes that contradict each other."""
     if config.resize < config.image_size:
         raise ValueError(
-            f"--resize is {config.resize}, smaller than --image-size {config.image_size}: the part that is seen is "
-            "cut from the resized picture. Give the same for the whole picture."
+            f"--resize is {config.resize}, smaller than --image-size {config.image_size}: the network sees a "
+            "crop of the resized picture. Give both the same value to show it whole."
         )
     check_source(config.network)
     if config.arch:

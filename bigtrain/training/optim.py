@@ -25,10 +25,10 @@ def decay_groups(
     Clark et al. 2020 (ELECTRA), Bao et al. 2022 (BEiT) and He et al. 2022 (MAE):
 
         base_lr * layer_decay^distance
-        distance: 0 behind the blocks (norms, heads), depth - i for block i of 0 .. depth - 1, depth + 1 the embedding
+        distance: 0 after the blocks (norms, heads), depth - i for block i of 0 .. depth - 1, depth + 1 the embedding
 
     Args:
-        named_parameters: of a ViT or a module around it, all of them: also those that are frozen say how deep it is.
+        named_parameters: of a ViT or a module around it, all of them: frozen ones too, which show how deep it is.
         layer_decay: above 0, at most 1.
         options: of every group, such as the `base_lr` that `set_schedule` starts from.
 
@@ -63,6 +63,12 @@ def adamw(
     return AdamW(groups, lr=lr, betas=betas, fused=device.type == "cpu" or None)
 
 
+def sgd(module: nn.Module, *, lr: float, momentum: float) -> torch.optim.SGD:
+    """Momentum SGD over what learns in a module, all of which decays."""
+    learns = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return torch.optim.SGD([{"params": learns, "base_lr": lr, "decays": True}], lr=lr, momentum=momentum)
+
+
 def _distances(names: Sequence[str]) -> list[int]:
     """How many layers below its head each parameter of a ViT is."""
     blocks = [_BLOCK.search(name) for name in names]
@@ -81,17 +87,10 @@ def scaled_lr(lr: float, global_batch: int, of_batch: int) -> float:
 
 
 def schedule(kind: Schedule, step: int, *, total: int, warmup: int = 0) -> float:
-    """A factor for the learning rate at a step: warm-up, then constant or half a cosine to 0."""
-    if kind == "constant":
-        return (step + 1) / warmup if step < warmup else 1.0
-    return warmup_cosine(step, total=total, warmup=warmup)
-
-
-def warmup_cosine(step: int, *, total: int, warmup: int = 0, end: float = 0.0) -> float:
-    """A factor for the learning rate: linear from 0 over `warmup` steps, then half a cosine from 1 to `end`."""
+    """A factor for the learning rate: linear from 0 over `warmup` steps, then constant or half a cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
-    return cosine(step - warmup, total=total - warmup, start=1.0, end=end)
+    return 1.0 if kind == "constant" else cosine(step - warmup, total=total - warmup, start=1.0, end=0.0)
 
 
 def cosine(step: int, *, total: int, start: float, end: float) -> float:

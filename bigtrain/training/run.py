@@ -1,4 +1,4 @@
-"""One beginning and one end for every recipe's run.
+"""How every recipe's run begins and ends.
 
     settings -> checks -> run folder -> data -> networks -> processes -> the recipe's own science -> results.json
 
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from bigtrain.data.workers import prepare_workers
 from bigtrain.runtime.exit import user_errors
@@ -19,7 +19,6 @@ from bigtrain.runtime.launch import check_launch
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import print_if_asked, read_settings
 from bigtrain.text import clock
-from bigtrain.training.mixins import check_paths
 
 if TYPE_CHECKING:
     from bigtrain.choices import Chosen
@@ -30,8 +29,7 @@ D = TypeVar("D")  # its data, such as a Split
 N = TypeVar("N")  # its networks, loaded
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What a recipe ends with: the record of results.json, and the last line it prints."""
 
     record: Mapping[str, Any]
@@ -47,27 +45,24 @@ class Recipe(Generic[C, D, N]):
     config: type[C]
     description: str  # For --help: the recipe's docstring.
     check: Callable[[C], None]
-    """Refuse settings that contradict each other, or without effect; reads nothing, imports no torch."""
+    """Refuse settings that contradict each other or have no effect; reads nothing, imports no torch."""
     read: Callable[[C], D]  # Open the shard sets and say which images are for what.
     load: Callable[[C, D, Chosen], N]  # Load the networks, and refuse what does not fit them.
     train: Callable[[C, Setup, D, N], Result]
     """The science: train, save, judge. What an earlier start has finished is not done again."""
     leaves: Mapping[str, str] = field(default_factory=dict)
     """Its stages in their order, and the file that each leaves in the run folder."""
-    settings: Callable[[type[C], Sequence[str], str], C] | None = None
-    """How its settings are read, where that is not `read_settings` alone."""
+    settings: Callable[..., Any] = read_settings  # How its settings are read.
 
 
 def run_recipe(recipe: Recipe[C, D, N], argv: Sequence[str] | None = None) -> None:
     """Begin a run or continue it, and end it; a finished one says so and does nothing."""
     with user_errors(f"{recipe.name}.py"):
         argv = sys.argv[1:] if argv is None else argv
-        if recipe.settings:
-            config: Any = recipe.settings(recipe.config, argv, recipe.description)
-        else:
-            config = read_settings(recipe.config, argv, description=recipe.description)
+        config = recipe.settings(recipe.config, argv, description=recipe.description)
         print_if_asked(config, argv)
-        check_paths(config)
+        if not config.train or not config.run.out:
+            raise ValueError("--train SHARDS and --out FOLDER are needed: what to train on, and where the run goes.")
         run = RunFolder(config.run.out, config)
         if run.is_already_finished():
             return
@@ -80,7 +75,7 @@ def run_recipe(recipe: Recipe[C, D, N], argv: Sequence[str] | None = None) -> No
 
         precision = run.resolved("precision") or choose_precision(config.precision)
         networks = recipe.load(config, data, precision)
-        from bigtrain.training.run_setup import Setup  # with Accelerate, behind the mistakes that networks show
+        from bigtrain.training.run_setup import Setup  # imports Accelerate: after errors in the networks
 
         setup = Setup.begin(run, precision, recipe.leaves)
         result = recipe.train(config, setup, data, networks)

@@ -18,14 +18,15 @@ from bigtrain.data.plan import Plan
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Batch, Stream
 from bigtrain.data.views import Transform
+from bigtrain.models.attention import torch_dtype
 from bigtrain.models.flops import peak_flops
 from bigtrain.models.network import Network, load_network
 from bigtrain.runtime.heartbeat import Heartbeat
-from bigtrain.runtime.precision import autocast
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import RunSettings
+from bigtrain.text import clean
 
-if TYPE_CHECKING:  # Accelerate is imported when a run begins, behind the mistakes that its network shows
+if TYPE_CHECKING:  # Accelerate is imported when a run begins, after errors in its network are reported
     from accelerate import Accelerator
 
     from bigtrain.runtime.stopping import Stop
@@ -105,7 +106,7 @@ class Setup:
         device, decoder = self.accelerator.device.type, jpeg_decoder()
         processes = self.accelerator.num_processes
         self.accelerator.print(
-            f"{what}; {processes} process(es) on {device}, precision {self.precision}, JPEGs by {decoder}"
+            f"{clean(what)}; {processes} process(es) on {device}, precision {self.precision}, JPEGs by {decoder}"
         )
 
     def leave(self, name: str, network: Network, dtype: torch.dtype = torch.float32) -> Network:
@@ -120,7 +121,9 @@ class Setup:
         return load_network(path, device=self.accelerator.device, **options) if path.is_file() else None
 
     def autocast(self) -> torch.autocast:
-        return autocast(self.accelerator.device, self.precision)
+        """Mixed precision by torch alone, the same under DDP and DeepSpeed: weights stay float32."""
+        dtype = torch_dtype(self.precision)
+        return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=self.precision != "fp32")
 
     def mean(self, batch: Batch, value_B: Tensor) -> Tensor:
         """The mean over a step's images on all ranks, of this rank's values; see `Batch.mean`."""

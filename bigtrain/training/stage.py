@@ -64,7 +64,7 @@ class Step(Generic[B]):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a part's loss, this process's share of it: see `Batch.mean`."""
-        self._check(self._parts_open == 1, "step.backward(loss) belongs into `for part in step.parts()`, once a part")
+        self._check(self._parts_open == 1, "step.backward(loss) belongs inside `for part in step.parts()`, once a part")
         self._parts_open = 0
         self.stage.setup.heartbeat.mark(f"computed a loss of step {self.stage.step + 1}")
         self.stage.updates.backward(loss, last=self._is_last_part)
@@ -102,13 +102,13 @@ class Stage(Generic[B]):
 
     Args:
         name: of its folder of checkpoints and of its rows in the log.
-        trained: the one module that learns; `stage.module` is it, prepared for this launch.
+        trained: the one module that learns; `stage.module` is the same module, prepared for this launch.
         optimizer: over parameters of `trained`.
         stream: what is read.
         steps: how many there are in all.
         clip: largest norm of the gradient; 0: not clipped.
-        state: what a checkpoint holds, by name, where that is more than `trained`, which is then among it.
-        ema: momentum of a moving average of `trained`, which `into` gives instead; 0: none. It needs `state`.
+        state: what a checkpoint holds, by name, where that is more than `trained`, which it must then include.
+        ema: momentum of a moving average of `trained`, which `into` gives instead; 0: none.
         flops_per_image: of a training step, for the log.
     """
 
@@ -131,8 +131,10 @@ class Stage(Generic[B]):
         self.ema, self.average = ema, copy.deepcopy(trained).requires_grad_(False) if ema else None
         accelerator, settings = setup.accelerator, setup.settings
         kept: nn.Module = trained
+        if self.average is not None:
+            state = {**(state or {"trained": trained}), "ema": self.average}
         if state:
-            kept = nn.ModuleDict({**state, **({"ema": self.average} if self.average is not None else {})})
+            kept = nn.ModuleDict(state)
         kept.to(accelerator.device)  # before the moments are loaded beside the weights
         self.checkpoints = Checkpoints(
             setup.run / "checkpoints" / name, accelerator, trained, optimizer,
@@ -155,16 +157,10 @@ class Stage(Generic[B]):
             self.updates.scaler.load_state_dict(found["scaler"])
         self._save_is_due = False
         self.log = StageLog(
-            setup.run.path,
-            accelerator,
-            name,
-            steps=self.steps,
-            done=self.step,
-            images_per_step=stream.images_per_step,
-            every=settings.log_every,
-            flops_per_step=flops_per_image * stream.images_per_step,
-            peak_flops=setup.peak_flops(),
-        )
+            setup.run.path, accelerator, name,
+            steps=self.steps, done=self.step, images_per_step=stream.images_per_step, every=settings.log_every,
+            flops_per_step=flops_per_image * stream.images_per_step, peak_flops=setup.peak_flops(),
+        )  # fmt: skip
         self.log.event("started", f"at step {self.step} of {self.steps}, {accelerator.num_processes} process(es)")
 
     def __iter__(self) -> Iterator[Step[B]]:
@@ -203,7 +199,7 @@ class Stage(Generic[B]):
 
     @torch.no_grad()
     def constrain(self, name: str, function: Callable[[Tensor], Tensor]) -> None:
-        """Put a trained weight back where it belongs (on a sphere, say), behind an update."""
+        """Put a trained weight back where it belongs (on a sphere, say), after an update."""
         if zero.is_used(self.setup.accelerator):
             zero.set_weight(self.module, name, function(zero.whole_weight(self.module, name)))
         else:
@@ -214,7 +210,8 @@ class Stage(Generic[B]):
         """Load what was trained, or its moving average, into a module that is not prepared; of it the part whose names
         begin with `prefix`."""
         is_shared = zero.is_used(self.setup.accelerator) and self.average is None
-        weights = zero.whole_weights(self.module) if is_shared else (self.average or self.trained).state_dict()
+        learnt = self.trained if self.average is None else self.average
+        weights = zero.whole_weights(self.module) if is_shared else learnt.state_dict()
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         module.load_state_dict(own)
         return module.to(self.setup.accelerator.device).requires_grad_(False).eval()

@@ -33,7 +33,7 @@ class TeacherTokens:
         steps: of the distillation; within one epoch no picture comes twice, and nothing is kept.
         layers: so many of the teacher's last blocks.
         with_attention: the attention of [CLS] too.
-        batch: images a forward pass, when they are computed once.
+        batch: images per forward pass, when computed in advance.
     """
 
     def __init__(
@@ -84,15 +84,14 @@ class TeacherTokens:
     @property
     def flops_per_image(self) -> int:
         """Of a training step: the teacher's forward pass, unless its tokens are read."""
-        size = self.image_size
-        return vit_forward_flops(self.teacher.vit, size) if self.features is None else 0
+        return vit_forward_flops(self.teacher.vit, self.image_size) if self.features is None else 0
 
     def of(self, batch: Batch, image_B3HW: Tensor) -> Encoded:
-        """The tokens of a batch, whose normalised pictures are given for the case that they must be computed."""
+        """The tokens of a batch, whose normalised pictures are given in case they must be computed."""
         if self.features is not None:
             real_B = (batch.weight_B > 0).numpy()
             found_N, row_NF = self.features.of(batch.sample_B[real_B])
-            if len(found_N) == real_B.sum():  # else a picture was decoded that could not be before
+            if len(found_N) == real_B.sum():  # else a picture that failed before was decoded now
                 row_BF = torch.zeros(len(real_B), row_NF.shape[1])
                 row_BF[torch.from_numpy(real_B)] = torch.from_numpy(row_NF)
                 return self._encoded(row_BF)

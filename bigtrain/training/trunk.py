@@ -17,7 +17,7 @@ from bigtrain.detectors.feature_detector import FeatureDetector
 from bigtrain.detectors.network_detector import NetworkDetector, Scoring
 from bigtrain.models.lean_timm import timm
 from bigtrain.models.network import Network, dropouts_of_fc, has_batch_norm, load_network
-from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.vit import ViT, asked_for
 from bigtrain.runtime.launch import world_size_of_launch
 from bigtrain.runtime.precision import device_type
 from bigtrain.runtime.settings import RunSettings
@@ -27,11 +27,8 @@ M = TypeVar("M", bound=nn.Module)
 
 def read_network(config: Any) -> Network:
     """The network that --network names, at --image-size, by a recipe's settings (NetworkMixin and RunMixin)."""
-    is_named = config.arch or ("." in config.network and config.network.rpartition(".")[2] in ("pth", "pt", "npz"))
-    architecture = Architecture(config.arch, config.image_size) if is_named else None
-    if architecture is None and not config.network.endswith(".safetensors"):
-        architecture = Architecture(config.network, config.image_size)
     torch.manual_seed(config.seed)
+    architecture = asked_for(config.network, config.arch, config.image_size)
     network = load_network(config.network, architecture, pretrained=config.pretrained)
     check_picture_size(network, config.image_size)
     return network
@@ -79,7 +76,7 @@ def check_training(trunk: nn.Module, batch_norm: BatchNorm, settings: RunSetting
 
 
 def prepare_trunk(trunk: nn.Module, settings: RunSettings, dropout: float) -> None:
-    """Activation checkpointing where it was asked for; the rate of dropout at fc6 and fc7, where they are."""
+    """Activation checkpointing where it was asked for; the dropout rate at fc6 and fc7, if the network has them."""
     if isinstance(trunk, ViT):
         trunk.recompute = settings.recompute
     elif settings.recompute:
@@ -101,11 +98,11 @@ def prepare_batch_norm(module: M, kind: BatchNorm) -> M:
 
 
 def with_batch_norm(module: M) -> M:
-    """The network that anybody's code builds, from one whose batch norms were frozen."""
+    """Turn frozen batch norms back into ordinary ones, which any code can load."""
     return timm.layers.unfreeze_batch_norm_2d(module)
 
 
 def class_numbers(shard_set: ShardSet, batch: Batch, label_of: dict[str, int]) -> Tensor:
-    """The class of each image of a batch, (B,); 0 in the places of padding, which weigh nothing."""
+    """The class of each image of a batch, (B,); 0 for padding, whose weight is 0."""
     labels = [0 if s == PADDING else only_label(shard_set, s, label_of) for s in batch.sample_B.tolist()]
     return torch.tensor(labels).to(batch.weight_B.device, non_blocking=True)

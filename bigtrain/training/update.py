@@ -17,7 +17,7 @@ NO_GRADIENT = "the gradient is not finite"
 class Update:
     """Updates of one prepared module: `backward` for each part of a step, then `take`.
 
-    The loss is agreed on over the ranks before each backward pass, the norm of the gradient behind the last one and
+    The ranks agree that the loss is finite before each backward pass, and that the gradient's norm is after the last,
     before the weights change. DeepSpeed couples norm and update in its own step, which looks at the norm before it
     touches the weights, and skips on all ranks.
 

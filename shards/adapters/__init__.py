@@ -29,6 +29,7 @@ from shards.adapters import (
     voc,
 )
 from shards.adapters.about import About
+from shards.adapters.cifar import CIFAR10, CIFAR100
 
 __all__ = ["ADAPTERS", "About", "Adapter"]
 
@@ -55,14 +56,8 @@ class Adapter:
 ADAPTERS: dict[str, Adapter] = {
     "folder": Adapter(folder.about, folder.samples, folder.LAYOUT),
     "mnist": Adapter(mnist.about, mnist.samples, mnist.LAYOUT, options=mnist.OPTIONS),
-    "cifar10": Adapter(cifar.CIFAR10.about, cifar.CIFAR10.samples, cifar.CIFAR10.layout, doc=cifar.CIFAR10.doc),
-    "cifar100": Adapter(
-        cifar.CIFAR100.about,
-        cifar.CIFAR100.samples,
-        cifar.CIFAR100.layout,
-        options=cifar.OPTIONS,
-        doc=cifar.CIFAR100.doc,
-    ),
+    "cifar10": Adapter(CIFAR10.about, CIFAR10.samples, CIFAR10.layout, doc=CIFAR10.doc),
+    "cifar100": Adapter(CIFAR100.about, CIFAR100.samples, CIFAR100.layout, options=cifar.OPTIONS, doc=CIFAR100.doc),
     "coco": Adapter(coco.about, coco.samples, coco.LAYOUT, split="train2017"),
     "voc": Adapter(voc.about, voc.samples, voc.LAYOUT, options=voc.OPTIONS),
     "imagenet": Adapter(imagenet.about, imagenet.samples, imagenet.LAYOUT),

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from bigtrain.data.schema import Object, Sample
 from shards.adapters import folder, plain_pickle
 from shards.adapters.about import About
-from shards.adapters.mnist import png
+from shards.treatment import png
 
 LICENCE = "none stated by its owners"
 MAX_BATCH_BYTES = 1 << 28  # the largest, of CIFAR-100's train, has 155 MB
@@ -112,7 +113,8 @@ class Cifar:
             images, numbers = self.read_batch(root, batch, labels)
             for row, (image, number) in enumerate(zip(images, numbers, strict=True)):
                 name = self.classes[labels][number]
-                yield Sample(f"{split}-{place:05d}", png(image), "png", [Object(name)], source=f"{batch}:{row}")
+                encoded = png(Image.fromarray(image))
+                yield Sample(f"{split}-{place:05d}", encoded, "png", [Object(name)], source=f"{batch}:{row}")
                 place += 1
 
     def is_folders(self, root: Path, split: str, labels: str) -> bool:

@@ -11,9 +11,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bigtrain.data.schema import Box, Object, Sample
 from shards.adapters.about import About
@@ -31,8 +30,7 @@ PICTURES_OF = {  # lists that share the pictures of another split
 }
 
 
-@dataclass(frozen=True)
-class Instances:
+class Instances(NamedTuple):
     """What a list says: the classes in its order, the images as (file name, objects) in order of name."""
 
     classes: list[str]

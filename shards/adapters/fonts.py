@@ -8,12 +8,10 @@ several links to a file one. A class is named by family and style. All fonts sho
 from __future__ import annotations
 
 import functools
-import io
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -21,6 +19,7 @@ from bigtrain.data.schema import Object, Sample
 from shards.adapters.about import About
 from shards.adapters.lists import warn
 from shards.keys import safe_key
+from shards.treatment import png
 
 SUFFIXES = (".ttf", ".otf", ".ttc")
 LAYOUT = f"a folder with font files ({', '.join(SUFFIXES)}) at any depth; --split only names the set"
@@ -44,8 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """What is rendered: the fonts by class name, sorted, and the characters."""
 
     fonts: dict[str, Path]
@@ -53,32 +51,18 @@ class Chosen:
     notes: tuple[str, ...]  # on what is left out
 
 
-def about(
-    root: Path,
-    split: str,
-    characters: str | None = None,
-    count: int | None = None,
-    size: int = 64,
-    lacking: str = "refuse",
-) -> About:
+def about(root: Path, split: str, size: int = 64, **choice: Any) -> About:
     if size < 8:
         raise ValueError(f"--size {size} is too small for a character: give at least 8.")
-    chosen = choose(root, characters, count, lacking)
+    chosen = choose(root, **choice)
     for note in chosen.notes:
         warn(note)
     return About(root.resolve().name, list(chosen.fonts), LICENCE, len(chosen.fonts) * len(chosen.characters))
 
 
-def samples(
-    root: Path,
-    split: str,
-    characters: str | None = None,
-    count: int | None = None,
-    size: int = 64,
-    lacking: str = "refuse",
-) -> Iterator[Sample]:
+def samples(root: Path, split: str, size: int = 64, **choice: Any) -> Iterator[Sample]:
     """Yield the first character of each font, then the second of each."""
-    chosen = choose(root, characters, count, lacking)
+    chosen = choose(root, **choice)
     for character in chosen.characters:
         for name, path in chosen.fonts.items():
             code = f"{ord(character):04X}"
@@ -92,7 +76,7 @@ def samples(
 
 
 @functools.lru_cache(maxsize=1)
-def choose(root: Path, characters: str | None, count: int | None, lacking: str) -> Chosen:
+def choose(root: Path, characters: str | None = None, count: int | None = None, lacking: str = "refuse") -> Chosen:
     wanted = gb2312() if characters is None else characters_in(Path(characters))
     if count is not None and not 1 <= count <= len(wanted):
         raise ValueError(f"--count is {count}; it must be 1 to {len(wanted)}, the characters that there are.")
@@ -231,9 +215,7 @@ def rendered(path: Path, character: str, size: int) -> bytes:
     image = Image.new("L", (size, size), 255)
     at = ((size - ink.width) // 2, (size - ink.height) // 2)
     image.paste(ImageOps.invert(ink), at)
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+    return png(image)
 
 
 def ink_of(path: Path, character: str, em: int) -> Image.Image:

@@ -22,7 +22,7 @@ def warn(sentence: str) -> None:
 
 
 def rows(path: Path, form: str, layout: str) -> list[list[str]]:
-    """The lines of a list, each of as many words as its form names: "id class", say. Empty lines are none."""
+    """The lines of a list, each of as many words as its form names: "id class", say. Empty lines are skipped."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: --root must be {layout}.")
     found = []
@@ -37,7 +37,7 @@ def rows(path: Path, form: str, layout: str) -> list[list[str]]:
 
 
 def table(path: Path, form: str, layout: str) -> dict[str, list[str]]:
-    """The lines of a list by their first word, which none has in common with another."""
+    """The lines of a list by their first word, which must be unique."""
     listed = rows(path, form, layout)
     found = {words[0]: words[1:] for words in listed}
     if len(found) < len(listed):

@@ -1,14 +1,13 @@
 """MNIST, Fashion-MNIST, KMNIST and EMNIST: idx files, gzipped or not; each image becomes a PNG of the same pixels.
 
 EMNIST's pictures lie on their side in its files and are set upright here. Its classes are the characters of its mapping
-file; those that it does not tell from their small letters have the capital's name.
+file; where capital and small letter share a label, the class has the capital's name.
 """
 
 from __future__ import annotations
 
 import functools
 import gzip
-import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image
 from bigtrain.data.schema import Object, Sample
 from shards.adapters.about import About
 from shards.adapters.lists import rows
+from shards.treatment import png
 
 LAYOUT = (
     "the folder of train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-... (with .gz or without); for EMNIST of "
@@ -58,7 +58,7 @@ def samples(root: Path, split: str, dataset: str = "mnist") -> Iterator[Sample]:
     for place, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
         yield Sample(
             key=f"{split}-{place:05d}",
-            image=png(image.T if dataset in EMNIST else image),
+            image=png(Image.fromarray(image.T if dataset in EMNIST else image)),
             image_ext="png",
             objects=[Object(classes[label])],
             source=f"{stem}-images-idx3-ubyte:{place}",
@@ -90,7 +90,7 @@ def stem_of(split: str, dataset: str) -> str:
 
 
 def characters(path: Path) -> dict[int, str]:
-    """A mapping file of EMNIST: a label and the code of its character; of letters, also that of the small one."""
+    """A mapping file of EMNIST: a label, the code of its character and, in emnist-letters, that of the small letter."""
     form = "label code code" if path.name == "emnist-letters-mapping.txt" else "label code"
     try:
         classes = {int(label): chr(int(codes[0])) for label, *codes in rows(path, form, LAYOUT)}
@@ -119,10 +119,3 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) != header + int(np.prod(shape, dtype=np.int64)):
         raise ValueError(f"{path} is not a whole idx file of bytes in {dimensions} dimensions: download it again.")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
-
-
-def png(pixels: np.ndarray) -> bytes:
-    """Grey H x W or colour H x W x 3 bytes as PNG."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()

@@ -9,7 +9,6 @@ from pictures without the known class.
 from __future__ import annotations
 
 import functools
-import io
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from PIL import Image
 from bigtrain.data.schema import Box, Object, Sample
 from bigtrain.images import decode_rgb
 from shards.adapters.about import About
+from shards.treatment import png
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,13 +36,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "train: all known; test: half known, half novel",
     },
     "--count": {"required": True, "type": int, "metavar": "N", "help": "how many mosaics"},
-    "--seed": {"type": int, "default": 0, "metavar": "S", "help": "another seed, other mosaics (default: 0)"},
+    "--seed": {"type": int, "default": 0, "metavar": "S", "help": "seed of the mosaics (default: 0)"},
     "--grid": {"type": int, "default": 2, "metavar": "n", "help": "n x n tiles (default: 2)"},
     "--known-tiles": {
         "type": int,
         "default": 1,
         "metavar": "K",
-        "help": "at most so many tiles of a known mosaic are of the known class on purpose (default: 1)",
+        "help": "a known mosaic has 1 to K tiles chosen from the known class (default: 1)",
     },
     "--tile": {
         "type": int,
@@ -56,7 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 class Pool:
     """The set's pictures by class, as numbers of rows of its index."""
 
-    at: str  # where the tars lie: of a view that is not the set's own place
+    at: str  # where the tars lie; for a view, not its own folder
     files: list[str]
     index: pa.Table
     by_class: dict[str, NDArray[np.int64]]
@@ -75,7 +75,7 @@ def about(root: str | Path, split: str, **options: Any) -> About:
     if count < 1 or grid < 2 or (options["tile"] is not None and options["tile"] < 1):
         raise ValueError(f"--count {count} must be at least 1, --grid {grid} at least 2, --tile at least 1.")
     if not 1 <= options["known_tiles"] <= grid * grid:
-        raise ValueError(f"--known-tiles is {options['known_tiles']}; a mosaic of {grid * grid} tiles has 1 to that.")
+        raise ValueError(f"--known-tiles is {options['known_tiles']}; it must be 1 to {grid * grid}.")
     if mode == "test" and count % 2:
         raise ValueError(f"--count {count} does not halve into known and novel: give {count - 1} or {count + 1}.")
     pool = pool_of(str(root), known)
@@ -135,9 +135,7 @@ def painted(shards_at: str, tiles: list[dict[str, Any]], grid: int, size: tuple[
     canvas = Image.new("RGB", (grid * width, grid * height))
     for place, row in enumerate(tiles):
         canvas.paste(tile(shards_at, row, size), (place % grid * width, place // grid * height))
-    file = io.BytesIO()
-    canvas.save(file, "PNG")
-    return file.getvalue()
+    return png(canvas)
 
 
 def tile(shards_at: str, row: dict[str, Any], size: tuple[int, int]) -> Image.Image:
@@ -163,19 +161,15 @@ def tile(shards_at: str, row: dict[str, Any], size: tuple[int, int]) -> Image.Im
 
 @functools.lru_cache(maxsize=1)
 def pool_of(root: str, known: str) -> Pool:
-    import pyarrow.compute as pc
-
     from bigtrain.data.set_files import read_index, shards_url
     from shards.existing_set import manifest_of
+    from shards.split import objects
 
     manifest = manifest_of(root)
     index = read_index(root).combine_chunks()
-    classes = index["classes"].combine_chunks()
-    row_of_label = pc.list_parent_indices(classes).to_numpy()
-    label = pc.list_flatten(classes).dictionary_encode()
-    names, number_of_label = label.dictionary.to_pylist(), label.indices.to_numpy()
+    row_of_label, number_of_label, names = objects(index)
     shows_known = np.zeros(len(index), bool)
-    shows_known[row_of_label[number_of_label == (names.index(known) if known in names else -1)]] = True
+    shows_known[row_of_label[number_of_label == names.get(known, -1)]] = True
     order = np.argsort(number_of_label, kind="stable")
     edges = np.searchsorted(number_of_label[order], np.arange(1, len(names)))
     by_class = dict(zip(names, np.split(row_of_label[order].astype(np.int64), edges), strict=True)) if names else {}

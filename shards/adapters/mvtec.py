@@ -13,7 +13,7 @@ from typing import Any
 
 from bigtrain.data.schema import Object, Sample
 from shards.adapters.about import About
-from shards.adapters.folder import extension, in_turn, names_by_class, pictures_by_class, pictures_in, refuse_twins
+from shards.adapters.folder import extension, files_in, in_turn, names_by_class, pictures_by_class, refuse_twins
 from shards.adapters.lists import warn
 
 GOOD = "good"
@@ -39,7 +39,7 @@ def about(root: Path, split: str, category: str = "all", dataset: str = "mvtec-a
     for folder in chosen.values():
         of_folder = sum(map(len, pictures_of(folder, split).values()))
         refuse_twins(folder / split, names_by_class(folder / split))
-        if beside := len(pictures_in(folder / split)) - of_folder:
+        if beside := sum(1 for _ in files_in(folder / split)) - of_folder:
             warn(f"{beside} pictures in {folder / split} lie in no folder of a kind: they are left out.")
         total += of_folder
     return About(f"{dataset}-{only}" if only else dataset, classes, licence, total)
@@ -65,7 +65,7 @@ def samples(root: Path, split: str, category: str = "all") -> Iterator[Sample]:
 
 
 def categories(root: Path, category: str) -> dict[str, Path]:
-    """The folders to read, each by what goes before its kinds in a class name: nothing where there is one."""
+    """The folders to read, each by the prefix of its class names, empty where there is one category."""
     if is_category(root):
         if category not in ("all", root.resolve().name):
             raise ValueError(f"--root {root} is one category, and --category is {category}: leave one of them out.")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bigtrain.data.schema import Object, Sample
+from bigtrain.data.schema import Sample
 from shards.adapters import folder
 from shards.adapters.about import About
 from shards.adapters.lists import agree, class_of, rows, table
@@ -49,13 +49,8 @@ def samples(root: Path, split: str, train_list: str = "standard", size: str = "2
     before = place.relative_to(root).as_posix()
     for class_name, name in folder.in_turn(by_class):
         stem = folder.stem(name.rpartition("/")[2])
-        yield Sample(
-            key=f"train/{class_name}/{stem}" if split == "train" else f"val/{stem}",
-            image=place / name,
-            image_ext=folder.extension(name),
-            objects=[Object(class_name)],
-            source=f"{before}/{name}",
-        )
+        key = f"train/{class_name}/{stem}" if split == "train" else f"val/{stem}"
+        yield folder.sample(root, f"{before}/{name}", class_name, key)
 
 
 def read(root: Path, split: str, listing: str, size: str) -> tuple[Path, dict[str, list[str]]]:

@@ -24,10 +24,13 @@ OUTSIDE = r"^/|(^|/)\.\.(/|$)|\\|\x00"  # of a path: it leaves the root
 PICTURE = rf"(?i)\.({'|'.join(IMAGE_EXTENSIONS)})$"
 OPTIONS: dict[str, dict[str, Any]] = {
     "--table": {"required": True, "type": os.path.abspath, "metavar": "FILE", "help": "a .csv, .tsv or .parquet file"},
-    "--path-column": {"default": "path", "metavar": "NAME", "help": "of the pictures' paths (default: path)"},
-    "--label-column": {"default": "label", "metavar": "NAME", "help": "of the labels (default: label)"},
+    "--path-column": {"default": "path", "metavar": "NAME", "help": "column of the pictures' paths (default: path)"},
+    "--label-column": {"default": "label", "metavar": "NAME", "help": "column of the labels (default: label)"},
     "--separator": {"default": "|", "metavar": "TEXT", "help": 'between labels (default: |; "": one label a cell)'},
-    "--mask-column": {"metavar": "NAME", "help": "of the masks' paths, empty where there is none (default: no masks)"},
+    "--mask-column": {
+        "metavar": "NAME",
+        "help": "column of the masks' paths, empty where there is none (default: no masks)",
+    },
     "--split-column": {"metavar": "NAME", "help": "take the rows where it is --split (default: all rows)"},
 }
 
@@ -94,7 +97,7 @@ def samples(root: Path, split: str, **options: Any) -> Iterator[Sample]:
 
 
 def refuse(root: Path, split: str, column: str, name: str, options: dict[str, Any]) -> NoReturn:
-    """Refuse a path in the table; its row is counted as people do, who count the header too."""
+    """Refuse a path in the table; rows are counted from 1, header included."""
     from shards.adapters.table_rows import rows
 
     table = options["table"]

@@ -7,8 +7,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import Element, TreeBuilder
-from xml.parsers import expat
+from xml.etree.ElementTree import Element, ParseError, TreeBuilder, XMLParser, fromstring
 
 from bigtrain.data.schema import Box, Object, Sample
 from shards.adapters.about import About
@@ -120,7 +119,7 @@ def mask_of(root: Path, split: str, image_id: str) -> Path | None:
 
 
 def objects_in(path: Path) -> list[Object]:
-    """The <object>s of an annotation; parts of a person are none."""
+    """The <object>s of an annotation; parts of a person are left out."""
     found = []
     for thing in parsed(path).findall("object"):
         name = thing.findtext("name", "").strip()
@@ -145,19 +144,15 @@ def half_open(ymin: float, xmin: float, ymax: float, xmax: float) -> Box:
 
 
 def parsed(path: Path) -> Element:
-    """Parse an annotation; a document type, and with it every entity, is refused."""
-
-    def refuse(*_: object) -> None:
-        raise ValueError("it declares a document type, which no annotation of VOC does")
-
-    builder = TreeBuilder()
-    parser = expat.ParserCreate()
-    parser.StartDoctypeDeclHandler = refuse
-    parser.StartElementHandler = builder.start
-    parser.EndElementHandler = builder.end
-    parser.CharacterDataHandler = builder.data
+    """Parse an annotation."""
     try:
-        parser.Parse(path.read_bytes(), True)
-    except (expat.ExpatError, ValueError, LookupError) as error:
+        return fromstring(path.read_bytes(), XMLParser(target=PlainTree()))
+    except (ParseError, ValueError, LookupError) as error:
         raise ValueError(f"{path} cannot be read as XML ({error}): get it from its owners.") from error
-    return builder.close()
+
+
+class PlainTree(TreeBuilder):
+    """Refuses a document type, and with it every entity."""
+
+    def doctype(self, *_: object) -> None:
+        raise ValueError("it declares a document type, which no annotation of VOC does")

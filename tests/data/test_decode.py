@@ -253,5 +253,5 @@ def test_decoder_fallback(chosen_anew, monkeypatch, caplog):
         assert jpeg_decoder() == "torchvision"
         assert jpeg_decoder() == "torchvision"
     assert [record.getMessage() for record in caplog.records] == [
-        "simplejpeg cannot decode JPEGs here (no such library): the next fastest does"
+        "simplejpeg cannot decode JPEGs here (no such library): using the next fastest"
     ]

@@ -251,7 +251,7 @@ def test_remote_bytes(remote):
     [
         ("missing", FileNotFoundError, "000001.tar is missing", 0),
         ("truncated", OSError, r"000001.tar has 600 bytes, and bytes \d+ to \d+ were to be read", 0),
-        ("refused", OSError, "000001.tar cannot be read: tried 6 times, at last RuntimeError: 503", 5),
+        ("refused", OSError, "000001.tar cannot be read: tried 6 times; last error: RuntimeError: 503", 5),
     ],
 )
 def test_retry_or_stop(remote, monkeypatch, harm, kind, cause, waits):

@@ -57,7 +57,7 @@ def test_class_never_right(caplog):
     logits_NC = rng.normal(size=(30, 3)) + 5 * np.eye(3)[[0] * 10 + [1] * 10 + [1] * 10]
     with caplog.at_level(logging.WARNING):
         OpenMax().fit(logits_NC, np.array(["a", "b", "c"])[class_N])
-    assert "0 image of class c is classified rightly" in caplog.text
+    assert "0 image(s) of class c classified correctly" in caplog.text
 
 
 def test_not_logits():

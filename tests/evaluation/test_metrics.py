@@ -47,9 +47,9 @@ def test_auroc_by_hand():
 def test_aupr_by_hand():
     # highest first: novel, known, novel, known. Out: precision 1 at recall 1/2, 2/3 at recall 1
     novel_N, score_N = [True, False, True, False], [4, 3, 2, 1]
-    assert aupr_out(novel_N, score_N) == pytest.approx((0.5 * 1 + 0.5 * 2 / 3, 0.5))
+    assert aupr_out(novel_N, score_N) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
     # three known, one novel. In, lowest first: known, novel, known, known: (1 + 2/3 + 3/4) / 3
-    assert aupr_in([False, True, False, False], [1, 2, 3, 4]) == pytest.approx(((1 + 2 / 3 + 3 / 4) / 3, 0.75))
+    assert aupr_in([False, True, False, False], [1, 2, 3, 4]) == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
 
 
 def test_fpr_at_95_tpr_novel_by_hand():
@@ -85,8 +85,8 @@ def test_figures_as_sklearn(known, novel, levels):
     """The figures are those of scikit-learn, with ties and without."""
     novel_N, score_N = simulated(known, novel, 1.0, seed=3, levels=levels)
     assert auroc(novel_N, score_N).value == pytest.approx(roc_auc_score(novel_N, score_N), abs=1e-12)
-    assert aupr_out(novel_N, score_N).value == pytest.approx(average_precision_score(novel_N, score_N))
-    assert aupr_in(novel_N, score_N).value == pytest.approx(average_precision_score(~novel_N, -score_N))
+    assert aupr_out(novel_N, score_N) == pytest.approx(average_precision_score(novel_N, score_N))
+    assert aupr_in(novel_N, score_N) == pytest.approx(average_precision_score(~novel_N, -score_N))
     fpr_T, tpr_T, _ = roc_curve(novel_N, score_N, drop_intermediate=False)
     assert fpr_at_tpr_novel(novel_N, score_N) == pytest.approx(fpr_T[tpr_T >= 0.95 - 1e-12].min())
     fpr_T, tpr_T, _ = roc_curve(~novel_N, -score_N, drop_intermediate=False)
@@ -181,8 +181,8 @@ def test_bootstrap_figures(levels):
         drawn_novel_N = np.repeat([False, True], [40, 30])
         drawn_N = np.concatenate([np.repeat(descending_G, known_G), np.repeat(descending_G, novel_G)])
         expected = {
-            "aupr_in": aupr_in(drawn_novel_N, drawn_N).value,
-            "aupr_out": aupr_out(drawn_novel_N, drawn_N).value,
+            "aupr_in": aupr_in(drawn_novel_N, drawn_N),
+            "aupr_out": aupr_out(drawn_novel_N, drawn_N),
             "fpr_at_95_tpr_novel": fpr_at_tpr_novel(drawn_novel_N, drawn_N),
             "fpr_at_95_tpr_known": fpr_at_tpr_known(drawn_novel_N, drawn_N),
             "detection_error": detection_error(drawn_novel_N, drawn_N),
@@ -228,7 +228,7 @@ def test_summary_seed():
 
 def test_aupr_coverage():
     """The bootstrap interval of AUPR holds the truth most times."""
-    truth = aupr_out(*simulated(200_000, 200_000, 1.0, seed=0)).value
+    truth = aupr_out(*simulated(200_000, 200_000, 1.0, seed=0))
     held = 0
     for seed in range(150):
         interval = summary(*simulated(80, 80, 1.0, seed), resamples=200)["aupr_out"]

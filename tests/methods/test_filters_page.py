@@ -7,7 +7,9 @@ from accelerate import Accelerator
 
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import Resized
-from bigtrain.methods.deep_novelty.page import against_most, globally_negative, write_filters
+from bigtrain.methods.deep_novelty.page import against_most, write_filters
+from bigtrain.models.network import Network
+from bigtrain.models.vit import Architecture
 from tests.hand_made import png
 
 KNOWN = np.array([[1.0, -1, -2, -1], [-1, -3, -1, 2]])
@@ -16,7 +18,7 @@ REFERENCE = np.array([[-1.0, 2, -1, 1], [1, -1, -2, 1]])
 
 def test_globally_negative():
     """A globally negative filter speaks against all known classes and for some reference class."""
-    assert globally_negative(KNOWN, REFERENCE).tolist() == [False, True, False, False]
+    assert against_most(KNOWN, REFERENCE, 1.0).tolist() == [False, True, False, False]
 
 
 def test_against_most():
@@ -44,11 +46,12 @@ def test_activation_and_evidence(write_set, tmp_path):
         return torch.stack([torch.ones_like(grey_B), grey_B, 0 * grey_B, 0 * grey_B], dim=1)
 
     accelerator = Accelerator(cpu=True)
-    results = write_filters(
-        tmp_path / "filters.html", accelerator, streams, features,
-        known_CD=torch.from_numpy(KNOWN), reference_CD=torch.from_numpy(REFERENCE),
-        known_classes=["<b>cat", "ant"], reference_classes=["emu", "gnu"],
-    )  # fmt: skip
+    heads = {name: torch.nn.Linear(4, 2) for name in ("known", "reference")}
+    for name, weight in (("known", KNOWN), ("reference", REFERENCE)):
+        heads[name].weight.data = torch.from_numpy(weight)
+    classes = {"known": ("<b>cat", "ant"), "reference": ("emu", "gnu")}
+    network = Network(torch.nn.Identity(), Architecture("none"), (0, 0, 0), (1, 1, 1), heads, classes)
+    results = write_filters(tmp_path / "filters.html", accelerator, streams, features, network)
     assert (results["globally_negative"], results["filters"]) == (1, 4)
     # brightness is 10 20, 40 40, 90 40; its mean 40
     means = {kind: figure["value"] for kind, figure in results["activation"].items()}

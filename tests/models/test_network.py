@@ -195,3 +195,36 @@ def test_flops_are_counted_as_products():
 def test_which_networks_have_batch_norm():
     assert has_batch_norm(build_trunk(Architecture("resnet18")))
     assert not has_batch_norm(build_trunk(Architecture("vgg16")))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "indices"),
+    [
+        ("resnet18", ["layer2", "layer4"], [2, 4]),
+        ("vit_tiny_patch16_224", ["blocks.3", "blocks.11"], [3, 11]),
+        ("vit_small_patch14_reg4_dinov2", ["blocks.0", "blocks.10"], [0, 10]),
+        ("swin_tiny_patch4_window7_224", ["layers.1", "layers.3"], [1, 3]),  # channels last
+    ],
+)
+@torch.no_grad()
+def test_maps(name, layers, indices):
+    """Unpooled maps of any layers, channels first and without prefix tokens, are those of timm's own pass."""
+    network = load_network(name, pretrained=False)
+    size = timm.get_pretrained_cfg(name).input_size[-1]
+    image_B3HW = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    expected = network.backbone.forward_intermediates(
+        image_B3HW, indices=indices, norm=False, output_fmt="NCHW", intermediates_only=True
+    )
+    found = network.maps(layers)(image_B3HW)
+    assert [m.shape for m in found] == [m.shape for m in expected]
+    for found_BDhw, expected_BDhw in zip(found, expected, strict=True):
+        torch.testing.assert_close(found_BDhw, expected_BDhw, rtol=1e-4, atol=1e-4)
+
+
+def test_no_map():
+    """A layer that has no map is refused by name, and so is one that is not there."""
+    network = load_network("resnet18", pretrained=False)
+    with pytest.raises(ValueError, match=r"layer 'global_pool' gives \(1, 512\), which is no map"):
+        network.maps(["global_pool"])(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="no layer 'nowhere'; it has conv1"):
+        network.maps(["nowhere"])

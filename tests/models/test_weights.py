@@ -267,7 +267,7 @@ def test_timm_name_offline(tmp_path):
 
 def test_timm_name_with_architecture():
     """A timm name with an architecture beside it is refused."""
-    with pytest.raises(ValueError, match=r"which is its own: leave it out"):
+    with pytest.raises(ValueError, match=r"already names a network: leave it out"):
         load_network("vit_tiny_patch16_224.augreg_in21k", SMALL)
 
 

@@ -166,7 +166,7 @@ def test_max_skipped(animals, build_folder, tmp_path):
     """A build stops over its budget of unreadable pictures, and continues with a larger one."""
     for number in (1, 2):
         (animals / "dog" / f"dog{number}.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"2 of 21 pictures cannot be read, at most 1 may be.*dog/dog1\.jpg"):
+    with pytest.raises(ValueError, match=r"2 of 21 pictures cannot be read, and at most 1 may be.*dog/dog1\.jpg"):
         build_folder(animals, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 2
@@ -178,7 +178,7 @@ def test_unreadable_in_a_row(tmp_path, build_folder):
     (tmp_path / "pictures" / "a").mkdir(parents=True)
     for number in range(300):
         (tmp_path / "pictures" / "a" / f"{number:03d}.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match="100 in a row"):
+    with pytest.raises(ValueError, match="100 pictures in a row"):
         build_folder(tmp_path / "pictures", tmp_path / "out", samples_per_shard=60, max_skipped=1.0)
 
 

@@ -105,7 +105,7 @@ def test_known_tiles(tiles):
     found = mosaics(tiles, mode="train", count=1000, known_tiles=4)
     bees = [[thing.class_name for thing in sample.objects].count("bee") for sample in found]
     assert min(bees) == 1 and 0.25 < bees.count(4) / 1000 < 0.4  # a quarter on purpose, and some by chance
-    with pytest.raises(ValueError, match="has 1 to that"):
+    with pytest.raises(ValueError, match="must be 1 to 4"):
         mosaic.about(tiles, "train", known="bee", mode="train", count=4, seed=0, grid=2, known_tiles=5, tile=None)
 
 

@@ -136,7 +136,7 @@ def test_upload_gives_up(animals, build_folder, contents, far, s3, refusing, qui
     """Uploads that keep failing stop the build with a clear error, and it can continue later."""
     build_folder(animals, tmp_path / "local")
     refusing[0] = 1000
-    with pytest.raises(OSError, match=r"cannot be written: tried 5 times, at last .*Run the same command again"):
+    with pytest.raises(OSError, match=r"cannot be written: tried 5 times; last error: .*Run the same command again"):
         build_folder(animals, f"{s3.url}/set")
     refusing[0] = 0
     assert "manifest.json" not in far(f"{s3.url}/set")

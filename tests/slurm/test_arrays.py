@@ -74,7 +74,7 @@ def test_shared_run_comes_first(sweep, out, scheduler, capsys):
     assert "a          known a  after teacher-a" in before and "teacher-a  shared  known a" in before
     assert "4 runs in " in before and "#SBATCH --array=0-3" in before and not out.exists() and not scheduler.jobs
     said = sweep(TEACHER)
-    assert "job 7: 2 runs\n" in said and "job 8: 2 runs, afterany:7\n" in said
+    assert "job 7: 2 runs\n" in said and "job 8: 2 runs, after 7\n" in said
     scheduler.live("7_0")
     assert slurm("status", out).count("Dependency") == 2
     scheduler.run()
@@ -96,7 +96,7 @@ def test_shared_run_fails(sweep, out, scheduler):
     assert counts(out) == "4 runs: 4 failed" and len(scheduler.children) == 2  # the other recipes were not started
     said = slurm("status", out)
     assert "teacher.safetensors is missing: the run teacher-a should have written it. Retry that one" in said
-    assert slurm("retry", out).splitlines() == ["job 9: 2 runs", "job 10: 2 runs, afterany:9"]
+    assert slurm("retry", out).splitlines() == ["job 9: 2 runs", "job 10: 2 runs, after 9"]
     scheduler.run()
     assert counts(out) == "4 runs: 4 done"
     assert "4 runs: 4 done; nothing to submit again" in slurm("retry", out)
@@ -109,9 +109,9 @@ def test_live_shared_run(sweep, out, scheduler):
         slurm("cancel", out / run)
     assert slurm("retry", out / "a") == "job 9: 1 run\n"  # of one run's folder: nothing is known of the others
     slurm("cancel", out / "a")
-    assert slurm("retry", out) == "job 10: 2 runs, afterany:7\n"
+    assert slurm("retry", out) == "job 10: 2 runs, after 7\n"
     slurm("cancel", out / "a")
-    assert "4 runs: " in (said := sweep(TEACHER)) and "; 1 to run" in said and "job 11: 1 run, afterany:7\n" in said
+    assert "4 runs: " in (said := sweep(TEACHER)) and "; 1 to run" in said and "job 11: 1 run, after 7\n" in said
     scheduler.run()
     assert counts(out) == "4 runs: 4 done"
 
@@ -121,7 +121,7 @@ def test_largest_array(sweep, out, scheduler):
     scheduler.max_array_size = 3
     said = sweep("[axes]\nseed = [0, 1, 2]", names=["a", "b"])
     assert re.findall(r"job \d+:.*", said) == [
-        "job 7: 2 runs", "job 8: 2 runs, afterany:7", "job 9: 2 runs, afterany:8"
+        "job 7: 2 runs", "job 8: 2 runs, after 7", "job 9: 2 runs, after 8"
     ]  # fmt: skip
     assert {job.options["array"] for job in scheduler.jobs.values()} == {"0-1%2"}
     scheduler.run()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 from itertools import pairwise
 
@@ -258,3 +259,10 @@ def test_folder_without_job(run, scheduler):
         patched.setenv("SLURM_JOB_ID", "7")
         assert run_attempt(run) == 2
     assert "holds no job of bigtrain-slurm" in events(run)[-1]["error"]
+
+
+def test_job_of_an_earlier_version(tmp_path):
+    """A job that an earlier version submitted is unpickled as an attempt: its class was slurm.life.Life."""
+    pickled = b"cslurm.life\nLife\n)\x81}\x8c\x03run\x8c\x04/runsb."
+    attempt_of_old = pickle.loads(pickled)
+    assert isinstance(attempt_of_old, attempt.Attempt) and attempt_of_old.run == "/run"

@@ -20,7 +20,7 @@ SHIPPED = sorted((ROOT / "slurm" / "clusters").glob("*.toml"))
     "name, asked, further",
     [
         ("cpu", Cluster(), {}),
-        ("array", Cluster(partition="low", mem_gb=1.5), {"runs": 6, "parallel": 2, "after": "afterany:12:13"}),
+        ("array", Cluster(partition="low", mem_gb=1.5), {"runs": 6, "parallel": 2, "after": ["12", "13"]}),
         ("a100x8", read_cluster(ROOT / "slurm" / "clusters" / "a100x8.toml").changed("", nodes=4), {}),
         (
             "everything",

@@ -90,7 +90,9 @@ def test_refusals(small, tmp_path):
     assert "there is no recipe" in slurm("submit", "nowhere.py", "--local", "--", "--out", out, fails=2)
     said = slurm("submit", RECIPE, "--local", "--", *small, "--mask-ratio", "2", "--out", out, fails=2)
     assert "defend.py: error: --mask-ratio is 2.0; it must be from 0 to 0.99." in said and "Traceback" not in said
-    assert "sbatch reads '%' in names" in slurm("submit", RECIPE, "--local", "--", *small, "--out", out / "%j", fails=2)
+    assert "sbatch expands '%' in names" in slurm(
+        "submit", RECIPE, "--local", "--", *small, "--out", out / "%j", fails=2
+    )
     assert "holds neither a sweep nor a submitted run" in slurm("status", tmp_path, fails=2)
     assert not out.exists()
 

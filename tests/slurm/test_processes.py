@@ -97,5 +97,5 @@ def test_where_ranks_meet(ranks, run, scheduler):
     scheduler.when(lambda: scheduler.clock.now > began + 20, lambda: publish_port(ranks[0], 1234))
     began = scheduler.clock.now
     assert wait_for_port(ranks[1]) == 1234 and 20 < scheduler.clock.now - began < 25
-    with pytest.raises(ValueError, match=rf"rank 1 found no word of rank 0 in .*meeting.json for {MEETING_S} s"):
+    with pytest.raises(ValueError, match=rf"rank 1 heard nothing from rank 0 in .*meeting.json for {MEETING_S} s"):
         wait_for_port(Process(run, "7", 1, 1, 3, 0, 1, "node1", on_slurm=True))

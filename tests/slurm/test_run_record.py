@@ -61,7 +61,7 @@ def test_owner_without_slurm(run, monkeypatch):
     """Where nobody can be asked an owner is taken to live."""
 
     def gone(ids):
-        raise slurm_scheduler.NoSlurmError("no")
+        raise slurm_scheduler.SchedulerError("no")
 
     RunLock(run, "1").acquire()
     monkeypatch.setattr(slurm_scheduler, "states", gone)
@@ -190,7 +190,7 @@ def test_order_of_logs(run):
     for rank in (0, 1, 2, 10):
         (run / "slurm" / f"7_{rank}_log.out").write_text(f"rank {rank}\n")
     assert [file.name for file in status.log_files(run, "7")] == [f"7_{rank}_log.out" for rank in (2, 0, 1, 10)]
-    assert status.tail(status.log_files(run, "7")[:1]) == ["rank 2"]
+    assert status.tail(status.log_files(run, "7")[0]) == ["rank 2"]
 
 
 def test_last_error():

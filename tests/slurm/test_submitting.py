@@ -82,7 +82,7 @@ def test_controller_down(submit, run, scheduler):
     said = slurm("submit", COUNTING, "--", "--out", run.with_name("other"), fails=2)
     assert "bigtrain-slurm: error: sinfo: Unable to contact slurm controller" in said
     assert not run.with_name("other").exists() and status(run)[0] == "failed"
-    with pytest.raises(slurm_scheduler.NoSlurmError, match="Unable to contact"):  # not: it knows nothing of the job
+    with pytest.raises(slurm_scheduler.SchedulerError, match="Unable to contact"):  # not: it knows nothing of the job
         slurm_scheduler.states(["7"])
 
 
@@ -114,7 +114,7 @@ def test_missing_or_slow_commands(monkeypatch):
         (["sleep", "5"], "sleep has not answered for 0.05 s: is its controller up"),
     ):
         monkeypatch.setattr(slurm_scheduler, "ANSWER_S", 0.05 if command[0] == "sleep" else 60)
-        with pytest.raises(slurm_scheduler.NoSlurmError, match=sentence):
+        with pytest.raises(slurm_scheduler.SchedulerError, match=sentence):
             slurm_scheduler.ask(*command)
 
 

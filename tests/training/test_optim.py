@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bigtrain.models.vit import Architecture
-from bigtrain.training.optim import adamw, cosine, decay_groups, follow, scaled_lr, set_schedule, warmup_cosine
+from bigtrain.training.optim import adamw, cosine, decay_groups, follow, scaled_lr, schedule, set_schedule
 
 
 def test_a_cosine_by_hand():
@@ -15,16 +15,17 @@ def test_a_cosine_by_hand():
     assert [cosine(s, total=10, start=0.04, end=0.5) for s in (0, 5, 10)] == pytest.approx([0.04, 0.27, 0.5])
 
 
-def test_warmup_cosine():
-    """The warm-up rises evenly to one, and the cosine then falls to its end."""
-    factors = [warmup_cosine(s, total=12, warmup=4, end=0.1) for s in range(13)]
+def test_schedule():
+    """The warm-up rises evenly to one, and the cosine then falls to 0, or the rate stays."""
+    factors = [schedule("cosine", s, total=12, warmup=4) for s in range(13)]
     assert factors[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
-    assert factors[8] == pytest.approx(0.55)
-    assert factors[12] == pytest.approx(0.1)
+    assert factors[8] == pytest.approx(0.5)
+    assert factors[12] == pytest.approx(0)
     assert factors[4:] == sorted(factors[4:], reverse=True)
-    assert [warmup_cosine(s, total=2) for s in (0, 1, 2)] == pytest.approx([1, 0.5, 0])
-    assert warmup_cosine(3, total=4, warmup=4) == 1  # nothing but warm-up
-    assert warmup_cosine(4, total=4, warmup=4) == 1
+    assert [schedule("cosine", s, total=2) for s in (0, 1, 2)] == pytest.approx([1, 0.5, 0])
+    assert schedule("cosine", 3, total=4, warmup=4) == 1  # nothing but warm-up
+    assert schedule("cosine", 4, total=4, warmup=4) == 1
+    assert [schedule("constant", s, total=9, warmup=2) for s in (0, 1, 2, 8)] == [0.5, 1, 1, 1]
 
 
 def test_adamw_by_hand():

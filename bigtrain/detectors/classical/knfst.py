@@ -8,7 +8,7 @@ with a = K^-1 Y b, their length is b' M b with M = Y' K^-1 Y, and that the coeff
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh, null_space
@@ -23,15 +23,9 @@ COLLAPSED = 1e-6  # how far a training image may be from its class, whose distan
 SMALLEST_EIGENVALUE = 1e-12
 
 
-class NullSpace(NamedTuple):
-    """How kernel values become coordinates: u(x) = k(x) to_null, and where each class lies."""
-
-    to_null_NJ: Floats
-    point_CJ: Floats
-
-
-def null_space_of(kernel_NN: Floats, class_N: Ints) -> NullSpace:
-    """The null space of some training images, from the kernel between them; C - 1 dimensions, of one class 1.
+def null_space_of(kernel_NN: Floats, class_N: Ints) -> tuple[Floats, Floats]:
+    """The null space of some training images, from the kernel between them: what takes kernel values to coordinates,
+    u(x) = k(x) to_null_NJ, and where each class lies, point_CJ. J = C - 1 dimensions, of one class 1.
 
     With one class the origin of the kernel's space is the other (Bodesheim 3.3).
     """
@@ -61,7 +55,7 @@ def null_space_of(kernel_NN: Floats, class_N: Ints) -> NullSpace:
             "these classes have no null space: each has images whose features equal those of another. Look at the "
             "layer they are taken from, and for pictures that are in two classes."
         )
-    return NullSpace(solved_NC @ basis_CJ, basis_CJ)
+    return solved_NC @ basis_CJ, basis_CJ
 
 
 class _OnKernel(FeatureDetector):
@@ -167,6 +161,6 @@ class LocalKNFST(_OnKernel):
         score_B = np.empty(len(features_ND))
         for row, near_K in enumerate(np.sort(nearest_BK, axis=1)):
             _, class_K = np.unique(self.class_N_[near_K], return_inverse=True)
-            space = null_space_of(self.kernel_NN_[np.ix_(near_K, near_K)], class_K)
-            score_B[row] = cdist((kernel_BN[row, near_K] @ space.to_null_NJ)[None], space.point_CJ).min()
+            to_null_KJ, point_CJ = null_space_of(self.kernel_NN_[np.ix_(near_K, near_K)], class_K)
+            score_B[row] = cdist((kernel_BN[row, near_K] @ to_null_KJ)[None], point_CJ).min()
         return score_B

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from scipy.special import logsumexp
 
-from bigtrain.detectors.feature_detector import FeatureDetector, Floats, Ints
+from bigtrain.detectors.feature_detector import FeatureDetector, Floats
 
 
 class MaxLogit(FeatureDetector):
     """Novelty = - max_c f_c: no known class answers ("Finetune" in Perera & Patel, Table 1)."""
-
-    def _fit(self, features_ND: Floats, class_N: Ints) -> None:
-        pass
 
     def _score(self, features_ND: Floats) -> Floats:
         return -features_ND.max(axis=1)
@@ -19,9 +16,6 @@ class MaxLogit(FeatureDetector):
 
 class MaxSoftmax(FeatureDetector):
     """Novelty = - log max_c softmax(f)_c (Hendrycks & Gimpel 2017); the logarithm does not saturate."""
-
-    def _fit(self, features_ND: Floats, class_N: Ints) -> None:
-        pass
 
     def _score(self, features_ND: Floats) -> Floats:
         return logsumexp(features_ND, axis=1) - features_ND.max(axis=1)

@@ -1,4 +1,4 @@
-"""Nearest neighbours on features: the plain figure beside every other (DN2, Bergman, Cohen & Hoshen 2020)."""
+"""Nearest neighbours on features: the baseline for every method (DN2, Bergman, Cohen & Hoshen 2020)."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+from scipy.linalg import block_diag
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.svm import OneClassSVM as Solver
 
@@ -40,13 +41,9 @@ class _Boundaries(FeatureDetector):
             # weights that sum to 1: libsvm's sum to nu n
             total = float(solver.dual_coef_.sum())
             fitted.append((solver.support_vectors_, solver.dual_coef_[0] / total, -float(solver.intercept_[0]) / total))
-        self.support_SD_ = np.concatenate([support for support, _, _ in fitted])
-        self.offset_C_ = np.array([offset for _, _, offset in fitted])
-        self.weight_SC_ = np.zeros((len(self.support_SD_), parts))
-        start = 0
-        for part, (support_MD, weight_M, _) in enumerate(fitted):
-            self.weight_SC_[start : start + len(support_MD), part] = weight_M
-            start += len(support_MD)
+        supports, weights, offsets = zip(*fitted, strict=True)
+        self.support_SD_, self.offset_C_ = np.concatenate(supports), np.array(offsets)
+        self.weight_SC_ = block_diag(*[weight_M[:, None] for weight_M in weights])
 
     def _similarity(self, features_ND: Floats) -> Floats:
         """sum_i w_i k(x_i, x) for each boundary: (N, C)."""
@@ -86,9 +83,8 @@ class SVDD(_Boundaries):
     def _fit(self, features_ND: Floats, class_N: Ints) -> None:
         super()._fit(features_ND, class_N)
         # at the edge of the plane, sum_i w_i k(x_i, x) = rho, lies the edge of the sphere
-        norm = float(self.weight_SC_[:, 0] @ self._similarity(self.support_SD_)[:, 0])
-        self.squared_centre_ = norm
-        self.squared_radius_ = 1 - 2 * float(self.offset_C_[0]) + norm
+        self.squared_centre_ = float(self.weight_SC_[:, 0] @ self._similarity(self.support_SD_)[:, 0])
+        self.squared_radius_ = 1 - 2 * float(self.offset_C_[0]) + self.squared_centre_
 
     def _score(self, features_ND: Floats) -> Floats:
         distance_N = 1 - 2 * self._similarity(features_ND)[:, 0] + self.squared_centre_

@@ -16,9 +16,9 @@ EUCLIDEAN_SCALE = 200.0  # of the authors' code: distances between logits are th
 
 
 class OpenMax(FeatureDetector):
-    """Logits, of which the highest lose to an unknown class what their distance to the class's mean is too long for.
+    """The highest logits lose to an unknown class, the more the further the image is from the class's mean.
 
-    The mean vector of each class is that of its images which the network classifies rightly. A Weibull distribution,
+    The mean vector of each class is that of its images which the network classifies correctly. A Weibull distribution,
     moved so that its smallest value is 1, is fitted to the `tail` largest of their distances ||x - m||/200 + 1 - cos(x,
     m). For rank i = 0 .. alpha - 1 among an image's logits v, with F its class's distribution function:
 
@@ -55,7 +55,7 @@ class OpenMax(FeatureDetector):
             own_MC = features_ND[(class_N == number) & is_right_N]
             if len(own_MC) < 2:
                 log.warning(
-                    "OpenMax: %d image of class %s is classified rightly, so all of its images are taken.",
+                    "OpenMax: %d image(s) of class %s classified correctly: using all of its images.",
                     len(own_MC),
                     self.classes_[number],
                 )

@@ -1,3 +1,3 @@
 """Pages, self-contained and escaped. report: a run's; page: sections, tables and strips of pictures for a method's own
-page; charts: ROC and histogram as SVG; overlays: which pictures tell most, with patch scores laid over them.
+page; charts: ROC and histogram as SVG; overlays: the most telling pictures, with patch scores laid over them.
 """

@@ -92,7 +92,7 @@ def histogram(novel_N: Bools, score_N: Floats) -> Histogram:
 
 
 def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
-    """Return round numbers within low .. high: steps of 1, 2 or 5 times a power of ten, some `about` of them."""
+    """Return round numbers within low .. high: steps of 1, 2 or 5 times a power of ten, roughly `about` of them."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))

@@ -1,11 +1,10 @@
-"""The report's pictures: which ones tell most, and each with its patch scores laid over it on one shared scale."""
+"""The report's pictures: which are most telling, and each with its patch scores laid over it on one shared scale."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,20 +15,19 @@ from bigtrain.evaluation.metrics import Floats
 from bigtrain.pages import data_uri
 
 MAX_SIDE = 256  # pixels in the page; larger pictures are scaled down
-MIN_OVERLAY_SIDE = 168  # small pictures are enlarged below their maps, so that patches keep their sharp edges
+MIN_OVERLAY_SIDE = 168  # small pictures are enlarged under their maps, so that patches keep their sharp edges
 OPACITY = 0.55
 HEAT = ("#0d0887", "#6a00a8", "#b12a90", "#e16462", "#fca636", "#f0f921")  # plasma, dark = low, also in grey
 
 
-@dataclass(frozen=True)
-class Shown:
+class Shown(NamedTuple):
     """One picture of the report, with what is known of it."""
 
     key: str
     classes: Sequence[str]
     novel: bool
     score: float
-    image: Image.Image | NDArray[np.uint8]  # RGB, or an H x W x 3 array
+    image: Image.Image
     score_map_hw: NDArray[np.floating] | None = None  # one novelty score a patch
 
 
@@ -70,12 +68,8 @@ def shared_scale(pictures: Iterable[Shown]) -> Scale | None:
     return Scale(float(low), float(high))
 
 
-def rgb(image: Image.Image | NDArray[np.uint8]) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
     """Return the picture in RGB, no side longer than MAX_SIDE."""
-    if not isinstance(image, Image.Image):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"the picture is {image.dtype} {image.shape}, but must be uint8 (H, W, 3), or a PIL image")
-        image = Image.fromarray(image)
     image = image.convert("RGB")
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     return image
@@ -102,3 +96,15 @@ def overlay(image: Image.Image, score_map_hw: NDArray[np.floating], scale: Scale
 def page_image(image: Image.Image) -> str:
     """A picture inside of a page: PNG where it is small, JPEG where it is not."""
     return data_uri(image, is_png=max(image.size) < 200)
+
+
+def picture_fields(image: Image.Image, key: str, classes: Sequence[str]) -> dict[str, Any]:
+    """What every page shows of a picture, as its template takes it."""
+    return {
+        "key": key,
+        "classes": ", ".join(classes) or "no class",
+        "image": page_image(image),
+        "width": image.width,
+        "height": image.height,
+        "small": max(image.size) < 128,
+    }

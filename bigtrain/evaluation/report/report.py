@@ -1,4 +1,4 @@
-"""One self-contained HTML page that lets a person believe a detector, or see why not: figures, curves, pictures."""
+"""One self-contained HTML page that shows whether to trust a detector: figures, curves, pictures."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from bigtrain.evaluation.intervals import Bools
-from bigtrain.evaluation.metrics import FIGURES, Floats, checked
+from bigtrain.evaluation.metrics import IN_REPORT, Floats, checked
 from bigtrain.evaluation.report.charts import SERIES, histogram, histogram_chart, roc_chart, roc_points
-from bigtrain.evaluation.report.overlays import HEAT, Scale, Shown, overlay, page_image, rgb, shared_scale
+from bigtrain.evaluation.report.overlays import (
+    HEAT,
+    Scale,
+    Shown,
+    overlay,
+    page_image,
+    picture_fields,
+    rgb,
+    shared_scale,
+)
 from bigtrain.files import write_text
 from bigtrain.pages import template
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-SHOWN = {name: figure for name, figure in FIGURES.items() if figure.is_in_report}
 
 
 def write_report(
@@ -33,20 +41,14 @@ def write_report(
     """Write the report to `path` at once: a reader sees the old page or the new one, never half of one.
 
     Args:
-        path: the page, `report.html`; its folder exists.
-        title: the heading.
         results: "metrics" (the detector's `metrics.summary`), and where they are known "detector" (its name),
             "dataset", "known" and "novel" (class names), "seed", "threshold" (scores above it are flagged), "explained"
             and "explained_novel" (`metrics.explained` of held-out known and of novel images), "settings".
         novel_N: True where an image is novel.
         score_N: the detector's scores, raw, higher = more novel.
         comparisons: what the detector must beat, name -> (its scores of the same images, their summary).
-        pictures: section title -> pictures, in the order in which they are shown; see `pictures.most_telling`.
+        pictures: section title -> pictures, in the order in which they are shown; see `overlays.most_telling`.
     """
-    if "metrics" not in results:
-        raise ValueError(
-            f"results has {sorted(results)}, but no 'metrics': put metrics.summary(novel_N, score_N) there"
-        )
     detector = str(results.get("detector", "detector"))
     if detector in comparisons:
         raise ValueError(f"a comparison is called {detector!r} like the detector: the table needs distinct names")
@@ -60,8 +62,8 @@ def write_report(
         title=title,
         protocol=protocol_line(results, novel),
         rows=table_rows(summaries),
-        figures=SHOWN,
-        prevalence={name: results["metrics"][name].get("prevalence") for name in SHOWN},
+        figures=IN_REPORT,
+        prevalence={name: results["metrics"][name].get("prevalence") for name in IN_REPORT},
         bootstrap=results["metrics"].get("bootstrap"),
         by_chance=summaries[detector]["auroc"]["low"] <= 0.5 <= summaries[detector]["auroc"]["high"],
         better=[name for name in comparisons if auroc[name] >= auroc[detector]],
@@ -98,7 +100,7 @@ def table_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, li
     rows = []
     for method, found in summaries.items():
         cells = []
-        for name, figure in SHOWN.items():
+        for name, figure in IN_REPORT.items():
             values = [other[name]["value"] for other in summaries.values()]
             best = len(values) > 1 and found[name]["value"] == (max(values) if figure.more_is_better else min(values))
             cells.append(
@@ -132,17 +134,11 @@ def card(picture: Shown, scale: Scale | None, threshold: float | None) -> dict[s
     error = ""
     if threshold is not None and picture.novel != (picture.score > threshold):
         error = "missed" if picture.novel else "false alarm"
-    return {
-        "key": picture.key,
-        "classes": ", ".join(picture.classes) or "no class",
+    return picture_fields(image, picture.key, picture.classes) | {
         "novel": picture.novel,
         "score": f"{picture.score:.4g}",
         "error": error,
-        "image": page_image(image),
         "overlay": with_map,
-        "width": image.width,
-        "height": image.height,
-        "small": max(image.size) < 128,
     }
 
 

@@ -1,4 +1,4 @@
-"""What settings and reference data set of deep novelty must not be: contradictory, or of known and novel things."""
+"""Refuses contradictory settings of deep novelty, and reference data with known or novel things."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def check_settings(config: Any) -> None:
             "--membership-weight has no effect with --branches joint, which has one softmax: leave it out."
         )
     if config.epochs and config.steps != type(config).steps:
-        raise ValueError("--steps and --epochs were both given: how long to train is one of them.")
+        raise ValueError("--steps and --epochs were both given: give only one.")
     if config.variant == "author_code" and not (config.membership_weight and config.branches != "joint"):
-        raise ValueError("--variant author_code is about the membership loss, which is not taken: leave it out.")
+        raise ValueError("--variant author_code is about the membership loss, which is not used: leave it out.")
 
 
 def check_reference(reference: ShardSet, split: Split) -> None:

@@ -7,30 +7,27 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigtrain.choices import Variant
 
-def membership_loss(logits_BC: Tensor, class_B: Tensor, *, true_class_weight: float = 5.0) -> Tensor:
+
+def membership_loss(
+    logits_BC: Tensor, class_B: Tensor, *, true_class_weight: float = 5.0, wrong_class_weight: float = 1.0
+) -> Tensor:
     """Membership loss, Perera & Patel, CVPR 2019, eq. 3: the true class near 1, every other class near 0.
 
-        mean_B [ w (1 - s_y)^2  +  1/(C-1) * sum_{i != y} s_i^2 ],   s = sigmoid(logits)
+        l_B = w (1 - s_y)^2  +  v / (C-1) * sum_{i != y} s_i^2,   s = sigmoid(logits)
 
     Args:
         logits_BC: raw scores of B images for C >= 2 known classes.
         class_B: the true class, 0 .. C-1.
-        true_class_weight: w, the paper's lambda.
+        true_class_weight, wrong_class_weight: w, the paper's lambda, and v; 1 and 5 in the authors' code.
 
     Returns:
-        A float32 scalar >= 0.
+        loss_B: float32, >= 0.
 
     Raises:
         ValueError: there is one class only.
     """
-    return membership_risk(logits_BC, class_B, true_class_weight=true_class_weight).mean()
-
-
-def membership_risk(
-    logits_BC: Tensor, class_B: Tensor, *, true_class_weight: float = 5.0, wrong_class_weight: float = 1.0
-) -> Tensor:
-    """What `membership_loss` is the mean of: float32 (B,). The authors' code weighs the other term: 1 and 5."""
     classes = logits_BC.shape[1]
     if classes < 2:
         raise ValueError("the membership loss is about wrong classes too, and there is one class: name two at least.")
@@ -49,7 +46,7 @@ def branch_losses(
     membership_weight: float,
     first_reference: int,
     true_class_weight: float = 5.0,
-    wrong_class_weight: float = 1.0,
+    variant: Variant = "paper",
 ) -> dict[str, Tensor]:
     """The terms of eq. 4 for each branch:
 
@@ -59,7 +56,8 @@ def branch_losses(
         logits: of each branch's own images, (B, C); of a joint softmax, over the classes of both.
         class_B: the true class of each, among its branch's.
         ce_weight, membership_weight: alpha 1 and alpha 2.
-        first_reference: the column of the first reference class: 0, or behind the known classes in a joint softmax.
+        true_class_weight, variant: lambda of eq. 3, and of which classes: "author_code" weighs the wrong ones.
+        first_reference: the column of the first reference class: 0, or after the known classes in a joint softmax.
 
     Returns:
         loss_B of each branch, float32.
@@ -71,9 +69,10 @@ def branch_losses(
     }
     losses["known"] = ce_weight * losses["known"]
     if membership_weight:
-        membership_B = membership_risk(
-            logits["known"], class_B["known"],
-            true_class_weight=true_class_weight, wrong_class_weight=wrong_class_weight,
-        )  # fmt: skip
+        weights = (1.0, true_class_weight) if variant == "author_code" else (true_class_weight, 1.0)
+        right, wrong = weights
+        membership_B = membership_loss(
+            logits["known"], class_B["known"], true_class_weight=right, wrong_class_weight=wrong
+        )
         losses["known"] = losses["known"] + membership_weight * membership_B
     return losses

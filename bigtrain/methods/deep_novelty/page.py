@@ -19,22 +19,18 @@ from bigtrain.data.protocol import Split
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
 from bigtrain.evaluation.collect import collect
-from bigtrain.evaluation.report.page import Card, Group, Section, Strip, write_page
+from bigtrain.evaluation.report.page import Group, Section, Strip, card, write_page
+from bigtrain.models.network import Network
 
 Floats = NDArray[np.float64]
 CLASSES, FILTERS, PICTURES = 10, 3, 6  # shown: classes, filters of each kind and class, pictures of each filter
 SHARES = (1.0, 0.9, 0.75, 0.5)  # of the known classes that a filter speaks against
 
 
-def globally_negative(known_CD: Floats, reference_CD: Floats) -> NDArray[np.bool_]:
-    """Which filters speak against every known class and for some reference class: bool (D,)."""
-    return against_most(known_CD, reference_CD, 1.0)
-
-
 def against_most(known_CD: Floats, reference_CD: Floats, share: float) -> NDArray[np.bool_]:
     """Which filters speak against at least a share of the known classes and for some reference class: bool (D,).
 
-    The graded form of `globally_negative`, which is share 1: with many known classes hardly a filter is against all.
+    Share 1 is the paper's globally negative filters; with many known classes hardly any filter is one.
     """
     return np.logical_and((known_CD < 0).mean(axis=0) >= share, (reference_CD > 0).any(axis=0))
 
@@ -46,7 +42,7 @@ def mean_and_interval(value_N: Floats) -> dict[str, float]:
 
 
 def images_by_kind(split: Split, reference: ShardSet) -> dict[str, tuple[ShardSet, NDArray[np.int64]]]:
-    """Known and novel test images, and all reference images: what filters are looked at with."""
+    """Known and novel test images, and all reference images: what filters are examined on."""
     is_known_N = split.protocol.is_known(split.test)[split.test_N]
     return {
         "known": (split.test, split.test_N[is_known_N]),
@@ -60,32 +56,30 @@ def write_filters(
     accelerator: Accelerator,
     streams: Mapping[str, Stream],
     features: Callable[[Tensor], Tensor],
-    *,
-    known_CD: Tensor,
-    reference_CD: Tensor,
-    known_classes: Sequence[str],
-    reference_classes: Sequence[str],
+    network: Network,
 ) -> dict[str, Any]:
     """Look for the globally negative filters of a trained network and write the page; called on all ranks.
 
     Args:
         streams: "known", "novel", "reference" -> images of that kind, unshuffled.
         features: uint8 images to the trunk's features.
-        known_CD, reference_CD: the heads' weights.
+        network: with the heads "known" and "reference".
 
     Returns:
         How many there are; for each kind of image their mean activation, in units of each filter's mean over all
         images, and the mean of what they take from the best known class's score. As "graded", the number and the
         activation of the filters against at least a share of the known classes.
     """
-    known, reference = (weight.detach().double().cpu().numpy() for weight in (known_CD, reference_CD))
+    heads = ("known", "reference")
+    known, reference = (network.heads[name].weight.detach().double().cpu().numpy() for name in heads)
+    known_classes, reference_classes = (network.classes[name] for name in heads)
     found = {kind: collect(accelerator, stream, {"f": features}) for kind, stream in streams.items()}
     activation = {kind: values["f"] for kind, (_, values) in found.items()}
     results = filter_figures(known, reference, activation)
     if accelerator.is_main_process:
         samples = [(streams[kind].shard_set, int(s), kind) for kind, (sample_N, _) in found.items() for s in sample_N]
         everything_ND = np.concatenate(list(activation.values()))
-        is_negative_D = globally_negative(known, reference) & (np.abs(everything_ND).mean(axis=0) > 0)
+        is_negative_D = against_most(known, reference, 1.0) & (np.abs(everything_ND).mean(axis=0) > 0)
         sections = [summary_section(results, {kind: len(own) for kind, own in activation.items()})]
         sections.append(graded_section(results["graded"], list(activation)))
         sections += [
@@ -108,7 +102,8 @@ def filter_figures(known: Floats, reference: Floats, activation: Mapping[str, Fl
     """The record of `write_filters`, from the heads' weights (C, D) and the filters' activations (N, D) by kind."""
     everything_ND = np.concatenate(list(activation.values()))
     scale_D = np.abs(everything_ND).mean(axis=0)
-    is_negative_D = globally_negative(known, reference) & (scale_D > 0)
+    against = {share: against_most(known, reference, share) & (scale_D > 0) for share in SHARES}
+    is_negative_D = against[1.0]
     results: dict[str, Any] = {"globally_negative": int(is_negative_D.sum()), "filters": len(is_negative_D)}
     relative = {kind: own_ND / scale_D.clip(1e-12) for kind, own_ND in activation.items()}
 
@@ -122,7 +117,6 @@ def filter_figures(known: Floats, reference: Floats, activation: Mapping[str, Fl
         for kind, own_ND in activation.items():
             best_N = (own_ND @ known.T).argmax(axis=1)
             results["evidence"][kind] = mean_and_interval((own_ND * known[best_N])[:, is_negative_D].sum(axis=1))
-    against = {share: against_most(known, reference, share) & (scale_D > 0) for share in SHARES}
     results["graded"] = [
         {"share": share, "filters": int(is_against_D.sum()), "activation": mean_activation(is_against_D)}
         for share, is_against_D in against.items()
@@ -138,7 +132,6 @@ def summary_section(results: Mapping[str, Any], counts: Mapping[str, int]) -> Se
         "Activation: of these filters, in units of each one's mean over all pictures here; 1 is no preference. "
         "Evidence: what they add to the score of the known class that answers most. Means with 95 % intervals."
     )
-
     rows = [
         [kind, str(count), cell(results["activation"][kind]), cell(results["evidence"][kind])]
         for kind, count in counts.items()
@@ -153,9 +146,8 @@ def graded_section(graded: Sequence[Mapping[str, Any]], kinds: Sequence[str]) ->
         "novel than on known pictures."
     ]
     rows = [
-        [f"{100 * one['share']:.0f} %", str(one["filters"]), *(cell(one["activation"][kind]) for kind in kinds)]
-        if one["filters"]
-        else [f"{100 * one['share']:.0f} %", "0", *("" for _ in kinds)]
+        [f"{100 * one['share']:.0f} %", str(one["filters"])]
+        + [cell(one["activation"][kind]) if one["filters"] else "" for kind in kinds]
         for one in graded
     ]
     return Section("Filters against most known classes", text, ["against", "filters", *kinds], rows)
@@ -181,11 +173,7 @@ def class_section(
 
     def strip(d: int) -> Strip:
         strongest = np.argsort(-activation_ND[:, d], kind="stable")[:PICTURES]
-        cards = [
-            Card(shard_set, sample, kind, float(activation_ND[n, d]))
-            for n in strongest
-            for shard_set, sample, kind in [samples[n]]
-        ]
+        cards = [card(*samples[int(n)], float(activation_ND[n, d])) for n in strongest]
         for_reference = reference_classes[int(reference_CD[:, d].argmax())]
         label = f"filter {d}, weight {weight_D[d]:+.3g}, against {against_D[d]} of {len(known_CD)} known classes; "
         return Strip(f"{label}of the reference most for {for_reference}", cards)
@@ -196,8 +184,5 @@ def class_section(
     if not negative:
         title = "No filter is globally negative; these speak against most known classes"
         negative = [int(d) for d in np.lexsort((weight_D, -against_D)) if (reference_CD[:, d] > 0).any()][:FILTERS]
-    groups = [
-        Group("Top positive filters", [strip(d) for d in positive]),
-        Group(title, [strip(d) for d in negative]),
-    ]
+    groups = [Group("Top positive filters", [strip(d) for d in positive]), Group(title, [strip(d) for d in negative])]
     return Section(name, groups=groups)

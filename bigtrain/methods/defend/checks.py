@@ -1,4 +1,4 @@
-"""What DEFEND's settings must not be: contradictory, without effect, or unfit for the networks.
+"""Refuses DEFEND's settings that are contradictory, without effect, or unfit for the networks.
 
 `config` is that of recipes/defend.py.
 """
@@ -29,7 +29,7 @@ def check_settings(config: Any) -> None:
             "such as 0.5, or use --predict visible."
         )
     if config.distil_steps and config.distil_epochs != type(config).distil_epochs:
-        raise ValueError("--distil-steps and --distil-epochs were both given: how long to distil is one of them.")
+        raise ValueError("--distil-steps and --distil-epochs were both given: give only one.")
     if config.predict != "visible" and config.decoder_blocks < config.distilled_blocks:
         raise ValueError(
             f"--decoder-blocks is {config.decoder_blocks}, and the tokens of the last {config.distilled_blocks} blocks "

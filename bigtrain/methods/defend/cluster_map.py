@@ -52,6 +52,6 @@ def cluster_map(
     q_TK = sinkhorn(scores_NK, epsilon, iterations, valid_N=valid_N)[first:]
     if len(queue.z_QD):
         z_TD, valid_T = accelerator.gather(z_TD), accelerator.gather(valid_T)
-        queue.push(z_TD[valid_T & z_TD.isfinite().all(dim=1)])  # one that is not would spoil each step to come
+        queue.push(z_TD[valid_T & z_TD.isfinite().all(dim=1)])  # a non-finite one would spoil every later step
     grid = [side // patch_size for side in images[0].shape[-2:]]
     return q_TK.unflatten(0, (len(weight_B), *grid))

@@ -34,7 +34,7 @@ def align_to_crops(assignment_BhwK: Tensor, box_BV4: Tensor, *, patch_size: int,
     image_BV = torch.arange(len(box_BV4), device=box_BV4.device)[:, None].expand(-1, crops)
     roi_R5 = torch.stack([image_BV, left, top, right, bottom], dim=-1).flatten(0, 1)
     map_BKhw = assignment_BhwK.float().permute(0, 3, 1, 2).contiguous()
-    # torchvision.ops.roi_align would take a slow form for the sake of its gradient where torch is to be deterministic
+    # torchvision.ops.roi_align takes a slow path, for its gradient's sake, when torch is deterministic
     out = torch.ops.torchvision.roi_align(map_BKhw, roi_R5, 1 / patch_size, *grid, -1, True)
     return out.flatten(2).transpose(1, 2).unflatten(0, (-1, crops))
 

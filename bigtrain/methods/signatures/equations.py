@@ -19,7 +19,7 @@ def signature_novelty(features_BD: Tensor, signature_CD: Tensor, count: int) -> 
 
         s_B = 1 - max_c sum_{d in top(x)} signature_cd
 
-    The texts at hand say what a signature is and not how it is scored. With rows of 1/count in the class's dimensions
+    Our sources define a signature, but not its score. With rows of 1/count in the class's dimensions
     the sum is the share of them that the image has among its own; other rows weigh them.
 
     Args:

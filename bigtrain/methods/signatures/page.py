@@ -15,7 +15,7 @@ from torch import Tensor
 from bigtrain.data.stream import Stream
 from bigtrain.evaluation.collect import collect
 from bigtrain.evaluation.report.overlays import page_image
-from bigtrain.evaluation.report.page import Card, Group, Section, Strip, write_page
+from bigtrain.evaluation.report.page import Group, Section, Strip, card, write_page
 from bigtrain.methods.signatures.detector import Signatures
 
 PAIRS, DIMENSIONS, PICTURES = 10, 3, 6  # shown: pairs of classes, dimensions of each, pictures of each dimension
@@ -40,17 +40,16 @@ def write_signatures(
     if accelerator.is_main_process:
         has_CD = fitted.signature_CD_ > 0
         classes = [str(name) for name in fitted.classes_]
-        count = fitted.count_
         lead = [
-            f"The signature of a class: the {count} of {fitted.width_} dimensions with its largest mean activations. "
-            "A picture is novel where its own largest activations are in no class's signature."
+            f"The signature of a class: the {fitted.count_} of {fitted.width_} dimensions with its largest mean "
+            "activations. A picture is novel where its own largest activations are in no class's signature."
         ]
         sections = [matrix_section(has_CD, classes)]
 
         def strip(dimension: int) -> Strip:
             strongest = np.argsort(-values["f"][:, dimension], kind="stable")[:PICTURES]
             cards = [
-                Card(images.shard_set, int(sample_N[n]), "known", float(values["f"][n, dimension])) for n in strongest
+                card(images.shard_set, int(sample_N[n]), "known", float(values["f"][n, dimension])) for n in strongest
             ]
             in_classes = int(has_CD[:, dimension].sum())
             return Strip(f"dimension {dimension}, in {in_classes} of {len(classes)} signatures", cards)

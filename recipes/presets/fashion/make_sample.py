@@ -31,7 +31,7 @@ def read_idx(path: Path) -> np.ndarray:
     if magic not in (IMAGES_MAGIC, LABELS_MAGIC):
         raise ValueError(
             f"{path} starts with {magic:#010x}, not with {IMAGES_MAGIC:#010x} (images) or {LABELS_MAGIC:#010x} "
-            "(labels): it is no idx file of Fashion-MNIST. Fetch it again."
+            "(labels): it is not an idx file of Fashion-MNIST. Fetch it again."
         )
     dimensions = magic & 0xFF
     shape = struct.unpack_from(f">{dimensions}I", content, 4)
@@ -54,7 +54,7 @@ def first_of_each_class(label_N: np.ndarray, count: int) -> np.ndarray:
     for label, positions in zip(np.unique(label_N), found, strict=True):
         if len(positions) < count:
             raise ValueError(
-                f"class {label} has {len(positions)} images where {count} are needed: the source is not whole"
+                f"class {label} has {len(positions)} images where {count} are needed: the source is incomplete"
             )
     return np.sort(np.concatenate([positions[:count] for positions in found]))
 

@@ -9,12 +9,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from bigtrain.data.schema import MANIFEST_FILE
 from bigtrain.runtime.settings import read_settings
-
-C = TypeVar("C")
 
 HERE = Path(__file__).parent
 PRESET = HERE.parent / "fashion.toml"
@@ -22,17 +20,16 @@ SHARDS = Path("data") / "fashion"
 OUT = Path("runs") / "fashion"
 
 
-def with_preset(config_class: type[C], argv: Sequence[str], description: str) -> C:
+def with_preset(config_class: type, argv: Sequence[str], *, description: str) -> Any:
     """Settings as given; without --train those of the preset, on the embedded data."""
-    config = read_settings(config_class, argv, description=description)
-    given: Any = config
-    if given.train:
+    config: Any = read_settings(config_class, argv, description=description)
+    if config.train:
         return config
     return with_embedded_data(read_settings(config_class, argv, PRESET, description=description))
 
 
 def is_embedded(config: Any) -> bool:
-    return config.train == str(SHARDS / "train")
+    return (config.train, config.test) == (str(SHARDS / "train"), str(SHARDS / "test"))
 
 
 def with_embedded_data(config: Any) -> Any:
