@@ -23,10 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables.add_argument("--metric", default="auroc", help="a figure of results.json (auroc)")
     tables.add_argument("--plain", action="store_true", help="with a row for each plain figure beside the detectors")
     tables.add_argument(
-        "--against",
-        default="",
-        metavar="AXIS=VALUE",
-        help="add paired differences to the runs with this value",
+        "--against", default="", metavar="AXIS=VALUE", help="add paired differences to the runs with this value"
     )
     given = parser.parse_args(argv)
     if isinstance(sys.stdout, TextIOWrapper):

@@ -11,7 +11,7 @@ the network of the first command, row (a) of 5.4, whose logits serve the methods
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -138,10 +138,8 @@ def rows_of(
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    read = partial(read_split, single_labels=True)
-    run_recipe(Recipe("baselines", Config, __doc__ or "", check, read, load, baselines), argv)
-
+read = partial(read_split, single_labels=True)
+main = partial(run_recipe, Recipe("baselines", Config, __doc__ or "", check, read, load, baselines))
 
 if __name__ == "__main__":
     main()

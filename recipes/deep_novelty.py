@@ -13,7 +13,6 @@ Aims at tables 1 to 3: slurm/sweeps/deep_novelty_table1.toml and on; figures in 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -200,9 +199,7 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
     return setup.leave(LEAVES["train"], network)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    run_recipe(Recipe("deep_novelty", Config, __doc__ or "", check, read, load, deep_novelty, LEAVES), argv)
-
+main = partial(run_recipe, Recipe("deep_novelty", Config, __doc__ or "", check, read, load, deep_novelty, LEAVES))
 
 if __name__ == "__main__":
     main()

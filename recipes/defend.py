@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -270,9 +269,7 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
     return setup.leave(LEAVES["distil"], replace(made, trunk=stage.into(made.vit)))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    run_recipe(Recipe("defend", Config, __doc__ or "", check, read, load, defend, LEAVES, with_preset), argv)
-
+main = partial(run_recipe, Recipe("defend", Config, __doc__ or "", check, read, load, defend, LEAVES, with_preset))
 
 if __name__ == "__main__":
     main()

@@ -13,8 +13,8 @@ ResNet-152: 96.2): slurm/sweeps/panda_cifar10.toml.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bigtrain.choices import HIGHEST_LR, Chosen
@@ -121,9 +121,7 @@ def adapt(config: Config, setup: Setup, split: Split, given: Network) -> Network
     return setup.leave(LEAVES["adapt"], given.with_backbone(trained))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    run_recipe(Recipe("panda", Config, __doc__ or "", check, read_split, load, panda, LEAVES), argv)
-
+main = partial(run_recipe, Recipe("panda", Config, __doc__ or "", check, read_split, load, panda, LEAVES))
 
 if __name__ == "__main__":
     main()

@@ -9,8 +9,8 @@ AdamW, warm-up and cosine. The Finetune of Perera & Patel is row (a) of recipes/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -170,9 +170,7 @@ def pretrain(config: Config, setup: Setup, images: Labelled, given: Network) -> 
     return Result(record, f"top-1 {top1:.3f}, top-5 {top5:.3f} on {count} held-out images", LEAVES["pretrain"])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    run_recipe(Recipe("pretrain", Config, __doc__ or "", check, read_labelled, load, pretrain, LEAVES), argv)
-
+main = partial(run_recipe, Recipe("pretrain", Config, __doc__ or "", check, read_labelled, load, pretrain, LEAVES))
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,6 @@ name none, and the page of what classes share. Figures: recipes/README.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -101,10 +100,8 @@ def class_means(config: Config, setup: Setup, split: Split, extractor: NetworkDe
     return (sum_CD / count_C[:, None]).cpu().numpy()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    read = partial(read_split, single_labels=True)
-    run_recipe(Recipe("signatures", Config, __doc__ or "", check_network, read, load, signatures), argv)
-
+read = partial(read_split, single_labels=True)
+main = partial(run_recipe, Recipe("signatures", Config, __doc__ or "", check_network, read, load, signatures))
 
 if __name__ == "__main__":
     main()

@@ -160,9 +160,7 @@ def card(row: dict[str, Any], group: str, found: Found, colours: dict[str, str])
     for name in sorted(
         {*row["classes"], *(name for *_, name in drawing.boxes)}, key=lambda name: (name != group, name)
     ):
-        made.classes.append(
-            (name, colours.get(name, "#888"), sum(1 for *_, boxed in drawing.boxes if boxed == name)),
-        )
+        made.classes.append((name, colours.get(name, "#888"), sum(1 for *_, boxed in drawing.boxes if boxed == name)))
     try:
         image = Image.fromarray(decode_rgb(found.picture))
     except UnreadableError as reason:

@@ -24,11 +24,7 @@ WIDEST = 1600  # pixels of the matrix
 
 
 def write_signatures(
-    path: Path,
-    accelerator: Accelerator,
-    fitted: Signatures,
-    images: Stream,
-    features: Callable[[Tensor], Tensor],
+    path: Path, accelerator: Accelerator, fitted: Signatures, images: Stream, features: Callable[[Tensor], Tensor]
 ) -> None:
     """Write the page; called on all ranks.
 
