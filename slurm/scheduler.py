@@ -1,8 +1,8 @@
 """All communication with SLURM: asking about jobs, submitting them. Nothing else runs its commands.
 
-Another scheduler (LSF, say) is another module with these functions and their answers (job ids "12" and "12_3",
-JobState, JobRecord, SchedulerError), a choice between the two here, by the commands that there are, and the settings
-that it lacks in cluster.py.
+Another scheduler (LSF, say) is another module with these functions and their answers, a choice between the two here by
+the commands that there are, and the settings that it lacks in cluster.py. It answers in SLURM's words: job ids "12" and
+"12_3", the states of JobState, on_slurm for a job that can be requeued; its logs are named JOB_..._RANK_log.out.
 """
 
 from __future__ import annotations
