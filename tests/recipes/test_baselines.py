@@ -176,7 +176,7 @@ MISTAKES = {
     "no such layer": (["--layer", "layer7"], "no layer 'layer7'; it has "),
     "fine-tuned on other classes": (
         ["--known", "bag", "dress", "--finetuned", "FINETUNED"],
-        "tells other classes apart",
+        "has other classes than",
     ),
     "a percentile of 0": (["--threshold-percentile", "0"], "must be from 0.01 to 99.99"),
     "a network that gives NaN": (["--network", "BROKEN"], "images are NaN or infinite"),

@@ -211,7 +211,7 @@ MISTAKES = {
     "a reference of no use": (["--branches", "one"], "of no use with --branches one"),
     "a percentile of 100": (["--threshold-percentile", "100"], "must be from 0.01 to 99.99"),
     "a percentile below 0": (["--threshold-percentile", "-1"], "must be from 0.01 to 99.99"),
-    "steps and epochs": (["--epochs", "2"], "how long to train is one of them"),
+    "steps and epochs": (["--epochs", "2"], "were both given: give only one"),
     "a view larger than the picture": (["--image-size", "64"], "smaller than --image-size 64"),
     "a variant without effect": (["--variant", "author_code", "--branches", "joint"], "leave it out"),
     "a batch that does not divide": (["--accumulate", "3"], "--accumulate 3 does not divide"),

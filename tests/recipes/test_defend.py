@@ -207,7 +207,7 @@ MISTAKES = {
     "a scale that falls": (["--crop-scale", "0.5", "0.1"], "must not be above the second"),
     "no kernels for it": (["--attention", "xformers"], "it needs CUDA"),
     "a rate beyond fp32": (["--distil-lr", "1e38"], "--distil-lr is 1e+38; it must be from 0 to 1e+30"),
-    "steps and epochs": (["--distil-steps", "9"], "how long to distil is one of them"),
+    "steps and epochs": (["--distil-steps", "9"], "were both given: give only one"),
     "nothing to predict": (["--predict", "hidden", "--mask-ratio", "0"], "leaves nothing to predict"),
     "no hidden patch": (["--predict", "hidden", "--mask-ratio", "0.01"], "hides none of the 16 patches"),
     "no pair": (["--predict", "hidden", "--score-pairs", "0"], "--score-pairs is 0; it must be at least 1"),

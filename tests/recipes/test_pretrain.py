@@ -126,7 +126,7 @@ def test_vit_network_file(flags, shards, tmp_path):
 
 
 MISTAKES = {
-    "both sides": (["--known", "bag", "--novel", "coat"], "both of --known and --novel was given"),
+    "both sides": (["--known", "bag", "--novel", "coat"], "both of --known and --novel given"),
     "tokens of a network without": (["--pool", "both"], "--pool both is about a ViT's tokens"),
     "pictures too small": (["--model", "alexnet"], "does not take pictures of 32 pixels"),
     "a patch of a network without": (["--patch-size", "8"], "settings of a vit_*"),
