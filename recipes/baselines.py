@@ -17,11 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtrain.choices import Chosen
+from bigtrain.choices import Chosen, setting
 from bigtrain.data.protocol import Split
 from bigtrain.detectors.catalogue import EVERY, ON_FEATURES, detector_class
 from bigtrain.models.timm_names import check_source
-from bigtrain.runtime.settings import setting
 from bigtrain.training.mixins import DataMixin, JudgeMixin, NetworkMixin, RunMixin, check_network
 from bigtrain.training.read_split import read_split
 from bigtrain.training.run import Recipe, Result, run_recipe

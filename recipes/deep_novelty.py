@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from bigtrain.choices import HIGHEST_LR, BatchNorm, Chosen, Variant
+from bigtrain.choices import HIGHEST_LR, BatchNorm, Chosen, Variant, setting
 from bigtrain.data.protocol import Split, labels_of, seeded_choice
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.methods.deep_novelty.checks import check_reference, check_settings, overlaps
 from bigtrain.runtime.launch import check_batch
-from bigtrain.runtime.settings import setting
 from bigtrain.text import clean
 from bigtrain.training.mixins import DataMixin, JudgeMixin, NetworkMixin, OptimMixin, RunMixin, check_network
 from bigtrain.training.read_split import read_split

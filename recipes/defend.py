@@ -24,10 +24,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from bigtrain import choices
+from bigtrain.choices import setting
 from bigtrain.data.protocol import Split
 from bigtrain.methods.defend.checks import check_networks, check_settings, kept, student_architecture
 from bigtrain.runtime.launch import check_batch, check_moving_average
-from bigtrain.runtime.settings import setting
 from bigtrain.training.mixins import DataMixin, JudgeMixin, OptimMixin, RunMixin
 from bigtrain.training.read_split import read_split
 from bigtrain.training.run import Recipe, Result, run_recipe

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from bigtrain.choices import HIGHEST_LR, Chosen
+from bigtrain.choices import HIGHEST_LR, Chosen, setting
 from bigtrain.data.protocol import Split, seeded_choice
 from bigtrain.runtime.launch import check_batch
-from bigtrain.runtime.settings import setting
 from bigtrain.training.mixins import DataMixin, JudgeMixin, NetworkMixin, OptimMixin, RunMixin, check_network
 from bigtrain.training.read_split import read_split
 from bigtrain.training.run import Recipe, Result, run_recipe

@@ -14,11 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from bigtrain.choices import HIGHEST_LR, BatchNorm, Chosen, Schedule
+from bigtrain.choices import HIGHEST_LR, BatchNorm, Chosen, Schedule, setting
 from bigtrain.data.protocol import labels_of
 from bigtrain.models.timm_names import LOCAL, check_network_name, check_source
 from bigtrain.runtime.launch import check_batch, check_moving_average
-from bigtrain.runtime.settings import setting
 from bigtrain.training.mixins import OptimMixin, RunMixin
 from bigtrain.training.read_labelled import Labelled, read_labelled
 from bigtrain.training.run import Recipe, Result, run_recipe

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from bigtrain.choices import Chosen, Overlap
+from bigtrain.choices import Chosen, Overlap, setting
 from bigtrain.data.protocol import Split, labels_of, seeded_choice
-from bigtrain.runtime.settings import setting
 from bigtrain.training.mixins import DataMixin, JudgeMixin, NetworkMixin, RunMixin, check_network
 from bigtrain.training.read_split import read_split
 from bigtrain.training.run import Recipe, Result, run_recipe

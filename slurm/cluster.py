@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-from bigtrain.choices import fits
+from bigtrain.choices import check_ranges, checked_values, setting
 from bigtrain.files import read_toml
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
@@ -20,14 +19,15 @@ class Cluster:
     partition: str = ""
     account: str = ""
     qos: str = ""
-    nodes: int = 1
-    gpus_per_node: int = 0  # One process for each; 0: a job without GPUs.
-    tasks_per_node: int = 1  # Processes on a node without GPUs.
-    cpus_per_task: int = 1  # For each process; torch takes as many threads, and the workers that read share them.
-    mem_gb: float = 0.0  # Of each node.
-    timeout_min: int = 60  # Of one attempt; an unfinished run is saved, and the next attempt continues it.
-    signal_delay_s: int = 120  # How long before its time limit a job is asked to save and exit.
-    max_attempts: int = 100  # How many times a job is started at most.
+    nodes: int = setting(1, 1)
+    gpus_per_node: int = setting(0, 0)  # One process for each; 0: a job without GPUs.
+    tasks_per_node: int = setting(1, 1)  # Processes on a node without GPUs.
+    cpus_per_task: int = setting(1, 1)
+    """For each process; torch takes as many threads, and the workers that read share them."""
+    mem_gb: float = setting(0.0, 0)  # Of each node.
+    timeout_min: int = setting(60, 1)  # Of one attempt; an unfinished run is saved, and the next attempt continues it.
+    signal_delay_s: int = setting(120, 1)  # How long before its time limit a job is asked to save and exit.
+    max_attempts: int = setting(100, 1)  # How many times a job is started at most.
     strategy: Strategy = "ddp"  # What several processes share: DDP, or DeepSpeed's ZeRO.
     setup: tuple[str, ...] = ()
     """Shell lines before the processes start: modules, a virtual environment, NCCL_SOCKET_IFNAME."""
@@ -48,11 +48,7 @@ class Cluster:
         """Raises:
         ValueError: a value that no job can have.
         """
-        lowest = {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 1, "timeout_min": 1, "max_attempts": 1}
-        lowest |= {"gpus_per_node": 0, "mem_gb": 0, "signal_delay_s": 1}
-        for name, low in lowest.items():
-            if (value := getattr(self, name)) < low:
-                raise ValueError(f"{where}: {name} is {value}; it must be at least {low}.")
+        check_ranges(self, lambda name: f"{where}: {name}")
         if self.gpus_per_node and self.tasks_per_node > 1:
             raise ValueError(
                 f"{where}: tasks_per_node is for nodes without GPUs; with GPUs there is one process a GPU."
@@ -70,26 +66,9 @@ class Cluster:
         Raises:
             ValueError: an unknown name or a value of another kind.
         """
-        kinds = get_type_hints(Cluster)
         if "max_lives" in given:  # its name in earlier versions
             given["max_attempts"] = given.pop("max_lives")
-        for name, value in given.items():
-            if name not in kinds:
-                near = difflib.get_close_matches(name, kinds, n=2) or sorted(kinds)
-                raise ValueError(f"{where}: there is no setting {name!r}; near it: {', '.join(near)}.")
-            value = given[name] = tuple(value) if isinstance(value, list) else value
-            if not fits(value, kinds[name]):
-                raise ValueError(f"{where}: {name} is {value!r}; it must be {said(kinds[name])}.")
-        return replace(self, **given).checked(where)
-
-
-def said(kind: Any) -> str:
-    """A kind of value in words."""
-    if get_origin(kind) is Literal:
-        return " or ".join(map(repr, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return "a list of strings"
-    return {int: "a whole number", float: "a number", str: "a string"}[kind]
+        return replace(self, **checked_values(where, given, get_type_hints(Cluster))).checked(where)
 
 
 def read_cluster(path: Path) -> Cluster:

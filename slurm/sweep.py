@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -13,13 +12,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bigtrain.choices import checked_values
 from bigtrain.data.protocol import expand
 from bigtrain.data.set_files import read_manifest
 from bigtrain.files import read_toml
 from slurm.cluster import Cluster, read_cluster
 
 KEYS = {
-    "recipe": str, "out": str, "cluster": (str, dict), "max_parallel": int, "protocol": str, "classes": list,
+    "recipe": str, "out": str, "cluster": str | dict, "max_parallel": int, "protocol": str, "classes": list,
     "seeds": list, "settings": dict, "axes": dict, "zip": list, "shared": list,
 }  # fmt: skip
 KEYS_OF_SHARED = {"name": str, "recipe": str, "per": list, "settings": dict, "leaves": dict}
@@ -66,7 +66,7 @@ def plan(path: Path) -> Sweep:
         ValueError: an unknown key, an invalid value, or two identical runs.
     """
     given = read_toml(path, "name a sweep file (shipped ones lie in slurm/sweeps/)")
-    check_keys(str(path), given, KEYS)
+    checked_values(str(path), given, KEYS, "key")
     if "recipe" not in given:
         raise ValueError(f"{path}: recipe is missing: which script runs, such as recipes/defend.py?")
     if (max_parallel := given.get("max_parallel", 100)) < 1:
@@ -119,17 +119,6 @@ def runs_at(
         yield first
     labels = {name: point.label for name, point in points.items()}
     yield Run(name_of(labels), recipe, own, labels, needs=needs)
-
-
-def check_keys(where: str, given: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
-    for name, value in given.items():
-        if name not in keys:
-            near = difflib.get_close_matches(name, keys, n=2) or sorted(keys)
-            raise ValueError(f"{where}: there is no key {name!r}; near it: {', '.join(near)}.")
-        if not isinstance(value, keys[name]) or isinstance(value, bool):
-            kinds = keys[name] if isinstance(keys[name], tuple) else (keys[name],)
-            words = {str: "a string", dict: "a table", list: "a list", int: "a whole number"}
-            raise ValueError(f"{where}: {name} is {value!r}; it must be {' or '.join(words[k] for k in kinds)}.")
 
 
 def axes_of(path: Path, given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, list[Point]]:
@@ -204,7 +193,7 @@ def check_shared(path: Path, shared: Any, axes: Mapping[str, Any]) -> str:
     if not isinstance(shared, dict):
         raise ValueError(f"{path}: shared must be written as [[shared]] tables.")
     where = f"{path}: [[shared]]"
-    check_keys(where, shared, KEYS_OF_SHARED)
+    checked_values(where, shared, KEYS_OF_SHARED, "key")
     if not shared.get("leaves") or "name" not in shared:
         raise ValueError(f'{where} needs name = "…" and leaves = {{setting = "file it leaves"}}.')
     for axis in shared.get("per", []):

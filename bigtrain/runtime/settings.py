@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
-from bigtrain.choices import Tracker, fits
+from bigtrain.choices import RANGE, Tracker, check_ranges, checked_values, reach, setting
 from bigtrain.files import read_toml
 
 PRINT_CONFIG = "--print-config"
-RANGE = "range"
 
 C = TypeVar("C")
-
-
-def setting(default: Any, low: float, high: float = math.inf) -> Any:
-    """A field of a settings dataclass with its range, ends included; of a tuple, the range of each element."""
-    return dataclasses.field(default=default, metadata={RANGE: (low, high)})
 
 
 @dataclass(frozen=True)
@@ -110,26 +102,6 @@ def show_ranges(config_class: type) -> None:
                 owner.__annotations__[name] = Annotated[kind, tyro.conf.arg(metavar=metavar)]
 
 
-def reach(low: float, high: float) -> str:
-    return f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
-
-
-def check_ranges(config: Any) -> None:
-    """Refuse settings outside of their range; a pair must also rise."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            check_ranges(value)
-        if RANGE not in field.metadata:
-            continue
-        low, high = field.metadata[RANGE]
-        values = value if isinstance(value, tuple) else (value,)
-        if not all(low <= v <= high for v in values):
-            raise ValueError(f"--{field.name.replace('_', '-')} is {value}; it must be {reach(low, high)}.")
-        if isinstance(value, tuple) and value[0] > value[1]:
-            raise ValueError(f"--{field.name.replace('_', '-')} is {value}; the first must not be above the second.")
-
-
 def overlay(config: C, path: Path) -> C:
     """Settings of a TOML file over a config; tables are nested groups, and names may also stand at the top."""
     given = read_toml(path, "--config takes a .toml file of settings")
@@ -139,15 +111,7 @@ def overlay(config: C, path: Path) -> C:
     run = {key: flat.pop(key) for key in list(flat) if key in run_kinds}
     group = given.get("run", {})
     run |= group if isinstance(group, dict) else {"run": group}
-    for kinds, values in ((own_kinds, flat), (run_kinds, run)):
-        for key, value in values.items():
-            if key not in kinds:
-                near = difflib.get_close_matches(key, sorted(own_kinds | run_kinds), n=2)
-                raise ValueError(f"{path}: there is no setting {key!r}; near it: {', '.join(near) or 'see --help'}.")
-            values[key] = tuple(value) if isinstance(value, list) else value
-            if not fits(values[key], kinds[key]):
-                kind = kinds[key].__name__ if isinstance(kinds[key], type) else str(kinds[key])
-                raise ValueError(f"{path}: {key} is {value!r}; it must be {kind.removeprefix('typing.')}.")
+    flat, run = checked_values(str(path), flat, own_kinds | run_kinds), checked_values(str(path), run, run_kinds)
     return dataclasses.replace(config, **flat, run=dataclasses.replace(config.run, **run))  # type: ignore[type-var,attr-defined]
 
 

@@ -51,7 +51,7 @@ def start(
     # without it, several processes on a machine without a GPU would form no group
     on_cpu = world_size_of_launch() > 1 and not torch.cuda.is_available() and not asks_for_deepspeed()
     with port_errors(), meeting():
-        accelerator = Accelerator(  # no mixed precision of Accelerate's: see `precision.autocast`
+        accelerator = Accelerator(  # no mixed precision of Accelerate's: see `Setup.autocast`
             step_scheduler_with_optimizer=False,
             mixed_precision="no",
             cpu=on_cpu,

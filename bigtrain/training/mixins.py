@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bigtrain.choices import Precision
+from bigtrain.choices import Precision, setting
 from bigtrain.data.protocol import Half, Order
 from bigtrain.models.timm_names import check_network_name, check_source
-from bigtrain.runtime.settings import RunSettings, setting
+from bigtrain.runtime.settings import RunSettings
 
 
 @dataclass(frozen=True)

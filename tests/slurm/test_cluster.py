@@ -52,7 +52,7 @@ def test_shipped_cluster_files(file):
         ("gpu_per_node = 8", "there is no setting 'gpu_per_node'; near it: gpus_per_node"),
         ("nodes = 0", "nodes is 0; it must be at least 1."),
         ("nodes = true", "nodes is True; it must be a whole number."),
-        ('partition = ["a"]', "partition is ('a',); it must be a string."),
+        ('partition = ["a"]', "partition is ['a']; it must be a string."),
         ('setup = "module load"', "setup is 'module load'; it must be a list of strings."),
         ('strategy = "fsdp"', "strategy is 'fsdp'; it must be 'ddp' or 'zero1' or 'zero2' or 'zero3'."),
         ("gpus_per_node = 2\ntasks_per_node = 2", "tasks_per_node is for nodes without GPUs"),
