@@ -9,7 +9,7 @@
     settings, stages, a run from start to finish        bigtrain.training, on bigtrain.runtime;  recipes/ are the papers
 
 For every package, shards and slurm too: files (one atomic writer), retry (one policy), images and jpeg (from bytes to
-RGB), pages (HTML), text, choices. Each imports only those above it in this list (tests/test_imports.py).
+RGB), pages (HTML), progress, text, choices. Each imports only those above it in this list (tests/test_imports.py).
 WORDS.md has the words.
 
 Axes in tensor names: B images, V views, N patches (n: the visible ones), M patches of a crop, T packed tokens, L

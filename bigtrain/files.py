@@ -92,6 +92,11 @@ def read_toml(path: Path, hint: str) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid TOML: {error}.") from error
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text that are not empty, without spaces around."""
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 def write_text(path: Path, text: str, strength: Strength = "synced") -> None:
     with whole_file(path, strength) as file:
         file.write(text.encode("utf-8", "backslashreplace"))

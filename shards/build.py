@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Sample, Shard
 from bigtrain.data.set_files import read_manifest
 from bigtrain.files import TEMPORARY
+from bigtrain.progress import Progress
 from bigtrain.text import counted
 from shards.adapters import ADAPTERS
 from shards.adapters.about import About
@@ -34,7 +35,6 @@ from shards.labels import as_text
 from shards.location import Location
 from shards.order import keyed, shuffled
 from shards.pack import Part, Task, fingerprint, shard_name, write_shard
-from shards.progress import Progress
 from shards.worker_pool import Done, in_order
 
 # this builder's own notes; no part of the shard contract

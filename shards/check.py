@@ -15,12 +15,12 @@ import pyarrow.compute as pc
 
 from bigtrain.data.schema import MANIFEST_FILE, MASK_SUFFIX, Manifest, Shard
 from bigtrain.data.set_files import read_index, shards_url
+from bigtrain.progress import Progress
 from bigtrain.text import counted
 from shards.build import SKIPPED_FILE
 from shards.existing_set import listed, manifest_of
 from shards.location import Location
 from shards.members import Digested, members
-from shards.progress import Progress
 from shards.worker_pool import Done, in_order
 
 MAX_NAMED = 20  # of one kind in one shard
@@ -113,15 +113,12 @@ def check(url: str, quick: bool = False, workers: int = 1) -> Faults:
                 continue
             yield Done(faults)
 
-    progress = Progress(manifest.samples)
-    try:
-        processes = 1 if quick or tars.of_one_process else min(workers, len(manifest.shards))
+    processes = 1 if quick or tars.of_one_process else min(workers, len(manifest.shards))
+    with Progress(manifest.samples) as progress:
         for shard, (faults, _) in zip(manifest.shards, in_order(content, tasks(), processes), strict=True):
             wrong += faults
             wrong.unnamed += faults.unnamed
             progress.add(shard.samples, shard.bytes, is_new=not quick)
-    finally:
-        progress.close()
     return wrong
 
 

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Shard
+from bigtrain.files import read_lines
+from bigtrain.progress import Progress
 from bigtrain.text import counted
 from shards.adapters.lists import warn
 from shards.build import SKIPPED_FILE, contents_of, write_lines
@@ -25,7 +27,6 @@ from shards.existing_set import listed
 from shards.index_file import IndexWriter, columns_at, hash64, repeated
 from shards.labels import CLASSES_FROM, numbers_first
 from shards.location import Location
-from shards.progress import Progress
 from shards.split import shards_at
 from shards.survey import MAX_NAMED, Survey, Task, survey
 from shards.worker_pool import in_order
@@ -61,9 +62,8 @@ def describe(
     tars = tars_in(place, shards)
     tasks = [Task(place, tar, class_names, classes_from) for tar in tars]
     found = Total()
-    progress = Progress(0)
     made = target.folder is not None and not target.folder.exists()
-    with space_for(str(target)), contextlib.ExitStack() as lock:
+    with space_for(str(target)), contextlib.ExitStack() as lock, Progress(0) as progress:
         target.prepare()
         try:
             lock.enter_context(target.alone())
@@ -83,8 +83,6 @@ def describe(
             if made and target.folder is not None:
                 target.folder.rmdir()
             raise
-        finally:
-            progress.close()
         write_lines(target, SKIPPED_FILE, found.skipped)
         classes = tuple(class_names) if class_names else tuple(sorted(found.classes, key=numbers_first))
         called = name or PurePosixPath(place.path if place.folder is None else str(place.folder.resolve())).name
@@ -225,7 +223,7 @@ def tars_in(place: Location, shards: str | None) -> list[str]:
 def named_tars(shards: str) -> list[str]:
     """The names of a list in braces, or of a file with a name a line."""
     if Path(shards).is_file() and not shards.endswith(".tar"):
-        names = [line.strip() for line in Path(shards).read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = read_lines(Path(shards))
     else:
         import braceexpand  # of webdataset, whose notation it is
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from bigtrain.files import read_lines
+
 CLASSES_FROM = ("members", "folder")
 LABEL_EXTENSIONS = ("json", "cls", "txt")  # the first that a sample has
 MAX_NAME = 200  # characters; a longer .txt is a caption
@@ -70,7 +72,7 @@ def numbers_first(name: str) -> tuple[int, str]:
 
 
 def read_class_names(path: Path) -> list[str]:
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = read_lines(path)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"--class-names {path} must give each class a line of its own, no name twice.")
     return names

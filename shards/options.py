@@ -145,20 +145,19 @@ def add_build_options(sub: Parser) -> None:
         metavar="FRACTION",
         help="stop when more than this share of the pictures is unreadable (default: 0.01; unless 0, one may be)",
     )
-    sub.add_argument(
-        "--workers",
-        type=whole_number,
-        default=cpus(),
-        metavar="N",
-        help="processes; the result is the same (default: the CPUs, at most 8)",
-    )
+    add_workers(sub)
+
+
+def add_workers(sub: Parser) -> None:
+    text = "processes; the result is the same (default: the CPUs, at most 8)"
+    sub.add_argument("--workers", type=whole_number, default=cpus(), metavar="N", help=text)
 
 
 def add_check(commands: Any) -> None:
     checking = commands.add_parser("check", help="verify a shard set; exit code 1 if it has faults")
     checking.add_argument("set", metavar="OUT", help="folder or URL of a shard set")
     checking.add_argument("--quick", action="store_true", help="names, sizes and counts only")
-    checking.add_argument("--workers", type=whole_number, default=cpus(), metavar="N", help="processes, as in build")
+    add_workers(checking)
 
 
 def add_show(commands: Any) -> None:
@@ -219,7 +218,7 @@ def add_index(commands: Any) -> None:
         metavar="NAMES",
         help="the tars by name, 'train-{000..123}.tar' or a file with a name a line; needed for a web server",
     )
-    indexing.add_argument("--workers", type=whole_number, default=cpus(), metavar="N", help="processes, as in build")
+    add_workers(indexing)
     indexing.add_argument(
         "--class-names", metavar="FILE", help="a name a line, for classes that are given as numbers from 0"
     )

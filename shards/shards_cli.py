@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bigtrain.files import read_lines
 from bigtrain.text import counted
 from shards.adapters import ADAPTERS
 from shards.adapters.lists import warn
@@ -76,12 +77,14 @@ def run_show(args: argparse.Namespace) -> int:
 
 
 def run_split(args: argparse.Namespace) -> int:
-    from shards.split import read_lines, split_classes, split_per_class, split_shares
+    from shards.split import split_classes, split_per_class, split_shares
 
     if "://" in args.out:
         raise ValueError(f"--out {args.out} is a URL, and a view is two small local files: write it here, then copy.")
     out, seed = Path(args.out), args.seed or 0
-    classes = args.classes or (read_lines(Path(args.classes_file)) if args.classes_file else None)
+    classes = read_lines(Path(args.classes_file)) if args.classes_file else args.classes
+    if args.classes_file and not classes:
+        raise ValueError(f"--classes-file {args.classes_file} names no class: give each a line.")
     if classes and args.seed is not None:
         raise ValueError("--seed has no effect on a view of classes, which takes all their samples: leave it out.")
     if args.shares:

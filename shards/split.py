@@ -189,14 +189,6 @@ def shards_at(tars: str, view: Path) -> str:
     return f"file://{Path(path).resolve()}"
 
 
-def read_lines(path: Path) -> list[str]:
-    """The class names of a file, one a line."""
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not names:
-        raise ValueError(f"--classes-file {path} names no class: give each a line.")
-    return names
-
-
 def check_new(out: Path) -> None:
     """Refuse to write where something is already."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -16,6 +16,7 @@ import submitit
 from slurm.attempt import Attempt
 from slurm.cluster import Cluster
 from slurm.run_record import RESULTS_FILE, events, record_event
+from slurm.status import print_from
 
 NO_LIMIT_MIN = 60 * 24 * 365
 
@@ -71,19 +72,6 @@ def outcome(run: Path) -> str:
         return "finished"
     last: dict[str, Any] = next(iter(reversed(events(run))), {})
     return f"{last.get('event', 'nothing')}: {last.get('error') or last.get('why') or ''}".rstrip(": ")
-
-
-def print_from(log: Path, place: int) -> int:
-    """Print what was added to a log."""
-    try:
-        with log.open("rb") as file:
-            file.seek(place)
-            added = file.read()
-    except FileNotFoundError:
-        return place
-    sys.stdout.buffer.write(added)
-    sys.stdout.flush()
-    return place + len(added)
 
 
 def run_in_this_process(recipe: Path, flags: Sequence[str]) -> None:

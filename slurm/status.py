@@ -180,16 +180,24 @@ def follow(files: Sequence[Path], until_ended: Sequence[Path]) -> None:
     looked = 0.0
     while True:
         for file, place in places.items():
-            with file.open("rb") as opened:
-                opened.seek(place)
-                added = opened.read()
-            places[file] = place + len(added)
-            print(clean_log(added.decode(errors="replace")), end="", flush=True)
+            places[file] = print_from(file, place)
         if time.monotonic() - looked > 5:
             looked = time.monotonic()
             if not any(one.is_live for one in statuses(until_ended)):
                 return
         time.sleep(0.5)
+
+
+def print_from(log: Path, place: int) -> int:
+    """Print what was added to a log, if it is there yet; how long it is now."""
+    try:
+        with log.open("rb") as file:
+            file.seek(place)
+            added = file.read()
+    except FileNotFoundError:
+        return place
+    print(clean_log(added.decode(errors="replace")), end="", flush=True)
+    return place + len(added)
 
 
 def clean_log(text: str) -> str:

@@ -12,7 +12,7 @@ from tests.launching import ENVIRONMENT
 TOP = Path(__file__).parents[1]
 OURS = ("bigtrain", "recipes", "shards", "slurm")
 FILES = {str(f.relative_to(TOP)): f for top in OURS for f in sorted((TOP / top).rglob("*.py"))}
-GROUND = ["choices", "files", "images", "jpeg", "pages", "retry", "text"]
+GROUND = ["choices", "files", "images", "jpeg", "pages", "progress", "retry", "text"]
 FLOORS = {  # of bigtrain, from the ground up: each imports itself and what is named
     **dict.fromkeys(GROUND, ()),
     "data": (),

@@ -116,12 +116,7 @@ def judge(
         **{name: estimate._asdict() for name, estimate in further.items()},
         "comparisons": {name: its for name, (_, its) in comparisons.items()},
         "threshold": rates(threshold, scored),
-        "dataset": split.test.manifest.dataset,
-        "known": list(split.protocol.known),
-        "novel": list(split.protocol.novel),
-        "seed": seed,
-        "held_out_known": len(known_N),
-        "skipped": skipped,  # key -> why it could not be decoded
+        **judged_images(split, seed, len(known_N), skipped),
     }
     if accelerator.is_main_process:
         detector.save(folder / "detector")
@@ -139,6 +134,18 @@ def judge(
         )
     accelerator.wait_for_everyone()
     return results
+
+
+def judged_images(split: Split, seed: int, held_out_known: int, skipped: Mapping[str, Any]) -> dict[str, Any]:
+    """What results.json says of the images behind its figures."""
+    return {
+        "dataset": split.test.manifest.dataset,
+        "known": list(split.protocol.known),
+        "novel": list(split.protocol.novel),
+        "seed": seed,
+        "held_out_known": held_out_known,
+        "skipped": skipped,  # key -> why it could not be decoded
+    }
 
 
 def scored_and_classified(detector: ImageDetector, has_classes: bool, image_B3HW: Tensor) -> Tensor:

@@ -104,11 +104,8 @@ class ViT(nn.Module):
 
     def __init__(self, backbone: VisionTransformer, *, attention: Backend = "auto", decoder_blocks: int = 0) -> None:
         super().__init__()
-        if decoder_blocks > len(backbone.blocks):
-            raise ValueError(
-                f"a decoder of {decoder_blocks} blocks was asked for, of a network with {len(backbone.blocks)}; use 1 "
-                f"to {len(backbone.blocks)}."
-            )
+        if decoder_blocks:
+            check_blocks("decoder_blocks", decoder_blocks, backbone)
         self.backbone = backbone
         self.attention_backend = attention
         self.recompute = False
@@ -181,16 +178,14 @@ class ViT(nn.Module):
 
     def _check_last(self, last: int, *, is_masked: bool) -> int | None:
         """Refuse a `last` beyond the blocks; return the one before which hidden patches come back, if any."""
-        depth = len(self.backbone.blocks)
-        if not 1 <= last <= depth:
-            raise ValueError(f"the last {last} blocks were asked for, of a network with {depth}; use 1 to {depth}.")
+        check_blocks("last", last, self.backbone)
         if not (self.decoder_blocks and is_masked):
             return None
         if last > self.decoder_blocks:
             raise ValueError(
                 f"the last {last} blocks were asked for at hidden patches, which {self.decoder_blocks} complete."
             )
-        return depth - self.decoder_blocks
+        return len(self.backbone.blocks) - self.decoder_blocks
 
     def _embed(self, images_B3HW: Tensor) -> Tensor:
         """Patches, positions (resampled where the size is not the network's own), prefix tokens: (B, prefix + N, D)."""
@@ -250,6 +245,13 @@ def _drop_path(x_TD: Tensor, drop: nn.Module, sequences: Sequences) -> Tensor:
     parts = zip(keep_S.split([count for count, _ in sequences]), sequences, strict=True)
     keep_T = torch.cat([keep.repeat_interleave(length) for keep, (_, length) in parts])
     return x_TD * (keep_T[:, None].to(x_TD.dtype) / (1 - probability))
+
+
+def check_blocks(what: str, count: int, backbone: VisionTransformer, of: str = "network") -> None:
+    """Refuse a number of blocks that a network does not have."""
+    depth = len(backbone.blocks)
+    if not 1 <= count <= depth:
+        raise ValueError(f"{what} is {count}, and the {of} has {depth} blocks: use 1 to {depth}.")
 
 
 def check_image_size(size: Sequence[int], patch_size: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +22,10 @@ from bigtrain.detectors.network_detector import NetworkDetector
 from bigtrain.files import remove_unfinished
 from bigtrain.models.network import Network
 from bigtrain.models.weights import read_tensors, save_tensors
-from bigtrain.text import clock
+from bigtrain.progress import Progress
 
 if TYPE_CHECKING:
     from bigtrain.training.run_setup import Setup
-
-LINE_EVERY_S = 10.0
 
 
 class Features(NamedTuple):
@@ -106,20 +103,14 @@ def extracted(folder: Path, setup: Setup, source: Source, shard_set: ShardSet, s
     parts = np.split(missing_N, range(source.part, len(missing_N), source.part)) if len(missing_N) else []
     budget = ErrorBudget(shard_set, len(sample_N))
     rank, world_size = setup.accelerator.process_index, setup.accelerator.num_processes
-    began = last_line = time.monotonic()
-    for first in range(0, len(parts), world_size):
-        if first + rank < len(parts):
-            compute_part(place, setup, source, shard_set, parts[first + rank], budget)
-        setup.heartbeat.mark(f"computed {source.name}, part {first + rank} of {len(parts)}")
-        setup.stop.leave_if_asked()
-        if time.monotonic() - last_line > LINE_EVERY_S:
-            last_line = time.monotonic()
-            done = min((first + world_size) * source.part, len(missing_N))
-            rate = done / (last_line - began)
-            setup.accelerator.print(
-                f"{source.name} of {shard_set.manifest.dataset}  {done}/{len(missing_N)} images  {rate:.0f} images/s  "
-                f"left {clock((len(missing_N) - done) / rate)}"
-            )
+    name = f"{source.name} of {shard_set.manifest.dataset}"
+    with Progress(len(missing_N), name, is_shown=setup.accelerator.is_main_process) as progress:
+        for first in range(0, len(parts), world_size):
+            if first + rank < len(parts):
+                compute_part(place, setup, source, shard_set, parts[first + rank], budget)
+            setup.heartbeat.mark(f"computed {source.name}, part {first + rank} of {len(parts)}")
+            setup.stop.leave_if_asked()
+            progress.add(sum(map(len, parts[first : first + world_size])))
     setup.accelerator.wait_for_everyone()
     found = read_parts(place)
     kept, features_ND = found.of(np.sort(sample_N))

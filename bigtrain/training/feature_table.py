@@ -18,11 +18,11 @@ from bigtrain.detectors.classical.logits import MaxLogit
 from bigtrain.detectors.feature_detector import FeatureDetector, checked
 from bigtrain.detectors.image_detector import calibrated
 from bigtrain.detectors.network_detector import NetworkDetector
-from bigtrain.evaluation.judge import Scored, class_figures, rates, write_scores
+from bigtrain.evaluation.judge import Scored, class_figures, judged_images, rates, write_scores
 from bigtrain.evaluation.metrics import IN_REPORT, summary
 from bigtrain.evaluation.report.page import Section, write_page
-from bigtrain.text import clock
-from bigtrain.training.feature_cache import LINE_EVERY_S, Source, extracted
+from bigtrain.progress import Progress
+from bigtrain.training.feature_cache import Source, extracted
 from bigtrain.training.run_setup import Setup
 
 SCORED_AT_ONCE = 256
@@ -111,16 +111,11 @@ def score_rows(setup: Setup, rows: Mapping[str, Row], *, quantile: float, save: 
 def score(name: str, detector: FeatureDetector, features_ND: NDArray[np.float32]) -> NDArray[np.float64]:
     """The novelty of these images, with a progress line now and then: local KNFST solves an eigenproblem for each."""
     checked(features_ND)  # as a whole: in chunks it would count only one chunk's
-    began = last_line = time.monotonic()
     scores = [np.zeros(0)]
-    for first in range(0, len(features_ND), SCORED_AT_ONCE):
-        scores.append(detector.score(features_ND[first : first + SCORED_AT_ONCE]))
-        done = min(first + SCORED_AT_ONCE, len(features_ND))
-        if time.monotonic() - last_line > LINE_EVERY_S and done < len(features_ND):
-            last_line = time.monotonic()
-            rate = done / (last_line - began)
-            left = clock((len(features_ND) - done) / rate)
-            print(f"{name}  {done}/{len(features_ND)} images  {rate:.1f} images/s  left {left}", flush=True)
+    with Progress(len(features_ND), name) as progress:
+        for first in range(0, len(features_ND), SCORED_AT_ONCE):
+            scores.append(detector.score(features_ND[first : first + SCORED_AT_ONCE]))
+            progress.add(len(scores[-1]))
     return np.concatenate(scores)
 
 
@@ -164,16 +159,8 @@ class Table:
 
     def results(self, method: str) -> dict[str, Any]:
         """The record of results.json."""
-        return {
-            "method": method,
-            "detectors": self.figures,
-            "dataset": self.split.test.manifest.dataset,
-            "known": list(self.split.protocol.known),
-            "novel": list(self.split.protocol.novel),
-            "seed": self.seed,
-            "held_out_known": len(self.seen.held_out_N),
-            "skipped": self.seen.skipped,
-        }
+        images = judged_images(self.split, self.seed, len(self.seen.held_out_N), self.seen.skipped)
+        return {"method": method, "detectors": self.figures, **images}
 
     def write_scores(self, path: Path) -> None:
         write_scores(path, [part for name in self.rows for part in self._scored(name)])

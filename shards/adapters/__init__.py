@@ -1,13 +1,15 @@
 """Dataset adapters: one file a dataset, which answers one question: what are the samples?
 
 Each has `about(root, split, **options)`, which finds a wrong root before anything is written, and
-`samples(root, split, **options)`, an iterator in an order that is the same every time.
+`samples(root, split, **options)`, an iterator in an order that is the same every time; LAYOUT, what --root must be, in
+a line; and OPTIONS, its own options of the command line, where it has some.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 from bigtrain.data.schema import Sample
@@ -53,23 +55,25 @@ class Adapter:
     doc: str = ""
 
 
+def of_module(module: ModuleType, split: str | None = "train") -> Adapter:
+    return Adapter(module.about, module.samples, module.LAYOUT, split, getattr(module, "OPTIONS", {}))
+
+
 ADAPTERS: dict[str, Adapter] = {
-    "folder": Adapter(folder.about, folder.samples, folder.LAYOUT),
-    "mnist": Adapter(mnist.about, mnist.samples, mnist.LAYOUT, options=mnist.OPTIONS),
+    "folder": of_module(folder),
+    "mnist": of_module(mnist),
     "cifar10": Adapter(CIFAR10.about, CIFAR10.samples, CIFAR10.layout, doc=CIFAR10.doc),
     "cifar100": Adapter(CIFAR100.about, CIFAR100.samples, CIFAR100.layout, options=cifar.OPTIONS, doc=CIFAR100.doc),
-    "coco": Adapter(coco.about, coco.samples, coco.LAYOUT, split="train2017"),
-    "voc": Adapter(voc.about, voc.samples, voc.LAYOUT, options=voc.OPTIONS),
-    "imagenet": Adapter(imagenet.about, imagenet.samples, imagenet.LAYOUT),
-    "places365": Adapter(places365.about, places365.samples, places365.LAYOUT, options=places365.OPTIONS),
-    "caltech256": Adapter(
-        caltech256.about, caltech256.samples, caltech256.LAYOUT, split="all", options=caltech256.OPTIONS
-    ),
-    "cub200": Adapter(cub200.about, cub200.samples, cub200.LAYOUT, options=cub200.OPTIONS),
-    "stanford_dogs": Adapter(stanford_dogs.about, stanford_dogs.samples, stanford_dogs.LAYOUT),
-    "mvtec": Adapter(mvtec.about, mvtec.samples, mvtec.LAYOUT, options=mvtec.OPTIONS),
-    "visa": Adapter(visa.about, visa.samples, visa.LAYOUT, options=visa.OPTIONS),
-    "fonts": Adapter(fonts.about, fonts.samples, fonts.LAYOUT, split="all", options=fonts.OPTIONS),
-    "table": Adapter(table.about, table.samples, table.LAYOUT, split="all", options=table.OPTIONS),
-    "mosaic": Adapter(mosaic.about, mosaic.samples, mosaic.LAYOUT, split=None, options=mosaic.OPTIONS),
+    "coco": of_module(coco, split="train2017"),
+    "voc": of_module(voc),
+    "imagenet": of_module(imagenet),
+    "places365": of_module(places365),
+    "caltech256": of_module(caltech256, split="all"),
+    "cub200": of_module(cub200),
+    "stanford_dogs": of_module(stanford_dogs),
+    "mvtec": of_module(mvtec),
+    "visa": of_module(visa),
+    "fonts": of_module(fonts, split="all"),
+    "table": of_module(table, split="all"),
+    "mosaic": of_module(mosaic, split=None),
 }

@@ -32,9 +32,7 @@ def about(root: Path, split: str, masks: bool = False) -> About:
     root, birds = read(root, split)
     place = root / "images"
     everything = birds if split == "all" else read(root, "all")[1]
-    by_class: dict[str, list[str]] = {}
-    for name in everything:
-        by_class.setdefault(name.partition("/")[0], []).append(name)
+    by_class = folder.grouped((name.partition("/")[0], name) for name in everything)
     agree(everything, folder.files_in(place), "the owners' list", place)
     folder.refuse_twins(place, by_class)
     classes = sorted(set(everything.values()))
@@ -57,10 +55,8 @@ def samples(root: Path, split: str, masks: bool = False) -> Iterator[Sample]:
     """Yield one picture of each class in turn; Black_footed_Albatross/<file> is the key."""
     root, birds = read(root, split)
     box_of_picture = boxes(root, birds)
-    by_class: dict[str, list[str]] = {name: [] for name in sorted(set(birds.values()))}
-    for name, class_name in birds.items():
-        by_class[class_name].append(name)
-    for class_name, name in folder.in_turn(by_class):
+    by_class = folder.grouped((class_name, name) for name, class_name in birds.items())
+    for class_name, name in folder.in_turn(dict(sorted(by_class.items()))):
         yield Sample(
             key=f"{class_name}/{folder.stem(name.rpartition('/')[2])}",
             image=root / "images" / name,

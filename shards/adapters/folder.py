@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,10 +54,18 @@ def sample(root: Path, name: str, class_name: str, key: str = "") -> Sample:
     return Sample(key or stem(name), root / name, extension(name), [Object(class_name)], source=name)
 
 
-def names_by_class(root: Path) -> dict[str, list[str]]:
+def names_by_class(root: Path, is_class: Callable[[str], bool] = bool) -> dict[str, list[str]]:
     """Class folders by name, each with its pictures at any depth as names in the root; empty ones are left out."""
-    found = {folder: sorted(files_in(root, f"{folder}/")) for folder in class_folders(root)}
+    found = {folder: sorted(files_in(root, f"{folder}/")) for folder in filter(is_class, class_folders(root))}
     return {folder: names for folder, names in found.items() if names}
+
+
+def grouped(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    """From (class, picture) to the pictures of each class."""
+    by_class: dict[str, list[T]] = {}
+    for class_name, picture in pairs:
+        by_class.setdefault(class_name, []).append(picture)
+    return by_class
 
 
 def class_folders(root: Path) -> list[str]:

@@ -7,6 +7,7 @@ several links to a file one. A class is named by family and style. All fonts sho
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator
@@ -150,14 +151,16 @@ def fonts_by_name(root: Path) -> tuple[dict[str, Path], dict[Path, int]]:
     return dict(sorted(found.items())), collections
 
 
-def opened(path: Path) -> Any:
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
     """The font, or the first of a collection."""
     try:
         from fontTools.ttLib import TTFont
     except ImportError as error:
         raise ImportError("`build fonts` needs fontTools: install it with `pip install bigtrain[fonts]`.") from error
     try:
-        return TTFont(path, fontNumber=0, lazy=True)
+        with TTFont(path, fontNumber=0, lazy=True) as font:
+            yield font
     except Exception as error:  # fontTools raises nearly anything on a damaged file
         raise unreadable(path, error) from error
 
@@ -169,21 +172,15 @@ def unreadable(path: Path, error: Exception) -> ValueError:
 def name_of(path: Path) -> tuple[str, int]:
     """Family and style, such as "IPAexGothic Regular", and how many more fonts its file holds."""
     with opened(path) as font:
-        try:
-            names = (font["name"].getBestFamilyName(), font["name"].getBestSubFamilyName())
-            more = font.reader.numFonts - 1 if path.suffix.lower() == ".ttc" else 0
-        except Exception as error:
-            raise unreadable(path, error) from error
+        names = (font["name"].getBestFamilyName(), font["name"].getBestSubFamilyName())
+        more = font.reader.numFonts - 1 if path.suffix.lower() == ".ttc" else 0
     return " ".join(" ".join(filter(None, names)).split()) or path.stem, more
 
 
 def lacked(path: Path, characters: str) -> str:
     """The characters that a font does not map, or maps to a glyph without ink or that cannot be drawn."""
     with opened(path) as font:
-        try:
-            mapped = font.getBestCmap() or {}
-        except Exception as error:
-            raise unreadable(path, error) from error
+        mapped = font.getBestCmap() or {}
     return "".join(c for c in characters if ord(c) not in mapped or is_blank(path, c))
 
 

@@ -9,6 +9,7 @@ ILSVRC/Annotations/ is there.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,21 +109,15 @@ def pictures(root: Path, split: str) -> tuple[Path, dict[str, list[str]]]:
 
 def wnids_in(place: Path) -> dict[str, list[str]]:
     """Folders named as a wnid, n and digits, with their pictures."""
-    if not place.is_dir():
-        return {}
-    wnids = [name for name in folder.class_folders(place) if name[0] == "n" and name[1:].isdigit()]
-    found = {wnid: sorted(folder.files_in(place, f"{wnid}/")) for wnid in wnids}
-    return {wnid: names for wnid, names in found.items() if names}
+    is_wnid = re.compile(r"n\d+").fullmatch
+    return folder.names_by_class(place, lambda name: bool(is_wnid(name))) if place.is_dir() else {}
 
 
 def listed(place: Path, labels: dict[str, str], listing: Path) -> dict[str, list[str]]:
     if not place.is_dir():
         raise FileNotFoundError(f"{place} is missing: --root must be {LAYOUT}.")
     agree(labels, folder.loose_pictures(place), listing, place)
-    by_wnid: dict[str, list[str]] = {}
-    for name, wnid in labels.items():
-        by_wnid.setdefault(wnid, []).append(name)
-    return by_wnid
+    return folder.grouped((wnid, name) for name, wnid in labels.items())
 
 
 def tiny_labels(path: Path) -> tuple[dict[str, str], Path]:

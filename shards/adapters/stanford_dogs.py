@@ -27,9 +27,7 @@ LISTS = {"train": "train_list.mat", "test": "test_list.mat", "all": "file_list.m
 def about(root: Path, split: str) -> About:
     files = listed(root, split)
     place = root / "Images"
-    by_class: dict[str, list[str]] = {}
-    for name in files if split == "all" else listed(root, "all"):
-        by_class.setdefault(class_of_file(name), []).append(name)
+    by_class = folder.grouped((class_of_file(name), name) for name in listed(root, "all"))
     everything = [name for names in by_class.values() for name in names]
     agree(everything, folder.files_in(place), root / LISTS["all"], place)
     if unknown := sorted(set(files) - set(everything)):
@@ -51,10 +49,8 @@ def about(root: Path, split: str) -> About:
 
 def samples(root: Path, split: str) -> Iterator[Sample]:
     """Yield one picture of each class in turn; Chihuahua/<file> is the key."""
-    by_class: dict[str, list[str]] = {}
-    for name in listed(root, split):
-        by_class.setdefault(class_of_file(name), []).append(name)
-    for class_name, name in folder.in_turn({name: by_class[name] for name in sorted(by_class)}):
+    by_class = folder.grouped((class_of_file(name), name) for name in listed(root, split))
+    for class_name, name in folder.in_turn(dict(sorted(by_class.items()))):
         boxes = boxes_in(root / "Annotation" / folder.stem(name))
         yield Sample(
             key=f"{class_name}/{folder.stem(name.rpartition('/')[2])}",

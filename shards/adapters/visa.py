@@ -16,7 +16,7 @@ from typing import Any
 from bigtrain.data.schema import Object, Sample
 from shards.adapters import mvtec
 from shards.adapters.about import About
-from shards.adapters.folder import extension, files_in, in_turn
+from shards.adapters.folder import extension, files_in, grouped, in_turn
 from shards.adapters.lists import compare
 from shards.keys import inside
 
@@ -63,11 +63,8 @@ def samples(root: Path, split: str, category: str = "all", setup: str = "1cls") 
         yield from mvtec.samples(root, split, category)
         return
     row_of = {inside(root, row["image"]): row for row in rows_of(listing, split, category)}
-    by_class: dict[str, list[Path]] = {}
-    for path, row in row_of.items():
-        prefix = f"{row['object']}/" if category == "all" else ""
-        by_class.setdefault(prefix + row["label"], []).append(path)
-    for name, path in in_turn({name: sorted(by_class[name]) for name in sorted(by_class)}):
+    names = ((f"{row['object']}/" if category == "all" else "") + row["label"] for row in row_of.values())
+    for name, path in in_turn(grouped(sorted(zip(names, row_of, strict=True)))):
         row = row_of[path]
         yield Sample(
             key=f"{row['object']}/{split}/{row['label']}/{path.stem}",

@@ -64,7 +64,7 @@ def test_tuner_projected_tokens(tuner):
 @pytest.mark.parametrize("blocks", [0, 3])
 def test_tuner_block_range(network, blocks):
     """Neither no blocks nor more blocks than there are can be tuned."""
-    with pytest.raises(ValueError, match=f"the last {blocks} blocks were to be tuned, of a network with 2; use 1 to"):
+    with pytest.raises(ValueError, match=f"tuned_blocks is {blocks}, and the network has 2 blocks: use 1 to 2"):
         DenseTuner(network(depth=2)[1], 5, blocks)
 
 

@@ -58,7 +58,7 @@ def test_last_blocks(network):
     for ours, theirs in zip(encoded.blocks_LBND[:2], blocks[:2], strict=True):
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(encoded.tokens_BND, net.norm(blocks[2]))
-    with pytest.raises(ValueError, match="the last 5 blocks were asked for, of a network with 4"):
+    with pytest.raises(ValueError, match="last is 5, and the network has 4 blocks: use 1 to 4"):
         vit(images(), last=5)
 
 
@@ -356,7 +356,7 @@ def test_completes_what_is_hidden():
 
 
 def test_too_deep_decoder():
-    with pytest.raises(ValueError, match="a decoder of 4 blocks was asked for, of a network with 3; use 1 to 3"):
+    with pytest.raises(ValueError, match="decoder_blocks is 4, and the network has 3 blocks: use 1 to 3"):
         masked_student(SMALL, decoder_blocks=4)
     with pytest.raises(ValueError, match="the last 2 blocks were asked for at hidden patches"):
         masked_student(SMALL, decoder_blocks=1)(images(), visible_BN=half_visible(2, 16), last=2)
@@ -370,7 +370,7 @@ def test_pair_mismatch(network):
         check_pair(teacher, network("vit_small_patch16_224")[1], last=1)
     with pytest.raises(ValueError, match="teacher's patch size is 8 and the student's 16"):
         check_pair(teacher, network(patch_size=16)[1], last=1)
-    with pytest.raises(ValueError, match="the last 3 blocks were to be distilled, of networks with 2"):
+    with pytest.raises(ValueError, match=r"--distilled-blocks is 3, and the (teacher|student) has 2 blocks"):
         check_pair(teacher, network(depth=3)[1], last=3)
 
 

@@ -198,7 +198,10 @@ MISTAKES = {
     "an empty batch": (["--tune-batch", "0"], "--tune-batch is 0"),
     "no such file": (["--teacher", "missing.safetensors"], "does not exist"),
     "too many tuned blocks": (["--tuned-blocks", "9"], "the teacher has 2 blocks"),
-    "too many distilled blocks": (["--distilled-blocks", "3"], "networks with 2"),
+    "too many distilled blocks": (
+        ["--distilled-blocks", "3"],
+        "--distilled-blocks is 3, and the teacher has 2 blocks: use 1 to 2.",
+    ),
     "another width": (["--student", "vit_small_patch16_224"], "width is 192"),
     "everything masked": (["--mask-ratio", "1"], "--mask-ratio is 1.0; it must be from 0 to 0.99"),
     "no epoch": (["--distil-epochs", "0"], "--distil-epochs is 0; it must be at least 1"),
@@ -213,7 +216,7 @@ MISTAKES = {
     "no pair": (["--predict", "hidden", "--score-pairs", "0"], "--score-pairs is 0; it must be at least 1"),
     "too deep a decoder": (
         ["--predict", "hidden", "--decoder-blocks", "3"],
-        "--decoder-blocks is 3, and the student has 2 blocks, the last of which complete the hidden patches: use 1",
+        "--decoder-blocks is 3, and the student has 2 blocks: use 1 to 2",
     ),
     "too shallow a decoder": (
         ["--predict", "all", "--distilled-blocks", "3"],

@@ -47,15 +47,12 @@ def check_networks(config: Any, given: Network, precision: Chosen, device_type: 
     from bigtrain.methods.defend.masks import visible_count
     from bigtrain.methods.defend.network import check_pair, masked_student
     from bigtrain.models.attention import resolve_backend, torch_dtype
-    from bigtrain.models.vit import check_image_size
+    from bigtrain.models.vit import check_blocks, check_image_size
 
-    depth = len(given.vit.backbone.blocks)
     for side in (config.image_size, config.crop_size) if config.tune else (config.image_size,):
         check_image_size((side, side), given.vit.patch_size)
-    if config.tune and config.tuned_blocks > depth:
-        raise ValueError(
-            f"--tuned-blocks is {config.tuned_blocks}, and the teacher has {depth} blocks: use 1 to {depth}."
-        )
+    if config.tune:
+        check_blocks("--tuned-blocks", config.tuned_blocks, given.vit.backbone, "teacher")
     if not given.vit.backbone.has_class_token:
         if kept(config) != "random" and config.mask_ratio > 0:
             raise ValueError("the teacher has no [CLS] token, whose attention guides the mask: use --keep random.")
@@ -67,12 +64,8 @@ def check_networks(config: Any, given: Network, precision: Chosen, device_type: 
     check_pair(given.vit, student, config.distilled_blocks)
     if config.predict == "visible":
         return
-    blocks, patches = len(student.backbone.blocks), math.prod(student.backbone.patch_embed.grid_size)
-    if config.decoder_blocks > blocks:
-        raise ValueError(
-            f"--decoder-blocks is {config.decoder_blocks}, and the student has {blocks} blocks, the last of which "
-            f"complete the hidden patches: use 1 to {blocks}."
-        )
+    check_blocks("--decoder-blocks", config.decoder_blocks, student.backbone, "student")
+    patches = math.prod(student.backbone.patch_embed.grid_size)
     if patches - visible_count(patches, config.mask_ratio) == 0 or patches < 2:
         raise ValueError(
             f"--mask-ratio {config.mask_ratio} hides none of the {patches} patches of a picture of {config.image_size} "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bigtrain.choices import Backend
 from bigtrain.models.lean_timm import timm
 from bigtrain.models.network import Network
-from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.vit import Architecture, ViT, check_blocks
 
 
 class ProjectionHead(nn.Sequential):
@@ -50,14 +50,10 @@ class DenseTuner(nn.Module):
 
     def __init__(self, vit: ViT, prototypes: int, tuned_blocks: int) -> None:
         super().__init__()
-        depth = len(vit.backbone.blocks)
-        if not 1 <= tuned_blocks <= depth:
-            raise ValueError(
-                f"the last {tuned_blocks} blocks were to be tuned, of a network with {depth}; use 1 to {depth}."
-            )
+        check_blocks("tuned_blocks", tuned_blocks, vit.backbone)
         self.vit, self.head, self.prototypes = vit, ProjectionHead(vit.width), Prototypes(prototypes)
         vit.requires_grad_(False)
-        vit.backbone.blocks[depth - tuned_blocks :].requires_grad_(True)
+        vit.backbone.blocks[-tuned_blocks:].requires_grad_(True)
 
     def forward(self, *views: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Project patch tokens and compare them with the prototypes; all views are encoded in one packed pass.
@@ -108,9 +104,8 @@ def check_pair(teacher: ViT, student: ViT, last: int) -> None:
             raise ValueError(
                 f"the teacher's {what} is {of_teacher} and the student's {of_student}; they must be equal."
             )
-    depth = min(len(net.backbone.blocks) for net in (teacher, student))
-    if last > depth:
-        raise ValueError(f"the last {last} blocks were to be distilled, of networks with {depth}; use 1 to {depth}.")
+    for vit, of in ((teacher, "teacher"), (student, "student")):
+        check_blocks("--distilled-blocks", last, vit.backbone, of)
 
 
 def masked_student(

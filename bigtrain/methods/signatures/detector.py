@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bigtrain.choices import Overlap
 from bigtrain.detectors.feature_detector import FeatureDetector, Floats, Ints, class_means
@@ -46,10 +45,6 @@ class Signatures(FeatureDetector):
 
     def _score(self, features_ND: Floats) -> Floats:
         features, signature_CD = torch.from_numpy(features_ND.astype(np.float32)), torch.from_numpy(self.signature_CD_)
-        return self.score_tensor(features, signature_CD).double().numpy()
-
-    def score_tensor(self, features_BD: Tensor, signature_CD: Tensor) -> Tensor:
-        """The same on any device: score_B, float32."""
         if self.overlap == "cosine":
-            return signature_cosine_novelty(features_BD, signature_CD)
-        return signature_novelty(features_BD, signature_CD, self.count_)
+            return signature_cosine_novelty(features, signature_CD).double().numpy()
+        return signature_novelty(features, signature_CD, self.count_).double().numpy()
