@@ -122,6 +122,7 @@ def in_words(kind: Any) -> str:
     if isinstance(kind, UnionType):
         return " or ".join(map(in_words, get_args(kind)))
     if get_origin(kind) is tuple:
-        one = get_args(kind)[0]
-        return f"a list of {WORDS[one]}s" if one in WORDS else f"a list, each {in_words(one)}"
-    return f"a {WORDS[kind]}"
+        one, *others = get_args(kind)
+        count = "" if others == [...] else f"{1 + len(others)} "
+        return f"a list of {count}{WORDS[one]}s" if one in WORDS else f"a list, each {in_words(one)}"
+    return f"a {WORDS.get(kind, kind)}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -157,6 +158,8 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
     classes = {name: names for name, (*_, names) in sets.items()}
     label_of = {name: labels_of(names) for name, names in classes.items()}
     is_joint = config.branches == "joint"
+    firsts = accumulate(map(len, classes.values()), initial=0)
+    first_class = dict(zip(classes, firsts, strict=False)) if is_joint else {}
 
     def branches() -> Branches:
         torch.manual_seed(config.seed)
@@ -185,7 +188,7 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
                 logits, class_B,
                 ce_weight=config.ce_weight, membership_weight=0 if is_joint else config.membership_weight,
                 true_class_weight=config.true_class_weight, variant=config.variant,
-                first_reference=len(classes["known"]) if is_joint else 0,
+                first_class=first_class,
             )  # eq. 4  # fmt: skip
             loss = torch.zeros((), device=setup.accelerator.device)
             for name, batch in part.items():

@@ -42,7 +42,7 @@ def show(url: str, all_classes: bool = False) -> str:
         average = "" if labels["min"] == labels["max"] else f", {pc.mean(shown).as_py():.3g} on average"
         lines.append(("labels", f"{span(labels['min'], labels['max'])} a picture{average}"))
     lines.append(("classes", f"{len(manifest.classes)}, by the number of images that show them:"))
-    text = [f"{name:<10} {clean(value)}" for name, value in lines]
+    text = [f"{name:<10} {printable(value)}" for name, value in lines]
     return "\n".join(text + class_lines(manifest.classes, index, all_classes))
 
 
@@ -54,8 +54,8 @@ def class_lines(classes: tuple[str, ...], index: pa.Table, all_classes: bool) ->
     rows += [(f"{name} (not in the manifest)", images[name]) for name in sorted(set(images) - set(classes))]
     if unlabelled := pc.sum(pc.equal(pc.list_value_length(index["classes"]), 0)).as_py():
         rows.append(("(no class)", unlabelled))
-    width = max((len(clean(name)) for name, _ in rows), default=0)
-    text = [f"  {clean(name):<{width}} {count:>8}" for name, count in rows]
+    width = max((len(printable(name)) for name, _ in rows), default=0)
+    text = [f"  {printable(name):<{width}} {count:>8}" for name, count in rows]
     if rest := classes[len(listed) :]:
         counts = [images.get(name, 0) for name in rest]
         more = (
@@ -67,6 +67,11 @@ def class_lines(classes: tuple[str, ...], index: pa.Table, all_classes: bool) ->
 
 def occurrences(names: pa.ChunkedArray) -> dict[str, int]:
     return {pair["values"]: pair["counts"] for pair in pc.value_counts(names).to_pylist()}
+
+
+def printable(text: str) -> str:
+    """On one line, without what would move a terminal's cursor or colour it."""
+    return clean(text).replace("\n", "?")
 
 
 def thousands(count: int) -> str:

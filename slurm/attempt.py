@@ -156,7 +156,7 @@ def run_recipe(process: Process, job: JobSpec, port: int, relay: SignalRelay) ->
             if terminated_at is not None and now - terminated_at > KILL_AFTER_S:
                 relay.child.kill()
         reader.join(timeout=5)  # a reader process that it left behind may hold the pipe
-    return relay.child.returncode, last_error(lines)
+    return relay.child.returncode, last_error(lines, was_killed=relay.child.returncode < 0)
 
 
 def pass_on(said: IO[bytes], lines: deque[str]) -> None:
@@ -167,8 +167,8 @@ def pass_on(said: IO[bytes], lines: deque[str]) -> None:
         lines.append(line.decode(errors="replace").rstrip())
 
 
-def last_error(lines: deque[str]) -> str:
-    """The last line that names an error, else the last line."""
+def last_error(lines: deque[str], *, was_killed: bool = False) -> str:
+    """The last line that names an error, else the last line; of a killed process that one says nothing."""
     named = [line for line in lines if OF_ERROR.match(line)]
-    filled = [line for line in lines if line.strip()]
+    filled = [line for line in lines if line.strip() and not was_killed]
     return (named or filled or [""])[-1][:1000]

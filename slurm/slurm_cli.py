@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
@@ -28,6 +29,8 @@ SHOWN_RUNS = 40  # of a dry run, unless --all
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # logs hold what this terminal may lack
     own = argv.index("--") if "--" in argv else len(argv)  # what follows is the recipe's
     given = parser().parse_args(argv[:own], argparse.Namespace(flags=argv[own + 1 :]))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import time
 from collections import Counter
@@ -189,17 +190,18 @@ def follow(files: Sequence[Path], until_ended: Sequence[Path]) -> None:
 
 
 def print_from(log: Path, place: int) -> int:
-    """Print what was added to a log, if it is there yet; how long it is now."""
+    """Print what was added to a log, if it is there yet; the place up to which it is printed now."""
     try:
         with log.open("rb") as file:
             file.seek(place)
             added = file.read()
     except FileNotFoundError:
         return place
-    print(clean_log(added.decode(errors="replace")), end="", flush=True)
-    return place + len(added)
+    text, read = codecs.utf_8_decode(added, "replace", False)  # a character that is still being written waits
+    print(clean_log(text), end="", flush=True)
+    return place + read
 
 
 def clean_log(text: str) -> str:
-    """A log as a terminal may show it: without control characters except line ends."""
-    return "\n".join(clean(line.replace("\t", "    ")) for line in text.split("\n"))
+    """A log as a terminal may show it: without control characters except line ends; a bar's steps are lines."""
+    return clean(text.replace("\t", "    ").replace("\r\n", "\n").replace("\r", "\n"))

@@ -104,7 +104,7 @@ def extracted(folder: Path, setup: Setup, source: Source, shard_set: ShardSet, s
     budget = ErrorBudget(shard_set, len(sample_N))
     rank, world_size = setup.accelerator.process_index, setup.accelerator.num_processes
     name = f"{source.name} of {shard_set.manifest.dataset}"
-    with Progress(len(missing_N), name, is_shown=setup.accelerator.is_main_process) as progress:
+    with Progress(len(missing_N), name, is_shown=setup.accelerator.is_main_process and bool(parts)) as progress:
         for first in range(0, len(parts), world_size):
             if first + rank < len(parts):
                 compute_part(place, setup, source, shard_set, parts[first + rank], budget)

@@ -27,7 +27,8 @@ LISTS = {"train": "train_list.mat", "test": "test_list.mat", "all": "file_list.m
 def about(root: Path, split: str) -> About:
     files = listed(root, split)
     place = root / "Images"
-    by_class = folder.grouped((class_of_file(name), name) for name in listed(root, "all"))
+    every = files if split == "all" else listed(root, "all")
+    by_class = folder.grouped((class_of_file(name), name) for name in every)
     everything = [name for names in by_class.values() for name in names]
     agree(everything, folder.files_in(place), root / LISTS["all"], place)
     if unknown := sorted(set(files) - set(everything)):

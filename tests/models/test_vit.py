@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bigtrain.methods.defend.network import check_pair, masked_student, sincos_positions
+from bigtrain.methods.defend.checks import check_pair
+from bigtrain.methods.defend.network import masked_student, sincos_positions
 from bigtrain.models.vit import Architecture, ViT, check_image_size
 
 KINDS = {  # model: image and patch size that keep it small

@@ -97,7 +97,7 @@ def test_run_group(toml):
         ("blocks = 2", r"blocks is 2; it must be 1 or 3"),
         ("known = 'cat'", r"known is 'cat'; it must be a list of strings"),
         ("known = [1]", r"known is \[1\]; it must be a list of strings"),
-        ("scale = [0.1]", r"scale is \[0\.1\]; it must be a list of numbers"),
+        ("scale = [0.1]", r"scale is \[0\.1\]; it must be a list of 2 numbers"),
         ("workers = 'two'", r"workers is 'two'; it must be a whole number"),
     ],
 )

@@ -101,8 +101,9 @@ def test_empty_set(index_of):
 
 
 def test_escape_sequences(index_of):
-    """Names cannot send escape sequences to the terminal."""
-    assert "\x1b" not in show(index_of([["\x1b[31mcat\n"]], ["\x1b[31mcat\n"]))
+    """Names cannot send escape sequences to the terminal, nor make up rows of the table."""
+    said = show(index_of([["\x1b[31mcat\ndog 9"]], ["\x1b[31mcat\ndog 9"]))
+    assert "\x1b" not in said and said.splitlines()[-1].split() == ["?[31mcat?dog", "9", "1"]
 
 
 def test_seed_without_page(index_of, capsys):

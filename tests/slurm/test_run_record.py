@@ -16,6 +16,7 @@ from slurm.local import outcome
 from slurm.process import Process
 from slurm.run_record import JobSpec, RunLock, events, idle_attempts, position, record_event
 from slurm.scheduler import seconds_left
+from slurm.status import print_from
 
 
 @pytest.fixture
@@ -193,12 +194,25 @@ def test_order_of_logs(run):
     assert status.tail(status.log_files(run, "7")[0]) == ["rank 2"]
 
 
+def test_print_from(tmp_path, capsys):
+    """A log is printed as it grows: a character whose bytes are still coming waits, a bar's steps are lines."""
+    log = tmp_path / "0_log.out"
+    assert print_from(log, 0) == 0
+    log.write_bytes("10 %\r20 %\r\n\x1b[2JB\u00f6".encode()[:-1])
+    place = print_from(log, 0)
+    assert capsys.readouterr().out == "10 %\n20 %\n?[2JB"
+    with log.open("ab") as file:
+        file.write("\u00f6".encode()[-1:] + b"ck\n")
+    assert print_from(log, place) == log.stat().st_size and capsys.readouterr().out == "\u00f6ck\n"
+
+
 def test_last_error():
     """The last line that names an error is told."""
     lines = ["Traceback (most recent call last):", "ValueError: no", "  at the end", "", "torch says goodbye"]
     assert last_error(lines) == "ValueError: no"
     assert last_error(["defend.py: error: no such class", "x"]) == "defend.py: error: no such class"
     assert last_error(["only this", " "]) == "only this" and last_error([]) == ""
+    assert last_error(["features: 600 of 1000 images"], was_killed=True) == ""
 
 
 def test_time_left():

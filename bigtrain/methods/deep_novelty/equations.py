@@ -44,7 +44,7 @@ def branch_losses(
     *,
     ce_weight: float,
     membership_weight: float,
-    first_reference: int,
+    first_class: Mapping[str, int] | None = None,
     true_class_weight: float = 5.0,
     variant: Variant = "paper",
 ) -> dict[str, Tensor]:
@@ -57,20 +57,19 @@ def branch_losses(
         class_B: the true class of each, among its branch's.
         ce_weight, membership_weight: alpha 1 and alpha 2.
         true_class_weight, variant: lambda of eq. 3, and of which classes: "author_code" weighs the wrong ones.
-        first_reference: the column of the first reference class: 0, or after the known classes in a joint softmax.
+        first_class: of a joint softmax, the column at which each branch's classes begin.
 
     Returns:
         loss_B of each branch, float32.
     """
-    first = {name: 0 if name == "known" else first_reference for name in logits}
+    first = first_class or {}
     losses = {
-        name: F.cross_entropy(logits_BC.float(), class_B[name] + first[name], reduction="none")
+        name: F.cross_entropy(logits_BC.float(), class_B[name] + first.get(name, 0), reduction="none")
         for name, logits_BC in logits.items()
     }
     losses["known"] = ce_weight * losses["known"]
     if membership_weight:
-        weights = (1.0, true_class_weight) if variant == "author_code" else (true_class_weight, 1.0)
-        right, wrong = weights
+        right, wrong = (1.0, true_class_weight) if variant == "author_code" else (true_class_weight, 1.0)
         membership_B = membership_loss(
             logits["known"], class_B["known"], true_class_weight=right, wrong_class_weight=wrong
         )

@@ -14,7 +14,7 @@ from bigtrain.models.timm_names import check_source, check_vit_name
 
 if TYPE_CHECKING:
     from bigtrain.models.network import Network
-    from bigtrain.models.vit import Architecture
+    from bigtrain.models.vit import Architecture, ViT
 
 
 def check_settings(config: Any) -> None:
@@ -45,7 +45,7 @@ def check_networks(config: Any, given: Network, precision: Chosen, device_type: 
     import torch
 
     from bigtrain.methods.defend.masks import visible_count
-    from bigtrain.methods.defend.network import check_pair, masked_student
+    from bigtrain.methods.defend.network import masked_student
     from bigtrain.models.attention import resolve_backend, torch_dtype
     from bigtrain.models.vit import check_blocks, check_image_size
 
@@ -71,6 +71,22 @@ def check_networks(config: Any, given: Network, precision: Chosen, device_type: 
             f"--mask-ratio {config.mask_ratio} hides none of the {patches} patches of a picture of {config.image_size} "
             f"pixels, and --predict {config.predict} needs some: hide more, or use --predict visible."
         )
+
+
+def check_pair(teacher: ViT, student: ViT, last: int) -> None:
+    """Refuse a student whose tokens cannot be compared with the teacher's, block by block."""
+    from bigtrain.models.vit import check_blocks
+
+    for what, of_teacher, of_student in (
+        ("width", teacher.width, student.width),
+        ("patch size", teacher.patch_size, student.patch_size),
+    ):
+        if of_teacher != of_student:
+            raise ValueError(
+                f"the teacher's {what} is {of_teacher} and the student's {of_student}; they must be equal."
+            )
+    for vit, of in ((teacher, "teacher"), (student, "student")):
+        check_blocks("--distilled-blocks", last, vit.backbone, of)
 
 
 def kept(config: Any) -> Keep:

@@ -94,20 +94,6 @@ class TokenQueue(nn.Module):
         self.filled.fill_(min(len(self.z_QD), int(self.filled) + len(z_TD)))
 
 
-def check_pair(teacher: ViT, student: ViT, last: int) -> None:
-    """Refuse a student whose tokens cannot be compared with the teacher's, block by block."""
-    for what, of_teacher, of_student in (
-        ("width", teacher.width, student.width),
-        ("patch size", teacher.patch_size, student.patch_size),
-    ):
-        if of_teacher != of_student:
-            raise ValueError(
-                f"the teacher's {what} is {of_teacher} and the student's {of_student}; they must be equal."
-            )
-    for vit, of in ((teacher, "teacher"), (student, "student")):
-        check_blocks("--distilled-blocks", last, vit.backbone, of)
-
-
 def masked_student(
     architecture: Architecture, *, drop_path: float = 0.1, attention: Backend = "auto", decoder_blocks: int = 0
 ) -> ViT:
