@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -158,8 +157,6 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
     classes = {name: names for name, (*_, names) in sets.items()}
     label_of = {name: labels_of(names) for name, names in classes.items()}
     is_joint = config.branches == "joint"
-    firsts = accumulate(map(len, classes.values()), initial=0)
-    first_class = dict(zip(classes, firsts, strict=False)) if is_joint else {}
 
     def branches() -> Branches:
         torch.manual_seed(config.seed)
@@ -187,13 +184,9 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
             losses = branch_losses(
                 logits, class_B,
                 ce_weight=config.ce_weight, membership_weight=0 if is_joint else config.membership_weight,
-                true_class_weight=config.true_class_weight, variant=config.variant,
-                first_class=first_class,
+                true_class_weight=config.true_class_weight, variant=config.variant, first_class=model.first_class,
             )  # eq. 4  # fmt: skip
-            loss = torch.zeros((), device=setup.accelerator.device)
-            for name, batch in part.items():
-                loss = loss + setup.mean(batch, losses[name])
-            step.backward(loss)
+            step.backward(torch.stack([setup.mean(batch, losses[name]) for name, batch in part.items()]).sum())
         step.update(lr=factor * lr)
 
     trained = trunk.with_batch_norm(stage.into(branches()))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bigtrain.methods.deep_novelty.equations import membership_loss
+from bigtrain.methods.deep_novelty.equations import branch_losses, membership_loss
 from bigtrain.methods.defend.equations import align_to_crops, dense_loss, distillation_loss
 from bigtrain.objectives.token_distances import patch_distance
 
@@ -189,6 +189,26 @@ def test_wrong_class_weight():
     """The wrong classes can be weighted in place of the true one, as in the authors' code."""
     found_B = membership_loss(torch.zeros(1, 3), torch.tensor([0]), true_class_weight=1.0, wrong_class_weight=5.0)
     assert found_B.tolist() == pytest.approx([0.25 + 5 * 0.25])
+
+
+def test_branch_losses_by_hand():
+    """Eq. 4: weighted cross-entropy and membership loss of known images, cross-entropy of every other branch's."""
+    logits, class_B = torch.tensor([[0.0, math.log(3)]]), {"known": torch.tensor([1]), "birds": torch.tensor([0])}
+    found = branch_losses({"known": logits, "birds": logits}, class_B, ce_weight=2.0, membership_weight=0.5)
+    # softmax 1/4, 3/4; sigmoid 1/2, 3/4: membership 5 (1/4)^2 + (1/2)^2
+    assert found["known"].item() == pytest.approx(2 * math.log(4 / 3) + 0.5 * (5 / 16 + 1 / 4))
+    assert found["birds"].item() == pytest.approx(math.log(4))
+
+
+def test_branch_losses_of_a_joint_softmax():
+    """Of one softmax over all branches, the true class of each is looked for where its classes begin."""
+    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    of_branch = dict.fromkeys(("known", "birds", "letters"), logits)
+    class_B, first_class = dict.fromkeys(of_branch, torch.tensor([0])), {"known": 0, "birds": 2, "letters": 3}
+    found = branch_losses(of_branch, class_B, ce_weight=1.0, membership_weight=0.0, first_class=first_class)
+    minus_log_4 = -logits.log_softmax(dim=1)[0]
+    for name, loss_B in found.items():
+        assert loss_B.item() == pytest.approx(minus_log_4[first_class[name]].item())
 
 
 def test_membership_gradient():

@@ -168,6 +168,7 @@ def test_two_branches():
     images = {"known": IMAGES, "reference": torch.randn(4, 3, 64, 64)}
     logits = branches(images)
     assert {name: tuple(value.shape) for name, value in logits.items()} == {"known": (2, 3), "reference": (4, 5)}
+    assert branches.first_class == {}  # each head has its own columns
     for name, image_B3HW in images.items():
         alone = F.linear(branches.trunk(image_B3HW), branches.heads[name].weight, branches.heads[name].bias)
         torch.testing.assert_close(logits[name], alone, atol=1e-5, rtol=1e-4)
@@ -181,6 +182,7 @@ def test_joint_heads():
     branches = Branches(build_trunk(Architecture("resnet18")).eval(), {"known": 3, "reference": 5}, joint=True).eval()
     logits = branches({"known": IMAGES, "reference": IMAGES})
     assert logits["known"].shape == logits["reference"].shape == (2, 8)
+    assert branches.first_class == {"known": 0, "reference": 3}
     features = branches.trunk(IMAGES)
     by_hand = torch.cat([branches.heads["known"](features), branches.heads["reference"](features)], dim=1)
     torch.testing.assert_close(logits["known"], by_hand, atol=1e-5, rtol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,13 @@ class Branches(nn.Module):
         if self.joint:
             return {n: torch.cat([h(part_BD) for h in self.heads.values()], dim=1) for n, part_BD in of_branch.items()}
         return {name: self.heads[name](part_BD) for name, part_BD in of_branch.items()}
+
+    @property
+    def first_class(self) -> dict[str, int]:
+        """Of a joint softmax, the column at which each branch's classes begin; else all begin at 0."""
+        heads = self.linear_heads()
+        counts = accumulate((head.out_features for head in heads.values()), initial=0)
+        return dict(zip(heads, counts, strict=False)) if self.joint else {}
 
     def linear_heads(self) -> dict[str, nn.Linear]:
         return {name: head for name, head in self.heads.items() if isinstance(head, nn.Linear)}
