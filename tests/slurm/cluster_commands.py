@@ -54,7 +54,7 @@ def told(run):
 
 
 def whys(run):
-    """Why its lives have ended that another was to follow."""
+    """Why attempts ended that another was to follow."""
     return [row["why"] for row in events(run) if row["event"] in ("requeued", "lost")]
 
 
@@ -73,8 +73,8 @@ def status(run):
     return slurm("status", run).strip().removeprefix(str(run)).split(None, 2)
 
 
-def in_life(run, number, more_steps=3):
-    """Whether its life of this number holds, with all steps that it has in this and the ones before."""
+def in_attempt(run, number, more_steps=3):
+    """Whether the attempt of this number is waiting, with all the steps of it and those before done."""
     return lambda: told(run).count("started") == number and steps(run) == number * more_steps
 
 
@@ -90,14 +90,14 @@ def nodes_of(job):
     return ask(f"scontrol show hostnames {ask(f'squeue -h -j {job} -o %N')}").split()
 
 
-def until_life(run, number):
-    until(lambda: told(run).count("started") >= number, f"life {number} of {run}: {told(run)}")
+def until_attempt(run, number):
+    until(lambda: told(run).count("started") >= number, f"attempt {number} of {run}: {told(run)}")
 
 
 def until_training(run, more=5):
-    """A new life has trained some steps more."""
-    lives, before = told(run).count("started"), steps(run)
-    until(lambda: steps(run) > before + more, f"training in life {lives} of {run}: {told(run)}")
+    """The newest attempt has trained some more steps."""
+    number, before = told(run).count("started"), steps(run)
+    until(lambda: steps(run) > before + more, f"training in attempt {number} of {run}: {told(run)}")
 
 
 def until_done(*runs, wait_s=240):

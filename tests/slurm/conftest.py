@@ -39,7 +39,7 @@ def scheduler(monkeypatch):
     logging.disable(logging.INFO)  # submitit's own lines, which it says or not by what has been imported before
     yield made
     logging.disable(logging.NOTSET)
-    assert not made.plans, "something was to happen in a life, and did not"
+    assert not made.plans, "something was to happen in an attempt, and did not"
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def long_run(small):
-    """A run of some 10 s behind its start, time to be disturbed in four lives, that is saved now and then."""
+    """A run of some 10 s behind its start, time enough for four attempts, that is saved now and then."""
     return [*small, "--distil-epochs", "75", "--checkpoint-every", "20", "--log-every", "1"]
 
 

@@ -30,7 +30,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT, signa
 
 
 class Gone(BaseException):
-    """The processes of a life have been killed, with no chance to say so; the state of its job."""
+    """The processes of an attempt have been killed, with no chance to say so; the state of its job."""
 
 
 class Clock:
@@ -70,7 +70,7 @@ class Submitted:
     is_signalled: bool = False
     is_queued_again: bool = False
     began: list[float] = field(default_factory=list)
-    """When its lives began."""
+    """When its attempts began."""
 
     @property
     def limit_s(self):
@@ -82,7 +82,7 @@ class Submitted:
 
 
 class Scheduler:
-    """A cluster of one partition. Jobs run when the test says so: `run()`, one life after the other."""
+    """A cluster of one partition. Jobs run when the test says so: `run()`, one attempt after the other."""
 
     def __init__(self, monkeypatch):
         self.clock, self.jobs, self.asked = Clock(), dict[str, Submitted](), list[tuple[str, ...]]()
@@ -207,7 +207,7 @@ class Scheduler:
     # ---- what happens to jobs
 
     def send(self, number):
-        """What the processes of the life that runs now get."""
+        """What the processes of the attempt that runs now get."""
         os.kill(os.getpid(), number)
 
     def requeue(self, job_id, number=signal.SIGTERM):
@@ -223,12 +223,12 @@ class Scheduler:
         return self.children[-1]
 
     def kill(self, state="NODE_FAIL"):
-        """End the life that runs now, without a word: the power of its node fails, say."""
+        """End the attempt that runs now, without a word: the power of its node fails, say."""
         self.children[-1].kill()
         raise Gone(state)
 
     def when(self, condition, action):
-        """Do something, once, in the midst of a life."""
+        """Do something, once, in the midst of an attempt."""
         self.plans.append((condition, action))
 
     def pass_on(self):
@@ -247,7 +247,7 @@ class Scheduler:
                 self.plans.remove(plan)
                 plan[1]()
 
-    # ---- lives
+    # ---- attempts
 
     def ready(self):
         """The job that begins next, and when; None where none will."""
@@ -268,7 +268,7 @@ class Scheduler:
             self.live(job.job_id)
 
     def live(self, job_id, rank=0, **around):
-        """One process of one life of a job, as srun starts it; how it has ended."""
+        """One process of one attempt of a job, as srun starts it; how it has ended."""
         (job,) = self.of(job_id)
         if rank == 0:
             self.clock.now = max(self.clock.now, job.not_before)

@@ -12,7 +12,7 @@ from slurm import attempt
 from slurm.attempt import run_attempt
 from tests.slurm.cluster_commands import (
     events,
-    in_life,
+    in_attempt,
     same_bits,
     slurm,
     status,
@@ -29,7 +29,7 @@ LEFT = ("student.safetensors",)
 def test_told_to_leave(submit, run, scheduler, counted, number):
     """A job that is told to leave is queued again under its id, and goes on where it has saved to the same bits."""
     job = submit("--holds", 1)
-    scheduler.when(in_life(run, 1), lambda: scheduler.send(number))
+    scheduler.when(in_attempt(run, 1), lambda: scheduler.send(number))
     scheduler.run()
     assert told(run) == ["submitted", "started", "requeued", "started", "finished"]
     assert {row["job"] for row in events(run)} == {job} and whys(run) == [f"asked to stop ({number.name})"]
@@ -64,16 +64,16 @@ def test_told_before_the_recipe_starts(submit, run, scheduler, monkeypatch):
 
 
 def test_told_before_a_life(run):
-    """A signal that submitit gets before a life has begun queues the same life again."""
+    """A signal that submitit gets before an attempt has begun queues the same attempt again."""
     again = attempt.Attempt(str(run)).checkpoint()
     assert isinstance(again.function, attempt.Attempt) and again.function.run == str(run) and not again.args
 
 
 def test_time_limit(submit, run, scheduler, counted):
-    """A job is told to leave before its time is up, and goes on in its next life."""
+    """A job is told to leave before its time is up, and goes on in its next attempt."""
     submit("--holds", 2, options=["--timeout-min", 30, "--signal-delay-s", 90])
     for number in (1, 2):
-        scheduler.when(in_life(run, number), lambda: scheduler.clock.pass_by(30 * 60 - 90))
+        scheduler.when(in_attempt(run, number), lambda: scheduler.clock.pass_by(30 * 60 - 90))
     scheduler.run()
     assert whys(run) == ["the time limit"] * 2 and same_bits(run, counted, LEFT)
 
@@ -81,7 +81,7 @@ def test_time_limit(submit, run, scheduler, counted):
 def test_not_yet_the_time_limit(submit, run, scheduler):
     """A job that is told to leave long before its time is up has not run into its limit."""
     submit("--holds", 1)
-    scheduler.when(in_life(run, 1), lambda: (scheduler.clock.pass_by(50 * 60), scheduler.send(signal.SIGUSR2)))
+    scheduler.when(in_attempt(run, 1), lambda: (scheduler.clock.pass_by(50 * 60), scheduler.send(signal.SIGUSR2)))
     scheduler.run()
     assert whys(run) == ["asked to stop (SIGUSR2)"]
 
@@ -89,7 +89,7 @@ def test_not_yet_the_time_limit(submit, run, scheduler):
 def test_time_limit_without_saving(submit, run, scheduler, counted):
     """A job that does not leave in time says so in status, and goes on when it is tried again."""
     submit("--holds", 1, "--deaf")
-    scheduler.when(in_life(run, 1), lambda: scheduler.clock.pass_by(60 * 60))
+    scheduler.when(in_attempt(run, 1), lambda: scheduler.clock.pass_by(60 * 60))
     scheduler.run()
     assert status(run)[0] == "failed" and "ran into its time limit before it could save" in slurm("status", run)
     assert submitted(slurm("retry", run)) == "8"
@@ -100,17 +100,17 @@ def test_time_limit_without_saving(submit, run, scheduler, counted):
 def test_requeued_by_slurm(submit, run, scheduler, counted):
     """A job that SLURM has queued again, by preemption or by an operator, is not queued twice."""
     job = submit("--holds", 1)
-    scheduler.when(in_life(run, 1), lambda: scheduler.requeue(job))
+    scheduler.when(in_attempt(run, 1), lambda: scheduler.requeue(job))
     scheduler.run()
     assert whys(run) == ["by SLURM: preemption, or an operator"]
     assert ("scontrol", "requeue", job) not in scheduler.asked and same_bits(run, counted, LEFT)
 
 
 def test_lost_node(submit, run, scheduler, counted):
-    """A life that ends without a word is found by the next, which takes the run over."""
+    """An attempt that ends without a word is found by the next, which takes the run over."""
     job = submit("--holds", 2)
     for number in (1, 2):
-        scheduler.when(in_life(run, number), scheduler.kill)
+        scheduler.when(in_attempt(run, number), scheduler.kill)
     scheduler.run()
     assert told(run) == ["submitted", "started", "lost", "started", "lost", "started", "finished"]
     assert {row["job"] for row in events(run)} == {job}
@@ -148,7 +148,7 @@ def test_idle_lives_wait(submit, run, scheduler, counted):
 
 
 def test_max_lives(submit, run, scheduler, counted):
-    """A job has at most its max_attempts lives; a retry gives new ones."""
+    """A job is started max_attempts times at most; a retry gives it new attempts."""
     job = submit("--ends", 86, 86, 86, "--ends-after", 2, options=["--max-attempts", 2])
     scheduler.run()
     assert told(run).count("started") == 2 and scheduler.jobs[job].state == "FAILED"
@@ -175,7 +175,7 @@ def test_failed(submit, run, scheduler, counted):
 def test_stop_file(submit, run, scheduler, counted):
     """A file `stop` in the run's folder ends its job, which is not queued again."""
     job = submit("--holds", 1)
-    scheduler.when(in_life(run, 1), (run / "stop").touch)
+    scheduler.when(in_attempt(run, 1), (run / "stop").touch)
     scheduler.run()
     assert told(run) == ["submitted", "started", "stopped"] and scheduler.jobs[job].state == "COMPLETED"
     assert status(run)[:2] == ["stopped", job]
@@ -189,7 +189,7 @@ def test_cancelled(submit, run, scheduler, counted, by_user):
     """A job that is cancelled saves, is not queued again, and can be tried again."""
     job, said = submit("--holds", 1), []
     cancel = (lambda: said.append(slurm("cancel", run))) if by_user else (lambda: scheduler.scancel(job))
-    scheduler.when(in_life(run, 1), cancel)
+    scheduler.when(in_attempt(run, 1), cancel)
     scheduler.run()
     assert not by_user or "1 of 1 live jobs cancelled" in said[0]
     assert [row.get("why") == "by bigtrain-slurm cancel" for row in events(run)].count(True) == by_user
@@ -214,7 +214,7 @@ def test_held_by_another_job(submit, run, scheduler, counted):
         history.write_text(before)
         scheduler.send(signal.SIGUSR2)
 
-    scheduler.when(in_life(run, 1), second)
+    scheduler.when(in_attempt(run, 1), second)
     scheduler.run()
     end_of_it, (how, _, why), owner = refused
     assert (end_of_it, how, owner) == ("FAILED", "failed", job) and f"the run is held by job {job} on " in why
@@ -224,7 +224,7 @@ def test_held_by_another_job(submit, run, scheduler, counted):
 def test_dead_owner_loses_the_run(submit, run, scheduler, counted):
     """A run whose job is gone without a word is lost until it is tried again, by a job that takes it over."""
     job = submit("--holds", 1)
-    scheduler.when(in_life(run, 1), lambda: scheduler.kill("COMPLETED"))
+    scheduler.when(in_attempt(run, 1), lambda: scheduler.kill("COMPLETED"))
     scheduler.run()
     assert json.loads((run / "slurm" / "owner.json").read_text())["job"] == job
     assert status(run) == ["lost", job, "its last attempt ended unexpectedly"]
@@ -252,7 +252,7 @@ def refuse(why, others):
 
 
 def test_folder_without_job(run, scheduler):
-    """A life whose folder says nothing of what to run ends with a sentence."""
+    """An attempt whose folder says nothing of what to run ends with a sentence."""
     run.mkdir()
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SUBMITIT_EXECUTOR", "slurm")

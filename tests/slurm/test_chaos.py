@@ -62,9 +62,9 @@ checkpoint_every = 10
         power.all_on()
 
     runs = [stormy / f"{name}-s{seed}" for name in CLASSES for seed in (0, 1)]
-    lives = sum(row["event"] == "started" for run in runs for row in events(run))
-    print(f"\n{failures} failures of a node, {lives} lives of 10 runs\n{table(stormy)}")
-    assert lives > len(runs)
+    started = sum(row["event"] == "started" for run in runs for row in events(run))
+    print(f"\n{failures} failures of a node, {started} attempts of 10 runs\n{table(stormy)}")
+    assert started > len(runs)
     assert table(stormy) == table(calm)
     for run in runs:
         assert (run / "scores.parquet").read_bytes() == (calm / run.name / "scores.parquet").read_bytes(), run.name

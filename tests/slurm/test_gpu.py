@@ -9,8 +9,8 @@ from tests.slurm.cluster_commands import (
     same_bits,
     slurm,
     submitted,
+    until_attempt,
     until_done,
-    until_life,
     until_training,
     whys,
 )
@@ -32,7 +32,7 @@ def test_goes_on_to_the_same_bits(long_run, tmp_path, strategy):
     job = submitted(slurm("submit", RECIPE, *flags, run, CUDA_VISIBLE_DEVICES=""))
     until_training(run)
     ask(f"scancel --signal=USR2 {job}")
-    until_life(run, 2)
+    until_attempt(run, 2)
     until_done(run)
     assert whys(run) == ["asked to stop (SIGUSR2)"]
     said = "".join(log.read_text() for log in (run / "slurm").glob(f"{job}_0_log.out*"))

@@ -11,7 +11,7 @@ from slurm.run_record import record_event
 from tests.slurm.cluster_commands import (
     COUNTING,
     events,
-    in_life,
+    in_attempt,
     slurm,
     status,
     told,
@@ -22,7 +22,7 @@ def test_what_a_process_finds_around_it(submit, run, scheduler):
     """Each process of a job knows its rank, the others' number, where to meet them, its threads and its strategy."""
     options = ["--nodes", 2, "--tasks-per-node", 2, "--cpus-per-task", 3, "--strategy", "zero2"]
     job = submit("--holds", 1, options=options)
-    scheduler.when(in_life(run, 1), lambda: (scheduler.live(job, rank=3), scheduler.send(signal.SIGUSR2)))
+    scheduler.when(in_attempt(run, 1), lambda: (scheduler.live(job, rank=3), scheduler.send(signal.SIGUSR2)))
     (run / "starts-3").write_text("x")  # so that it does not hold
     scheduler.run()
     first, last = (json.loads((run / f"around-{rank}.json").read_text()) for rank in (0, 3))
@@ -47,7 +47,7 @@ def test_one_process_is_alone(submit, run, scheduler):
 def test_another_rank_fails(submit, run, scheduler, flags):
     """Where one rank fails, the recipes of the others are ended, and status says the error of that one."""
     job, wrong = submit("--holds", 1, *flags, "--ends", 1, "--ends-rank", 1, options=["--nodes", 2]), []
-    scheduler.when(in_life(run, 1), lambda: wrong.append(scheduler.live(job, rank=1)))
+    scheduler.when(in_attempt(run, 1), lambda: wrong.append(scheduler.live(job, rank=1)))
     scheduler.run()
     assert wrong == ["FAILED"] and told(run) == ["submitted", "started", "failed"]
     assert scheduler.jobs[job].state == "FAILED" and ("scontrol", "requeue", job) not in scheduler.asked
@@ -58,7 +58,7 @@ def test_another_rank_fails(submit, run, scheduler, flags):
 
 @pytest.fixture
 def ranks(run, scheduler):
-    """Tasks of one life of a job of three processes that runs."""
+    """Tasks of one attempt of a job of three processes that runs."""
     slurm("submit", COUNTING, "--nodes", 3, "--", "--out", run)
     job = scheduler.jobs["7"]
     job.state, job.started = "RUNNING", scheduler.clock.now
@@ -92,8 +92,8 @@ def test_first_failure_counts(ranks, run, scheduler):
 
 
 def test_where_ranks_meet(ranks, run, scheduler):
-    """Another rank waits for what rank 0 says in this life, and ends with a sentence where it sees nothing."""
-    publish_port(Process(run, "7", -1, 0, 3, 0, 1, "node1", on_slurm=True), 1)  # of the life before
+    """Another rank waits for what rank 0 says in this attempt, and ends with a sentence where it sees nothing."""
+    publish_port(Process(run, "7", -1, 0, 3, 0, 1, "node1", on_slurm=True), 1)  # of the attempt before
     scheduler.when(lambda: scheduler.clock.now > began + 20, lambda: publish_port(ranks[0], 1234))
     began = scheduler.clock.now
     assert wait_for_port(ranks[1]) == 1234 and 20 < scheduler.clock.now - began < 25

@@ -43,10 +43,10 @@ def test_job_file(run):
 
 
 def test_owner(run, monkeypatch):
-    """A run is one job's while that lives."""
+    """A run belongs to one job while that is alive."""
     states(monkeypatch, j1=slurm_scheduler.JobState("RUNNING"))
     RunLock(run, "1").acquire()
-    RunLock(run, "1").acquire()  # the same job's next life
+    RunLock(run, "1").acquire()  # the same job's next attempt
     with pytest.raises(ValueError, match=r"held by job 1 on .*, which is still running: wait for it, or cancel it"):
         RunLock(run, "2").acquire()
     RunLock(run, "2").release()  # is not its own
@@ -89,7 +89,7 @@ def test_half_a_row(run):
 
 
 def test_idle_lives(run):
-    """Lives that got no further are counted."""
+    """Attempts that got no further are counted."""
     for at in ("", "", "distil/step-000004", "distil/step-000008", "distil/step-000008"):
         record_event(run, "started", job="1", at=at)
     record_event(run, "started", job="2", at="distil/step-000008")
@@ -151,7 +151,7 @@ def test_done(run, monkeypatch):
 
 
 def test_last_word_in_the_next_life(run):
-    """A run that was killed between its results and its last word says it in the next life."""
+    """A run that was killed between its results and its last word says it in the next attempt."""
     for row in ("submitted", "started"):
         record_event(run, row, job="7", restarts=0)
     (run / "results.json").write_text("{}")
@@ -239,7 +239,7 @@ def test_broken_bytes_in_history(run):
 
 
 def test_all_lives_idle():
-    """Where no life got any further they all count, and before the first there is none."""
+    """Where no attempt got any further they all count, and before the first there is none."""
     history = [{"event": "started", "job": "1", "at": ""}] * 3
     assert idle_attempts(history, "1", "") == 3 and idle_attempts(history, "2", "") == 0
 

@@ -19,8 +19,8 @@ from tests.slurm.cluster_commands import (
     submitted,
     told,
     until,
+    until_attempt,
     until_done,
-    until_life,
     until_training,
     whys,
 )
@@ -36,22 +36,22 @@ def test_signal_requeue_preemption(long_run, undisturbed, tmp_path):
     until_training(run)
     assert "running" in slurm("status", run)
     ask(f"scancel --signal=USR2 {job}")
-    until_life(run, 2)
+    until_attempt(run, 2)
     until_training(run)
     ask(f"scontrol requeue {job}")
-    until_life(run, 3)
+    until_attempt(run, 3)
     until_training(run)
     if high := preempting_partition():
         nodes = ask("sinfo -h -o %D -p " + high)
         ask(f"sbatch -p {high} -N {nodes} --exclusive -t 1 -o /dev/null --wrap 'sleep 3'")
-        until_life(run, 4)
+        until_attempt(run, 4)
     until_done(run)
     assert {row["job"] for row in events(run)} == {job}
     why = whys(run)
     assert why[0] == "asked to stop (SIGUSR2)" and len(why) == 2 + bool(high)
     assert why[1].startswith(("by SLURM: preemption, or an operator", LOST))  # SLURM kills one that is slow to save
     starts = [row["at"] for row in events(run) if row["event"] == "started"]
-    assert len(set(starts)) == len(starts), "each life begins where the one before has saved"
+    assert len(set(starts)) == len(starts), "each attempt begins where the one before has saved"
     assert f"requeued {len(why)} times" in slurm("status", run)
     assert same_bits(run, undisturbed(1))
 
@@ -70,12 +70,12 @@ def test_power_failures(long_run, undisturbed, tmp_path, power):
     """A job of two nodes goes on after either has lost its power, to the bits of a quiet run."""
     run, quiet = tmp_path / "run", undisturbed(2)
     job = submitted(slurm("submit", RECIPE, "--nodes", "2", "--", *long_run, "--out", run))
-    for life, which in ((2, 1), (3, 0)):  # the other node; the one with rank 0 and the batch script
+    for number, which in ((2, 1), (3, 0)):  # the other node; the one with rank 0 and the batch script
         until_training(run)
         power.off(nodes_of(job)[which])
         until(lambda: told(run)[-1] == "requeued" or not is_running(job), "the loss of a node", 60)
         power.all_on()
-        until_life(run, life)
+        until_attempt(run, number)
     until_done(run)
     assert {row["job"] for row in events(run)} == {job}
     assert len(whys(run)) == 2 and whys(run)[1].startswith(LOST)
@@ -86,10 +86,11 @@ def is_running(job):
     return bool(ask(f"squeue -h -j {job} -t running"))
 
 
-def until_holding(run, lives):
-    """Each of so many lives of the recipe without torch has made its steps, and waits until it is told to leave."""
+def until_holding(run, number):
+    """Each of so many attempts of the recipe without torch has made its steps, and waits until it is told to leave."""
     until(
-        lambda: told(run).count("started") >= lives and steps(run) >= 3 * lives, f"life {lives} of {run}: {told(run)}"
+        lambda: told(run).count("started") >= number and steps(run) >= 3 * number,
+        f"attempt {number} of {run}: {told(run)}",
     )
 
 
@@ -105,11 +106,11 @@ def test_time_limit_cancel_retry(tmp_path):
     assert set(whys(run)) == {"the time limit"}
     ask(f"scancel {job}")
     until(lambda: "cancelled" in slurm("status", run), "cancelled")
-    lives = told(run).count("started")  # a busy machine has had more than two
+    number = told(run).count("started")  # a busy machine has had more than two
     assert "nothing is running or waiting" in slurm("cancel", run)
     again = submitted(slurm("retry", run))
     assert again != job
-    until_holding(run, lives + 1)
+    until_holding(run, number + 1)
     assert "1 of 1 live jobs cancelled" in slurm("cancel", run)
     until(lambda: "cancelled" in slurm("status", run), "cancelled")
 
@@ -162,7 +163,7 @@ def test_held_by_another_job(tmp_path, cluster):
     until(lambda: not cluster(), "the end")
     assert owner.exists() and "Exited" not in slurm("status", run)
     slurm("retry", run)
-    until_life(run, 2)
+    until_attempt(run, 2)
     assert json.loads(owner.read_text())["job"] not in (job, other)
 
 

@@ -7,7 +7,7 @@ import pytest
 from slurm import scheduler as slurm_scheduler
 from tests.slurm.cluster_commands import (
     COUNTING,
-    in_life,
+    in_attempt,
     slurm,
     status,
     submitted,
@@ -24,7 +24,7 @@ def test_submitted(submit, run, scheduler):
         seen.append(status(run))
         scheduler.send(signal.SIGUSR2)
 
-    scheduler.when(in_life(run, 1), look)
+    scheduler.when(in_attempt(run, 1), look)
     scheduler.run()
     assert seen == [["running", job, "count 3 of 8"]]
     assert status(run) == ["done", job, "requeued 1 times"]
@@ -38,7 +38,7 @@ def test_no_second_submit(submit, run, scheduler):
     again = ["submit", COUNTING, "--", "--out", run]
     assert f"is waiting as job {job}: wait, or `bigtrain-slurm cancel " in slurm(*again, fails=2)
     said = []
-    scheduler.when(in_life(run, 1), lambda: (said.append(slurm(*again, fails=2)), scheduler.send(signal.SIGUSR2)))
+    scheduler.when(in_attempt(run, 1), lambda: (said.append(slurm(*again, fails=2)), scheduler.send(signal.SIGUSR2)))
     scheduler.run()
     assert f"is running as job {job}: wait, or `bigtrain-slurm cancel " in said[0] and list(scheduler.jobs) == [job]
 
