@@ -22,7 +22,7 @@ import numpy as np
 from bigtrain.choices import HIGHEST_LR, BatchNorm, Chosen, Variant, setting
 from bigtrain.data.protocol import Split, labels_of, seeded_choice
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.methods.deep_novelty.checks import check_reference, check_settings, overlaps
+from bigtrain.methods.deep_novelty.checks import check_reference, check_settings, overlap_warnings
 from bigtrain.runtime.launch import check_batch
 from bigtrain.text import clean
 from bigtrain.training.mixins import DataMixin, JudgeMixin, NetworkMixin, OptimMixin, RunMixin, check_network
@@ -107,7 +107,7 @@ def deep_novelty(config: Config, setup: Setup, data: Data, given: Network) -> Re
     if reference:
         said += f", reference {reference.manifest.dataset}, {len(reference)} of {len(reference.classes)}"
     setup.announce(f"{said}; {given.described}")
-    for warning in overlaps(split.protocol, reference) if reference else ():
+    for warning in overlap_warnings(split.protocol, reference) if reference else ():
         setup.accelerator.print(clean(warning))
     given.to(setup.accelerator.device)
     network = train(config, setup, data, given)

@@ -76,7 +76,7 @@ def build(settings: Settings, out: Path | str, workers: int = 1, max_skipped: fl
     with space_for(str(out)):
         if place.folder is not None:
             place.folder.mkdir(parents=True, exist_ok=True)
-        with place.alone():
+        with place.locked():
             place.prepare(PARTS_FOLDER)
             with place.written(SETTINGS_FILE) as file:
                 file.write((json.dumps(asdict(settings), indent=1, ensure_ascii=False) + "\n").encode())
@@ -173,7 +173,7 @@ def pack_all(
         unread = counted(len(skipped), "picture")
         print(f"{unread} could not be read; {out}/{SKIPPED_FILE} lists them with the reasons.", file=sys.stderr)
     if twice:
-        print(said_of_equals(twice, f"{out}/{DUPLICATES_FILE}"), file=sys.stderr)
+        print(duplicates_summary(twice, f"{out}/{DUPLICATES_FILE}"), file=sys.stderr)
     samples_written = sum(shard.samples for shard in shards)
     print(f"{out}: {contents_of(samples_written, len(shards), about.classes)}{progress.speed()}.")
     return shards
@@ -185,7 +185,7 @@ def contents_of(samples: int, shards: int, classes: Sequence[str]) -> str:
     return f"{counted(samples, 'sample')} in {counted(shards, 'shard')}, {counted(len(classes), 'class')}{named}"
 
 
-def said_of_equals(groups: Sequence[Equals], listing: str) -> str:
+def duplicates_summary(groups: Sequence[Equals], listing: str) -> str:
     more = sum(len(group.keys) - 1 for group in groups)
     have = "has" if more == 1 else "have"
     said = f"{counted(more, 'picture')} {have} the same bytes as another; all are kept, and {listing} names them."

@@ -84,7 +84,7 @@ def check(url: str, quick: bool = False, workers: int = 1) -> Faults:
         index = None
         wrong.append(str(error))
     if index is not None:
-        wrong += counts(manifest, index)
+        wrong += check_counts(manifest, index)
         if (np.diff(index["shard"].to_numpy()) < 0).any():
             index = index.sort_by("shard")
     skipped = skipped_keys(place)
@@ -115,14 +115,14 @@ def check(url: str, quick: bool = False, workers: int = 1) -> Faults:
 
     processes = 1 if quick or tars.of_one_process else min(workers, len(manifest.shards))
     with Progress(manifest.samples) as progress:
-        for shard, (faults, _) in zip(manifest.shards, in_order(content, tasks(), processes), strict=True):
+        for shard, (faults, _) in zip(manifest.shards, in_order(check_shard, tasks(), processes), strict=True):
             wrong += faults
             wrong.unnamed += faults.unnamed
             progress.add(shard.samples, shard.bytes, is_new=not quick)
     return wrong
 
 
-def counts(manifest: Manifest, index: pa.Table) -> list[str]:
+def check_counts(manifest: Manifest, index: pa.Table) -> list[str]:
     """Every key is unique, each shard has the rows that the manifest says, and it names every class."""
     wrong = []
     if pc.count_distinct(index["key"]).as_py() != index.num_rows:
@@ -143,7 +143,7 @@ def counts(manifest: Manifest, index: pa.Table) -> list[str]:
     return wrong
 
 
-def content(task: Task) -> Faults:
+def check_shard(task: Task) -> Faults:
     """One shard: its bytes and, if the tar is whole, its pictures and labels against its rows."""
     tars, shard, wrong, held = task.tars, task.shard, Faults(), Held()
     broken = ""
@@ -151,7 +151,7 @@ def content(task: Task) -> Faults:
         with tars.opened(shard.file) as raw:
             file = Digested(raw)
             try:
-                walk(file, shard, held)
+                read_members(file, shard, held)
             except tarfile.TarError as error:
                 broken = f"no whole tar ({error}), "
             file.finish()
@@ -170,7 +170,7 @@ def content(task: Task) -> Faults:
     if task.rows is None:
         return wrong
     rows = task.rows.to_pylist()
-    unlike = [line for row in rows for line in against(row, held, shard)]
+    unlike = [line for row in rows for line in check_row(row, held, shard)]
     taken = {row["key"] for row in rows}
     if not task.is_view:
         surplus = [key for key in held.pictures if key not in taken and key not in task.skipped]
@@ -181,7 +181,7 @@ def content(task: Task) -> Faults:
     return wrong
 
 
-def walk(file: Digested, shard: Shard, held: Held) -> None:
+def read_members(file: Digested, shard: Shard, held: Held) -> None:
     compound: dict[str, tuple[int, int, str]] = {}
     for member in members(file):
         place = (member.offset, member.size, member.ext.lower().rsplit(".", 1)[-1])
@@ -213,7 +213,7 @@ def own_classes(text: bytes) -> list[str] | None:
     return classes if is_own else None
 
 
-def against(row: dict[str, Any], held: Held, shard: Shard) -> Iterator[str]:
+def check_row(row: dict[str, Any], held: Held, shard: Shard) -> Iterator[str]:
     """One row of the index against the tar."""
     said = (row["image_offset"], row["image_size"], row["image_ext"])
     found = held.pictures.get(row["key"])

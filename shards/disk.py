@@ -21,7 +21,7 @@ def start_writing(file: IO[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Refuse a second process that would write to the folder; the lock ends with its process, however that ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

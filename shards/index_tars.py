@@ -36,7 +36,7 @@ MAX_SHARDS = 1_000_000
 MANY_SAMPLES = 50  # above this, nearly one class a sample is warned of
 
 
-def describe(
+def index_tars(
     folder: Path | str,
     class_names: Sequence[str] | None = None,
     name: str | None = None,
@@ -66,7 +66,7 @@ def describe(
     with space_for(str(target)), contextlib.ExitStack() as lock, Progress(0) as progress:
         target.prepare()
         try:
-            lock.enter_context(target.alone())
+            lock.enter_context(target.locked())
             with target.written(INDEX_FILE) as file, IndexWriter(file) as index:
                 processes = min(workers, len(tasks)) if not place.of_one_process else 1
                 for one, _ in in_order(survey, tasks, processes):
@@ -77,7 +77,7 @@ def describe(
                 if found.hashes:
                     hashes_N = np.concatenate(found.hashes)
                     rows = np.sort(np.concatenate([*repeated(hashes_N), np.empty(0, np.int64)])).astype(np.int64)
-                    found.wrong += twice(list(columns_at(file, rows, ["key", "shard"])), tars)
+                    found.wrong += repeated_keys(list(columns_at(file, rows, ["key", "shard"])), tars)
                 check(place, found, max_skipped, allow_unlabelled)
         except BaseException:
             if made and target.folder is not None:
@@ -136,7 +136,7 @@ class Total:
         self.hashes.append(np.array([hash64(row["key"]) for row in one.rows], np.uint64))
 
 
-def twice(rows: list[dict[str, Any]], tars: list[str]) -> list[str]:
+def repeated_keys(rows: list[dict[str, Any]], tars: list[str]) -> list[str]:
     """A line for each repeated key; the rows must include all with such keys."""
     first: dict[str, int] = {}
     wrong = []

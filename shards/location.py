@@ -24,7 +24,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from bigtrain.data.set_files import filesystem
 from bigtrain.files import Strength, remove_unfinished, whole_file
 from bigtrain.retry import RetryPolicy, described, is_permanent, retried
-from shards.disk import alone_in, space_for
+from shards.disk import locked_folder, space_for
 
 RETRY = RetryPolicy(attempts=5)
 PIECE_BYTES = 16 << 20  # of one request when a remote file is read from its start to its end
@@ -75,9 +75,9 @@ class Location:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.folder / name)
 
-    def alone(self) -> contextlib.AbstractContextManager[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Refuse a second build in a folder. Behind a URL nothing can be locked: two there write the same bytes."""
-        return alone_in(self.folder) if self.folder is not None else contextlib.nullcontext()
+        return locked_folder(self.folder) if self.folder is not None else contextlib.nullcontext()
 
     def sizes(self, inner: str = "") -> dict[str, int]:
         """The names in it, or in its folder `inner`, and their bytes (a folder: 0); empty where nothing is there."""

@@ -28,7 +28,7 @@ def keyed(samples: Samples) -> Iterator[Sample]:
     for sample in with_safe_keys(samples()):
         hashed = hash64(sample.key)
         if hashed in seen:
-            check_alone(sample, samples)
+            check_unique(sample, samples)
         seen.add(hashed)
         yield sample
 
@@ -39,7 +39,7 @@ def with_safe_keys(samples: Iterator[Sample]) -> Iterator[Sample]:
         yield replace(sample, key=safe_key(sample.key), source=source)
 
 
-def check_alone(sample: Sample, samples: Samples) -> None:
+def check_unique(sample: Sample, samples: Samples) -> None:
     same = [other.source or other.key for other in with_safe_keys(samples()) if other.key == sample.key]
     if len(same) > 1:
         raise ValueError(

@@ -155,7 +155,7 @@ def prepare(sample: Sample, treatment: Treatment) -> tuple[Treated, list[tuple[s
     """The picture and the other members of a sample, or UnreadableError."""
     if sample.image_ext not in IMAGE_EXTENSIONS:
         raise ValueError(f"{sample.key} is a .{sample.image_ext}; pictures may be {', '.join(IMAGE_EXTENSIONS)}.")
-    original = content(sample.image)
+    original = read_bytes(sample.image)
     picture = checked(original, sample.image_ext, treatment)
     size = original_size = (picture.width, picture.height)
     if sample.mask is not None or any(thing.box for thing in sample.objects):
@@ -164,12 +164,12 @@ def prepare(sample: Sample, treatment: Treatment) -> tuple[Treated, list[tuple[s
         sample = replace(sample, objects=[placed(thing, original_size, size) for thing in sample.objects])
     members = [("json", sample.to_json())]
     if sample.mask is not None:
-        mask = checked_mask(content(sample.mask), original_size, size)
+        mask = checked_mask(read_bytes(sample.mask), original_size, size)
         members.append((MASK_SUFFIX, mask))
     return picture, members
 
 
-def content(image: Path | bytes | Callable[[], bytes]) -> bytes:
+def read_bytes(image: Path | bytes | Callable[[], bytes]) -> bytes:
     """The bytes of a picture; a missing file is an UnreadableError, an error of the disk is retried."""
     if isinstance(image, bytes):
         return image

@@ -106,11 +106,11 @@ def run_split(args: argparse.Namespace) -> int:
 
 
 def run_index(args: argparse.Namespace) -> int:
-    from shards.index_tars import describe
+    from shards.index_tars import index_tars
     from shards.labels import read_class_names
 
     names = read_class_names(Path(args.class_names)) if args.class_names else None
-    describe(
+    index_tars(
         args.folder,
         names,
         args.name,
@@ -126,7 +126,7 @@ def run_index(args: argparse.Namespace) -> int:
     return 0
 
 
-def of_system(error: OSError, out: str | None) -> str:
+def os_error_sentence(error: OSError, out: str | None) -> str:
     """A sentence for what the system refused; an error with a sentence of its own keeps it."""
     if error.errno is None or error.filename is None:
         return str(error)
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ImportError) as error:
-        said = of_system(error, getattr(args, "out", None)) if isinstance(error, OSError) else str(error)
+        said = os_error_sentence(error, getattr(args, "out", None)) if isinstance(error, OSError) else str(error)
         warn(" ".join(said.split()))
         return MISTAKE
     except KeyboardInterrupt:

@@ -87,33 +87,33 @@ def status_of(run: Path, history: Sequence[Mapping[str, Any]], job: str, state: 
     own = [row for row in history if row.get("job") == job]
     requeued = sum(row["event"] in ("requeued", "lost") for row in own)
 
-    def stands(word: str, detail: str = "") -> RunStatus:
+    def as_status(word: str, detail: str = "") -> RunStatus:
         return RunStatus(run, word, detail, job, requeued)
 
     if (run / RESULTS_FILE).is_file():
-        return stands("done")
+        return as_status("done")
     if not job:
-        return stands("new", "not submitted yet")
+        return as_status("new", "not submitted yet")
     if state and state.is_waiting:
-        return stands("waiting", state.reason)
+        return as_status("waiting", state.reason)
     last = next((row for row in reversed(own) if row["event"] not in ("submitted", "lost")), None)
     is_here = job.startswith("local-") and is_alive(job, str(own[-1].get("host")), int(job.removeprefix("local-")))
     if (state and state.is_active) or is_here:
-        return stands("running", progress(run) or ("ending" if last and last["event"] != "started" else "starting"))
+        return as_status("running", progress(run) or ("ending" if last and last["event"] != "started" else "starting"))
     failed = next((row for row in reversed(own) if row["event"] in ("failed", "started")), None)
     if failed and failed["event"] == "failed":
         where = f" (rank {failed['rank']} on {failed['host']})" if failed.get("rank") else ""
-        return stands("failed", f"{failed.get('error') or failed.get('why') or ''}{where}")
+        return as_status("failed", f"{failed.get('error') or failed.get('why') or ''}{where}")
     if last and last["event"] in ("cancelled", "stopped"):
-        return stands(last["event"], str(last.get("why", "")))
+        return as_status(last["event"], str(last.get("why", "")))
     if state and state.name in ENDED_BADLY:
         why = ENDED_BADLY[state.name]
-        return stands("cancelled") if why == "cancelled" else stands("failed", why)
+        return as_status("cancelled") if why == "cancelled" else as_status("failed", why)
     if state and state.name == "FAILED":
-        return stands("failed", last_line(run, job))
+        return as_status("failed", last_line(run, job))
     if last is None:
-        return stands("lost", "SLURM no longer knows its job, which never started")
-    return stands("lost", "its last attempt ended unexpectedly")
+        return as_status("lost", "SLURM no longer knows its job, which never started")
+    return as_status("lost", "its last attempt ended unexpectedly")
 
 
 def progress(run: Path) -> str:

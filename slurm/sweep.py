@@ -93,7 +93,7 @@ def plan(path: Path) -> Sweep:
         recipe=given["recipe"],
         cluster=read_cluster(Path(cluster)) if isinstance(cluster, str) else Cluster().changed(where, **cluster),
         max_parallel=max_parallel,
-        runs=tuple(with_names_of_their_own(path, whole)),
+        runs=tuple(with_unique_names(path, whole)),
     )
 
 
@@ -225,7 +225,7 @@ def key(run: Run) -> str:
     return json.dumps([run.recipe, run.settings], sort_keys=True, ensure_ascii=False)
 
 
-def with_names_of_their_own(path: Path, runs: Sequence[Run]) -> Iterable[Run]:
+def with_unique_names(path: Path, runs: Sequence[Run]) -> Iterable[Run]:
     """Names that two runs would share get a piece of a digest of their settings."""
     seen: dict[str, Run] = {}
     for run in runs:

@@ -115,7 +115,7 @@ def judge(
         **figures,
         **{name: estimate._asdict() for name, estimate in further.items()},
         "comparisons": {name: its for name, (_, its) in comparisons.items()},
-        "threshold": rates(threshold, scored),
+        "threshold": threshold_rates(threshold, scored),
         **judged_images(split, seed, len(known_N), skipped),
     }
     if accelerator.is_main_process:
@@ -216,7 +216,7 @@ def write_scores(path: Path, parts: list[Scored]) -> None:
         pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(kinds)), file)
 
 
-def rates(threshold: float | None, test: Scored) -> dict[str, float] | None:
+def threshold_rates(threshold: float | None, test: Scored) -> dict[str, float] | None:
     """What the threshold, set on held-out known images, gives on the test split: its shares of errors."""
     if threshold is None:
         return None

@@ -43,7 +43,7 @@ def read_results(folder: Path, *, plain: bool = False) -> list[Result]:
     if (folder / SWEEP_FILE).is_file():
         rows = json.loads((folder / SWEEP_FILE).read_text())["runs"]
         of_sweep = [Result(r["name"], r["axes"], figures(folder / r["name"])) for r in rows if not r["shared"]]
-        return several(of_sweep, plain=plain)
+        return by_detector(of_sweep, plain=plain)
     runs = sorted(file.parent for file in folder.glob("*/config.json"))
     if not runs:
         raise ValueError(f"{folder} holds no runs: name the folder of a sweep, or one that holds runs' folders.")
@@ -56,10 +56,10 @@ def read_results(folder: Path, *, plain: bool = False) -> list[Result]:
     ]
     axes = [{name: as_axis(one.get(name, "")) for name in names} for one in settings]
     results = [Result(run.name, axis, one) for run, axis, one in zip(runs, axes, found, strict=True)]
-    return several(results, are_alike=len({frozenset(one) for one in compared}) == 1, plain=plain)
+    return by_detector(results, are_alike=len({frozenset(one) for one in compared}) == 1, plain=plain)
 
 
-def several(results: list[Result], *, are_alike: bool = True, plain: bool = False) -> list[Result]:
+def by_detector(results: list[Result], *, are_alike: bool = True, plain: bool = False) -> list[Result]:
     """A run of several detectors as one result each, with the axis "detector"; one without figures yet stands
     for all of them. Runs of unlike recipes have that axis too."""
     of_runs = [None if result.figures is None else of_detectors(result.figures, plain) for result in results]
@@ -116,9 +116,8 @@ def rows(results: Sequence[Result], metric: str) -> tuple[list[str], list[Row]]:
     """All axes except the seed, and a row for each combination on them; where the classes that are known vary, a row
     "mean" too: the mean over them for each seed that has all, then over seeds."""
     names = [name for name in results[0].axes if name != "seed"]
-    columns = [
-        alike([result.axes[name] for result in results], [r.axes.get("seed", 0) for r in results]) for name in names
-    ]
+    seed_of = [result.axes.get("seed", 0) for result in results]
+    columns = [with_seed_placeholder([result.axes[name] for result in results], seed_of) for name in names]
     groups: dict[tuple[Hashable, ...], dict[Any, float | None]] = {}
     for result, *place_ in zip(results, *columns, strict=True):
         place = tuple(place_)
@@ -135,7 +134,7 @@ def rows(results: Sequence[Result], metric: str) -> tuple[list[str], list[Row]]:
     return names, found
 
 
-def alike(values: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
+def with_seed_placeholder(values: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
     """The values of an axis; those that name their seed, such as a network trained with it, as one: "net-{seed}".
 
     Each such value occurs with one seed, and every seed has one.

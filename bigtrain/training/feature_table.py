@@ -18,7 +18,7 @@ from bigtrain.detectors.classical.logits import MaxLogit
 from bigtrain.detectors.feature_detector import FeatureDetector, checked
 from bigtrain.detectors.image_detector import calibrated
 from bigtrain.detectors.network_detector import NetworkDetector
-from bigtrain.evaluation.judge import Scored, class_figures, judged_images, rates, write_scores
+from bigtrain.evaluation.judge import Scored, class_figures, judged_images, threshold_rates, write_scores
 from bigtrain.evaluation.metrics import IN_REPORT, summary
 from bigtrain.evaluation.report.page import Section, write_page
 from bigtrain.progress import Progress
@@ -145,7 +145,7 @@ class Table:
         (detector, inputs), scores = self.rows[name], self.scores[name]
         found = summary(self.novel_N, scores.test_N, seed=self.seed)
         threshold = calibrated(scores.held_out_N, self.quantile)
-        found["threshold"] = rates(threshold, self._scored(name)[0])
+        found["threshold"] = threshold_rates(threshold, self._scored(name)[0])
         if name_of(detector) in ON_LOGITS:
             classes = inputs.source.network.classes[inputs.source.scoring.head]
             answers = [classes[number] for number in inputs.test_ND.argmax(axis=1)]

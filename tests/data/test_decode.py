@@ -20,7 +20,7 @@ from bigtrain.images import KINDS, UnreadableError
 
 
 def painted(height=90, width=120, seed=0):
-    """Smooth, as photographs are: noise would tell decoders apart that no one else can."""
+    """A smooth image, like a photograph: noise would expose decoder differences that nobody can see."""
     noise = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -37,7 +37,7 @@ def whole(picture, size):
 
 
 def assert_is(payload, expected, decoder=None):
-    """Size and pixels are those of `expected`, an RGB image of Pillow."""
+    """Assert that size and pixels equal those of `expected`, a Pillow RGB image."""
     picture = Picture(payload, decoder)
     assert (picture.width, picture.height) == expected.size
     assert np.array_equal(np.asarray(picture.rgb()), np.asarray(expected))
@@ -172,7 +172,7 @@ def test_bicubic():
 
 @pytest.mark.parametrize("decoder", ["simplejpeg", "pillow"])
 def test_reduced_decoding(decoder, monkeypatch):
-    """A JPEG much larger than its views is decoded smaller, and they look the same."""
+    """A JPEG much larger than its views is decoded at reduced size, and the views barely change."""
     payload = encoded(painted(800, 1200), quality=95)
     asked = []
     decode = JPEG_DECODERS[decoder]
@@ -180,7 +180,7 @@ def test_reduced_decoding(decoder, monkeypatch):
     small = whole(Picture(payload, decoder), 32)
     crop, _ = Picture(payload, decoder).cut([((100, 200, 500, 700), 48), ((0, 0, 800, 1200), 48)])
     both = Picture(payload, decoder).cut([((0, 0, 800, 1200), 32), ((0, 0, 65, 65), 32)])
-    assert asked == [8, 2, 1]  # a third of 8 views' sides, of 2, and a small box wants every pixel
+    assert asked == [8, 2, 1]  # at most side of box / side of view / 3: 8.3, 2.8, 0.7
     full = Picture(encoded(Image.open(io.BytesIO(payload)), "PNG"))
     assert np.abs(small.astype(int) - whole(full, 32)).max() <= 3
     (expected,) = full.cut([((100, 200, 500, 700), 48)])
@@ -241,7 +241,7 @@ def chosen_anew():
 
 
 def test_decoder_fallback(chosen_anew, monkeypatch, caplog):
-    """A decoder that does not work here gives way to the next, and is named in one warning."""
+    """A decoder that does not work here is replaced by the next, and one warning names it."""
 
     def broken(payload, reduce):
         raise OSError("no such library")

@@ -81,6 +81,6 @@ def test_ranks(sets):
 
 
 def test_no_sources():
-    """A mixture of none is refused."""
+    """A mixture without sources is refused."""
     with pytest.raises(ValueError, match="mixture of no streams"):
         Mixture({})

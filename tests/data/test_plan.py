@@ -23,7 +23,7 @@ plans = st.builds(
         world,
     ),
     gaps=st.lists(st.integers(1, 3), min_size=1, max_size=120),
-    per_shard=st.integers(1, 12),  # often more shards than are shuffled whole
+    per_shard=st.integers(1, 12),  # often too many shards to shuffle sample by sample
     share=st.integers(1, 8),
     world=st.integers(1, 5),
     seed=st.integers(0, 2**32),
@@ -104,7 +104,7 @@ def lanes_of(plan, epoch=0):
 
 
 def test_many_shards():
-    """In many shards each lane takes runs of one shard each, from all over the set."""
+    """With many shards, each lane reads spans within single shards, from all over the set."""
     sample_N = np.arange(64_000)
     plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 64, span_length=8)
     lanes = lanes_of(plan)
@@ -112,15 +112,15 @@ def test_many_shards():
     assert 0.80 < follows.mean() < 0.88  # 7 of 8, less those cut at the ends of shards
     for lane in lanes[:8]:
         runs = np.split(lane, np.flatnonzero(np.diff(lane) != 1) + 1)
-        assert max(map(len, runs)) <= 2 * 8  # two may follow one another by chance
+        assert max(map(len, runs)) <= 2 * 8  # two spans may be adjacent by chance
         assert len({run[0] // 100 for run in runs}) > 80  # of 640 shards
     for batch in lanes.T[:20]:
         assert len(np.unique(batch // 100)) > 55  # 64 samples of nearly as many shards
     assert not np.array_equal(lanes_of(plan), lanes_of(plan, 1))
 
 
-def test_run_cuts():
-    """The runs of each epoch begin at every place within a shard: no cuts are fixed."""
+def test_span_cuts():
+    """In every epoch, spans start at all positions within a shard: their boundaries are not fixed."""
     sample_N = np.arange(64_000)
     plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 64, span_length=8)
     begins = [set(lanes_of(plan, epoch)[:, 1:][np.diff(lanes_of(plan, epoch)) != 1] % 100) for epoch in range(2)]
@@ -129,7 +129,7 @@ def test_run_cuts():
 
 @given(plans, st.integers(0, 3), st.data())
 def test_read_ahead_lanes(given_plan, epoch, data):
-    """What is read ahead is what follows later in the same lanes, nothing twice."""
+    """Read-ahead fetches only samples that come later in the same lanes, and none twice."""
     plan, _ = given_plan
     low = data.draw(st.integers(0, plan.global_batch - 1))
     lanes = slice(low, data.draw(st.integers(low + 1, plan.global_batch)))
@@ -141,13 +141,13 @@ def test_read_ahead_lanes(given_plan, epoch, data):
         ahead = plan.rest_of_spans(position, lanes, since=b - first)
         later = {s for c in range(b + 1, plan.batches_per_epoch) for s in plan.batch(Position(epoch, c))[lanes]}
         assert len(set(ahead)) == len(ahead) and set(ahead) <= later
-        again = set(ahead) & read  # chance neighbours of runs: the reader knows what it has
+        again = set(ahead) & read  # spans adjacent by chance: the reader knows what it has
         assert not again or plan.span_length > 1
         read |= needed | set(ahead)
 
 
 def test_read_ahead_requests():
-    """Reading ahead serves nearly all samples: little more than one request a run is left."""
+    """Read-ahead serves nearly all samples: little more than one request per span remains."""
     sample_N = np.arange(20_000)
     plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 8, span_length=10)
     requests, have = 0, set()
@@ -207,7 +207,7 @@ def test_an_empty_plan_is_refused(samples, batch, sentence):
 
 
 def splitmix64(x):
-    """By plain integers (Steele, Lea & Flood 2014)."""
+    """SplitMix64 in plain integers (Steele, Lea & Flood 2014)."""
     x = (x + 0x9E3779B97F4A7C15) % 2**64
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
@@ -236,8 +236,8 @@ def test_sample_seeds_distinct():
     assert len(np.unique(others)) == len(others)
 
 
-def test_runs_under_way():
-    """After a start in mid-epoch, runs under way are taken up a few at a time, not all at once."""
+def test_spans_under_way():
+    """After a start in mid-epoch, partly read spans are fetched a few at a time, not all at once."""
     sample_N = np.arange(64_000)
     plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 640, span_length=32)
     start = Position(0, 50)
@@ -249,12 +249,12 @@ def test_runs_under_way():
         needed = set(plan.batch(position).tolist())
         singles.append(len(needed - have))
         have |= needed | set(plan.rest_of_spans(position, slice(0, 640), since=since).tolist())
-    assert singles[0] > 500 and all(count < 60 for count in singles[40:])  # about 640 / 32 runs begin at each
+    assert singles[0] > 500 and all(count < 60 for count in singles[40:])  # about 640 / 32 spans begin at each
 
 
 @given(plans, st.integers(0, 3))
 def test_drop_last(given_plan, epoch):
-    """With `drop_last` all batches are full and else unchanged; a plan of less than one is refused."""
+    """With `drop_last`, all batches are full and otherwise unchanged; a plan shorter than one batch is refused."""
     plan, _ = given_plan
     if len(plan.sample_N) < plan.global_batch:
         with pytest.raises(ValueError, match="--batch-norm frozen"):
@@ -267,8 +267,8 @@ def test_drop_last(given_plan, epoch):
     np.testing.assert_array_equal(full, whole[: len(full)])
 
 
-def test_runs_of_one_sample():
-    """Each sample is a run of its own: whole shards of 100 do not follow one another in a lane."""
+def test_spans_of_one_sample():
+    """With spans of one sample, a lane does not read whole shards of 100 in sequence."""
     sample_N = np.arange(6400)
     plan = Plan(sample_N, (sample_N // 100).astype(np.int32), 64, span_length=1)
     lanes = plan.order(0).reshape(plan.batches_per_epoch, 64).T

@@ -71,7 +71,7 @@ def divide(train, test, protocol=None, **changes):
 
 
 def test_split(animals):
-    """Training and validation are the known images, each once, and the test split is whole."""
+    """Training and validation partition the known images, and the test split keeps every image."""
     parts = divide(animals("train"), animals("test"))
     assert not set(parts.fitted_N) & set(parts.held_out_N)
     both = sorted([*parts.fitted_N, *parts.held_out_N])
@@ -97,7 +97,7 @@ def test_limit_beyond_size():
 
 
 def test_one_sided_test_split(animals):
-    """A test split without novel or without known images is refused: it can judge nothing."""
+    """A test split without novel or without known images is refused: novelty cannot be evaluated on it."""
     train = animals("train")
     for side, kept in (("novel", [["cat"]]), ("known", [["dog"], []])):
         with pytest.raises(ValueError, match=f"has no {side} images among the"):

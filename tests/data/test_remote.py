@@ -80,7 +80,7 @@ def test_same_as_local(local, upload, kind):
 
 @pytest.mark.parametrize("kind", SERVERS)
 def test_neighbours_one_request(local, behind, kind):
-    """Neighbouring samples are one request, in whatever order they are asked for, and a shard is one."""
+    """Adjacent samples are read in one request, whatever their order, and so is a whole shard."""
     url, proxy = behind(kind, local.url)
     far = ShardSet(url)
     proxy.asked.clear()
@@ -117,7 +117,7 @@ def test_server_faults(local, behind, kind, harm):
     for first in range(0, 40, 8):
         samples = list(range(first, first + 8))
         assert far.read(samples) == local.read(samples)
-    assert not proxy.faults  # each did its harm
+    assert not proxy.faults  # each fault was served
 
 
 def test_retries_logged(local, behind, caplog):
@@ -162,13 +162,13 @@ def test_broken_server(local, behind, kind, fault, cause):
     began = time.monotonic()
     with pytest.raises(OSError, match=rf"{url}/000002.tar cannot be read: tried 2 times; last error: .*k25") as stop:
         far.read([25])
-    assert cause in str(stop.value) or kind == "s3"  # its client has words of its own
+    assert cause in str(stop.value) or kind == "s3"  # its client has its own messages
     assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("kind", SERVERS)
 def test_no_byte_ranges(local, behind, kind):
-    """A server without byte ranges is named at once, after a single request."""
+    """A server that does not support byte ranges is reported after a single request."""
     url, proxy = behind(kind, local.url)
     far = ShardSet(url, QUICK)
     proxy.faults = [Fault(ignores_range=True)] * 100
@@ -183,7 +183,7 @@ def test_no_byte_ranges(local, behind, kind):
 @pytest.mark.parametrize("kind", SERVERS)
 def test_a_missing_shard_stops_at_once(local, behind, kind):
     url, proxy = behind(kind, local.url)
-    far = ShardSet(url)  # with the usual patience of minutes
+    far = ShardSet(url)  # with the default retries, which take minutes
     change(url, Path(local.url) / "000001.tar", None)
     proxy.asked.clear()
     with pytest.raises(FileNotFoundError, match=rf"{url}/000001.tar is missing.*k15"):
@@ -225,7 +225,7 @@ def test_changed_bucket(local, upload):
 
 @pytest.mark.parametrize("kind", SERVERS)
 def test_faults_at_opening(local, behind, kind):
-    """Opening a set bears with a faulty server, too."""
+    """Opening a set tolerates a faulty server, too."""
     url, proxy = behind(kind, local.url)
     proxy.matching = r"manifest\.json|index\.parquet"
     proxy.faults = [Fault(status=503), Fault(cut_after=10), Fault(truncate_to=40), Fault()]
@@ -251,7 +251,7 @@ def test_missing_files_at_opening(local, upload, kind):
 
 
 def test_absent_server(tmp_path):
-    """A server that is not there is named."""
+    """The error for an unreachable server names it."""
     with pytest.raises(OSError, match=r"http://127.0.0.1:9/set/manifest.json cannot be read: tried 2 times"):
         ShardSet("http://127.0.0.1:9/set", RetryPolicy(attempts=2, first_wait_s=0.01))
 
@@ -297,7 +297,7 @@ def test_bucket_by_environment(local, upload):
 
 
 def test_bounded_requests(write_set, behind):
-    """Runs of a long shard are read by several requests of a bounded size that do not overlap."""
+    """Consecutive samples of a large shard are read in several bounded, non-overlapping requests."""
     local = write_set([(["a"], bytes([i]) * (3 << 20)) for i in range(6)], per_shard=6)
     url, proxy = behind("nginx", local.url)
     far = ShardSet(url)
@@ -309,7 +309,7 @@ def test_bounded_requests(write_set, behind):
 
 
 def change(url, path, data):
-    """Give a file of the set other bytes, or take it away, on the disk and so in nginx, and in the bucket."""
+    """Overwrite or delete a file of the set, on disk (which nginx serves) and in the bucket."""
     if data is None:
         path.unlink()
     else:

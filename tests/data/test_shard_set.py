@@ -1,4 +1,4 @@
-"""Manifest, index and bytes: what was written is what is read, and what is broken is refused in a sentence."""
+"""Manifest, index and bytes: what was written is read back, and broken files are refused with a clear message."""
 
 import json
 import pickle
@@ -145,7 +145,7 @@ def test_index_unknown_shard(three):
 @given(data=st.data())
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_read_any_samples(tmp_path, data):
-    """Samples anywhere, touching, far apart or asked for twice, are read whole, and large gaps are not."""
+    """Samples at any offsets, adjacent, far apart or repeated, are read in full, and large gaps are skipped."""
     sizes = data.draw(st.lists(st.integers(0, 300_000), min_size=1, max_size=3))
     contents = [np.random.default_rng(i).bytes(size) for i, size in enumerate(sizes)]
     for i, content in enumerate(contents):
@@ -163,7 +163,7 @@ def test_read_any_samples(tmp_path, data):
 
 
 def test_bytes_of_one_class(write_set):
-    """One class in a hundred costs a hundredth of the bytes, and a header of each shard."""
+    """Reading one class in a hundred reads a hundredth of the bytes, plus one header per shard."""
     rng = np.random.default_rng(0)
     shard_set = write_set([([f"c{i % 100}"], rng.bytes(2000)) for i in range(1000)], per_shard=250)
     reader = shard_set.reader()
@@ -172,7 +172,7 @@ def test_bytes_of_one_class(write_set):
 
 
 def test_pickle_reader(three):
-    """A pickled reader is small, is closed, and reads the same bytes where it arrives."""
+    """A pickled reader is small and holds no open files, and reads the same bytes when unpickled."""
     reader = three.reader()
     places = three.places(np.arange(3))
     before = reader.read(*places)
@@ -229,7 +229,7 @@ def test_builder_round_trip(tmp_path):
 
 @pytest.fixture
 def remote(write_set):
-    """The same set on a local disk and in a file system that is none: (local, remote, the file system)."""
+    """The same set on disk and in an in-memory file system: (local, remote, the file system)."""
     local = write_set([(["a"], bytes([i]) * (50 + i)) for i in range(10)], per_shard=3)
     fs = fsspec.filesystem("memory")
     for file in Path(local.url).iterdir():
@@ -255,7 +255,7 @@ def test_remote_bytes(remote):
     ],
 )
 def test_retry_or_stop(remote, monkeypatch, harm, kind, cause, waits):
-    """A failure that may pass is tried again with growing waits; one that will not stops at once."""
+    """A transient failure is retried with growing waits; a permanent one stops the read at once."""
     _, far, fs = remote
     waited = []
     monkeypatch.setattr(fetch.time, "sleep", waited.append)
@@ -280,7 +280,7 @@ def forty_shards(write_set, name, classes, size=100):
 
 
 def test_span_length(write_set, caplog):
-    """A run is about a megabyte at most, and one picture where neighbours show one class."""
+    """A span is about a megabyte at most, and a single picture if the set is sorted by class."""
     in_order = ["a"] * 200 + ["b"] * 200
     mixed = np.random.default_rng(0).permutation(in_order).tolist()
     everything = np.arange(400)
@@ -294,7 +294,7 @@ def test_span_length(write_set, caplog):
     shard_set = forty_shards(write_set, "sorted", in_order)
     assert shard_set.plan(everything, 8).span_length == 1
     assert "sorted by class" in caplog.text
-    assert shard_set.plan(everything[:200], 8).span_length == 32  # one class, and then there is nothing else
+    assert shard_set.plan(everything[:200], 8).span_length == 32  # with a single class, sorting does not matter
 
 
 def test_plan_in_order(write_set, caplog):

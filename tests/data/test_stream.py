@@ -81,13 +81,13 @@ def test_resume(pictures):
 
 @pytest.fixture
 def many_shards(write_set, noise):
-    """More than are shuffled whole, so that samples are read in runs."""
+    """Too many shards to shuffle sample by sample: samples are read in spans."""
     return write_set([([str(i % 3)], noise(i)) for i in range(60)], per_shard=3, name="many")
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_many_shards_same_bits(many_shards, workers):
-    """Where samples are read in runs, too, neither workers nor ranks nor the start change a bit."""
+    """With samples read in spans, too, workers, ranks and start position do not change a single bit."""
     alone = list(stream(many_shards, batch=8).batches(epochs=EPOCHS))
     assert stream(many_shards).plan.in_spans
     for epoch in range(EPOCHS):
@@ -134,7 +134,7 @@ def test_filtered_once(many_shards, global_batch, kept, span_length, start, data
         assert sorted(seen[0]) == sorted(kept)
 
 
-def test_a_run_is_read_at_once(many_shards):
+def test_a_span_is_read_at_once(many_shards):
     plan = Plan(np.arange(60), many_shards.shard_N, 4, span_length=3)
     asked = []
     one = Stream(many_shards, plan, Resized(4))
@@ -181,7 +181,7 @@ def test_missing_shard(pictures, workers):
 
 
 def test_max_workers(pictures):
-    """There are never more workers than places in a rank's batch."""
+    """There are never more workers than samples in a rank's batch."""
     assert stream(pictures, workers=50, world_size=2).workers == 3
 
 
@@ -212,7 +212,7 @@ def test_evaluation_once(pictures, world_size):
 
 
 def test_padding(pictures):
-    """Padding ends the epoch, is blank and weighs nothing."""
+    """Padding ends the epoch, is blank and has weight zero."""
     last = list(stream(pictures).batches())[-1]
     assert last.samples_in_step == 2
     assert (last.sample_B[2:] == PADDING).all()
@@ -231,7 +231,7 @@ def test_mean_of_ranks(pictures, world_size):
 
 
 def test_bad_picture(write_set, noise, caplog):
-    """A picture that cannot be decoded is named once; its place stays, blank and without weight."""
+    """An undecodable picture is logged once; its slot in the batch stays, blank and with weight zero."""
     samples = [(["a"], noise(i)) for i in range(SAMPLES)]
     samples[7] = (["a"], samples[7][1][:60])
     good, bad = write_set([(["a"], noise(i)) for i in range(SAMPLES)], name="good"), write_set(samples, name="bad")
@@ -338,7 +338,7 @@ def a_batch():
 
 
 def test_parts_of_a_batch():
-    """Its second half has the second half of everything, and the halves' means add up: (3 + 5 + 7) / 8 of both."""
+    """The second part holds the second half of every field, and the parts' means add up to (3 + 5 + 7) / 8."""
     batch, value_B = a_batch(), torch.tensor([3.0, 100.0, 5.0, 7.0])
     halves = [batch.part(number, 2) for number in range(2)]
     assert halves[1].sample_B.tolist() == [2, 3] and halves[1].seed_B.tolist() == [12, 13]
@@ -348,20 +348,20 @@ def test_parts_of_a_batch():
 
 
 def test_batch_moves_whole():
-    """Views, weights and seeds go to the device; which samples they are stays here."""
+    """Views, weights and seeds move to the device; the sample numbers stay on the CPU."""
     moved = a_batch().to(torch.device("meta"))
     assert {t.device.type for t in (moved.views["image"], moved.weight_B, moved.seed_B)} == {"meta"}
     assert moved.sample_B.tolist() == [0, 1, 2, 3]
 
 
 def test_from_step(pictures):
-    """Steps 3, 4 and 5 of 4 an epoch are the last batch of one epoch and the first two of the next."""
+    """At 4 steps per epoch, steps 3, 4 and 5 are the last batch of one epoch and the first two of the next."""
     found = [batch.position for batch in stream(pictures).from_step(3, 6)]
     assert found == [Position(0, 3), Position(1, 0), Position(1, 1)]
 
 
 def test_marks(pictures):
-    """It tells what it is at before and behind each batch, and reads here unless workers are asked for."""
+    """A stream marks its progress before and after each batch, and reads in-process by default."""
     marks, behind = [], []
     one = stream(pictures, batch=10, mark=marks.append, behind_batch=lambda: behind.append(len(marks)))
     assert one.workers == 0 and len(list(one.batches())) == 2
@@ -370,12 +370,12 @@ def test_marks(pictures):
 
 
 def test_weights_are_float32(pictures):
-    """As the losses are, so that a step's mean is not computed in double precision."""
+    """Weights match the losses' dtype, so that a step's mean is not computed in double precision."""
     assert {batch.weight_B.dtype for batch in stream(pictures).batches()} == {torch.float32}
 
 
 def test_bad_across_ranks(write_set, noise):
-    """Ranks add up bad pictures: of 20 one may be bad, two on two ranks stop each with its own list."""
+    """Bad pictures are summed over ranks: 1 of 20 is allowed; at 2 each rank stops, listing its own."""
     bad = write_set([(["a"], b"junk" if i == 3 else noise(i)) for i in range(SAMPLES)])
     one = stream(bad, shuffle=False, rank=0, world_size=2, batch=10)
     first, *_ = one.batches()
@@ -387,14 +387,14 @@ def test_bad_across_ranks(write_set, noise):
 
 
 def test_budget_of_a_rank_that_met_none():
-    """It stops with the others, and says that it met none itself."""
+    """A rank without bad pictures stops with the others, and reports none of its own."""
     with pytest.raises(ValueError, match=r"2 of 50 pictures .* this process found: none"):
         ErrorBudget(Keys(), 50).agree(0, 2)
 
 
 def test_joined_keeps_every_bit():
-    """Seeds of 64 bits and pixels of 8 are joined as what they are, into memory made for them: torch.equal is blind to
-    dtypes, and torch.cat resizes what is too small."""
+    """64-bit seeds and 8-bit pixels keep their dtypes when joined, in buffers of the right size: torch.equal ignores
+    dtypes, and torch.cat resizes a buffer that is too small."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         seed_B = joined([torch.tensor([2**60 + 1]), torch.tensor([5, 7])])
@@ -409,13 +409,13 @@ class Broken(Resized):
 
 
 def test_mistake_in_a_worker(pictures):
-    """A transform's error in another process stays what it is, with its traceback: nobody was killed."""
+    """A transform's error in a worker is raised as is, with its traceback, not reported as a killed worker."""
     with pytest.raises(RuntimeError, match=r"Original Traceback(.|\n)*a bug"):
         list(stream(pictures, transform=Broken(8), workers=1).batches())
 
 
 def test_workers_context(pictures, monkeypatch):
-    """Workers come from a server without threads; fork would copy this process's, and a lock that one of them holds."""
+    """Workers fork from a server without threads; forking this process could copy a lock that a thread holds."""
     asked = []
     monkeypatch.setattr("bigtrain.data.stream.worker_context", lambda *preload: asked.append(preload))
     next(stream(pictures, workers=1).batches())
@@ -431,7 +431,7 @@ def test_workers_context(pictures, monkeypatch):
     ],
 )
 def test_why_a_worker_has_ended(pictures, error, received, why):
-    """Too little shared memory is told from a kill, and a kill from a start that never was."""
+    """The error distinguishes a lack of shared memory, a killed worker and one that may never have started."""
 
     def loader():
         yield from range(received)

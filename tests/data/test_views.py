@@ -27,7 +27,7 @@ def centres(low, high, size):
 
 def assert_shows(view_3HW, top, left, bottom, right):
     size = view_3HW.shape[-1]
-    inside = slice(2, -2)  # bicubic at the picture's own edge is no ramp
+    inside = slice(2, -2)  # at the picture's edges, bicubic does not give a ramp
     rows, columns = centres(top, bottom, size)[inside], centres(left, right, size)[inside]
     shown = view_3HW[:, inside, inside].astype(float)
     assert np.abs(shown[0] - rows[:, None]).max() <= 1
@@ -73,7 +73,7 @@ def test_random_box(scale):
 
 @pytest.mark.parametrize(("height", "width"), [(20, 900), (900, 20), (1, 400)])
 def test_elongated_picture(height, width):
-    """In an elongated picture a box's shape gives way, and its share of the area stays."""
+    """In an elongated picture, a box keeps its share of the area at the expense of its aspect ratio."""
     for seed in range(200):
         top, left, bottom, right = random_box(height, width, rng(seed), (0.25, 1.0))
         assert 0 <= top <= bottom <= height and 0 <= left <= right <= width + 1e-9
@@ -141,7 +141,7 @@ def test_random_crop():
     views = np.stack([RandomCrop(24, 32)(ramp(), rng(seed))["image"] for seed in range(200)]).astype(float)
     top, bottom = views[:, 0, 2].mean(axis=1), views[:, 0, -3].mean(axis=1)
     assert bottom - top == pytest.approx(np.full(200, HEIGHT * 0.75 * 19 / 24), abs=2)
-    assert top.min() < 20 and top.max() > 65  # of 60 that it may move by, and the third row
+    assert top.min() < 20 and top.max() > 65  # an offset of up to 60, plus the third row
     is_mirrored = views[:, 1, :, 2].mean(axis=1) > views[:, 1, :, -3].mean(axis=1)
     assert 70 < is_mirrored.sum() < 130
     never = [RandomCrop(24, 32, mirror=False)(ramp(), rng(seed))["image"].astype(float) for seed in range(20)]

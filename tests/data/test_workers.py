@@ -1,4 +1,4 @@
-"""The processes that read for a run: they bear with its signals, end with it, and are missed when they are killed."""
+"""The processes that read for a run: they ignore its signals, end with it, and are reported when killed."""
 
 import multiprocessing
 import os
@@ -40,7 +40,7 @@ def test_killed_worker(pictures):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
 def test_killed_with_queue(pictures, number):
-    """A worker that is killed while batches wait in its queue stops the run with a sentence, too."""
+    """A worker that is killed while batches wait in its queue stops the run with a clear error, too."""
     others = multiprocessing.active_children()
     batches = stream(pictures, Resized(8), workers=2).batches(epochs=None)
     next(batches)

@@ -1,4 +1,4 @@
-"""Small datasets in the layout of their owners, made where a test runs."""
+"""Small datasets in their official layouts, generated for each test."""
 
 from __future__ import annotations
 

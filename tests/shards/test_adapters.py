@@ -1,4 +1,4 @@
-"""Adapters on tiny copies of what the owners publish; most have files of their own."""
+"""Adapters on tiny replicas of published datasets; most adapters have their own test files."""
 
 from __future__ import annotations
 

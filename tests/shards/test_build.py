@@ -21,7 +21,7 @@ from PIL import Image
 from bigtrain.data.schema import Box, Object, Sample
 from bigtrain.data.set_files import read_index, read_manifest
 from shards.check import check
-from shards.disk import alone_in
+from shards.disk import locked
 from shards.location import Location
 from shards.order import keyed
 from shards.pack import Task, write_shard
@@ -170,7 +170,7 @@ def test_max_skipped(animals, build_folder, tmp_path):
         build_folder(animals, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 2
-    assert build_folder(animals, tmp_path / "out", max_skipped=0.2).samples == 19  # the same build, with more patience
+    assert build_folder(animals, tmp_path / "out", max_skipped=0.2).samples == 19  # resumed with a larger budget
 
 
 def test_unreadable_in_a_row(tmp_path, build_folder):
@@ -183,7 +183,7 @@ def test_unreadable_in_a_row(tmp_path, build_folder):
 
 
 def test_decompression_bomb(paint, build_folder, tmp_path, monkeypatch):
-    """A decompression bomb is skipped, and its size is told."""
+    """A decompression bomb is skipped, and its size is reported."""
     paint(0, path=tmp_path / "pictures" / "a" / "small.jpg")
     paint(0, size=(90, 90), kind="PNG", path=tmp_path / "pictures" / "a" / "large.png")
     monkeypatch.setattr("bigtrain.images.MAX_PIXELS", 8000)
@@ -246,7 +246,7 @@ def test_unsafe_names(paint, tmp_path):
 def test_concurrent_build(animals, build_folder, tmp_path):
     """A second build in the same folder is refused while one runs."""
     (tmp_path / "out").mkdir()
-    with alone_in(tmp_path / "out"), pytest.raises(ValueError, match="another build is writing"):
+    with locked(tmp_path / "out"), pytest.raises(ValueError, match="another build is writing"):
         build_folder(animals, tmp_path / "out")
     assert build_folder(animals, tmp_path / "out").samples == 21
 

@@ -54,7 +54,7 @@ def test_stray_files(root, capsys):
 
 @pytest.mark.parametrize("name", ["notes", "x.ak47", "300.ak47"])
 def test_bad_folder(root, paint, name):
-    """A folder that is not a number and a class of its own is refused."""
+    """A folder that is not named <number>.<unique class> is refused."""
     paint(0, path=root / "256_ObjectCategories" / name / "1.jpg")
     with pytest.raises(ValueError, match="not a number and a class of their own"):
         caltech256.about(root, "all")

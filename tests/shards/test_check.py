@@ -18,7 +18,7 @@ import webdataset
 from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE
 from bigtrain.data.set_files import INDEX_SCHEMA, read_index, read_manifest
 from shards.check import check
-from shards.index_tars import describe
+from shards.index_tars import index_tars
 from shards.split import split_per_class
 
 
@@ -139,7 +139,7 @@ def test_not_a_set(out, tmp_path):
 
 
 def rewrite(out: Path, change: Callable[[str, bytes], bytes | None]) -> None:
-    """The set again with other members in its tars, and manifest and index of the new tars, but for the classes."""
+    """Rewrite the set with changed tar members and a new manifest and index that keep the old classes."""
     classes = {row["key"]: row["classes"] for row in read_index(str(out)).to_pylist()}
     for tar in out.glob("*.tar"):
         with tarfile.open(tar) as old:
@@ -153,7 +153,7 @@ def rewrite(out: Path, change: Callable[[str, bytes], bytes | None]) -> None:
     for name in (MANIFEST_FILE, INDEX_FILE):
         (out / name).unlink()
     names = tuple(sorted({name for shown in classes.values() for name in shown}))
-    describe(out, class_names=names)
+    index_tars(out, class_names=names)
     index = read_index(str(out))
     column = pa.array([classes[key] for key in index["key"].to_pylist()], INDEX_SCHEMA.field("classes").type)
     pq.write_table(index.set_column(index.schema.get_field_index("classes"), "classes", column), out / INDEX_FILE)
@@ -166,7 +166,7 @@ def test_json_class_mismatch(out):
 
 
 def test_view_subset(out, tmp_path):
-    """A view may take less than its tars hold, and a shard cut short behind it is still found."""
+    """A view may use only some samples of its tars, and a truncated shard of a view is still found."""
     (tmp_path / "view").mkdir()
     index, manifest = read_index(str(out)), read_manifest(str(out))
     rows = index.filter(pc.equal(index["shard"], 0)).slice(1)
@@ -197,7 +197,7 @@ def test_orphan_members(out):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_report_order(animals, build_folder, tmp_path, workers):
-    """What is wrong is told in the order of the shards, with any number of workers."""
+    """Faults are reported in the order of the shards, with any number of workers."""
     out = tmp_path / "out"
     build_folder(animals, out)
     (out / "000000.tar").write_bytes((out / "000000.tar").read_bytes()[:-700])
@@ -210,7 +210,7 @@ def test_report_order(animals, build_folder, tmp_path, workers):
 
 
 def test_dunder_names(paint, build_folder, tmp_path):
-    """Names in double underscores, which WebDataset would pass over, lose no picture."""
+    """Pictures with double underscores in their names, which WebDataset would skip, are not lost."""
     for number in range(3):
         paint(number, path=tmp_path / "in" / "__background__" / f"{number}.jpg")
         paint(number + 9, path=tmp_path / "in" / "dog" / f"__{number}__.jpg")

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as their owners publish them, and pickles that want to do harm."""
+"""CIFAR-10 and CIFAR-100 as their owners publish them, and malicious pickles."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_pickle_memo():
 
 @pytest.fixture
 def cifar100_files() -> dict[str, dict[str, bytes]]:
-    """By form, the files of CIFAR-100, train with five pictures and test with three."""
+    """The files of CIFAR-100 by archive format, with five pictures in train and three in test."""
     rng = np.random.default_rng(0)
     files: dict[str, dict[str, bytes]] = {"python": {}, "binary": {}}
     for split, count in (("train", 5), ("test", 3)):

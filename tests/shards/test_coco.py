@@ -15,7 +15,7 @@ NAME = {2014: "COCO_val2014_{:012d}.jpg", 2017: "{:012d}.jpg"}
 
 @pytest.fixture
 def tree(tmp_path, paint):
-    """Three pictures of val<year>, and whatever of the list is to be otherwise."""
+    """Three pictures of val<year> and their list, with the given fields overridden."""
 
     def made(year: int = 2017, folder: str = "", listing: str = "", **other: object) -> Path:
         names = {n: NAME[year].format(n) for n in (139, 285, 632)}
@@ -120,7 +120,7 @@ def test_wrong_folder(tree, paint):
     ],
 )
 def test_contradictory_list(tree, other, sentence):
-    """A list that cannot be true is refused by `about`, before anything is written."""
+    """An inconsistent list is refused by `about`, before anything is written."""
     with pytest.raises(ValueError, match=sentence):
         coco.about(tree(**other), "val2017")
 

@@ -141,7 +141,7 @@ def test_boxes(write_set, tmp_path):
 def test_exif_orientation(write_set, tmp_path):
     """A picture turned by its EXIF stands upright under its boxes."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # rotate by 90 degrees
     jpeg = picture((30, 40), "JPEG", exif=exif)
     samples = {"a": (["cat"], [("jpg", jpeg), ("json", record([0, 0, 30, 40, "cat"]))])}
     page = page_of(write_set(samples), tmp_path)
@@ -151,7 +151,7 @@ def test_exif_orientation(write_set, tmp_path):
 
 
 def test_mask_overlay(write_set, tmp_path):
-    """A mask is tinted with an outline, and its share of the picture is told."""
+    """A mask is drawn as a tint with an outline, and its share of the picture is stated."""
     parts = [("png", picture()), ("json", record()), ("mask.png", mask((40, 30), (10, 10, 20, 16)))]
     page = page_of(write_set({"a": (["crack"], parts)}), tmp_path)
     overlay = np.asarray(page.pictures()[1])
@@ -184,7 +184,7 @@ def test_bad_masks(write_set, tmp_path):
 
 
 def test_distant_members(write_set, tmp_path, monkeypatch):
-    """Members before a picture and far behind it are found, and those of its neighbours not taken."""
+    """Members before a picture and far after it are found, and those of adjacent samples are not used."""
     monkeypatch.setattr("shards.read_samples.BEHIND", 4 * 512)
     noise = np.random.default_rng(0).integers(0, 2, (300, 400), np.uint8) * 255
     file = io.BytesIO()
@@ -213,7 +213,7 @@ def test_no_json(write_set, tmp_path):
 
 
 def test_bad_boxes(write_set, tmp_path):
-    """Boxes that cannot be right are counted by what is wrong with them."""
+    """Invalid boxes are counted by kind of error."""
     wrong = [[1, 2, 3], [0, 0, "x", 9, "cat"], [0, 0, 1e999, 9, "cat"], [0, 0, 5, 90, "cat"], [9, 9, 9, 12, "cat"]]
     page = page_of(write_set({"a": (["cat"], [("png", picture()), ("json", record(*wrong))])}), tmp_path)
     assert "3 of 5 boxes are no [top, left, bottom, right, class]" in page.text

@@ -41,7 +41,7 @@ def test_repaired_pictures(animals, build_folder, contents, tmp_path, max_skippe
 
 
 def killed_behind(shards, build_folder, root, out, **options):
-    """Build until so many shards are there."""
+    """Interrupt a build after this many shards."""
     made = []
 
     def counting(task):
@@ -87,7 +87,7 @@ def test_fingerprint(tmp_path):
 
 
 def failing(monkeypatch, number, times):
-    """Let opening a file of pictures fail so many times."""
+    """Make opening one picture file fail this many times."""
     opened, left = Path.open, [number] * times
 
     def sometimes(path, *args, **kwargs):
@@ -121,7 +121,7 @@ def test_failing_disk(animals, build_folder, contents, tmp_path, monkeypatch):
 def test_missing_picture(tmp_path):
     """A missing picture counts as unreadable, so that it is skipped, and not as a disk failure."""
     with pytest.raises(UnreadableError, match="No such file"):
-        pack.content(tmp_path / "missing.jpg")
+        pack.read_bytes(tmp_path / "missing.jpg")
 
 
 def test_missing_shard(animals, build_folder, contents, tmp_path, capsys):

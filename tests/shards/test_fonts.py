@@ -136,7 +136,7 @@ def test_broken_instructions(font, text, capsys):
     with library.TTFont(root / "b.ttf") as read:
         read["prep"] = library.newTable("prep")
         read["prep"].program = pytest.importorskip("fontTools.ttLib.tables.ttProgram").Program()
-        read["prep"].program.fromBytecode(bytes(8 * [0x28]))  # which is no instruction; fewer than 8 are not looked at
+        read["prep"].program.fromBytecode(bytes(8 * [0x28]))  # an invalid instruction; fewer than 8 go unchecked
         read.save(root / "b.ttf")
     about = fonts.about(root, "all", **OPTIONS | {"characters": text("一"), "lacking": "drop-font"})
     assert about.classes == ["Hei Regular"]
@@ -153,7 +153,7 @@ def test_gb2312(font):
 
 
 def test_collections_and_links(font, tmp_path, capsys):
-    """A collection gives its first font, links give no second one, and no name may come twice."""
+    """Only the first font of a collection is used, links add no duplicates, and font names must be unique."""
     collection = pytest.importorskip("fontTools.ttLib").TTCollection()
     for name in ("One", "Two"):
         font(f"{name}.ttf", name, {"啊": (500, 500)})

@@ -17,7 +17,7 @@ VAL = {1: "n03995372", 2: "n01440764", 3: "n03995372"}
 
 
 def synsets() -> np.ndarray:
-    """meta.mat: a struct array of the leaves and, behind them, of the synsets above them."""
+    """meta.mat: a struct array of the leaf synsets, followed by their ancestors."""
     fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height"]
     found = np.zeros((4, 1), dtype=[(name, object) for name in [*fields, "num_train_images"]])
     for row, (wnid, children) in enumerate([(WNIDS[2], 0), (WNIDS[0], 0), (WNIDS[1], 0), ("n00001740", 3)]):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from bigtrain.data.set_files import read_index, read_manifest
 from shards.check import check
-from shards.index_tars import describe
+from shards.index_tars import index_tars
 from shards.members import Digested, members
 
 
@@ -42,7 +42,7 @@ def test_webdataset_shards(theirs, paint, contents):
         for n in range(10):
             writer.write({"__key__": f"img{n:03d}", "jpg": paint(n, (10 + n, 8)), "cls": n % 3})
     before = contents(theirs)
-    manifest = describe(theirs, ["ape", "bat", "cod"], name="zoo", split="val", licence="CC0")
+    manifest = index_tars(theirs, ["ape", "bat", "cod"], name="zoo", split="val", licence="CC0")
     assert {name: data for name, data in contents(theirs).items() if name.endswith(".tar")} == before
     assert (manifest.dataset, manifest.split, manifest.licence) == ("zoo", "val", "CC0")
     assert [(shard.file, shard.samples) for shard in manifest.shards] == [
@@ -64,7 +64,7 @@ def test_own_shards(animals, build_folder, tmp_path):
     built = read_index(str(tmp_path / "out"))
     for name in ("manifest.json", "index.parquet"):
         (tmp_path / "out" / name).unlink()
-    describe(tmp_path / "out")
+    index_tars(tmp_path / "out")
     assert read_index(str(tmp_path / "out")).equals(built)
 
 
@@ -89,7 +89,7 @@ def test_class_sources(theirs, paint):
             "README": b"",
         },
     )
-    assert describe(theirs).classes == ("7", "12", "cat", "dog", "fox", "owl")
+    assert index_tars(theirs).classes == ("7", "12", "cat", "dog", "fox", "owl")
     rows = read_index(str(theirs)).to_pylist()
     assert [row["classes"] for row in rows] == [["cat", "dog"], ["7"], ["owl"], ["12"], ["fox"]]
     assert [row["image_ext"] for row in rows] == ["jpg", "jpg", "jpg", "jpg", "webp"]
@@ -98,18 +98,18 @@ def test_class_sources(theirs, paint):
 def test_caption(theirs, paint):
     """A text beside a JSON is a caption, not a class."""
     write_tar(theirs / "a.tar", {"1.jpg": paint(), "1.json": b'{"url": "x"}', "1.txt": b"a dog on a lawn"})
-    assert describe(theirs).classes == ()
+    assert index_tars(theirs).classes == ()
     assert read_index(str(theirs))["classes"].to_pylist() == [[]]
 
 
 def test_classes_from_folder(theirs, paint, tmp_path, capsys):
     """Folders in a tar become classes where asked for; otherwise the option is pointed out."""
     write_tar(theirs / "a.tar", {"all/cat/1.jpg": paint(), "all/dog/1.jpg": paint(1), "all/dog/1.txt": b"text"})
-    assert describe(theirs, classes_from="folder").classes == ("cat", "dog")
+    assert index_tars(theirs, classes_from="folder").classes == ("cat", "dog")
     assert read_index(str(theirs))["classes"].to_pylist() == [["cat"], ["dog"]]
     assert capsys.readouterr().err == ""
     write_tar(theirs / "a.tar", {"cat/1.jpg": paint(), "dog/1.jpg": paint(1)})
-    assert describe(theirs, out=tmp_path / "view").classes == ()
+    assert index_tars(theirs, out=tmp_path / "view").classes == ()
     assert "with --classes-from folder" in capsys.readouterr().err
 
 
@@ -117,7 +117,7 @@ def test_picture_without_folder(theirs, paint):
     """With classes from folders, a picture in no folder is refused, as it has no class."""
     write_tar(theirs / "a.tar", {"cat/1.jpg": paint(), "2.jpg": paint(1)})
     with pytest.raises(ValueError, match=r"1 sample has no class and others have one .a\.tar: 2"):
-        describe(theirs, classes_from="folder")
+        index_tars(theirs, classes_from="folder")
 
 
 @pytest.mark.parametrize(("ext", "samples", "warned"), [("txt", 3, True), ("cls", 51, True), ("cls", 50, False)])
@@ -127,7 +127,7 @@ def test_caption_warning(theirs, paint, capsys, ext, samples, warned):
         (f"{n}.{e}", paint() if e == "jpg" else f"no {n}".encode()) for n in range(samples) for e in ("jpg", ext)
     ]
     write_tar(theirs / "a.tar", members)
-    describe(theirs)
+    index_tars(theirs)
     said = capsys.readouterr().err
     assert ("not classes to train on" in said) == warned
     assert ("3 samples took a class from .txt, and there are 3 classes" in said) == (ext == "txt")
@@ -147,7 +147,7 @@ def test_bad_members(theirs, paint, names, sentence):
     """Interleaved, missing and surplus members are named, and nothing is written."""
     write_tar(theirs / "a.tar", [(name, paint() if name[2:] in ("jpg", "png") else b"1") for name in names])
     with pytest.raises(ValueError, match=sentence):
-        describe(theirs)
+        index_tars(theirs)
     assert [path.name for path in theirs.iterdir()] == ["a.tar"]
 
 
@@ -155,7 +155,7 @@ def test_a_key_in_two_shards_is_named(theirs, paint):
     for name in ("a.tar", "b.tar"):
         write_tar(theirs / name, {"1.jpg": paint()})
     with pytest.raises(ValueError, match=r"b\.tar: the key '1' comes again \(also in a\.tar\)"):
-        describe(theirs)
+        index_tars(theirs)
 
 
 @pytest.mark.parametrize(
@@ -166,13 +166,13 @@ def test_bad_label(theirs, paint, label, sentence):
     """A label that is no known class, or that cannot be read, is refused with the reason."""
     write_tar(theirs / "a.tar", {"1.jpg": paint(), "1.json": label})
     with pytest.raises(ValueError, match=sentence):
-        describe(theirs, ["a", "b"])
+        index_tars(theirs, ["a", "b"])
 
 
 def test_skipped_picture(theirs, paint):
     """A member that is no real picture is skipped and listed, and `check` accepts that."""
     write_tar(theirs / "a.tar", {f"{n}.jpg": paint(n) if n != 5 else b"nothing" for n in range(9)})
-    assert describe(theirs).samples == 8
+    assert index_tars(theirs).samples == 8
     assert json.loads((theirs / "skipped.jsonl").read_text())["source"] == "a.tar:5.jpg"
     assert check(str(theirs)) == []
 
@@ -184,7 +184,7 @@ def test_compressed_tars_are_refused(theirs, mode, name):
     with tarfile.open(theirs / name, mode):
         pass
     with pytest.raises(ValueError, match="is compressed"):
-        describe(theirs)
+        index_tars(theirs)
 
 
 @pytest.mark.parametrize("keep", [700, 1000, 1100, 1536])
@@ -193,15 +193,15 @@ def test_truncated_tar(theirs, keep):
     write_tar(theirs / "a.tar", {"1.txt": b"x" * 100, "2.txt": b"y" * 100})
     (theirs / "a.tar").write_bytes((theirs / "a.tar").read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"not a whole tar|0 pictures"):
-        describe(theirs)
+        index_tars(theirs)
 
 
 def test_existing_manifest(theirs, paint: Callable[..., bytes]):
     """A set that has a manifest already is not described again."""
     write_tar(theirs / "a.tar", {"1.jpg": paint()})
-    describe(theirs)
+    index_tars(theirs)
     with pytest.raises(ValueError, match=r"has a manifest\.json already"):
-        describe(theirs)
+        index_tars(theirs)
 
 
 def test_view_elsewhere(theirs, paint, contents, tmp_path):
@@ -209,11 +209,11 @@ def test_view_elsewhere(theirs, paint, contents, tmp_path):
     for name in ("a.tar", "b.tar"):
         write_tar(theirs / name, {f"{name[0]}{n}.jpg": paint(n) for n in range(3)})
     before = contents(theirs)
-    manifest = describe(theirs, out=tmp_path / "views" / "one", workers=2)
+    manifest = index_tars(theirs, out=tmp_path / "views" / "one", workers=2)
     assert contents(theirs) == before
     assert (manifest.shards_at, manifest.dataset) == ("../../theirs", "theirs")
     assert check(str(tmp_path / "views" / "one")) == []
-    describe(theirs)
+    index_tars(theirs)
     assert read_index(str(theirs)).equals(read_index(str(tmp_path / "views" / "one")))
 
 
@@ -232,7 +232,7 @@ def test_bad_shard_list(theirs, paint, shards, sentence):
     """A list of shards that makes no sense is refused, and nothing is written."""
     write_tar(theirs / "a.tar", {"1.jpg": paint()})
     with pytest.raises((ValueError, OSError), match=sentence):
-        describe(theirs, shards=shards)
+        index_tars(theirs, shards=shards)
     assert [path.name for path in theirs.iterdir()] == ["a.tar"]
 
 
@@ -262,7 +262,7 @@ def test_unsafe_tar(theirs, paint, member, sentence):
     with tarfile.open(theirs / "a.tar", "a", format=tarfile.GNU_FORMAT) as tar:
         tar.addfile(member)
     with pytest.raises(ValueError, match=rf"a\.tar is refused: its member .*{re.escape(sentence)}"):
-        describe(theirs)
+        index_tars(theirs)
     assert [path.name for path in theirs.iterdir()] == ["a.tar"]
 
 
@@ -277,7 +277,7 @@ def test_pickled_members(theirs, paint, tmp_path, capsys):
     write_tar(
         theirs / "a.tar", {"1.jpg": paint(), "1.pyd": trap, "1.pth": trap, "2.jpg": paint(1), "2.feature.pth": trap}
     )
-    assert describe(theirs).samples == 2
+    assert index_tars(theirs).samples == 2
     assert "1 .pyd" in (said := capsys.readouterr().out)
     assert "2 .pth" in said
     assert said.count("never opened") == 1
@@ -316,7 +316,7 @@ def test_long_extension(theirs, paint):
     write_tar(
         theirs / "a.tar", {"1.rgb.jpg": paint(1), "1.cls": b"0", "2.jpg": paint(2), "2.mask.png": b"", "2.cls": b"1"}
     )
-    describe(theirs)
+    index_tars(theirs)
     rows = read_index(str(theirs)).to_pylist()
     assert [(row["key"], row["image_ext"], row["image_size"]) for row in rows] == [
         ("1", "jpg", len(paint(1))),
@@ -330,8 +330,8 @@ def test_allow_unlabelled(theirs, paint, label):
     """Samples without a class among labelled ones are refused unless they are allowed."""
     write_tar(theirs / "a.tar", {"1.jpg": paint(1), "1.json": label, "2.jpg": paint(2), "2.json": b'{"label": 1.0}'})
     with pytest.raises(ValueError, match=r"1 sample has no class and others have one \(a.tar: 1 .*--allow-unlabelled"):
-        describe(theirs)
-    assert describe(theirs, allow_unlabelled=True).classes == ("1",)
+        index_tars(theirs)
+    assert index_tars(theirs, allow_unlabelled=True).classes == ("1",)
     assert [row["classes"] for row in read_index(str(theirs)).to_pylist()] == [[], ["1"]]
 
 
@@ -346,13 +346,13 @@ def test_invalid_label(theirs, paint, label, sentence):
     """A label that can be no class, negative or not UTF-8, is refused with the member's name."""
     write_tar(theirs / "a.tar", {"1.jpg": paint(), "1.json": label})
     with pytest.raises(ValueError, match=sentence):
-        describe(theirs)
+        index_tars(theirs)
 
 
 def test_half_a_picture_is_found(theirs, paint):
     whole = paint(1, (300, 200))
     write_tar(theirs / "a.tar", {"1.jpg": whole[: len(whole) // 2], "1.cls": b"0", "2.jpg": whole, "2.cls": b"0"})
-    describe(theirs)
+    index_tars(theirs)
     assert [row["key"] for row in read_index(str(theirs)).to_pylist()] == ["2"]
     assert json.loads((theirs / "skipped.jsonl").read_text())["key"] == "1"
     assert check(str(theirs)) == []
@@ -362,4 +362,4 @@ def test_empty_tar(theirs):
     """Tars without a single sample are refused as such."""
     write_tar(theirs / "a.tar", {})
     with pytest.raises(ValueError, match="holds no sample: give the folder"):
-        describe(theirs)
+        index_tars(theirs)

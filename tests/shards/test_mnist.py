@@ -48,7 +48,7 @@ def test_idx_to_png(idx, tmp_path, suffix):
     assert np.array_equal([pixels(sample) for sample in found], images)
     assert [s.classes[0] for s in found] == [mnist.CLASSES["fashion_mnist"][label] for label in labels]
     assert found[9].classes == ["ankle_boot"]
-    assert next(mnist.samples(tmp_path, "test")).classes == ["0"]  # not guessed: digits
+    assert next(mnist.samples(tmp_path, "test")).classes == ["0"]  # digits by default, not guessed
 
 
 def test_a_cut_idx_file_is_refused(idx, tmp_path):

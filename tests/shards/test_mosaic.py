@@ -86,7 +86,7 @@ def test_known_class(tiles):
 
 
 def test_known_distribution(tiles):
-    """Known tiles are as many in train as in the known half of test, and may stand anywhere."""
+    """Training and known test mosaics have the same distribution of known tiles, at uniform positions."""
     train = mosaics(tiles, mode="train", count=2000)
     test = [sample for sample in mosaics(tiles, count=4000) if "bee" in sample.classes]
     shares = []
@@ -95,7 +95,7 @@ def test_known_distribution(tiles):
         shares.append([bees.count(n) / len(bees) for n in (1, 2, 3, 4)])
         places = Counter(n for sample in found for n, thing in enumerate(sample.objects) if thing.class_name == "bee")
         assert max(places.values()) / min(places.values()) < 1.15
-    # one bee for sure, and each of the other three with 1/4 (a little less, as no picture comes twice)
+    # one tile is always a bee, the other three with probability 1/4 each (slightly less: no picture repeats)
     assert shares[0] == pytest.approx([0.42, 0.42, 0.14, 0.02], abs=0.05)
     assert shares[0] == pytest.approx(shares[1], abs=0.05)
 

@@ -15,7 +15,7 @@ from bigtrain.data.schema import Manifest
 from bigtrain.data.set_files import read_index, read_manifest
 from bigtrain.retry import RetryPolicy
 from shards.check import check
-from shards.index_tars import describe
+from shards.index_tars import index_tars
 from tests.servers import Fault, use_s3
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Second tries come at once, and are ours alone."""
+    """Quick retries, and only our own: s3fs makes one attempt."""
     monkeypatch.setattr("shards.location.RETRY", RetryPolicy(attempts=5, first_wait_s=0.01))
     s3fs = pytest.importorskip("s3fs")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
@@ -100,7 +100,7 @@ def test_s3_resume_after_kill(paint, build_folder, contents, far, s3, tmp_path):
 
 @pytest.fixture
 def refusing(s3, faulty, monkeypatch):
-    """refusing(n): the next n answers to a PUT are 503, over the wire."""
+    """refusing[0] = n: the next n PUT requests get a real HTTP 503."""
     proxy = faulty(s3.endpoint)
     handler = proxy._server.RequestHandlerClass
     left = [0]
@@ -164,16 +164,16 @@ def test_index_over_http(others, nginx, tmp_path):
     folder, manifest = others
     (nginx.folder / tmp_path.name).symlink_to(folder)
     url = f"{nginx.url}/{tmp_path.name}"
-    found = describe(url, out=tmp_path / "view", shards="{000000..000004}.tar", workers=2)
+    found = index_tars(url, out=tmp_path / "view", shards="{000000..000004}.tar", workers=2)
     assert (found.shards, found.shards_at) == (manifest.shards, url)
     assert sorted(path.name for path in (tmp_path / "view").iterdir()) == ["index.parquet", "manifest.json"]
     assert check(str(tmp_path / "view")) == []
     assert check(str(tmp_path / "view"), quick=True) == []
     (tmp_path / "names.txt").write_text("000002.tar\n000000.tar\n")
-    found = describe(url, out=tmp_path / "two", shards=str(tmp_path / "names.txt"))
+    found = index_tars(url, out=tmp_path / "two", shards=str(tmp_path / "names.txt"))
     assert [shard.file for shard in found.shards] == ["000002.tar", "000000.tar"]
     with pytest.raises(OSError, match=r"000005\.tar is missing"):
-        describe(url, out=tmp_path / "three", shards="{000000..000005}.tar")
+        index_tars(url, out=tmp_path / "three", shards="{000000..000005}.tar")
     assert not (tmp_path / "three").exists()
 
 
@@ -181,21 +181,21 @@ def test_index_on_s3(others, s3, tmp_path):
     """Tars on S3 get their index beside them, or here as a view."""
     folder, manifest = others
     fsspec.filesystem("s3").put(f"{folder}/", f"{s3.url}/set/", recursive=True)
-    assert describe(f"{s3.url}/set", out=tmp_path / "view").shards_at == f"{s3.url}/set"
+    assert index_tars(f"{s3.url}/set", out=tmp_path / "view").shards_at == f"{s3.url}/set"
     assert check(str(tmp_path / "view")) == []
-    assert describe(f"{s3.url}/set").shards == manifest.shards
+    assert index_tars(f"{s3.url}/set").shards == manifest.shards
     assert check(f"{s3.url}/set") == []
     assert read_index(f"{s3.url}/set").equals(read_index(str(tmp_path / "view")))
 
 
 def test_http_retry(others, nginx, faulty, quick, tmp_path, capsys):
-    """A web server that falters is asked again."""
+    """Requests to an unreliable web server are retried."""
     folder, manifest = others
     (nginx.folder / tmp_path.name).symlink_to(folder)
     proxy = faulty(nginx.url)
     proxy.faults = [Fault(), Fault(status=503), Fault(cut_after=300), Fault(truncate_to=2000), Fault(status=500)]
     url = f"{proxy.url}/{tmp_path.name}"
-    found = describe(url, out=tmp_path / "view", shards="{000000..000004}.tar")
+    found = index_tars(url, out=tmp_path / "view", shards="{000000..000004}.tar")
     assert found.shards == manifest.shards
     assert not proxy.faults
     assert "attempt 2 of 5" in capsys.readouterr().err
@@ -208,7 +208,7 @@ def test_http_gives_up(others, nginx, faulty, quick, tmp_path):
     proxy = faulty(nginx.url)
     proxy.faults = [Fault(status=503)] * 100
     with pytest.raises(OSError, match=r"cannot be read: tried 5 times"):
-        describe(f"{proxy.url}/{tmp_path.name}", out=tmp_path / "view", shards="{000000..000004}.tar")
+        index_tars(f"{proxy.url}/{tmp_path.name}", out=tmp_path / "view", shards="{000000..000004}.tar")
     assert not (tmp_path / "view").exists()
 
 
@@ -217,7 +217,7 @@ def test_check_remote_view(others, nginx, tmp_path):
     folder, _ = others
     (nginx.folder / tmp_path.name).symlink_to(folder)
     url = f"{nginx.url}/{tmp_path.name}"
-    describe(url, out=tmp_path / "view", shards="{000000..000004}.tar")
+    index_tars(url, out=tmp_path / "view", shards="{000000..000004}.tar")
     data = bytearray((folder / "000001.tar").read_bytes())
     data[700] ^= 1
     (folder / "000001.tar").write_bytes(data)

@@ -1,4 +1,4 @@
-"""Single pictures: whole or not, upright, and the odd kinds that a collection of millions holds."""
+"""Single pictures: truncation, EXIF orientation, and the odd formats found among millions of files."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_truncated_with_preview():
     assert checked(with_preview, "jpg", Treatment()).width == 100
     with pytest.raises(UnreadableError, match="truncated"):
         checked(with_preview[:-500], "jpg", Treatment())
-    assert checked(with_preview + b"\0" * 100, "jpg", Treatment()).width == 100  # what lies behind does no harm
+    assert checked(with_preview + b"\0" * 100, "jpg", Treatment()).width == 100  # trailing bytes do no harm
 
 
 def test_verify_decode():

@@ -71,7 +71,7 @@ def test_missing_files(devkit, capsys):
 
 
 def test_bad_split(devkit):
-    """The list of one class is no list of images: the possible splits are named instead."""
+    """The image list of a single class is refused as a split, and the error names the possible splits."""
     with pytest.raises(ValueError, match="--split may be test, trainval"):
         voc.about(devkit, "dog_trainval")
     with pytest.raises(FileNotFoundError, match="--split may be test, trainval"):

@@ -39,7 +39,7 @@ def check_reference(reference: ShardSet, split: Split) -> None:
     check_single_labels(reference, np.arange(len(reference)), reference.classes)
 
 
-def overlaps(protocol: Protocol, reference: ShardSet) -> Iterator[str]:
+def overlap_warnings(protocol: Protocol, reference: ShardSet) -> Iterator[str]:
     """A warning for reference classes that are known or novel ones too."""
     for kind, names in (("known", protocol.known), ("novel", protocol.novel)):
         if pairs := shared_classes(names, reference.classes):
