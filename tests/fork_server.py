@@ -83,7 +83,7 @@ def report_the_dead(status_of: dict[int, int]) -> None:
 
 
 def run(request: dict, streams: list[int]) -> None:
-    """Be the process that `python SCRIPT ARGUMENTS` would be, and end as it would."""
+    """Behave like `python SCRIPT ARGUMENTS` in this process, and exit as it would."""
     if request["own_session"]:
         os.setsid()
     for number in SIGNALS:

@@ -7,7 +7,7 @@
     subprocess.run(accelerate("ddp", 2, *flags), env=ENVIRONMENT)      # ... or about a launcher
 
 A forked process runs the same file with the same arguments, environment and streams, gets the same signals, and
-has imported at least what a new one would have by then. Beside launchers, real starts are for what looks for a command
+has imported at least what a new one would have by then. Real starts are for launchers, for what looks for a command
 line in /proc, and for CUDA.
 """
 
@@ -31,9 +31,9 @@ from bigtrain.runtime.ports import free_port
 ROOT = Path(__file__).parents[1]
 ON_GPU = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
 ON_GPU |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-ENVIRONMENT = {**ON_GPU, "CUDA_VISIBLE_DEVICES": ""}  # what is said of bits and of 1e-5 is said of CPUs
+ENVIRONMENT = {**ON_GPU, "CUDA_VISIBLE_DEVICES": ""}  # bitwise and 1e-5 comparisons hold on CPUs only
 LIMIT_S = 600.0  # for one start; the limit of a test (pytest-timeout) mostly comes first
-GRACE_S = 90.0  # longer than a rank takes to find out that another has ended, also one that is only silent
+GRACE_S = 90.0  # longer than a rank takes to notice that another has ended or hangs
 
 
 def command(recipe, *flags):
@@ -106,7 +106,7 @@ class Started:
 
 @contextlib.contextmanager
 def told_what_they_said(ranks):
-    """Where a wait ends with an error, pytest-timeout's too: print what the processes have said, and kill them."""
+    """If a wait raises (pytest-timeout included), print what the processes wrote to stderr, and kill them."""
     try:
         yield
     except BaseException:

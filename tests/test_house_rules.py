@@ -51,7 +51,7 @@ def test_functions_fit():
 
 
 def test_names_of_files():
-    """No two files have one name, but for the rooms of the papers, which are furnished alike."""
+    """No two files share a name, except in the methods' folders, which share one layout."""
     names = Counter(
         file.name for name, file in FILES.items() if not (name.startswith("bigtrain/methods/") and file.name in ROOM)
     )

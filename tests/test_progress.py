@@ -38,7 +38,7 @@ def test_lines_without_a_terminal(clock, capsys):
 
 
 def test_bytes_slow_work_and_no_total(clock, capsys):
-    """Bytes are a speed too, few images a second keep their decimals, and without a total no time is left."""
+    """Bytes get a rate too, low rates are shown with decimals, and without a total no remaining time is shown."""
     shown = Progress(0)
     clock(100)
     shown.add(25, 50_000_000)
@@ -46,7 +46,7 @@ def test_bytes_slow_work_and_no_total(clock, capsys):
 
 
 def test_only_one_rank_speaks(clock, capsys):
-    """A progress that is not shown counts, and says nothing, on a terminal either."""
+    """A progress that is not shown still counts, but prints nothing, not even on a terminal."""
     shown = Progress(10, is_shown=False)
     clock(60)
     shown.add(10)

@@ -105,7 +105,7 @@ def test_nonfinite_features(make, images):
 
 
 @every_detector
-def test_mistakes_are_told(make, images):
+def test_mistakes_are_reported(make, images):
     known_ND, class_N, novel_ND = images
     with pytest.raises(ValueError, match="is not fitted"):
         make().score(novel_ND)

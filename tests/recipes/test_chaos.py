@@ -1,4 +1,4 @@
-"""A run of two processes that is killed again and again ends with the bits of the one that was left alone."""
+"""A run of two processes that is killed again and again ends with the bits of an undisturbed one."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ def started(flags, run, workers=0):
     return start("defend.py", *flags, "--workers", workers, "--out", run, processes=2, own_session=True)
 
 
-MOMENTS = {  # what is waited for in a start, before a further moment of chance
+MOMENTS = {  # what to wait for in each start, before a further random delay
     "training": lambda run, rows: (run / "log.jsonl").exists() and len((run / "log.jsonl").read_bytes()) > rows,
     "saving": lambda run, rows: any(run.glob("checkpoints/*/step-*.tmp")),
     "changing stage": lambda run, rows: (run / "teacher.safetensors").exists(),
@@ -28,7 +28,7 @@ MOMENTS = {  # what is waited for in a start, before a further moment of chance
 
 
 def checkpoints(run):
-    """The newest whole one of each stage."""
+    """The step of the newest complete checkpoint of each stage."""
     found = {}
     for path in run.glob("checkpoints/*/step-*"):
         if path.suffix != ".tmp":
@@ -53,7 +53,7 @@ def test_kills(small, tmp_path, kills):
     killed = []
     moments = ["saving", "training", "changing stage", "evaluating"]
     for number in range(kills):
-        # the later moments come last, for what is past cannot be met again
+        # in the order of the run, since a phase that is over does not come again
         moment = moments[number * len(moments) // kills]
         rows = (run / "log.jsonl").stat().st_size if (run / "log.jsonl").exists() else 0
         process = started(flags, run, workers=number % 2)

@@ -230,7 +230,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes(flags, views, tmp_path, capsys, mistake):
-    """A mistake gets one sentence and leaves nothing."""
+    """A mistake gives a one-sentence error and leaves no files."""
     further, says = MISTAKES[mistake]
     further = [str(views / "train") if word == "TRAIN" else word for word in further]
     with pytest.raises(SystemExit) as stop:

@@ -229,7 +229,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes(small, tmp_path, capsys, mistake):
-    """A mistake gets one sentence and leaves nothing."""
+    """A mistake gives a one-sentence error and leaves no files."""
     flags, says = MISTAKES[mistake]
     if "WRONG" in flags:
         about = {"architecture": asdict(Architecture("vit_tiny_patch16_224")), "mean": [0], "std": [1]}

@@ -33,7 +33,7 @@ def test_first_command(tmp_path):
 
 
 def test_embedded_teacher():
-    """The embedded teacher is small and whole."""
+    """The embedded teacher is small and complete."""
     file = HERE / "teacher" / "teacher.safetensors"
     assert file.stat().st_size <= 6e6
     teacher = load_network(str(file))

@@ -1,4 +1,4 @@
-"""Training on a GPU is deterministic: no recipe uses an operation of which CUDA has no such form (torch would stop)."""
+"""Training on a GPU is deterministic: no recipe uses operations without a deterministic kernel (torch would raise)."""
 
 import pytest
 import torch

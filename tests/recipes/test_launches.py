@@ -91,7 +91,7 @@ def test_accumulate_recompute(flags, alone, tmp_path):
 
 
 def test_hidden_patches(small, tmp_path):
-    """A student of hidden patches learns and scores alike alone, under DDP and under ZeRO-3, mask token and all."""
+    """A student of hidden patches, mask token included, learns and scores alike on one process, DDP and ZeRO-3."""
     hidden = "--no-tune --drop-path 0 --predict hidden --score-pairs 2 --distil-lr 1e-4"
     flags = [*small, *hidden.split()]
     for config, processes in (("cpu", 1), ("ddp", 2), ("zero3", 2)):
@@ -162,7 +162,7 @@ def test_wrong_launch(flags, tmp_path, wrong):
     """A wrong launch ends at once with one sentence on what is wrong, and leaves nothing."""
     config, processes, more, variables, says = WRONG[wrong]
     more, environment = [*flags, *more, "--out", tmp_path / "run"], {**ENVIRONMENT, **variables}
-    if config == "cpu" and processes == 2:  # what is wrong is what accelerate did
+    if config == "cpu" and processes == 2:  # the fault lies in what accelerate starts
         line = accelerate(config, processes, *more)
         done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT)
     else:

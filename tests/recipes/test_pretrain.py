@@ -135,7 +135,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes(shards, tmp_path, capsys, mistake):
-    """A mistake gets one sentence and leaves nothing."""
+    """A mistake gives a one-sentence error and leaves no files."""
     further, says = MISTAKES[mistake]
     with pytest.raises(SystemExit) as stop:
         pretrain.main(["--train", str(shards / "train"), *CNN, *further, "--out", str(tmp_path / "run")])

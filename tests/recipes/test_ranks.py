@@ -45,7 +45,7 @@ def test_different_settings(small, tmp_path, setting, values):
 
 
 def test_fails_before_they_meet(small, tmp_path):
-    """A rank that fails before they meet says so, and the one that waits for it ends at Ctrl-C."""
+    """A rank that fails before the rendezvous says so, and the rank waiting for it ends at Ctrl-C."""
     flags = [*small, "--out", tmp_path / "run"]
     first, second = bare("defend.py", flags, [*flags, "--train", tmp_path / "nowhere"])
     code, said = second.wait(), second.said("err")

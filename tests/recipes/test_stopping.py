@@ -1,4 +1,4 @@
-"""A run that is asked to stop, by whatever means and under any launcher: saved, left, and taken up again."""
+"""A run that is asked to stop, by any means and under any launcher: it saves, exits, and can be resumed."""
 
 import json
 import os
@@ -27,7 +27,7 @@ LAUNCHERS = {
 
 @pytest.fixture(scope="module")
 def flags(small):
-    """A run that never ends of itself within a test."""
+    """Flags of a run that is too long to finish within a test."""
     return [*small, "--distil-epochs", "100000", "--checkpoint-every", "100000"]
 
 

@@ -54,7 +54,7 @@ def told(run):
 
 
 def whys(run):
-    """Why attempts ended that another was to follow."""
+    """Why attempts that were to be followed by another ended."""
     return [row["why"] for row in events(run) if row["event"] in ("requeued", "lost")]
 
 
@@ -74,7 +74,7 @@ def status(run):
 
 
 def in_attempt(run, number, more_steps=3):
-    """Whether the attempt of this number is waiting, with all the steps of it and those before done."""
+    """Returns a condition: this many attempts have started, and each has done all its steps."""
     return lambda: told(run).count("started") == number and steps(run) == number * more_steps
 
 

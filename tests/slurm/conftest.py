@@ -34,12 +34,12 @@ def no_cluster():
 
 @pytest.fixture
 def scheduler(monkeypatch):
-    """Stand-ins for SLURM's commands, on which jobs live in this process; what was to happen in a life has happened."""
+    """Stand-ins for SLURM's commands; jobs run in this process. Fails if a planned event has not happened."""
     made = Scheduler(monkeypatch)
-    logging.disable(logging.INFO)  # submitit's own lines, which it says or not by what has been imported before
+    logging.disable(logging.INFO)  # submitit's own messages, which appear or not depending on import order
     yield made
     logging.disable(logging.NOTSET)
-    assert not made.plans, "something was to happen in an attempt, and did not"
+    assert not made.plans, "an event planned for an attempt did not happen"
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def submit(run, scheduler):
 
 @pytest.fixture(scope="session")
 def counted(tmp_path_factory):
-    """What the recipe without torch leaves where nothing disturbs it."""
+    """The output of an uninterrupted run of the recipe without torch."""
 
     def make(folder):
         subprocess.run([sys.executable, COUNTING, "--out", folder], check=True, capture_output=True)
@@ -69,7 +69,7 @@ def counted(tmp_path_factory):
 
 @pytest.fixture
 def cluster(tmp_path_factory):
-    """One test at a time, in whatever process. Its jobs, whose ids this gives, do not stay; no others are touched."""
+    """For one test at a time, across workers: lists its jobs' ids, and cancels those, no others, at the end."""
     folder = f"{tmp_path_factory.getbasetemp()}/"
 
     def queued():

@@ -1,7 +1,7 @@
-"""Stand-ins for the commands of SLURM, over a clock that passes as fast as it is looked at.
+"""Stand-ins for the commands of SLURM, on a simulated clock that a sleep advances at once.
 
-What is submitted lives in the test's own process, where submitit's entry point runs it as srun would; only the recipe
-is a process. So an hour's time limit, a lost node or the tenth requeue takes milliseconds and happens at a known step.
+Jobs run in the test's own process, where submitit's entry point starts them as srun would; only a recipe is its own
+process. So an hour's time limit, a lost node or the tenth requeue takes milliseconds and happens at a known step.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT, signa
 
 
 class Gone(BaseException):
-    """The processes of an attempt have been killed, with no chance to say so; the state of its job."""
+    """The processes of an attempt were killed before they could record it; carries the state of its job."""
 
 
 class Clock:
-    """The module `time`, but that a sleep takes next to nothing of real time, and something may happen in it."""
+    """The module `time`, except that a sleep takes almost no real time and can trigger planned events."""
 
     def __init__(self):
         self.now, self.in_sleep = time.time(), lambda: None
@@ -207,7 +207,7 @@ class Scheduler:
     # ---- what happens to jobs
 
     def send(self, number):
-        """What the processes of the attempt that runs now get."""
+        """Send a signal to the processes of the running attempt."""
         os.kill(os.getpid(), number)
 
     def requeue(self, job_id, number=signal.SIGTERM):
@@ -223,12 +223,12 @@ class Scheduler:
         return self.children[-1]
 
     def kill(self, state="NODE_FAIL"):
-        """End the attempt that runs now, without a word: the power of its node fails, say."""
+        """End the running attempt with no chance to record it, as a power failure of its node would."""
         self.children[-1].kill()
         raise Gone(state)
 
     def when(self, condition, action):
-        """Do something, once, in the midst of an attempt."""
+        """Run an action once, during an attempt, when the condition holds."""
         self.plans.append((condition, action))
 
     def pass_on(self):
@@ -262,7 +262,7 @@ class Scheduler:
         return waits
 
     def run(self):
-        """Jobs live, one after the other, until none waits."""
+        """Run all attempts, one after another, until no job is waiting."""
         while job := self.ready():
             assert len(job.began) < 50, f"{job} is queued again and again"
             self.live(job.job_id)

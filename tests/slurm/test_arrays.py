@@ -69,7 +69,7 @@ def test_one_run_of_an_array_goes_on(sweep, out, scheduler):
 
 
 def test_shared_run_comes_first(sweep, out, scheduler, capsys):
-    """What others need is a job before theirs, which wait for its end; a table shows the others."""
+    """Shared runs are a job of their own, on which the jobs of the others depend; a table shows the others."""
     before = sweep(TEACHER, options=["--dry-run"])
     assert "a          known a  after teacher-a" in before and "teacher-a  shared  known a" in before
     assert "4 runs in " in before and "#SBATCH --array=0-3" in before and not out.exists() and not scheduler.jobs
@@ -129,7 +129,7 @@ def test_largest_array(sweep, out, scheduler):
 
 
 def test_cancel_and_retry(sweep, out, scheduler, monkeypatch):
-    """cancel ends all that waits or runs, in few questions; retry submits only what has not ended well."""
+    """cancel ends all waiting and running jobs, in few queries; retry submits only what has not succeeded."""
     monkeypatch.setattr(slurm_scheduler, "AT_ONCE", 2)
     sweep("[axes]\nseed = [0, 1]\n[settings]\nends = [1]\nends_after = 3")
     scheduler.live("7_0")

@@ -1,4 +1,4 @@
-"""Jobs that are told to leave, killed, moved, cut off and held, on stand-ins for SLURM's commands and a fast clock."""
+"""Jobs that are asked to stop, killed, requeued, timed out or locked out, on a fake SLURM and a simulated clock."""
 
 import json
 import os
@@ -26,8 +26,8 @@ LEFT = ("student.safetensors",)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1])
-def test_told_to_leave(submit, run, scheduler, counted, number):
-    """A job that is told to leave is queued again under its id, and goes on where it has saved to the same bits."""
+def test_asked_to_stop(submit, run, scheduler, counted, number):
+    """A job asked to stop is requeued under its id, resumes from its checkpoint, and ends bit for bit the same."""
     job = submit("--holds", 1)
     scheduler.when(in_attempt(run, 1), lambda: scheduler.send(number))
     scheduler.run()
@@ -39,16 +39,16 @@ def test_told_to_leave(submit, run, scheduler, counted, number):
     assert not (run / "slurm" / "owner.json").exists()
 
 
-def test_told_before_the_recipe_listens(submit, run, scheduler):
-    """A signal that ends a recipe which has not begun to listen is no failure."""
+def test_asked_before_the_recipe_listens(submit, run, scheduler):
+    """A signal that ends a recipe before it has installed its handlers is not a failure."""
     submit("--steps", 300)
     scheduler.when(lambda: scheduler.children, lambda: scheduler.send(signal.SIGTERM))
     scheduler.run()
     assert whys(run) == ["asked to stop (SIGTERM)"] and told(run)[-1] == "finished" and steps(run) == 300
 
 
-def test_told_before_the_recipe_starts(submit, run, scheduler, monkeypatch):
-    """A job that is told to leave before its recipe has started is queued again without starting it."""
+def test_asked_before_the_recipe_starts(submit, run, scheduler, monkeypatch):
+    """A job asked to stop before its recipe has started is requeued without starting it."""
     submit()
     begin = attempt.begin
 
@@ -63,14 +63,14 @@ def test_told_before_the_recipe_starts(submit, run, scheduler, monkeypatch):
     assert told(run)[-1] == "finished"
 
 
-def test_told_before_a_life(run):
+def test_stop_before_an_attempt(run):
     """A signal that submitit gets before an attempt has begun queues the same attempt again."""
     again = attempt.Attempt(str(run)).checkpoint()
     assert isinstance(again.function, attempt.Attempt) and again.function.run == str(run) and not again.args
 
 
 def test_time_limit(submit, run, scheduler, counted):
-    """A job is told to leave before its time is up, and goes on in its next attempt."""
+    """A job is asked to stop before its time limit, and resumes in its next attempt."""
     submit("--holds", 2, options=["--timeout-min", 30, "--signal-delay-s", 90])
     for number in (1, 2):
         scheduler.when(in_attempt(run, number), lambda: scheduler.clock.pass_by(30 * 60 - 90))
@@ -79,7 +79,7 @@ def test_time_limit(submit, run, scheduler, counted):
 
 
 def test_not_yet_the_time_limit(submit, run, scheduler):
-    """A job that is told to leave long before its time is up has not run into its limit."""
+    """A job asked to stop long before its time limit does not report the time limit as the reason."""
     submit("--holds", 1)
     scheduler.when(in_attempt(run, 1), lambda: (scheduler.clock.pass_by(50 * 60), scheduler.send(signal.SIGUSR2)))
     scheduler.run()
@@ -87,7 +87,7 @@ def test_not_yet_the_time_limit(submit, run, scheduler):
 
 
 def test_time_limit_without_saving(submit, run, scheduler, counted):
-    """A job that does not leave in time says so in status, and goes on when it is tried again."""
+    """A job that does not stop in time is reported so by status, and resumes when it is retried."""
     submit("--holds", 1, "--deaf")
     scheduler.when(in_attempt(run, 1), lambda: scheduler.clock.pass_by(60 * 60))
     scheduler.run()
@@ -107,7 +107,7 @@ def test_requeued_by_slurm(submit, run, scheduler, counted):
 
 
 def test_lost_node(submit, run, scheduler, counted):
-    """An attempt that ends without a word is found by the next, which takes the run over."""
+    """An attempt that ends without recording it is detected by the next, which takes over the run."""
     job = submit("--holds", 2)
     for number in (1, 2):
         scheduler.when(in_attempt(run, number), scheduler.kill)
@@ -127,15 +127,15 @@ def test_lost_node(submit, run, scheduler, counted):
     ],
 )
 def test_lost_process(submit, run, scheduler, counted, code, why):
-    """A recipe that is killed, or has lost another process, goes on at once where it has saved."""
+    """A recipe that is killed, or has lost another rank, resumes at once from its checkpoint."""
     submit("--ends", code, "--ends-after", 2)
     scheduler.run()
     assert whys(run) == [why] and [row["delay_s"] for row in events(run) if row["event"] == "requeued"] == [0]
     assert steps(run) == 8 and same_bits(run, counted, LEFT)
 
 
-def test_idle_lives_wait(submit, run, scheduler, counted):
-    """Lives that get a run no further wait longer and longer before the next, up to ten minutes."""
+def test_idle_attempts_wait(submit, run, scheduler, counted):
+    """After attempts without progress, the delay before the next doubles, up to ten minutes."""
     job = submit("--ends", *[86] * 8)
     scheduler.run()
     delays = [15, 30, 60, 120, 240, 480, 600, 600]
@@ -147,7 +147,7 @@ def test_idle_lives_wait(submit, run, scheduler, counted):
     assert same_bits(run, counted, LEFT)
 
 
-def test_max_lives(submit, run, scheduler, counted):
+def test_max_attempts(submit, run, scheduler, counted):
     """A job is started max_attempts times at most; a retry gives it new attempts."""
     job = submit("--ends", 86, 86, 86, "--ends-after", 2, options=["--max-attempts", 2])
     scheduler.run()
@@ -203,7 +203,7 @@ def test_cancelled(submit, run, scheduler, counted, by_user):
 
 
 def test_held_by_another_job(submit, run, scheduler, counted):
-    """A job whose run another one holds ends with a sentence, and that one goes on."""
+    """A job whose run is held by another job ends with an error message; the other continues."""
     job, history, refused = submit("--holds", 1), run / "events.jsonl", []
 
     def second():
@@ -222,7 +222,7 @@ def test_held_by_another_job(submit, run, scheduler, counted):
 
 
 def test_dead_owner_loses_the_run(submit, run, scheduler, counted):
-    """A run whose job is gone without a word is lost until it is tried again, by a job that takes it over."""
+    """A run whose job ended without recording it is `lost` until a retry submits a job that takes it over."""
     job = submit("--holds", 1)
     scheduler.when(in_attempt(run, 1), lambda: scheduler.kill("COMPLETED"))
     scheduler.run()
@@ -252,7 +252,7 @@ def refuse(why, others):
 
 
 def test_folder_without_job(run, scheduler):
-    """An attempt whose folder says nothing of what to run ends with a sentence."""
+    """An attempt in a folder without a job file ends with an error message."""
     run.mkdir()
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SUBMITIT_EXECUTOR", "slurm")

@@ -1,4 +1,4 @@
-"""A sweep over whose nodes the power fails again and again ends in the table of one that was left alone."""
+"""A sweep whose nodes repeatedly lose power ends with the same table as an undisturbed one."""
 
 import json
 import random

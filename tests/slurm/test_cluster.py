@@ -61,7 +61,7 @@ def test_shipped_cluster_files(file):
     ],
 )
 def test_wrong_cluster_file(tmp_path, text, sentence):
-    """A cluster file that means nothing is told."""
+    """An invalid cluster file is reported."""
     file = tmp_path / "mine.toml"
     file.write_text(text)
     with pytest.raises(ValueError, match=re.escape(sentence)) as told:
@@ -87,7 +87,7 @@ def test_missing_cluster_file(tmp_path):
     ],
 )
 def test_refusal_by_sbatch(word, line):
-    """A refusal is told with the line behind it."""
+    """A refusal is reported with its explanation."""
     asked = Cluster(partition="nowhere", account="vision", qos="long", mem_gb=1, constraint="ib", gpus_per_node=9)
     said = f"sbatch: error: {word}\nsbatch: error: Batch job submission failed: {word}\n"
     told = explained(said, script(asked, Path("/x"), "x"), lambda: " There is low.")
@@ -95,7 +95,7 @@ def test_refusal_by_sbatch(word, line):
 
 
 def test_without_slurm(tmp_path):
-    """Without SLURM a sentence says what else there is."""
+    """Without SLURM the error message names the alternative."""
     said = slurm("submit", RECIPE, "--", "--out", tmp_path / "run", fails=2, PATH="/nowhere")
     assert said.startswith("bigtrain-slurm: error: there is no SLURM here (sbatch, srun, squeue, scontrol not on the")
     assert "--local" in said and not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""A job that SLURM gives a GPU: it is told to leave, goes on, and ends with the bits of a quiet run on that GPU."""
+"""A SLURM job on a GPU is asked to stop, resumes, and ends with the bits of an undisturbed run on that GPU."""
 
 import pytest
 import torch

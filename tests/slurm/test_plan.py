@@ -115,7 +115,7 @@ leaves = { teacher = "teacher.safetensors" }
 
 
 def test_safe_names(sweep):
-    """Names are safe and their own."""
+    """Names are safe and unique."""
     names = ["a/b", "a b", "A B", "..", "-x", "ж", "$(touch gone)"]
     found = sweep(f"[axes]\nknown = {json.dumps([[name] for name in names])}\n")
     folders = [run.name for run in found.runs]
@@ -151,7 +151,7 @@ def test_ten_thousand_names(sweep):
     ],
 )
 def test_wrong_sweep_file(sweep, text, sentence):
-    """A sweep file that means nothing is told."""
+    """An invalid sweep file is reported."""
     with pytest.raises(ValueError, match=re.escape(sentence)):
         sweep(text)
 

@@ -1,4 +1,4 @@
-"""The processes of one job: what each finds around it, and which says what becomes of it; on stand-ins for SLURM."""
+"""The processes of one job: the environment of each, and which one decides the outcome; on a fake SLURM."""
 
 import json
 import signal
@@ -19,7 +19,7 @@ from tests.slurm.cluster_commands import (
 
 
 def test_what_a_process_finds_around_it(submit, run, scheduler):
-    """Each process of a job knows its rank, the others' number, where to meet them, its threads and its strategy."""
+    """Each process of a job gets its rank, the world size, the rendezvous address, its threads and its strategy."""
     options = ["--nodes", 2, "--tasks-per-node", 2, "--cpus-per-task", 3, "--strategy", "zero2"]
     job = submit("--holds", 1, options=options)
     scheduler.when(in_attempt(run, 1), lambda: (scheduler.live(job, rank=3), scheduler.send(signal.SIGUSR2)))
@@ -67,7 +67,7 @@ def ranks(run, scheduler):
 
 
 def test_another_rank_decides(ranks, run, scheduler):
-    """Where rank 0 has gone without a word, the next one queues the job again, once."""
+    """If rank 0 has died without deciding, the next rank requeues the job, once."""
     began = scheduler.clock.now
     assert [end(task, 86, "", None) for task in ranks[1:]] == [0, 0]
     assert scheduler.clock.now - began > 30
@@ -76,13 +76,13 @@ def test_another_rank_decides(ranks, run, scheduler):
 
 @pytest.mark.parametrize("code", [86, -9])
 def test_rank_0_decides(ranks, run, scheduler, code):
-    """Where rank 0 has said what becomes of the job, the others say nothing."""
+    """Once rank 0 has recorded the outcome of the job, the others record nothing."""
     assert [end(task, code, "", None) for task in ranks] == [0, 0, 0]
     assert told(run)[2:] == ["requeued"] and scheduler.asked.count(("scontrol", "requeue", "7")) == 1
 
 
 def test_first_failure_counts(ranks, run, scheduler):
-    """What the first rank says that fails is the failure: the others end because of it, or are lost."""
+    """The error of the first rank to fail is the one recorded: the others fail or are lost because of it."""
     codes = [end(ranks[2], 1, "ValueError: no", None), end(ranks[1], 2, "connection closed", None)]
     codes += [end(ranks[0], 86, "", None)]
     assert codes == [1, 2, 2] and [row["error"] for row in events(run) if row["event"] == "failed"] == [
@@ -92,7 +92,7 @@ def test_first_failure_counts(ranks, run, scheduler):
 
 
 def test_where_ranks_meet(ranks, run, scheduler):
-    """Another rank waits for what rank 0 says in this attempt, and ends with a sentence where it sees nothing."""
+    """Other ranks wait for the port that rank 0 publishes in this attempt, and time out with an error message."""
     publish_port(Process(run, "7", -1, 0, 3, 0, 1, "node1", on_slurm=True), 1)  # of the attempt before
     scheduler.when(lambda: scheduler.clock.now > began + 20, lambda: publish_port(ranks[0], 1234))
     began = scheduler.clock.now

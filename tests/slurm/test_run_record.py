@@ -1,4 +1,4 @@
-"""Who holds a run, what its history says, and how a run stands; SLURM's answers are given, not asked."""
+"""Who owns a run, its history, and its status; SLURM's answers are mocked."""
 
 import json
 import signal
@@ -59,7 +59,7 @@ def test_owner(run, monkeypatch):
 
 
 def test_owner_without_slurm(run, monkeypatch):
-    """Where nobody can be asked an owner is taken to live."""
+    """An owner whose state cannot be queried is assumed to be alive."""
 
     def gone(ids):
         raise slurm_scheduler.SchedulerError("no")
@@ -71,7 +71,7 @@ def test_owner_without_slurm(run, monkeypatch):
 
 
 def test_dead_local_owner(run):
-    """A process of this machine that has ended loses its run."""
+    """A process of this machine that has ended no longer owns its run."""
     ended = subprocess.Popen(["true"])
     ended.wait()
     (run / "slurm" / "owner.json").write_text(
@@ -88,7 +88,7 @@ def test_half_a_row(run):
     assert [row["event"] for row in events(run)] == ["started"]
 
 
-def test_idle_lives(run):
+def test_idle_attempts(run):
     """Attempts that got no further are counted."""
     for at in ("", "", "distil/step-000004", "distil/step-000008", "distil/step-000008"):
         record_event(run, "started", job="1", at=at)
@@ -129,8 +129,8 @@ def test_idle_lives(run):
         (["submitted"], None, "lost", "which never started"),
     ],
 )
-def test_standing(run, monkeypatch, rows, state, how, told):
-    """How a run stands."""
+def test_status(run, monkeypatch, rows, state, how, told):
+    """The status of a run."""
     for row in rows:
         further = {"error": "ValueError: no", "rank": 3} if row == "failed" else {}
         monkeypatch.setattr(run_record.socket, "gethostname", lambda: "node2")
@@ -150,8 +150,8 @@ def test_done(run, monkeypatch):
     assert one.state == "done" and outcome(run) == "finished"
 
 
-def test_last_word_in_the_next_life(run):
-    """A run that was killed between its results and its last word says it in the next attempt."""
+def test_finished_in_the_next_attempt(run):
+    """A run killed after writing its results but before recording `finished` records it in its next attempt."""
     for row in ("submitted", "started"):
         record_event(run, row, job="7", restarts=0)
     (run / "results.json").write_text("{}")
@@ -178,8 +178,8 @@ def test_not_queued_twice(run, monkeypatch):
     "code, event", [(-15, "stopped"), (85, "stopped"), (130, "stopped"), (-9, "failed"), (86, "failed")]
 )
 def test_end_of_a_local_job(run, code, event):
-    """Without SLURM a recipe that was told to leave has stopped, even by the signal itself, and one that was lost has
-    failed: nothing queues it again."""
+    """Without SLURM a recipe asked to stop counts as stopped, even if the signal killed it, and one that was lost as
+    failed: nothing requeues it."""
     task = Process(run, "local-7", 0, 0, 1, 0, 1, "127.0.0.1", on_slurm=False)
     assert end(task, code, "", signal.SIGTERM) == (event == "failed")
     assert [row["event"] for row in events(run)] == [event] and events(run)[0]["why"] == "asked to stop (SIGTERM)"
@@ -207,7 +207,7 @@ def test_print_from(tmp_path, capsys):
 
 
 def test_last_error():
-    """The last line that names an error is told."""
+    """The last line that names an error is reported."""
     lines = ["Traceback (most recent call last):", "ValueError: no", "  at the end", "", "torch says goodbye"]
     assert last_error(lines) == "ValueError: no"
     assert last_error(["defend.py: error: no such class", "x"]) == "defend.py: error: no such class"
@@ -216,7 +216,7 @@ def test_last_error():
 
 
 def test_time_left():
-    """Time left is from the start and the limit: EndTime is now where a job is cancelled."""
+    """Time left is computed from StartTime and TimeLimit: cancelling a job sets EndTime to now."""
     start = "2020-01-01T00:00:00"
     left = seconds_left({"StartTime": start, "TimeLimit": "1-02:03:04", "EndTime": start})
     more = seconds_left({"StartTime": start, "TimeLimit": "1-02:03:05", "EndTime": start})
@@ -225,7 +225,7 @@ def test_time_left():
 
 
 def test_release_where_nobody_holds(run):
-    """A run whose owner's file is gone, or no longer JSON, is released without a word."""
+    """Releasing a run whose owner file is missing or invalid JSON does nothing, silently."""
     RunLock(run, "1").release()
     (run / "slurm" / "owner.json").write_text("{")
     RunLock(run, "1").release()
@@ -238,13 +238,13 @@ def test_broken_bytes_in_history(run):
     assert [row["event"] for row in events(run)] == ["started", "requeued"]
 
 
-def test_all_lives_idle():
-    """Where no attempt got any further they all count, and before the first there is none."""
+def test_all_attempts_idle():
+    """If no attempt has made progress, all count as idle; before the first, none does."""
     history = [{"event": "started", "job": "1", "at": ""}] * 3
     assert idle_attempts(history, "1", "") == 3 and idle_attempts(history, "2", "") == 0
 
 
 def test_job_file_is_readable(tmp_path):
-    """Letters stand as they are in job.json, for whoever looks at it."""
+    """Non-ASCII letters are not escaped in job.json, so that people can read it."""
     JobSpec("recipe.py", ("--known", "Gebäck"), "/", Cluster(), "logs").write(tmp_path)
     assert '"Gebäck"' in (tmp_path / "slurm" / "job.json").read_text()

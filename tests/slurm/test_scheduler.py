@@ -1,4 +1,4 @@
-"""Jobs on a real SLURM: they are told to leave, killed, moved and cut off, and end with the bits of a quiet run."""
+"""Jobs on a real SLURM, stopped, killed, requeued and timed out, end with the bits of an undisturbed run."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_signal_requeue_preemption(long_run, undisturbed, tmp_path):
 
 
 def preempting_partition():
-    """One whose jobs push those of the default partition back into the queue; only of a throw-away cluster."""
+    """A partition whose jobs preempt those of the default one; only on a throw-away cluster."""
     if "BIGTRAIN_TEST_SLURM" not in os.environ:
         return ""
     rows = [dict(word.split("=", 1) for word in row.split()) for row in ask("scontrol -o show partition").splitlines()]
@@ -87,7 +87,7 @@ def is_running(job):
 
 
 def until_holding(run, number):
-    """Each of so many attempts of the recipe without torch has made its steps, and waits until it is told to leave."""
+    """Wait until this many attempts of the recipe without torch have done their steps; the last one then holds."""
     until(
         lambda: told(run).count("started") >= number and steps(run) >= 3 * number,
         f"attempt {number} of {run}: {told(run)}",

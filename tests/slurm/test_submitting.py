@@ -51,7 +51,7 @@ def test_cancelled_while_it_waits(submit, run, scheduler):
 
 
 def test_refused_by_sbatch(run, scheduler):
-    """What sbatch refuses is told with the line behind it, and leaves nothing."""
+    """A refusal by sbatch is reported with its explanation, and leaves no files."""
     scheduler.refusal = "invalid partition specified: nowhere"
     said = slurm("submit", COUNTING, "--partition", "nowhere", "--", "--out", run, fails=2)
     assert "sbatch refuses the job: invalid partition specified: nowhere." in said
@@ -69,26 +69,26 @@ def test_more_gpus_than_a_node_has(run, scheduler, gpus, most):
 
 
 def test_submitted_from_inside_of_a_job(run, scheduler):
-    """A job must not inherit what another one asked for, but where the controller is."""
+    """A job submitted from within another inherits where the controller is (SLURM_CONF), not that job's options."""
     inherited = {"SLURM_JOB_ID": "3", "SLURM_NTASKS": "8", "SBATCH_PARTITION": "x", "SLURM_CONF": "/etc/slurm.conf"}
     assert submitted(slurm("submit", COUNTING, "--", "--out", run, **inherited)) == "7"
 
 
 def test_controller_down(submit, run, scheduler):
-    """Without a controller nothing is submitted, and status says what the folders say."""
+    """With the controller down nothing is submitted, and status falls back on the run folders."""
     submit("--ends", 1)
     scheduler.run()
     scheduler.is_down = True
     said = slurm("submit", COUNTING, "--", "--out", run.with_name("other"), fails=2)
     assert "bigtrain-slurm: error: sinfo: Unable to contact slurm controller" in said
     assert not run.with_name("other").exists() and status(run)[0] == "failed"
-    with pytest.raises(slurm_scheduler.SchedulerError, match="Unable to contact"):  # not: it knows nothing of the job
+    with pytest.raises(slurm_scheduler.SchedulerError, match="Unable to contact"):  # not "unknown job"
         slurm_scheduler.states(["7"])
 
 
 @pytest.mark.parametrize("state, how", [("CANCELLED by 1000", "cancelled"), ("OUT_OF_MEMORY", "failed"), ("", "lost")])
 def test_forgotten_by_the_controller(submit, run, scheduler, state, how):
-    """A job that the controller has forgotten is asked of accounting, where there is some."""
+    """A job that the controller has forgotten is looked up in accounting, if there is any."""
     job = submit()
     del scheduler.jobs[job]
     if state:
@@ -97,7 +97,7 @@ def test_forgotten_by_the_controller(submit, run, scheduler, state, how):
 
 
 def test_questions_about_many_jobs(scheduler):
-    """As many jobs as there may be are asked for in a few questions, and each state is its own job's."""
+    """The states of very many jobs take only a few queries, and each job gets its own state."""
     scheduler.forgotten = {str(number): "FAILED" for number in range(1100)}
     assert slurm_scheduler.states(map(str, range(1100))) == {
         str(number): slurm_scheduler.JobState("FAILED", "", "node1") for number in range(1100)
@@ -106,7 +106,7 @@ def test_questions_about_many_jobs(scheduler):
 
 
 def test_missing_or_slow_commands(monkeypatch):
-    """A command that is missing, fails or does not answer is told in a sentence."""
+    """A command that is missing, fails or does not answer gives a one-sentence error."""
     for command, sentence in (
         (["no-such-command"], "no-such-command is not on the PATH"),
         (["false"], "false: it failed"),

@@ -62,7 +62,7 @@ def test_within_one_epoch(small, tmp_path, monkeypatch):
 
 
 def test_no_space(small, tuned, monkeypatch, capsys):
-    """A full disk is told with what to do."""
+    """A full disk gives an error that says what to do."""
 
     def full(*given):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -35,7 +35,7 @@ def test_step_down_gradient(accelerator):
 
 
 def test_clip(accelerator):
-    """Gradients are clipped to a norm, and the norm before clipping is told."""
+    """Gradients are clipped to a norm, and the norm before clipping is reported."""
     weight, update = one_weight(accelerator, clip=1.0)
     update.backward(weight.sum() * 30)
     figures, _ = update.take()
@@ -122,7 +122,7 @@ def test_fp16_overflow(scaled):
 
 
 def test_fp16_scale_search(scaled):
-    """A non-finite loss is no search for a scale, nor is an overflow at the lowest scale."""
+    """Neither a non-finite loss nor an overflow at the lowest scale counts as a search for a scale."""
     weight, update = scaled
     assert not update.searches_scale(NO_LOSS)
     for _ in range(16):
@@ -170,7 +170,7 @@ class Engine:
     ],
 )
 def test_what_deepspeed_is_asked(losses, overflow, asked, problem):
-    """The last part ends its step, where a loss that is not finite is handed on only to spoil what was begun."""
+    """The last part ends the step; a non-finite loss is passed on only to invalidate parts already accumulated."""
     engine = Engine()
     engine.optimizer.overflow = overflow
     accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, gather=lambda tensor: tensor)
