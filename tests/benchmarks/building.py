@@ -157,18 +157,18 @@ def run_one(name: str, pictures: Path, out: Path) -> None:
 
 
 def cpu_seconds() -> float:
-    """Of this process and those that it has ended."""
+    """Of this process and the children that it has waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def is_alone(name: str) -> bool:
-    """Whether one process does the work; the CPU seconds of forked servers' children cannot be had."""
+    """Whether one process does the work; the CPU time of a fork server's children cannot be measured."""
     return "2 " not in name
 
 
 def seconds_of(name: str, pictures: Path, disk: Path, peers_python: str) -> tuple[float, float]:
-    """By the clock, and of CPUs."""
+    """Wall-clock and CPU seconds."""
     out = disk / "out"
     shutil.rmtree(out, ignore_errors=True)
     python = peers_python if is_peer(name) else sys.executable

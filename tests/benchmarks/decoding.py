@@ -144,7 +144,7 @@ def prepare(pictures: Path, data: Path, copies: int, peers: str | None) -> int:
     build = [sys.executable, "-m", "shards", "build", "folder", "--root", str(data / "files")]
     subprocess.run([*build, "--out", str(data / "shards"), "--samples-per-shard", "500"], check=True, cwd=ROOT)
     if peers:
-        # litdata empties its caches when it begins, and one of them is /tmp/data unless it is told otherwise
+        # litdata clears its caches at startup, and one of them is /tmp/data by default
         caches = {
             name: str(data / name) for name in ("DATA_OPTIMIZER_CACHE_FOLDER", "DATA_OPTIMIZER_DATA_CACHE_FOLDER")
         }

@@ -135,7 +135,7 @@ def passes_per_s(read) -> float:
 
 
 def read_set(shard_set: ShardSet, order_N: np.ndarray) -> tuple[int, int]:
-    """As a worker does: places in, bytes out, a batch at a time."""
+    """As a worker does: shard, offset and size in, bytes out, a batch at a time."""
     reader, total = shard_set.reader(), 0
     for first in range(0, len(order_N), RUN):
         total += sum(map(len, reader.read(*shard_set.places(order_N[first : first + RUN]))))
@@ -172,7 +172,7 @@ def read_tars(tars: list[str]) -> tuple[int, int]:
 
 def ask_peer(python: Path, made: Path, listing: Path, peer: str) -> tuple[int, int, float]:
     command = [python, Path(__file__).with_name("reading_peer.py"), peer, made, listing]
-    # litdata empties its caches, which are folders of the whole machine's /tmp unless it is told others
+    # litdata clears its caches, which by default are folders in the machine's shared /tmp
     caches = {f"DATA_OPTIMIZER_{name}FOLDER": str(made) + name for name in ("CACHE_", "DATA_CACHE_")}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **caches})
     count, total, per_s = json.loads(done.stdout.strip().splitlines()[-1])

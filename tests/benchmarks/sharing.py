@@ -91,7 +91,7 @@ def forget_peak() -> None:
 
 
 def train(shards: str, out: str, depth: int, steps: int = 5) -> None:
-    """What each process does: from the third step on it is the peak of a step that counts."""
+    """What each process runs; peak memory is measured from the third step on."""
     settings = RunSettings(out=out, log_every=1, checkpoint_every=10**9)
     setup = Setup.begin(RunFolder(out, Config(run=settings)), "fp32", {})
     shard_set = ShardSet(shards)

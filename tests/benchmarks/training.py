@@ -8,7 +8,7 @@ scaling: images/s of recipes/pretrain.py with two processes / with one.
 memory: what a process holds under ZeRO-1, 2 and 3 / under DDP (sharing.py).
 teacher: images/s of the preset's distillation (recipes/defend.py), the teacher's tokens computed once / in each step.
 
-Pictures are made here. --small is for a look at whether it runs, and its figures mean nothing.
+Pictures are generated here. --small is a smoke test: its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def steps_of_stage(stage: Stage, label_of: dict[str, int]) -> Iterator[None]:
 
 
 def bare_steps(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], stage: Stage) -> Iterator[None]:
-    """What anybody would write; the same optimizer and learning rate, no log, no look at the loss."""
+    """A plain training loop: the same optimizer and learning rate, no log, no check of the loss."""
     device = stage.setup.accelerator.device
     optimizer = torch.optim.AdamW(decay_groups(model.to(device).named_parameters(), base_lr=LR), lr=LR)
     for step, (image_B3HW, class_B) in enumerate(batches):
@@ -116,7 +116,7 @@ def bare_steps(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], stage
 
 
 def seconds(work: Iterator[None], steps: int) -> tuple[float, float]:
-    """Some steps, by the clock and of this process's CPU."""
+    """Wall-clock and CPU seconds of this process for some steps."""
     began, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
         next(work)
@@ -127,7 +127,7 @@ def seconds(work: Iterator[None], steps: int) -> tuple[float, float]:
 
 def overhead(options: argparse.Namespace) -> None:
     """Turns of each contender, ten of which make a round, in which a row is logged. A turn is one step; ten on a GPU,
-    whose queue is empty behind each turn, not behind each step."""
+    which is synchronised after each turn, not after each step."""
     on_gpu = torch.cuda.is_available()
     cases = SMALL if options.small else GPU_CASES if on_gpu else CASES
     turns, per_turn = (3 if options.small else 10), (10 if on_gpu else 1)
@@ -222,7 +222,7 @@ def torch_load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
 
 def clocked(work: Callable[[], object]) -> float:
     gc.collect()
-    os.sync()  # what an earlier turn left to be written
+    os.sync()  # flush the writes of earlier turns
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""KNFST: training classes are points, against the definition by eigenvectors, and what happens without a null space."""
+"""KNFST: classes collapse to points, scores match the eigenvector definition, and a missing null space is refused."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def test_intersection_kernel(images):
 
 
 def test_one_class_by_hand():
-    """One class is told from the origin, with the scores worked out by hand."""
+    """A single class is separated from the origin, with the scores worked out by hand."""
     # orthogonal histograms: K = I, so f(x) = k(x)' 1, the class lies at 1 and the direction's length is sqrt(2)
     detector = KNFST().fit(np.eye(3)[:2])
     # known: 1; third histogram: 0; half of each: 1/2 + 1/2
@@ -120,7 +120,7 @@ def test_no_null_space():
 
 
 def test_negative_features(images):
-    """Negative features have no histogram, and the refusal names the kernel for them."""
+    """Negative features are not histograms; the error names the kernel to use instead."""
     known_ND, class_N, _ = images
     with pytest.raises(ValueError, match=r"48 of 48 images have negative features.*kernel='rbf'"):
         KNFST().fit(known_ND - 9, class_N)

@@ -28,7 +28,7 @@ def test_scores_sklearn(neighbours):
 
 
 def test_one_or_no_image():
-    """One known image is enough, and none is refused."""
+    """One known image is enough; fitting to no images is an error."""
     assert NearestNeighbours(2).fit(np.array([[1.0]])).score(np.array([[4.0]])).tolist() == [9]
     with pytest.raises(ValueError, match="at least one is needed"):
         NearestNeighbours().fit(np.zeros((0, 3)))

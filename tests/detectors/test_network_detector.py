@@ -49,7 +49,7 @@ def test_save_load_same_bits(network, pictures, tmp_path, name):
     detector.save(tmp_path / "detector")
     loaded = bigtrain.load_detector(tmp_path / "detector", device="cpu")
     np.testing.assert_array_equal(loaded.score(pictures), scores)
-    # in another place of its batch a product may be summed in another order
+    # at another position in the batch a product may be summed in another order
     np.testing.assert_allclose(loaded.score(pictures[::-1]), scores[::-1], rtol=1e-6)
     assert loaded.scoring == detector.scoring and loaded.scoring.threshold in scores
     assert not list(tmp_path.rglob("*.pkl"))

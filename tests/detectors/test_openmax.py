@@ -22,7 +22,7 @@ def test_three_classes_by_hand():
     unknown, known = 3 * w0 + 1 * w1, np.array([3 * (1 - w0), 1 * (1 - w1), 0])
     (found,) = detector.score([[3.0, 1, 0]])
     assert found == pytest.approx(unknown - np.log(np.exp(known).sum()))
-    # it is the log of the odds of the first class in OpenMax
+    # the log-odds of OpenMax's first class, the unknown one
     share = softmax([unknown, *known])[0]
     assert found == pytest.approx(np.log(share / (1 - share)))
 

@@ -67,10 +67,10 @@ def judged(write_set, tmp_path):
 
 
 def test_explained(judged):
-    """By what share errors are below the floor's, on held-out known pictures and on novel ones."""
+    """The share of the floor's error that is explained, on held-out known pictures and on novel ones."""
     results = judged([(["cat"], 10), (["cat"], 60), (["dog"], 50), (["dog"], 90)])
     assert results["auroc"]["value"] == 0.75
-    # held out .1 .2 .3 .4 of 1.2 1.4 1.6 1.8; novel .5 .9 of 2 2.8
+    # held out .1 .2 .3 .4, the floor's 1.2 1.4 1.6 1.8; novel .5 .9, the floor's 2 2.8
     assert results["explained"]["value"] == pytest.approx(1 - 1 / 6)
     assert results["explained_novel"]["value"] == pytest.approx(1 - 1.4 / 4.8)
     assert set(results["comparisons"]) == {"nothing learnt", "nearest neighbour on pixels"}
@@ -79,7 +79,7 @@ def test_explained(judged):
 
 
 def test_pictures_without_class(judged, tmp_path):
-    """A picture that shows nothing is novel; the figure without such pictures stands beside the whole one."""
+    """A picture without classes is novel; the AUROC without such pictures is reported beside the overall one."""
     results = judged([(["cat"], 10), (["cat"], 60), (["dog"], 50), (["dog"], 90), ([], 5), ([], 8)])
     assert results["counts"] == {"known": 2, "novel": 4}
     assert results["auroc"]["value"] == 3 / 8

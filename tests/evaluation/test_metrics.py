@@ -258,7 +258,7 @@ def test_fewer_resamples():
     ],
 )
 def test_scores_refused(novel_N, score_N, message):
-    """Scores that rank nothing are an error and not a half, for every figure."""
+    """Scores that cannot be ranked are an error, not a 0.5, for every figure."""
     for figure in (auroc, aupr_in, aupr_out, fpr_at_tpr_novel, fpr_at_tpr_known, detection_error, summary):
         with pytest.raises(ValueError, match=message):
             figure(novel_N, score_N)
@@ -311,19 +311,19 @@ def test_delong_interval():
 
 
 def test_value_outside_its_resamples():
-    """Below both of two resamples it counts as below 3 of 4: z0 = -0.6745, and Phi(2 z0 + 1.96) = 0.7294."""
+    """A value below both of 2 resamples counts as below 3 of 4: z0 = -0.6745, and Phi(2 z0 + 1.96) = 0.7294."""
     assert bias_corrected_interval(0.0, np.array([1.0, 3.0])) == pytest.approx((0, 1 + 2 * 0.7294), abs=1e-4)
     assert bias_corrected_interval(4.0, np.array([1.0, 3.0])) == pytest.approx((3 - 2 * 0.7294, 4), abs=1e-4)
 
 
 def test_one_resample_is_refused():
-    """An interval of one resample has no width: it is said, not computed; of two it is."""
+    """One resample gives no interval and is refused; two are enough."""
     with pytest.raises(ValueError, match="resamples is 1: an interval needs at least 2"):
         summary([False, True, True], [1, 2, 3], resamples=1)
     assert summary([False, True, True], [1, 2, 3], resamples=2)["bootstrap"]["resamples"] == 2
 
 
 def test_average_precision():
-    """Found at the lowest score too: half at precision 1/2, half at 2/4; twice as many are the same."""
+    """Positives at the lowest score count too: half at precision 1/2, half at 2/4; doubled counts are no change."""
     negative_RG, positive_RG = np.array([[1, 1, 0], [2, 2, 0]]), np.array([[1, 0, 1], [2, 0, 2]])
     assert average_precision_of_counts(negative_RG, positive_RG).tolist() == [0.5, 0.5]

@@ -1,4 +1,4 @@
-"""The report is one page that stands alone, holds what it was given, and trusts no name."""
+"""The report is one self-contained page, shows what it was given, and escapes every name."""
 
 import re
 from html.parser import HTMLParser

@@ -162,7 +162,7 @@ def test_several_detectors(tmp_path):
 
 
 def test_seed_in_setting(tmp_path):
-    """Settings that differ only in naming the seed share a row; those that only look so do not."""
+    """Settings that differ only in an embedded seed share a row; names that merely end in a digit do not."""
     runs = {}
     for seed in (0, 1):
         for model in ("lite0", "lite1"):
@@ -177,6 +177,6 @@ def test_seed_in_setting(tmp_path):
     assert [(row.axes, row.seeds, round(row.estimate[0], 9)) for row in found] == [
         (("lite0", finetuned), 2, 0.6), (("lite1", finetuned), 2, 0.7),
     ]  # fmt: skip
-    # without a seed to tell apart, a name with a 0 stays what it is
+    # with one seed only, a 0 in a name is left as it is
     only = [result for result in read_results(tmp_path) if result.axes["seed"] == 0]
     assert [row.axes[0] for row in rows(only, "auroc")[1]] == ["lite0", "lite1"]

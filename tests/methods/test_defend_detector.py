@@ -135,7 +135,7 @@ def test_score_over(over):
 
 @torch.no_grad()
 def test_constant_student():
-    """The floor: the distance to the same tokens for every picture; their best choice is the mean target."""
+    """The floor: the distance to tokens that are the same for every picture; the mean target minimises it."""
     detector = a_detector(predict="hidden")
     image_B3HW = torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(1)).byte()
     target_BLND = detector.target(image_B3HW)

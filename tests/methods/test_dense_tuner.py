@@ -1,4 +1,4 @@
-"""What is put on a trunk: what learns, what does not, and the queue's order."""
+"""Modules on top of a trunk: what is trained, what is frozen, and the queue's order."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_tuner_projected_tokens(tuner):
 
 @pytest.mark.parametrize("blocks", [0, 3])
 def test_tuner_block_range(network, blocks):
-    """Neither no blocks nor more blocks than there are can be tuned."""
+    """Tuning no blocks, or more blocks than there are, is refused."""
     with pytest.raises(ValueError, match=f"tuned_blocks is {blocks}, and the network has 2 blocks: use 1 to 2"):
         DenseTuner(network(depth=2)[1], 5, blocks)
 

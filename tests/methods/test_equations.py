@@ -22,7 +22,7 @@ def ramp_map(images=1):
 
 
 def aligned(map_BhwK, boxes, grid):
-    """Boxes in patches; what alpha(Q) says of each: (B, V, h, w, K) * 20, so rows, columns and images by number."""
+    """alpha(Q) for boxes given in patches: (B, V, h, w, K) * 20, so that values are row, column and image numbers."""
     boxes = torch.tensor(boxes).float() * PATCH
     return align_to_crops(map_BhwK, boxes, patch_size=PATCH, grid=grid).unflatten(2, grid) * 20
 
@@ -201,7 +201,7 @@ def test_branch_losses_by_hand():
 
 
 def test_branch_losses_of_a_joint_softmax():
-    """Of one softmax over all branches, the true class of each is looked for where its classes begin."""
+    """With one softmax over all branches, each branch's true class is offset by its first class."""
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     of_branch = dict.fromkeys(("known", "birds", "letters"), logits)
     class_B, first_class = dict.fromkeys(of_branch, torch.tensor([0])), {"known": 0, "birds": 2, "letters": 3}

@@ -17,12 +17,12 @@ REFERENCE = np.array([[-1.0, 2, -1, 1], [1, -1, -2, 1]])
 
 
 def test_globally_negative():
-    """A globally negative filter speaks against all known classes and for some reference class."""
+    """Globally negative: negative weights for all known classes, a positive one for some reference class."""
     assert against_most(KNOWN, REFERENCE, 1.0).tolist() == [False, True, False, False]
 
 
 def test_against_most():
-    """Against one class of two is against half; a filter must speak for a reference class besides."""
+    """Negative for one class of two is a share of half; a reference class needs a positive weight as well."""
     assert against_most(KNOWN, REFERENCE, 0.5).tolist() == [True, True, False, True]
     assert against_most(KNOWN, REFERENCE, 0.6).tolist() == [False, True, False, False]
 
@@ -56,7 +56,7 @@ def test_activation_and_evidence(write_set, tmp_path):
     # brightness is 10 20, 40 40, 90 40; its mean 40
     means = {kind: figure["value"] for kind, figure in results["activation"].items()}
     assert means == pytest.approx({"known": 15 / 40, "novel": 1, "reference": 65 / 40})
-    # class 0 answers most, 1 - brightness against -1 - 3 brightness: filter 1 takes the brightness from it
+    # class 0 has the largest logit, 1 - brightness over -1 - 3 brightness: filter 1 subtracts the brightness
     evidence = {kind: figure["value"] for kind, figure in results["evidence"].items()}
     assert evidence == pytest.approx({"known": -15, "novel": -40, "reference": -65})
     graded = {one["share"]: one for one in results["graded"]}

@@ -128,7 +128,7 @@ def test_uniform_numbers_are_splitmix64(seed):
 
 @pytest.mark.parametrize("patches", [2, 9, 16, 196])
 def test_complementary_halves(patches):
-    """Each pair hides every patch once, in halves; pairs differ, and the first ones are those of fewer pairs."""
+    """Each pair hides every patch once, in halves; pairs differ, and asking for fewer gives the first ones."""
     halves_PN = complementary_halves(patches, 5)
     assert halves_PN.shape == (10, patches)
     pairs = halves_PN.unflatten(0, (5, 2))

@@ -17,7 +17,7 @@ def test_compactness_loss_by_hand():
 
 
 def test_layers_that_learn():
-    """Only what is named learns; a name that is none, or one without weights, is refused."""
+    """Only the named layers are trained; an unknown name, or one without weights, is refused."""
     network = nn.Sequential()
     network.add_module("layer1", nn.Linear(2, 2))
     network.add_module("pool", nn.Identity())

@@ -25,7 +25,7 @@ def test_strongest_by_hand():
 
 
 def test_signature_novelty_by_hand():
-    """What the best signature has in the two strongest features, taken from 1: both, one of two, and a quarter."""
+    """1 less the best signature's weight on the two strongest features: all, half, and a quarter of it."""
     signature_CD = torch.tensor([[0.5, 0.5, 0, 0, 0], [0, 0, 0.75, 0.25, 0]])
     features_BD = torch.tensor([[9.0, 8, 0, 0, 0], [9, 0, 0, 0, 8], [0, 0, 0, 8, 9]])
     assert signature_novelty(features_BD, signature_CD, 2).tolist() == [0, 0.5, 0.75]

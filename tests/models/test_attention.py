@@ -1,4 +1,4 @@
-"""Packed attention: every backend is the definition, and sequences do not see each other."""
+"""Packed attention: every backend matches the definition, and no sequence attends to another."""
 
 import pytest
 import torch

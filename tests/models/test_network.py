@@ -39,7 +39,7 @@ def test_paper_network_widths(name, width):
 
 
 def test_dropout_of_fc():
-    """In training VGG drops half of fc6's and fc7's features, as many as asked; other networks have no such layers."""
+    """In training VGG applies dropout to the features of fc6 and fc7, at the rate set; a ResNet has no such layers."""
     trunk = build_trunk(Architecture("vgg11")).eval()
     with torch.no_grad():
         whole = trunk(IMAGES)
@@ -75,7 +75,7 @@ def test_alexnet_equals_torchvision():
 
 @torch.no_grad()
 def test_named_layer():
-    """A named layer's output is averaged over places or tokens."""
+    """A named layer's output is averaged over spatial positions or tokens."""
     resnet = build_trunk(Architecture("resnet18")).eval()
     by_hand = resnet.layer2(resnet.layer1(resnet.maxpool(resnet.act1(resnet.bn1(resnet.conv1(IMAGES))))))
     torch.testing.assert_close(PooledLayer(resnet, "layer2")(IMAGES), by_hand.mean((2, 3)))
@@ -144,7 +144,7 @@ def test_what_cannot_be_had_is_refused(tmp_path):
 @pytest.mark.skipif("BIGTRAIN_TEST_DATA" not in os.environ, reason="needs real pictures")
 @torch.no_grad()
 def test_imagenet_accuracy():
-    """Of 64-pixel pictures one in four is told rightly, of ImageNet's 1000 classes; over 15% must be."""
+    """On 64-pixel pictures top-1 accuracy over ImageNet's 1000 classes is about 25%; it must exceed 15%."""
     network = lite0()
     wnids, view = network.classes["imagenet"], CentreCrop(128, 128)
     pictures, shown = [], []
@@ -189,7 +189,7 @@ def test_joint_heads():
 
 
 def test_flops_are_counted_as_products():
-    # 3 x 3 x 3 x 8 weights on 64 x 64 places, and 8 x 2 behind the mean: 2 for each multiply-add
+    # 3 x 3 x 3 x 8 weights at 64 x 64 positions, and 8 x 2 after the mean: 2 per multiply-add
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
     assert counted_flops(net, 64) == 2 * (27 * 8 * 64 * 64 + 8 * 2) and net.training
 

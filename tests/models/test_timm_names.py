@@ -1,4 +1,4 @@
-"""What is told of a network's name without importing torch, and what timm is imported without."""
+"""Network names checked without importing torch, timm imported without the compiler, and an unreachable hub."""
 
 import importlib
 import socket
@@ -13,7 +13,7 @@ from bigtrain.models.timm_names import check_network_name, check_source, check_v
 
 
 def test_names_are_those_of_timm():
-    """Read from its source files they are the ones it has registered, the deprecated too."""
+    """The names read from timm's source files are those it registers, deprecated ones included."""
     assert timm_names() == set(timm.models._registry._model_entrypoints)
     assert set(timm.list_models()) <= timm_names()
 
@@ -22,13 +22,13 @@ def test_names_are_those_of_timm():
     "name", ["vit_base_patch16_224", "vit_base_patch16_224.augreg_in21k", "vit_tiny_patch16_224.x"]
 )
 def test_a_name_that_timm_has(name):
-    """The tag of its weights is timm's to judge."""
+    """The tag of its weights is left for timm to check."""
     check_vit_name(name)
     check_network_name(name)
 
 
 def test_a_name_that_timm_lacks():
-    """It is told with up to five that begin alike, or with a network that is there."""
+    """The error suggests up to five similar names, or else a network that exists."""
     with pytest.raises(ValueError, match=r"no model 'resnet5000'; near it: .*resnet50.*; alexnet is torchvision's\."):
         check_network_name("resnet5000")
     with pytest.raises(ValueError, match=r"no model 'zzz'; near it: vit_base_patch16_224\."):
@@ -37,7 +37,7 @@ def test_a_name_that_timm_lacks():
 
 
 def test_a_file_is_no_name(tmp_path):
-    """What ends as a file of weights does must be there."""
+    """A name that ends like a weights file must exist as a file."""
     with pytest.raises(ValueError, match=r"none\.pth does not exist: give a file of weights"):
         check_source(str(tmp_path / "none.pth"))
     (tmp_path / "some.pth").touch()
@@ -45,7 +45,7 @@ def test_a_file_is_no_name(tmp_path):
 
 
 def test_imports_restored():
-    """What took torch's place while timm was imported is gone, and answers as the compiler does."""
+    """The stand-ins used while timm is imported are removed afterwards, and answer as the compiler does."""
     assert torch.compiler.disable is not disable_at_call
     importlib.import_module("torch._dynamo.utils")
     assert sys.modules["torch._dynamo.utils"] is torch._dynamo.utils and hasattr(torch._dynamo.utils, "counters")
@@ -55,7 +55,7 @@ def test_imports_restored():
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_the_hub_is_asked_once(monkeypatch, answers):
-    """Where it does not answer, its client looks into the cache alone; behind that all is as it was."""
+    """If the hub does not answer, its client uses the cache alone; afterwards the offline setting is restored."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -66,7 +66,7 @@ def test_the_hub_is_asked_once(monkeypatch, answers):
 
 
 def test_a_hub_that_is_silent(monkeypatch):
-    """A host that takes the connection and says nothing does not answer, and is not waited for without end."""
+    """A host that accepts the connection but never responds is treated as unreachable after a timeout."""
     from huggingface_hub import constants
 
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -170,7 +170,7 @@ def test_drop_path(network):
     """Drop path drops whole sequences and scales up those it keeps."""
     net, vit = network(drop_path=0.5)  # 0 in the first block, .5 in the second
     net.norm = nn.Identity()
-    net.blocks[1].mlp = nn.Identity()  # leave the attention branch alone
+    net.blocks[1].mlp = nn.Identity()  # leaves only the attention branch
     net.blocks[1].ls2 = nn.Module()
     net.blocks[1].ls2.forward = torch.zeros_like
     views = [images(100), images(100, 16, 16, seed=1)]
@@ -292,7 +292,7 @@ def test_student_gradients(model):
 @pytest.mark.parametrize("model", [*KINDS, "vit_base_patch16_siglip_224", "vit_small_patch14_dinov2"])
 @torch.no_grad()
 def test_student_is_alive(model):
-    """At birth each block of a student changes its tokens by more than a tenth, LayerScale or not."""
+    """At initialisation each block of a student changes its tokens by more than a tenth, LayerScale or not."""
     size, patch = KINDS.get(model, (42, 14 if "patch14" in model else 16))
     torch.manual_seed(0)
     student = masked_student(Architecture(model, size // patch * patch, patch, 3)).eval()
@@ -332,7 +332,7 @@ def test_completed_by_hand(network, model):
 
 
 def test_decoder_gradients():
-    """Of a student that completes, every weight learns, the mask token too; the hidden pixels change nothing."""
+    """With a decoder block every trainable weight gets a gradient, the mask token too; hidden pixels change nothing."""
     student = masked_student(SMALL, drop_path=0.0, decoder_blocks=1)
     image_B3HW, visible_BN = images(2), half_visible(2, 16)
     (found,) = student(image_B3HW, visible_BN=visible_BN)
@@ -388,7 +388,7 @@ def gradients(vit, views, *, recompute, **options):
     """A training pass's outputs and gradients."""
     vit.recompute = recompute
     vit.zero_grad()
-    torch.manual_seed(7)  # of the drops of paths
+    torch.manual_seed(7)  # for drop path
     encoded = vit(*views, **options)
     sum(e.blocks_LBND.float().square().mean() for e in encoded).backward()
     return encoded, {name: p.grad for name, p in vit.named_parameters() if p.grad is not None}
@@ -433,7 +433,7 @@ def bytes_kept(vit, views, **options):
     weights = {p.untyped_storage().data_ptr() for p in vit.parameters()}
 
     def keep(x):
-        kept[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)  # held, or its place is used again
+        kept[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)  # held, or its address is reused
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):

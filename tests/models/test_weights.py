@@ -166,7 +166,7 @@ def test_pth_without_state_dict(tmp_path):
 
 
 def test_architecture_needed(network, file_of):
-    """A file that does not know its network asks for it."""
+    """A file without an architecture is an error that asks for one."""
     with pytest.raises(ValueError, match=r"name it, as in --arch resnet50 or --arch vit_base_patch16_224"):
         load_network(file_of(network()[0].state_dict()))
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and a run that goes on from one is the uninterrupted run, bit for bit."""
+"""Checkpoints are written atomically, and resuming from one matches the uninterrupted run bit for bit."""
 
 import copy
 import pickle
@@ -35,7 +35,7 @@ def a_network(seed=0):
 
 
 def groups(net):
-    """In another order than the module's: names, not positions, say which moments belong to which weights."""
+    """In another order than the module's: moments are matched to weights by name, not by position."""
     trained = [p for p in net.parameters() if p.requires_grad]
     return [{"params": trained[::-1][:2]}, {"params": trained[::-1][2:]}]
 
@@ -56,7 +56,7 @@ def state_of(net, optimizer):
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_resume_is_exact(tmp_path, accelerator, kind):
-    """Going on from a checkpoint is the uninterrupted training, bit for bit."""
+    """Resuming from a checkpoint matches uninterrupted training bit for bit."""
     net = a_network()
     optimizer = OPTIMIZERS[kind](groups(net))
     train(net, optimizer, range(5))
@@ -193,7 +193,7 @@ def test_damaged_replaced(checkpoints):
 
 
 def test_damaged_later_step(checkpoints):
-    """A damaged checkpoint of a later step does not cost the one just saved."""
+    """A damaged checkpoint of a later step does not get the one just saved deleted."""
     save, load, folder = checkpoints(keep=1, keep_every=10)
     save(10)
     save(20)
@@ -246,7 +246,7 @@ def full_disk():
 
 
 def test_full_disk(checkpoints):
-    """A full disk is told in a sentence, and the checkpoint before is as it was."""
+    """A full disk is a one-sentence error, and the previous checkpoint is unchanged."""
     save, load, folder = checkpoints()
     save(10)
     before = {path.name: path.read_bytes() for path in (folder / "step-000010").iterdir()}
@@ -259,7 +259,7 @@ def test_full_disk(checkpoints):
 
 
 def test_full_disk_at_first(checkpoints):
-    """A full disk at the first checkpoint is told in a sentence, and nothing is left behind."""
+    """A full disk at the first checkpoint is a one-sentence error, and nothing is left behind."""
     save, _, folder = checkpoints()
     with pytest.raises(OSError, match=r"step 10 cannot be written .*; there is none before it. Make room"), full_disk():
         save(10)
@@ -285,14 +285,14 @@ def test_no_pickle_is_written_or_read(checkpoints):
 
 
 def test_checksum_is_of_all_blocks(tmp_path):
-    """A file is read 4 MiB at a time, and its checksum is that of its 5 MiB in one."""
+    """Read in blocks of 4 MiB, a file of 5 MiB has the checksum of its whole content."""
     content = bytes(range(256)) * (5 << 12)
     (tmp_path / "file").write_bytes(content)
     assert checksum(tmp_path / "file") == zlib.crc32(content)
 
 
 def test_folder_that_cannot_be_made(tmp_path, accelerator):
-    """Where a file is in the folder's place it is the same sentence, whatever is left to tidy up."""
+    """A file in place of the folder gives the same error, whatever cleanup is left to do."""
     net = nn.Linear(1, 1)
     (tmp_path / "file").touch()
     checkpoints = Checkpoints(tmp_path / "file", accelerator, net, torch.optim.SGD(net.parameters()))
@@ -301,7 +301,7 @@ def test_folder_that_cannot_be_made(tmp_path, accelerator):
 
 
 def test_part_under_zero(tmp_path, accelerator, monkeypatch):
-    """ZeRO names what it trains from the part on; kept is the whole, the part's weights as ZeRO has them."""
+    """ZeRO's names are relative to the trained submodule; the checkpoint holds the full module, with ZeRO's weights."""
     whole = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
     nn.init.constant_(whole[0].weight, 3.0)
     optimizer = torch.optim.SGD(whole[1].parameters())
@@ -321,14 +321,14 @@ def test_part_under_zero(tmp_path, accelerator, monkeypatch):
 
 
 def test_what_does_not_fit_is_named(tmp_path):
-    """Weights that one side lacks are told as those of other shapes are."""
+    """Weights missing on one side are reported like mismatched shapes."""
     given, needed = {"b": torch.ones(3), "same": torch.ones(1)}, {"a": torch.ones(2), "same": torch.ones(1)}
     with pytest.raises(ValueError, match=r"network: b is \(3,\), here not; a is not there, here \(2,\)\. Was"):
         check_fits(tmp_path, given, needed)
 
 
 def test_damage_names_the_error(tmp_path):
-    """A file that is not there is told apart from one that is no JSON."""
+    """A missing file and invalid JSON are reported as different errors."""
     assert damage(tmp_path).startswith("FileNotFoundError: ")
     (tmp_path / "state.json").write_text("{")
     assert damage(tmp_path).startswith("JSONDecodeError: ")

@@ -1,4 +1,4 @@
-"""Settings: what lies over what, one sentence for a mistake, and the folder that holds one run."""
+"""Settings: their precedence, one sentence for a user error, and the folder that holds one run."""
 
 import json
 import socket
@@ -41,7 +41,7 @@ def toml(tmp_path):
 
 
 def test_precedence(toml):
-    """Flags lie over the file, the file over the preset, and the preset over the defaults."""
+    """Flags override the file, the file overrides the preset, and the preset the defaults."""
     preset = toml("lr = 1\nepochs = 1\nkeep = 'random'\n", "preset.toml")
     file = toml("lr = 2\nepochs = 2\nout = 'a'\nknown = ['x', 'y']\n")
     config = read_settings(Config, ["--config", str(file), "--lr", "3", "--out", "b"], preset)
@@ -131,7 +131,7 @@ def test_print_config(toml, capsys):
 
 
 def test_result_settings():
-    """Where a run lies and with how many workers is no setting of its result."""
+    """A run's folder and number of workers are not settings that affect its result."""
     assert result_settings(Config()) == result_settings(Config(run=RunSettings(out="x", workers=5)))
     assert result_settings(Config(epochs=3)) != result_settings(Config())
 
@@ -153,7 +153,7 @@ def test_control_characters(capsys):
 
 
 def test_one_process_speaks(capsys, monkeypatch):
-    """Of a machine's processes one says what is wrong, and a bug keeps its traceback."""
+    """Only one process per machine reports an error, and a bug keeps its traceback."""
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(SystemExit), user_errors("defend.py"):

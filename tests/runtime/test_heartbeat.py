@@ -114,7 +114,7 @@ def test_frozen_rank(tmp_path):
 
 
 def test_pause_of_all(tmp_path):
-    """A pause of all ranks is not taken for a death, and a good end says nothing."""
+    """Pausing all ranks is not mistaken for a death, and a clean exit prints no error."""
     processes = started(tmp_path, "pause")
     while not all((tmp_path / f"ready{rank}").exists() for rank in range(2)):
         time.sleep(0.05)
@@ -128,6 +128,6 @@ def test_pause_of_all(tmp_path):
 
 
 def test_mistake_of_all(tmp_path):
-    """A mistake that all ranks meet keeps its exit code."""
+    """A user error on all ranks keeps its exit code."""
     codes, said = ended(started(tmp_path, "all"))
     assert codes == [2, 2] and "a mistake of all." in said[0]

@@ -19,7 +19,7 @@ DEFAULTS = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse
 
 @pytest.fixture
 def parent(monkeypatch):
-    """parent(words): this process's parent is one with such a command line."""
+    """parent(words): fakes a parent of this process with that command line."""
     started = []
 
     def put(*words):
@@ -47,7 +47,7 @@ def parent(monkeypatch):
     ids=["script", "command", "its own file", "its own file, not used", "none", "another launch"],
 )
 def test_processes_asked_for(parent, monkeypatch, tmp_path, words, defaults, asked):
-    """What accelerate was told, by its command line or its own file of defaults."""
+    """The process count set by accelerate's command line or its default config file."""
     file = tmp_path / "default_config.yaml"
     if defaults:
         file.write_text(defaults)

@@ -1,4 +1,4 @@
-"""Ports where processes meet."""
+"""Ports for the rendezvous of processes."""
 
 import socket
 
@@ -9,7 +9,7 @@ from bigtrain.runtime import ports
 
 @pytest.mark.parametrize(("given", "first", "last"), [("32768\t60999\n", 32768, 60999), ("1024\t40000\n", 1024, 40000)])
 def test_outside(tmp_path, monkeypatch, given, first, last):
-    """A port is none of those that Linux gives to connections by itself, and can be listened at."""
+    """A port is outside Linux's ephemeral range and can be bound."""
     file = tmp_path / "range"
     file.write_text(given)
     monkeypatch.setattr(ports, "GIVEN", file)
@@ -28,7 +28,7 @@ def test_no_port_outside(tmp_path, monkeypatch):
 
 
 def test_in_use(monkeypatch):
-    """A port at which another program listens is passed over; where all are in use, it says so."""
+    """A port in use by another program is skipped; if all are in use, the error says so."""
     with socket.socket() as other:
         other.bind(("", 0))
         taken = other.getsockname()[1]

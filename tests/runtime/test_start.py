@@ -1,4 +1,4 @@
-"""The start of a run, and how it stops: processes that know each other agree on both."""
+"""Starting and stopping a run: the processes of a group agree on both."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def test_precisions_by_name():
 )
 @pytest.mark.parametrize("stage", ["0", "2"])
 def test_launch_refused(monkeypatch, asks, says, stage):
-    """A launch that would silently be another, of FSDP or DeepSpeed, is refused."""
+    """An FSDP or DeepSpeed launch that would silently run without it is refused."""
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
     for variable in asks:
         monkeypatch.setenv(variable, "true")
@@ -98,7 +98,7 @@ def test_deepspeed_takes_no_fp16(monkeypatch):
 
 
 def test_strangers_refused(monkeypatch):
-    """Processes that do not know each other are refused."""
+    """Processes that have no common process group are refused."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(module, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(
@@ -137,7 +137,7 @@ with user_errors("recipe.py"):
 @pytest.mark.parametrize("use_cpu", [True, False])
 def test_all_agree_to_stop(tmp_path, use_cpu):
     """All processes agree to stop once one of them was asked."""
-    ranks = two_ranks(tmp_path, TWO, use_cpu=use_cpu)  # without it Accelerate alone would run two that are strangers
+    ranks = two_ranks(tmp_path, TWO, use_cpu=use_cpu)  # if unset, bare Accelerate would not form a group
     assert [rank.wait() for rank in ranks] == [STOPPED, STOPPED], ranks[0].said("err")
     agreed = [(tmp_path / f"agreed{rank}").read_text() for rank in range(2)]
     assert agreed == ["[False, False, True, True]"] * 2
@@ -198,7 +198,7 @@ def test_second_ctrl_c(tmp_path):
 
 
 def test_stop_released(accelerator, handlers, tmp_path):
-    """A released stop leaves the signals as they were."""
+    """Releasing a stop restores the previous signal handlers."""
     before = [signal.getsignal(number) for number in SIGNALS]
     stop = Stop(accelerator, tmp_path)
     stop.release()
@@ -208,7 +208,7 @@ def test_stop_released(accelerator, handlers, tmp_path):
 
 
 def test_stop_file(accelerator, handlers, tmp_path, capsys):
-    """A file asks for the stop, and is gone once the run has left."""
+    """A file requests the stop, and is deleted when the run exits."""
     stop = Stop(accelerator, tmp_path)
     (tmp_path / "stop").touch()
     assert stop.agreed()
@@ -242,7 +242,7 @@ def test_log_rows(accelerator, tmp_path, capsys):
 
 
 def test_log_reading(accelerator, tmp_path):
-    """The log tells what reading has cost since its last row, and what was skipped."""
+    """A log row reports the cost of reading since the previous row, and what was skipped."""
     log = StageLog(tmp_path, accelerator, "tune", steps=4, done=0, images_per_step=4, every=2)
     began = time.monotonic()
     for number in range(4):

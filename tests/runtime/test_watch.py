@@ -99,7 +99,7 @@ def test_garbage_in_log(run):
 
 
 def test_follower(run):
-    """Only what is new in the log is read, half rows once they are whole; a replaced log is read anew."""
+    """Only new log rows are read, partial ones once complete; a replaced log is read from the start."""
     follower = Follower(run / "log.jsonl")
     follower.look()  # there is none yet
     add(run, row(1), json.dumps(row(2))[:20])

@@ -55,7 +55,7 @@ def step(module, update, number, bad=""):
 
 CLIP = 0.5
 mode = sys.argv[1]
-def main():  # what was trained is let go of before the processes part, as in the recipes
+def main():  # the model is freed before the process group is destroyed, as in the recipes
     global accelerator
     accelerator = start("fp32")
     checkpoints, net, module, update, found = prepared(0 if mode == "first" else 1, mode == "on")

@@ -21,7 +21,7 @@ from PIL import Image
 from bigtrain.data.schema import Box, Object, Sample
 from bigtrain.data.set_files import read_index, read_manifest
 from shards.check import check
-from shards.disk import locked
+from shards.disk import locked_folder
 from shards.location import Location
 from shards.order import keyed
 from shards.pack import Task, write_shard
@@ -246,7 +246,7 @@ def test_unsafe_names(paint, tmp_path):
 def test_concurrent_build(animals, build_folder, tmp_path):
     """A second build in the same folder is refused while one runs."""
     (tmp_path / "out").mkdir()
-    with locked(tmp_path / "out"), pytest.raises(ValueError, match="another build is writing"):
+    with locked_folder(tmp_path / "out"), pytest.raises(ValueError, match="another build is writing"):
         build_folder(animals, tmp_path / "out")
     assert build_folder(animals, tmp_path / "out").samples == 21
 
