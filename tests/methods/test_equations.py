@@ -200,7 +200,7 @@ def test_branch_losses_by_hand():
     assert found["birds"].item() == pytest.approx(math.log(4))
 
 
-def test_branch_losses_of_a_joint_softmax():
+def test_joint_branch_losses():
     """With one softmax over all branches, each branch's true class is offset by its first class."""
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     of_branch = dict.fromkeys(("known", "birds", "letters"), logits)
