@@ -39,7 +39,7 @@ def test_asked_to_stop(submit, run, scheduler, counted, number):
     assert not (run / "slurm" / "owner.json").exists()
 
 
-def test_asked_before_the_recipe_listens(submit, run, scheduler):
+def test_asked_before_recipe_listens(submit, run, scheduler):
     """A signal that ends a recipe before it has installed its handlers is not a failure."""
     submit("--steps", 300)
     scheduler.when(lambda: scheduler.children, lambda: scheduler.send(signal.SIGTERM))
@@ -47,7 +47,7 @@ def test_asked_before_the_recipe_listens(submit, run, scheduler):
     assert whys(run) == ["asked to stop (SIGTERM)"] and told(run)[-1] == "finished" and steps(run) == 300
 
 
-def test_asked_before_the_recipe_starts(submit, run, scheduler, monkeypatch):
+def test_asked_before_recipe_starts(submit, run, scheduler, monkeypatch):
     """A job asked to stop before its recipe has started is requeued without starting it."""
     submit()
     begin = attempt.begin
