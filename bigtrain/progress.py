@@ -20,14 +20,15 @@ class Progress:
         total: how many images there will be; 0: not known.
         name: of what is done with them, before each line.
         is_shown: False: say nothing, as on all ranks but one.
+        has_bar: False: lines on a terminal too, where several processes would draw their bars over each other.
     """
 
-    def __init__(self, total: int, name: str = "", *, is_shown: bool = True) -> None:
+    def __init__(self, total: int, name: str = "", *, is_shown: bool = True, has_bar: bool = True) -> None:
         self.total, self.name, self.is_shown = total, name, is_shown
         self.done, self.new, self.new_bytes = 0, 0, 0
         self.begun = self.said = time.monotonic()
         self.bar = None
-        if is_shown and sys.stderr.isatty():
+        if is_shown and has_bar and sys.stderr.isatty():
             self.bar = tqdm(total=total or None, desc=name or None, unit=" images", dynamic_ncols=True, leave=not name)
 
     def add(self, images: int, bytes_read: int = 0, is_new: bool = True) -> None:

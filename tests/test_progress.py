@@ -62,3 +62,12 @@ def test_a_bar_on_a_terminal(clock, monkeypatch, capsys):
         shown.say("skipped a.jpg")
     said = capsys.readouterr().err
     assert "features" in said and "4/4" in said and "skipped a.jpg\n" in said
+
+
+def test_lines_of_several_processes(clock, monkeypatch, capsys):
+    """Without a bar, a process on a terminal still says how far it is."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress(4, "local KNFST", has_bar=False) as shown:
+        clock(10)
+        shown.add(2)
+    assert capsys.readouterr().err == "local KNFST: 2 of 4 images, 0.20 images/s, 0:10 left\n"

@@ -95,9 +95,10 @@ def score_rows(setup: Setup, rows: Mapping[str, Row], *, quantile: float, save: 
         if number % accelerator.num_processes == accelerator.process_index:
             began = time.monotonic()
             detector.fit(inputs.fitted_ND, inputs.class_N)
-            judged = inputs.held_out_ND, inputs.test_ND
             fitted_s, began = time.monotonic() - began, time.monotonic()
-            scores = Scores(*(score(name, detector, f_ND, is_shown=accelerator.is_main_process) for f_ND in judged))
+            is_alone = accelerator.num_processes == 1
+            judged = (inputs.held_out_ND, inputs.test_ND)
+            scores = Scores(*(score(name, detector, features_ND, has_bar=is_alone) for features_ND in judged))
             print(f"{name}: fitted in {fitted_s:.1f} s, scored in {time.monotonic() - began:.1f} s", flush=True)
             own.append((name, scores))
             if name in save:
@@ -110,12 +111,12 @@ def score_rows(setup: Setup, rows: Mapping[str, Row], *, quantile: float, save: 
 
 
 def score(
-    name: str, detector: FeatureDetector, features_ND: NDArray[np.float32], *, is_shown: bool = True
+    name: str, detector: FeatureDetector, features_ND: NDArray[np.float32], *, has_bar: bool = True
 ) -> NDArray[np.float64]:
-    """The novelty of these images, with a progress line now and then: local KNFST solves an eigenproblem for each."""
+    """The novelty of these images, with their progress: local KNFST solves an eigenproblem for each."""
     checked(features_ND)  # as a whole: in chunks it would count only one chunk's
     scores = [np.zeros(0)]
-    with Progress(len(features_ND), name, is_shown=is_shown) as progress:
+    with Progress(len(features_ND), name, has_bar=has_bar) as progress:
         for first in range(0, len(features_ND), SCORED_AT_ONCE):
             scores.append(detector.score(features_ND[first : first + SCORED_AT_ONCE]))
             progress.add(len(scores[-1]))
