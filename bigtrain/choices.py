@@ -90,9 +90,8 @@ def checked_values(
     found = {}
     for name, value in given.items():
         if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, n=2) or (
-                sorted(kinds) if len(kinds) <= MAX_NAMED else ["see --help"]
-            )
+            every = sorted(kinds) if len(kinds) <= MAX_NAMED else ["see --help"]
+            near = difflib.get_close_matches(name, kinds, n=2) or every
             raise ValueError(f"{where}: there is no {noun} {name!r}; near it: {', '.join(near)}.")
         found[name] = tuple(value) if isinstance(value, list) and get_origin(kinds[name]) is tuple else value
         if not fits(found[name], kinds[name]):
