@@ -6,7 +6,7 @@
     features -> losses, novelty scores               bigtrain.objectives, bigtrain.detectors
     scores -> figures, tables, report                bigtrain.evaluation
     a paper's equations, network, detector, page     bigtrain.methods, a package each
-    settings, stages, a run from start to finish        bigtrain.training, on bigtrain.runtime;  recipes/ are the papers
+    settings, stages, a run from start to finish     bigtrain.training, on bigtrain.runtime;  recipes/ are the papers
 
 For every package, shards and slurm too: files (one atomic writer), retry (one policy), images and jpeg (from bytes to
 RGB), pages (HTML), progress, text, choices. Each imports only those above it in this list (tests/test_imports.py).
