@@ -4,7 +4,8 @@
     "synced"    also whole after a power cut, which may bring back the file that was there before
     "durable"   also there after a power cut: its name has been written to the disk too
 
-What is being written is called NAME.HOST-PID.tmp; a process that is killed leaves it behind (`remove_unfinished`).
+What is being written is called NAME.HOST-PID.tmp; a process that is killed leaves it behind: `remove_unfinished`
+clears a folder that is all ours, `remove_abandoned` only named files among those of others.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
+
+from bigtrain.text import decoded
 
 Strength = Literal["renamed", "synced", "durable"]
 TEMPORARY = ".tmp"
@@ -84,7 +87,7 @@ def read_toml(path: Path, hint: str) -> dict[str, Any]:
     ValueError: it cannot be read, which `hint` says how to mend, or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(decoded(path.read_bytes()))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise ValueError(f"{path} cannot be read ({reason}): {hint}.") from error
@@ -93,8 +96,16 @@ def read_toml(path: Path, hint: str) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text that are not empty, without spaces around."""
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The lines of a text that are not empty, without spaces around; UTF-8, or UTF-16 with a byte order mark.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        text = decoded(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 (byte {error.start}): save it as UTF-8.") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def write_text(path: Path, text: str, strength: Strength = "synced") -> None:
@@ -107,24 +118,57 @@ def write_json(path: Path, record: Any, strength: Strength = "synced") -> None:
     write_text(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", strength)
 
 
+def entries(folder: Path) -> dict[str, int]:
+    """The names in a folder and their bytes (a folder, and a link that leads nowhere: 0); empty where there is none.
+
+    One entry that cannot be looked at, a link that leads nowhere, say, hides no other.
+    """
+    found = {}
+    try:
+        with os.scandir(folder) as listing:
+            for entry in listing:
+                try:
+                    found[entry.name] = 0 if entry.is_dir() else entry.stat().st_size
+                except OSError:
+                    if entry.is_symlink():
+                        found[entry.name] = 0
+                    else:
+                        with contextlib.suppress(FileNotFoundError):  # renamed or deleted since it was listed
+                            found[entry.name] = entry.stat(follow_symlinks=False).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return found
+
+
 def remove_unfinished(folder: Path, name: str = "*", *, is_shared: bool = False) -> None:
-    """Delete what killed writers of `name` (a glob pattern) left behind.
+    """Delete what killed writers of `name` (a glob pattern) left behind in a folder of ours.
 
     Args:
         is_shared: others may be writing here: a file goes if its process on this machine has ended, or after a day.
     """
     for left_over in folder.glob(f"{name}{TEMPORARY}"):
         writer = WRITER.search(left_over.name)
-        if (name == "*" and not writer) or (is_shared and not is_abandoned(left_over, writer)):
-            continue
-        if left_over.is_dir():
-            shutil.rmtree(left_over, ignore_errors=True)
-        else:
-            left_over.unlink(missing_ok=True)
+        if writer and not (is_shared and not is_abandoned(left_over, writer)):
+            remove(left_over)
 
 
-def is_abandoned(temporary: Path, writer: re.Match[str] | None) -> bool:
-    if writer and temporary.name.endswith(f".{socket.gethostname()}{writer[0]}"):
+def remove_abandoned(folder: Path, *names: str) -> None:
+    """Delete what writers of these files left behind that were killed on this machine; nothing else of the folder."""
+    ours = re.compile(rf"({'|'.join(map(re.escape, names))})\.{re.escape(socket.gethostname())}-\d+\.tmp")
+    for name in entries(folder):
+        if ours.fullmatch(name) and (writer := WRITER.search(name)) and is_abandoned(folder / name, writer):
+            remove(folder / name)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_abandoned(temporary: Path, writer: re.Match[str]) -> bool:
+    if temporary.name.endswith(f".{socket.gethostname()}{writer[0]}"):
         try:
             os.kill(int(writer[1]), 0)
         except ProcessLookupError:

@@ -5,25 +5,58 @@ What cannot be read is an `UnreadableError`, which says why in one of four KINDS
 
 from __future__ import annotations
 
+import importlib
 import io
+import logging
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it would print its own lines on damaged pictures
+
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 MAX_PIXELS = 89_478_485  # 256 MiB in RGB: more is refused as a decompression bomb (Pillow's own limit)
 KINDS = ("not a picture", "damaged", "too many pixels", "unsupported")
+FORMATS = {  # Pillow's name -> extensions. Bytes are tried as nothing else: Pillow would run PostScript, for one
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
+    "MPO": (),
+    "PNG": ("png",),
+    "WEBP": ("webp",),
+    "BMP": ("bmp",),
+    "GIF": ("gif",),
+    "TIFF": ("tif", "tiff"),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
+    "AVIF": ("avif",),
+    "HEIF": ("heic", "heif"),
+    "JXL": ("jxl",),
+}
+IMAGE_EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
+PLUGINS = {
+    "WEBP": "PIL.WebPImagePlugin",
+    "TIFF": "PIL.TiffImagePlugin",
+    "AVIF": "PIL.AvifImagePlugin",
+    "HEIF": "pillow_heif",
+    "JXL": "pillow_jxl",
+}  # the others are loaded by Pillow itself
+EXTRAS = {"HEIF": "heif", "JXL": "jxl", "AVIF": ""}  # what may be missing: the extra of bigtrain that brings it
+SIGNATURES = {
+    "AVIF": re.compile(rb"....ftypavi[fs]", re.DOTALL),
+    "HEIF": re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL),
+    "JXL": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "),
+}
+TURNED_BY_DECODER = ("TIFF", "JXL", "HEIF")  # their size is the displayed one, and their pixels come upright
 SWAPS_SIDES = range(5, 9)  # orientations of EXIF that swap width and height
 PNG_METADATA = (b"eXIf", b"exif", b"xmp", b"EXIF")
 
 
-class UnreadableError(Exception):
+class UnreadableError(ValueError):
     """An image that cannot be decoded or used; the message begins with one of KINDS, or says what else is wrong."""
 
 
@@ -63,10 +96,36 @@ def open_image(encoded: bytes) -> Image.Image:
     """
     if not encoded:
         raise UnreadableError("not a picture: the file is empty")
+    for name, signature in SIGNATURES.items():
+        if name not in readable_formats() and signature.match(encoded):
+            extra = f"install bigtrain[{EXTRAS[name]}]" if EXTRAS[name] else "install a Pillow that has it"
+            raise UnreadableError(f"unsupported: {name} is not read here: {extra}")
     with pillow_errors():
-        image = Image.open(io.BytesIO(encoded))
+        image = Image.open(io.BytesIO(encoded), formats=readable_formats())
     check_pixels(*image.size)
     return image
+
+
+@cache
+def readable_formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow and its plugins read."""
+    Image.preinit()
+    for module in PLUGINS.values():
+        try:
+            plugin = importlib.import_module(module)
+        except ImportError:
+            continue
+        if module == "pillow_heif":
+            plugin.register_heif_opener()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def check_range(image: Image.Image) -> None:
+    """Refuse numbers without a given range: floating point, or 32-bit integers in any but a format of 16-bit greys."""
+    if image.mode == "F":
+        raise UnreadableError("unsupported: a picture of floating-point numbers, which have no given range")
+    if image.mode == "I" and image.format not in ("PPM", "PNG"):  # 16-bit greys
+        raise UnreadableError("unsupported: a picture of 32-bit integers, which have no given range")
 
 
 def load_pixels(image: Image.Image) -> None:
@@ -76,7 +135,9 @@ def load_pixels(image: Image.Image) -> None:
 
 
 def orientation(image: Image.Image, encoded: bytes) -> int:
-    """EXIF's orientation, 1 to 8; damaged EXIF is no damage to the image."""
+    """How the image has still to be turned: EXIF's orientation, 1 to 8; damaged EXIF is no damage to the image."""
+    if image.format in TURNED_BY_DECODER:
+        return 1
     if image.format == "PNG" and not any(name in encoded for name in PNG_METADATA):
         return 1  # Pillow would decode the whole image to look for it
     try:
@@ -112,10 +173,7 @@ def to_rgb(image: Image.Image) -> Pixels:
     Raises:
         UnreadableError: damaged, or numbers without a given range (floating point, a TIFF of 32-bit integers).
     """
-    if image.mode == "F":
-        raise UnreadableError("unsupported: a picture of floating-point numbers, which have no given range")
-    if image.mode == "I" and image.format == "TIFF":
-        raise UnreadableError("unsupported: a picture of 32-bit integers, which have no given range")
+    check_range(image)
     with pillow_errors():
         if image.mode == "I" or image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))

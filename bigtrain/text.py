@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+import codecs
+import re
+import unicodedata
+
+# what moves a cursor, ends a line, turns the direction of writing, or is no character at all
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 def clean(text: str) -> str:
     """Without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    return UNSAFE.sub(lambda found: "\n" if found[0] == "\n" else "?", text)
+
+
+def decoded(data: bytes, errors: str = "strict") -> str:
+    """Text in UTF-8, without the byte order mark that Windows puts before it; or in UTF-16 with such a mark."""
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if is_utf16 else "utf-8-sig", errors)
+
+
+def class_name(text: str) -> str:
+    """A name as classes are compared: without spaces around, in the composed form (NFC) of its characters.
+
+    The same name reaches us in two forms: macOS writes the names of files decomposed, Linux and Windows composed.
+    """
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def alike(text: str) -> str:
+    """Equal for names that a person would take for one: Cat and cat, 3 and 3.0."""
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", plain)
 
 
 def clock(seconds: float) -> str:

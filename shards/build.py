@@ -11,7 +11,6 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Sample, Sh
 from bigtrain.data.set_files import read_manifest
 from bigtrain.files import TEMPORARY
 from bigtrain.progress import Progress
-from bigtrain.text import counted
+from bigtrain.text import class_name, counted
 from shards.adapters import ADAPTERS
 from shards.adapters.about import About
 from shards.adapters.lists import few
@@ -49,16 +48,18 @@ def build(settings: Settings, out: Path | str, workers: int = 1, max_skipped: fl
     place = Location(str(out))
     place.check_writable()
     if finished(settings, place):
-        manifest = read_manifest(str(out))
-        place.remove(PARTS_FOLDER)
-        there = place.sizes()
-        lost = [shard.file for shard in manifest.shards if there.get(shard.file) != shard.bytes]
-        if not lost:
-            held = contents_of(manifest.samples, len(manifest.shards), manifest.classes)
-            print(f"{out} is finished: {held}. Nothing to do.")
-            return manifest
-        print(f"{out} was finished, but {few(lost)} are missing or were changed: it is built again.", file=sys.stderr)
-        place.remove(MANIFEST_FILE)
+        with place.locked():
+            manifest = read_manifest(str(out))
+            place.remove(PARTS_FOLDER)
+            there = place.sizes()
+            lost = [shard.file for shard in manifest.shards if there.get(shard.file) != shard.bytes]
+            if not lost:
+                held = contents_of(manifest.samples, len(manifest.shards), manifest.classes)
+                print(f"{out} is finished: {held}. Nothing to do.")
+                return manifest
+            again = f"{out} was finished, but {few(lost)} are missing or were changed: it is built again."
+            print(again, file=sys.stderr)
+            place.remove(MANIFEST_FILE)
     adapter = ADAPTERS[settings.adapter]
     if "://" in settings.root and adapter.split is not None:
         raise ValueError(
@@ -66,11 +67,8 @@ def build(settings: Settings, out: Path | str, workers: int = 1, max_skipped: fl
         )
     root: str | Path = settings.root if "://" in settings.root else Path(settings.root)
     about = adapter.about(root, settings.split, **settings.options)
-    for name in about.classes:
-        try:
-            as_text(name)
-        except ValueError as error:
-            raise ValueError(f"{settings.root} {error}.") from error
+    about = about._replace(classes=class_names(about.classes, settings.root))
+    about = about._replace(folder_order=tuple(map(class_name, about.folder_order)))
     about = about._replace(dataset=settings.name or about.dataset, licence=settings.licence or about.licence)
 
     with space_for(str(out)):
@@ -79,7 +77,7 @@ def build(settings: Settings, out: Path | str, workers: int = 1, max_skipped: fl
         with place.locked():
             place.prepare(PARTS_FOLDER)
             with place.written(SETTINGS_FILE) as file:
-                file.write((json.dumps(asdict(settings), indent=1, ensure_ascii=False) + "\n").encode())
+                file.write((json.dumps(settings.record, indent=1, ensure_ascii=False) + "\n").encode())
             samples = keyed(lambda: adapter.samples(root, settings.split, **settings.options))
             if settings.shuffle_seed is not None:
                 beside = place.folder / PARTS_FOLDER if place.folder is not None else None
@@ -93,6 +91,23 @@ def build(settings: Settings, out: Path | str, workers: int = 1, max_skipped: fl
                 file.write(manifest.to_json().encode())
             place.remove(PARTS_FOLDER)
     return manifest
+
+
+def class_names(names: Sequence[str], root: str) -> list[str]:
+    """The names of the classes as they are compared; two that become one are refused."""
+    first_of: dict[str, str] = {}
+    for name in names:
+        try:
+            text = as_text(name)
+        except ValueError as error:
+            raise ValueError(f"{root} {error}.") from error
+        if text in first_of:
+            raise ValueError(
+                f"{root} has two classes {text!r}, {first_of[text]!a} and {name!a}, whose names differ only in spaces "
+                "around or in how their characters are composed: rename one, or put all pictures in one folder."
+            )
+        first_of[text] = name
+    return list(first_of)
 
 
 def finished(settings: Settings, out: Location) -> bool:
@@ -127,6 +142,7 @@ def pack_all(
     shards: list[Shard] = []
     contents: list[NDArray[np.uint64]] = []
     skipped: list[dict[str, Any]] = []
+    outside: list[str] = []
     in_a_row = 0
     allowed = max(1, int(max_skipped * about.total)) if max_skipped > 0 else 0
     there = out.sizes()
@@ -149,15 +165,12 @@ def pack_all(
                 for entry in part.skipped if is_new else ():
                     progress.say(f"skipped {entry['source'] or entry['key']}: {entry['reason']}")
                 skipped += part.skipped
+                outside += part.outside
                 in_a_row = longest_run(part, in_a_row)
                 if len(skipped) > allowed or in_a_row >= MAX_IN_A_ROW:
                     many = in_a_row >= MAX_IN_A_ROW
                     what = f"{in_a_row} pictures in a row" if many else f"{len(skipped)} of {about.total} pictures"
-                    raise ValueError(
-                        f"{what} cannot be read, and at most {allowed} may be (or {MAX_IN_A_ROW - 1} in a row); "
-                        f"the first is {skipped[0]['source'] or skipped[0]['key']} ({skipped[0]['reason']}). All are "
-                        f"in {out}/{SKIPPED_FILE}: repair them, or allow more with --max-skipped, and run again."
-                    )
+                    raise too_many(what, allowed, skipped[0], out)
             if not shards:
                 raise ValueError(f"{settings.root} holds no picture that can be read: nothing to build.")
             index.close()
@@ -172,6 +185,8 @@ def pack_all(
     if skipped:
         unread = counted(len(skipped), "picture")
         print(f"{unread} could not be read; {out}/{SKIPPED_FILE} lists them with the reasons.", file=sys.stderr)
+    if outside:
+        print(outside_summary(outside), file=sys.stderr)
     if twice:
         print(duplicates_summary(twice, f"{out}/{DUPLICATES_FILE}"), file=sys.stderr)
     samples_written = sum(shard.samples for shard in shards)
@@ -179,10 +194,24 @@ def pack_all(
     return shards
 
 
+def too_many(what: str, allowed: int, first: dict[str, Any], out: Location) -> ValueError:
+    return ValueError(
+        f"{what} cannot be read, and at most {allowed} may be (or {MAX_IN_A_ROW - 1} in a row); the first is "
+        f"{first['source'] or first['key']} ({first['reason']}). All are in {out}/{SKIPPED_FILE}: repair them, or allow "
+        "more with --max-skipped, and run again."
+    )
+
+
 def contents_of(samples: int, shards: int, classes: Sequence[str]) -> str:
     """Samples, shards and classes of a set in numbers, and its first classes by name."""
     named = f" ({few(classes)})" if classes else ""
     return f"{counted(samples, 'sample')} in {counted(shards, 'shard')}, {counted(len(classes), 'class')}{named}"
+
+
+def outside_summary(sources: Sequence[str]) -> str:
+    have = "has a box" if len(sources) == 1 else "have boxes"
+    said = f"{counted(len(sources), 'picture')} {have} wholly outside of it ({few(sources)})"
+    return f"{said}: the class is kept, without the box."
 
 
 def duplicates_summary(groups: Sequence[Equals], listing: str) -> str:

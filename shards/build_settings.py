@@ -45,7 +45,7 @@ class Settings:
     @property
     def record(self) -> dict[str, Any]:
         """The settings after a round trip through JSON."""
-        return dict(json.loads(json.dumps(asdict(self))))
+        return with_plain_options(json.loads(json.dumps(asdict(self))))
 
 
 def begun_with(out: Location) -> dict[str, Any]:
@@ -54,7 +54,13 @@ def begun_with(out: Location) -> dict[str, Any]:
         text = out.read(SETTINGS_FILE)
     except FileNotFoundError:
         return {}
-    return Settings("", "", "").record | json.loads(text)  # one by an older version has fewer
+    return with_plain_options(Settings("", "", "").record | json.loads(text))  # one by an older version has fewer
+
+
+def with_plain_options(record: dict[str, Any]) -> dict[str, Any]:
+    """Without options that say nothing, so that a new option of an adapter is no other setting."""
+    given = {name: value for name, value in record["options"].items() if value not in (None, False)}
+    return record | {"options": given}
 
 
 def named_by_folder(settings: Settings, out: Location) -> Settings:

@@ -20,7 +20,7 @@ from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Shard
 from bigtrain.files import read_lines
 from bigtrain.progress import Progress
 from bigtrain.text import counted
-from shards.adapters.lists import warn
+from shards.adapters.lists import warn, warn_of_alike
 from shards.build import SKIPPED_FILE, contents_of, write_lines
 from shards.disk import space_for
 from shards.existing_set import listed
@@ -64,9 +64,11 @@ def index_tars(
     found = Total()
     made = target.folder is not None and not target.folder.exists()
     with space_for(str(target)), contextlib.ExitStack() as lock, Progress(0) as progress:
-        target.prepare()
+        if target.folder is not None:
+            target.folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.enter_context(target.locked())
+            target.prepare_among_others(INDEX_FILE, MANIFEST_FILE, SKIPPED_FILE)
             with target.written(INDEX_FILE) as file, IndexWriter(file) as index:
                 processes = min(workers, len(tasks)) if not place.of_one_process else 1
                 for one, _ in in_order(survey, tasks, processes):
@@ -87,7 +89,7 @@ def index_tars(
         classes = tuple(class_names) if class_names else tuple(sorted(found.classes, key=numbers_first))
         called = name or PurePosixPath(place.path if place.folder is None else str(place.folder.resolve())).name
         at = "" if target is place else shards_at(place.url.rstrip("/"), Path(target.path))
-        manifest = Manifest(called, split, classes, licence, tuple(found.shards), at)
+        manifest = Manifest(called, split, classes, licence, tuple(found.shards), at, classes_from=classes_from)
         with target.written(MANIFEST_FILE) as file:
             file.write(manifest.to_json().encode())
     print(f"{target}: {contents_of(manifest.samples, len(manifest.shards), classes)}.")
@@ -122,6 +124,8 @@ class Total:
         self.pickled: Counter[str] = Counter()
         self.classes: set[str] = set()
         self.of_texts = 0  # samples whose class comes from a .txt
+        self.left_out: Counter[str] = Counter()  # reason -> members that are no sample's
+        self.shown: set[tuple[str, ...]] = set()  # the classes that samples show together; one where all show the same
         self.hashes: list[NDArray[np.uint64]] = []  # of the keys
 
     def add(self, one: Survey) -> None:
@@ -133,6 +137,8 @@ class Total:
         self.pickled += one.pickled
         self.classes |= one.classes
         self.of_texts += one.of_texts
+        self.left_out += one.left_out
+        self.shown |= one.shown
         self.hashes.append(np.array([hash64(row["key"]) for row in one.rows], np.uint64))
 
 
@@ -159,6 +165,15 @@ def summarise(target: Location, found: Total, samples: int) -> None:
     if found.pickled:
         counts = ", ".join(f"{count} .{ext}" for ext, count in sorted(found.pickled.items()))
         print(f"Pickled members are never opened, because they could run any code: {counts} ignored.")
+    if found.left_out:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(found.left_out.items()))
+        print(f"Members that belong to no sample, as WebDataset reads a tar: {counts}.")
+    warn_of_alike(found.classes, str(target))
+    if samples > 1 and len(found.shown) == 1 and len(next(iter(found.shown))) > 1:
+        warn(
+            f"all {samples} samples show the same {len(next(iter(found.shown)))} classes: if their labels are one-hot "
+            "vectors, write the number of the class instead, and index again."
+        )
     again = f"delete {target}/{MANIFEST_FILE} and index again"
     if not found.classes:
         warn(
@@ -203,7 +218,7 @@ def check(place: Location, found: Total, max_skipped: float, allow_unlabelled: b
 
 
 def tars_in(place: Location, shards: str | None) -> list[str]:
-    """The names of the tars: those given, or all that lie there."""
+    """The names of the tars: those given, or all that lie there and are not hidden."""
     if shards is not None:
         return named_tars(shards)
     there = listed(place)
@@ -212,6 +227,7 @@ def tars_in(place: Location, shards: str | None) -> list[str]:
             f"{place} is a web server, which gives no list of its files: name them with --shards, "
             "say --shards 'train-{000000..001023}.tar', or a file of names."
         )
+    there = {name: size for name, size in there.items() if not name.startswith(".")}  # ._000.tar, by macOS
     if packed := [name for name in sorted(there) if name.endswith(PACKED)]:
         raise ValueError(f"{place}/{packed[0]} is compressed, so no picture can be read by its offset: unpack to .tar.")
     tars = [name for name in sorted(there) if name.endswith(".tar")]

@@ -28,7 +28,11 @@ def safe_key(name: str) -> str:
 def inside(folder: Path, name: str) -> Path:
     """`folder`/`name` for a name that a dataset's own list gives; a name that leaves the folder is refused."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or "\0" in name:
+    if "\\" in name:
+        raise ValueError(
+            f"{name!r} has backslashes: correct the list that names it, so that its parts stand between /."
+        )
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
         raise ValueError(
             f"{name!r} lies outside of {folder}, and nothing outside is read: correct the list "
             "that names it, or give the folder that holds all its files."

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from bigtrain.data.set_files import filesystem
-from bigtrain.files import Strength, remove_unfinished, whole_file
+from bigtrain.files import Strength, entries, remove_abandoned, remove_unfinished, whole_file
 from bigtrain.retry import RetryPolicy, described, is_permanent, retried
 from shards.disk import locked_folder, space_for
 
@@ -68,12 +68,17 @@ class Location:
             )
 
     def prepare(self, *folders: str) -> None:
-        """Make the folder and these in it, without the temporary files of a run that was killed."""
+        """Make the folder, which is all ours, and these in it, without the temporary files of a run that was killed."""
         if self.folder is None:
             return
         for name in ("", *folders):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.folder / name)
+
+    def prepare_among_others(self, *names: str) -> None:
+        """Remove what killed writers of these files left in a folder that holds files of others."""
+        if self.folder is not None:
+            remove_abandoned(self.folder, *names)
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Refuse a second build in a folder. Behind a URL nothing can be locked: two there write the same bytes."""
@@ -82,11 +87,7 @@ class Location:
     def sizes(self, inner: str = "") -> dict[str, int]:
         """The names in it, or in its folder `inner`, and their bytes (a folder: 0); empty where nothing is there."""
         if self.folder is not None:
-            try:
-                with os.scandir(self.folder / inner) as entries:
-                    return {entry.name: 0 if entry.is_dir() else entry.stat().st_size for entry in entries}
-            except FileNotFoundError:
-                return {}
+            return entries(self.folder / inner)
         path = f"{self.path}/{inner}".rstrip("/")
         try:
             found = self._request("listed", path, lambda: self.fs.ls(path, detail=True, refresh=True))

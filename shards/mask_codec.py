@@ -13,16 +13,21 @@ from shards.treatment import has_its_end, png
 def checked_mask(encoded: bytes, displayed: tuple[int, int], size: tuple[int, int]) -> bytes:
     """The mask's original bytes, or nearest-neighbour resized along with its picture, as PNG."""
     mask = open_image(encoded)
+    if mask.mode == "F":
+        raise UnreadableError("is of floating-point numbers: save it as PNG")
     if mask.size != displayed:
         raise UnreadableError(
-            f"its mask is {mask.size[0]} x {mask.size[1]}, the picture as displayed {displayed[0]} x {displayed[1]}"
+            f"is {mask.size[0]} x {mask.size[1]}, the picture as displayed {displayed[0]} x {displayed[1]}"
         )
     if displayed == size and mask.format == "PNG":
         if not has_its_end(encoded, "PNG"):
             load_pixels(mask)
         return encoded
     load_pixels(mask)
-    return png(mask.resize(size, Image.Resampling.NEAREST))
+    try:
+        return png(mask.resize(size, Image.Resampling.NEAREST))
+    except (ValueError, OSError) as error:
+        raise UnreadableError(f"cannot be saved as PNG ({error})") from error
 
 
 def marked_pixels(encoded: bytes) -> NDArray[np.bool_]:

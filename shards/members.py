@@ -6,13 +6,16 @@ import hashlib
 import re
 import struct
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from bigtrain.data.schema import IMAGE_EXTENSIONS, MASK_SUFFIX
-from shards.keys import META
+from bigtrain.data.schema import MASK_SUFFIX
+from bigtrain.images import IMAGE_EXTENSIONS
+from bigtrain.text import UNSAFE
 
+META = re.compile(r"__[^/]*__(/|$)")  # what WebDataset passes over
 KEY_AND_EXT = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")  # WebDataset: the first dot of the file name divides them
 PICKLED = ("pyd", "pkl", "pickle", "pth", "pt")  # what WebDataset would unpickle, and so run; nothing here reads them
 BEHIND = 2 * tarfile.BLOCKSIZE  # bytes that tarfile goes back at most
@@ -49,12 +52,14 @@ class Member(NamedTuple):
         return self.ext.lower().rsplit(".", 1)[-1] in PICKLED
 
 
-def members(file: Any) -> Iterator[Member]:
-    """Walk an uncompressed tar (a file or Digested); folders, .hidden files and names without a dot are skipped.
+def members(file: Any, left_out: Counter[str] | None = None) -> Iterator[Member]:
+    """Walk an uncompressed tar (a file or Digested).
+
+    What WebDataset passes over is left out, and counted in `left_out` by its reason; folders are no members.
 
     Raises:
         RefusedError: a member's name leads out of the folder, or it is a link, a device or a sparse file.
-        tarfile.TarError: the tar is truncated, compressed or no tar.
+        tarfile.TarError: the tar is truncated, compressed or no tar, or goes on behind the mark of its end.
     """
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -64,18 +69,40 @@ def members(file: Any) -> Iterator[Member]:
                 found = KEY_AND_EXT.match(info.name)
                 if found and info.isreg() and not META.match(info.name):
                     yield Member(found[1], found[2], info.offset_data, info.size)
+                elif info.isreg() and left_out is not None:
+                    left_out[reason_left_out(info.name)] += 1
             file.seek(tar.offset)  # tarfile mistakes a damaged header for the end
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(f"at byte {tar.offset} there is neither a member nor the mark of the end")
+            check_nothing_behind(file, tar.offset)
     except (ValueError, OverflowError, struct.error, IndexError, KeyError, RecursionError) as error:
         raise tarfile.ReadError(f"a damaged header ({type(error).__name__}: {error})") from error
+
+
+def reason_left_out(name: str) -> str:
+    if META.match(name):
+        return "named __...__"
+    return "hidden" if PurePosixPath(name).name.startswith(".") else "without an extension"
+
+
+def check_nothing_behind(file: Any, end: int) -> None:
+    """Refuse bytes behind the mark of the end, which no reader of the tar would see."""
+    at = end + tarfile.BLOCKSIZE
+    while block := file.read(STEP):
+        if block.strip(tarfile.NUL):
+            at += len(block) - len(block.lstrip(tarfile.NUL))
+            raise tarfile.ReadError(
+                f"the mark of its end is at byte {end}, and there is more at byte {at}: it has a hole of zeros, or two "
+                "tars were joined, which `tar --ignore-zeros -xf` unpacks"
+            )
+        at += len(block)
 
 
 def check_plain(info: tarfile.TarInfo) -> None:
     name = info.name
     if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name or "\0" in name:
         raise RefusedError(f"its member {name!r} leads out of the folder")
-    if not name.isprintable():  # a newline, or bytes that are no UTF-8
+    if UNSAFE.search(name):  # a newline, or bytes that are no UTF-8
         raise RefusedError(f"its member {name!r} has a name that cannot be printed")
     if not (info.isdir() or info.isreg()) or info.issparse():
         kind = "a link" if info.issym() or info.islnk() else "a sparse file" if info.issparse() else "a device"

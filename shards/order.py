@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bigtrain.data.schema import Sample
+from bigtrain.text import class_name
 from shards.index_file import hash64
 from shards.keys import safe_key
 
@@ -36,7 +37,8 @@ def keyed(samples: Samples) -> Iterator[Sample]:
 def with_safe_keys(samples: Iterator[Sample]) -> Iterator[Sample]:
     for sample in samples:
         source = sample.source.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a name may be no UTF-8
-        yield replace(sample, key=safe_key(sample.key), source=source)
+        objects = [replace(thing, class_name=class_name(thing.class_name)) for thing in sample.objects]
+        yield replace(sample, key=safe_key(sample.key), source=source, objects=objects)
 
 
 def check_unique(sample: Sample, samples: Samples) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from bigtrain.data.schema import IMAGE_EXTENSIONS, MASK_SUFFIX, Box, Object, Sample, Shard
-from bigtrain.images import UnreadableError, open_image
+from bigtrain.data.schema import MASK_SUFFIX, Box, Object, Sample, Shard
+from bigtrain.images import IMAGE_EXTENSIONS, UnreadableError, open_image
 from bigtrain.retry import RetryPolicy, is_permanent, retried
 from shards.disk import start_writing
 from shards.duplicates import content_digest
@@ -22,6 +22,7 @@ from shards.treatment import Treated, Treatment, checked, displayed_size
 RECORD = 10240  # a tar ends on a multiple of this
 RETRY = RetryPolicy(attempts=4)
 AHEAD_BYTES = 16 << 20  # written by the program before the disk is asked to begin
+STORED_AS = {"jpe": "jpg", "jfif": "jpg"}  # names of JPEGs that readers of WebDataset do not know
 
 
 class Task(NamedTuple):
@@ -44,6 +45,7 @@ class Part:
     rows: list[dict[str, Any]]  # INDEX_SCHEMA without "shard"
     contents: list[int]  # content_digest of each row's picture
     skipped: list[dict[str, Any]]  # position, key, source, reason
+    outside: list[str]  # sources of the samples with a box of which nothing lies in the picture
 
 
 class TarWriter:
@@ -111,13 +113,14 @@ def write_shard(task: Task) -> Part:
     rows: list[dict[str, Any]] = []
     contents: list[int] = []
     skipped: list[dict[str, Any]] = []
+    outside: list[str] = []
     name = shard_name(task.number)
     try:
         with task.out.written(name) as file:
             tar = TarWriter(file)
             for position, sample in enumerate(task.samples):
                 try:
-                    picture, members = prepare(sample, task.treatment)
+                    picture, members, boxes_lost = prepare(sample, task.treatment)
                 except UnreadableError as reason:
                     skipped.append(
                         {"position": position, "key": sample.key, "source": sample.source, "reason": str(reason)}
@@ -138,35 +141,63 @@ def write_shard(task: Task) -> Part:
                     }
                 )
                 contents.append(content_digest(picture.encoded))
+                if boxes_lost:
+                    outside.append(sample.source or sample.key)
             tar.close()
             if not rows:
                 raise NothingToWrite
         shard = Shard(name, len(rows), tar.bytes, tar.sha256.hexdigest())
     except NothingToWrite:
         shard = None
-    return Part(task.number, len(task.samples), fingerprint(task.samples), shard, rows, contents, skipped)
+    return Part(task.number, len(task.samples), fingerprint(task.samples), shard, rows, contents, skipped, outside)
 
 
 class NothingToWrite(Exception):  # noqa: N818
     """Not one picture of the block can be read, so there is no shard."""
 
 
-def prepare(sample: Sample, treatment: Treatment) -> tuple[Treated, list[tuple[str, bytes]]]:
-    """The picture and the other members of a sample, or UnreadableError."""
+class Prepared(NamedTuple):
+    """What goes into a shard of a sample: its picture, its other members by their extension."""
+
+    picture: Treated
+    members: list[tuple[str, bytes]]
+    boxes_lost: int  # of which nothing lies in the picture
+
+
+def prepare(sample: Sample, treatment: Treatment) -> Prepared:
+    """Raises UnreadableError: the sample cannot be used, and why."""
     if sample.image_ext not in IMAGE_EXTENSIONS:
-        raise ValueError(f"{sample.key} is a .{sample.image_ext}; pictures may be {', '.join(IMAGE_EXTENSIONS)}.")
+        raise UnreadableError(f"unsupported: a .{sample.image_ext}; pictures may be {', '.join(IMAGE_EXTENSIONS)}")
     original = read_bytes(sample.image)
     picture = checked(original, sample.image_ext, treatment)
     size = original_size = (picture.width, picture.height)
+    boxes_lost = 0
     if sample.mask is not None or any(thing.box for thing in sample.objects):
         if picture.encoded is not original:
             original_size = displayed_size(open_image(original), original)
-        sample = replace(sample, objects=[placed(thing, original_size, size) for thing in sample.objects])
+        if sample.annotated_size not in (None, original_size) and any(thing.box for thing in sample.objects):
+            raise UnreadableError(
+                f"its annotation is of a picture of size {size_of(sample.annotated_size)}, and it is "
+                f"{size_of(original_size)} as displayed, so its boxes do not fit"
+            )
+        objects = [placed(thing, original_size, size) for thing in sample.objects]
+        boxes_lost = sum(
+            was.box is not None and now.box is None for was, now in zip(sample.objects, objects, strict=True)
+        )
+        sample = replace(sample, objects=objects)
     members = [("json", sample.to_json())]
     if sample.mask is not None:
-        mask = checked_mask(read_bytes(sample.mask), original_size, size)
+        try:
+            mask = checked_mask(read_bytes(sample.mask), original_size, size)
+        except UnreadableError as error:
+            named = f" {sample.mask.name}" if isinstance(sample.mask, Path) else ""
+            raise UnreadableError(f"its mask{named} {error}") from error
         members.append((MASK_SUFFIX, mask))
-    return picture, members
+    return Prepared(picture._replace(ext=STORED_AS.get(picture.ext, picture.ext)), members, boxes_lost)
+
+
+def size_of(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 def read_bytes(image: Path | bytes | Callable[[], bytes]) -> bytes:
@@ -176,6 +207,8 @@ def read_bytes(image: Path | bytes | Callable[[], bytes]) -> bytes:
     if not isinstance(image, Path):
         return image()
     try:
+        if image.exists() and not image.is_file():
+            raise UnreadableError("not a picture: it is no plain file")  # reading a pipe would wait for ever
         return retried(image.read_bytes, RETRY)
     except OSError as error:
         if is_permanent(error):

@@ -5,7 +5,6 @@ Which samples a view takes follows from the seed, the keys and the classes alone
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest
 from bigtrain.data.set_files import filesystem, read_index, shards_url
-from bigtrain.files import remove_unfinished, whole_file, whole_folder, write_text
+from bigtrain.files import remove_abandoned, whole_file, whole_folder, write_text
 from shards.disk import space_for
 from shards.existing_set import check_classes, manifest_of
 
@@ -146,7 +145,7 @@ def write_views(url: str, out: Path, index: pa.Table, views: dict[str, tuple[Man
     """Write the views (manifest of the whole set, rows) to out/<name> in a folder that gets its name at the end."""
     out = out.absolute()
     tars = shards_url(url, manifest_of(url))
-    remove_unfinished(out.parent, f"{glob.escape(out.name)}.*")
+    remove_abandoned(out.parent, out.name)
     with space_for(str(out)), whole_folder(out, "durable") as unfinished:
         written = {}
         for name, (manifest, rows) in views.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,13 +12,14 @@ from typing import Any, NamedTuple
 
 from bigtrain.data.schema import Shard
 from bigtrain.images import UnreadableError
-from shards.labels import CLASSES_FROM, LABEL_EXTENSIONS, class_of_folder, classes_of
+from shards.labels import CLASSES_FROM, LABEL_EXTENSIONS, MAX_LABEL_BYTES, class_of_folder, classes_of
 from shards.location import Location
 from shards.members import Digested, Member, RefusedError, members
 from shards.treatment import Treatment, checked
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstandard", b"\x04\x22": "lz4"}
 MAX_NAMED = 10
+MAX_SHOWN = 2  # whether there is another is all that is asked
 
 
 class Task(NamedTuple):
@@ -39,6 +41,10 @@ class Survey:
     pickled: Counter[str] = field(default_factory=Counter)  # extension -> members that are not opened
     classes: set[str] = field(default_factory=set)
     of_texts: int = 0  # samples whose class comes from a .txt
+    left_out: Counter[str] = field(default_factory=Counter)  # reason -> members that are no sample's
+    shown: set[tuple[str, ...]] = field(
+        default_factory=set
+    )  # the classes that a sample shows together, MAX_SHOWN of them at most
 
 
 def survey(task: Task) -> Survey:
@@ -67,7 +73,7 @@ def survey(task: Task) -> Survey:
         raise ValueError(f"{task.shards}/{task.file} is refused: {error}. Nothing was written.") from error
     except tarfile.TarError as error:
         raise ValueError(
-            f"{task.shards}/{task.file} is not a whole tar ({error}): download it again. Nothing was written."
+            f"{task.shards}/{task.file} is not a whole tar ({error}): get it again. Nothing was written."
         ) from error
     found.shard = Shard(task.file, len(found.rows), file.bytes, file.sha256.hexdigest())
     return found
@@ -75,14 +81,18 @@ def survey(task: Task) -> Survey:
 
 def contents(file: Digested, found: Survey) -> Iterator[tuple[Member, bytes]]:
     """The members, and the bytes of pictures and labels as they pass by; what is pickled is never opened."""
-    for member in members(file):
+    for member in members(file, found.left_out):
         if member.is_pickle:
             found.pickled[member.ext.lower().rsplit(".", 1)[-1]] += 1
             continue
         data = b""
         if member.is_image or member.may_be_image or member.ext.lower() in LABEL_EXTENSIONS:
-            file.seek(member.offset)
-            data = file.read(member.size)
+            is_label = not (member.is_image or member.may_be_image)
+            if is_label and member.size > MAX_LABEL_BYTES:
+                found.wrong.append(f"{found.shard.file}: {member.name} has {member.size} bytes, too many for a label")
+            else:
+                file.seek(member.offset)
+                data = file.read(member.size)
         yield member, data
 
 
@@ -91,6 +101,9 @@ def read_sample(task: Task, key: str, entries: list[tuple[Member, bytes]], found
     group = [member for member, _ in entries]
     pictures = [(member, data) for member, data in entries if member.is_image]
     pictures = pictures or [(member, data) for member, data in entries if member.may_be_image]
+    if not pictures and re.fullmatch("__.*__", key):
+        found.left_out["named __...__"] += len(entries)
+        return None
     if len(pictures) != 1 or len({member.ext for member in group}) != len(group):
         names = ", ".join(member.ext for member in group)
         found.wrong.append(
@@ -123,6 +136,8 @@ def read_sample(task: Task, key: str, entries: list[tuple[Member, bytes]], found
     elif label == f"{key}.txt":
         found.of_texts += 1
     found.classes.update(classes)
+    if len(found.shown) < MAX_SHOWN:
+        found.shown.add(tuple(classes))
     return {
         "key": key,
         "image_offset": picture.offset,

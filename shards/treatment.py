@@ -8,12 +8,22 @@ from typing import NamedTuple
 from PIL import ExifTags, Image, ImageOps
 
 from bigtrain import images
-from bigtrain.images import SWAPS_SIDES, UnreadableError, load_pixels, open_image, orientation
+from bigtrain.images import (
+    SWAPS_SIDES,
+    UnreadableError,
+    check_range,
+    load_pixels,
+    open_image,
+    orientation,
+    to_rgb,
+)
 from bigtrain.jpeg import read_header
 
 JPEG_QUALITY = 95  # of a re-encoded picture, without subsampling of colour
 VERIFY = ("structure", "decode")
 EXT_OF = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+SMALLER_AS = {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP", "HEIF": "JPEG", "AVIF": "JPEG", "JXL": "JPEG"}
+OF_PNG = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I")  # modes that it can hold, beside 16-bit greys
 REDUCING_GAP = 2.0  # a decoder or a box filter first brings a picture down to this many times its new size
 
 
@@ -77,6 +87,7 @@ def checked(encoded: bytes, ext: str, treatment: Treatment) -> Treated:
     if size is not None and (treatment.max_side is None or max(size) <= treatment.max_side):
         return Treated(encoded, ext, *size)
     image = open_image(encoded)
+    check_range(image)
     width, height = displayed_size(image, encoded)
     if treatment.max_side is not None and max(width, height) > treatment.max_side:
         return smaller(image, encoded, treatment.max_side, treatment.quality)
@@ -88,19 +99,21 @@ def checked(encoded: bytes, ext: str, treatment: Treatment) -> Treated:
 def smaller(image: Image.Image, encoded: bytes, max_side: int, quality: int) -> Treated:
     """The picture with max_side pixels on its longer side, turned upright.
 
-    It keeps its format where that is JPEG, PNG or WebP and becomes PNG otherwise, its EXIF but for the orientation, and
-    its colour profile; of an animation the first frame. A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves
-    REDUCING_GAP times the pixels asked for.
+    It keeps its format where that is JPEG, PNG or WebP; other formats of photographs become JPEG, and the rest PNG. It
+    keeps its EXIF but for the orientation, and its colour profile; of an animation the first frame. A JPEG is decoded
+    at 1/2, 1/4 or 1/8 where that leaves REDUCING_GAP times the pixels asked for.
     """
     scale = max_side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    kind = {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP"}.get(image.format or "", "PNG")
+    kind = SMALLER_AS.get(image.format or "", "PNG")
+    if kind == "JPEG" and image.mode not in ("L", "RGB", "CMYK"):
+        kind = "PNG"  # transparent
     turned = orientation(image, encoded)
     image.draft(None, (round(size[0] * REDUCING_GAP), round(size[1] * REDUCING_GAP)))
     load_pixels(image)
     kept = {name: image.info[name] for name in ("exif", "icc_profile") if image.info.get(name)}
     try:
-        small = resizable(image).resize(size, Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
+        small = resized(resizable(image, kind), size)
         if image.mode.startswith("I;16"):
             small = small.convert("I;16")
         if turned != 1:
@@ -109,14 +122,26 @@ def smaller(image: Image.Image, encoded: bytes, max_side: int, quality: int) -> 
             kept["exif"] = without_orientation(image)
         file = io.BytesIO()
         kept = {name: value for name, value in kept.items() if value}
-        small.save(file, kind, quality=quality, subsampling=0, **kept)  # a format takes what it knows of them
+        small.save(file, kind, quality=quality, subsampling=0, exact=True, **kept)  # a format takes what it knows
     except (ValueError, OSError) as error:
         raise UnreadableError(f"cannot be made smaller: {error}") from error
     return Treated(file.getvalue(), EXT_OF[kind], *small.size)
 
 
-def resizable(image: Image.Image) -> Image.Image:
-    """The picture in a mode that can be filtered."""
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Smaller; colours under transparent pixels stay what they are, for training sees them."""
+    if image.mode in ("LA", "RGBA"):
+        *bands, alpha = image.split()
+        return Image.merge(
+            image.mode, [*resized(Image.merge(image.mode[:-1], bands), size).split(), resized(alpha, size)]
+        )
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
+
+
+def resizable(image: Image.Image, kind: str) -> Image.Image:
+    """The picture in a mode that can be filtered, and saved as this kind."""
+    if not (image.mode in OF_PNG or image.mode.startswith("I;16") or (image.mode == "CMYK" and kind == "JPEG")):
+        return Image.fromarray(to_rgb(image))
     if image.mode in ("P", "PA"):
         return image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
     if image.mode == "1":

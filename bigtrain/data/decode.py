@@ -10,14 +10,28 @@ import io
 import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torch import Tensor
 
-from bigtrain.images import Pixels, check_pixels, decode_rgb, open_upright, orientation_of, to_rgb
+from bigtrain.images import (
+    Pixels,
+    UnreadableError,
+    check_pixels,
+    check_range,
+    decode_rgb,
+    open_image,
+    open_upright,
+    orientation_of,
+    pillow_errors,
+    to_rgb,
+)
 from bigtrain.jpeg import read_header
 
 log = logging.getLogger(__name__)
@@ -34,10 +48,16 @@ class Picture:
 
     Raises:
         UnreadableError: the header cannot be read, or tells of more than MAX_PIXELS pixels.
+
+    Args:
+        payload: its encoded bytes.
+        decoder: of JPEG_DECODERS; None: the fastest.
+        reduced: decode large JPEGs at a fraction of their size where the views are small. A picture that is open
+            already is resized from its full size: without this both give the same views.
     """
 
-    def __init__(self, payload: bytes, decoder: str | None = None) -> None:
-        self._payload, self._decoder = payload, decoder or jpeg_decoder()
+    def __init__(self, payload: bytes, decoder: str | None = None, *, reduced: bool = True) -> None:
+        self._payload, self._decoder, self._reduced = payload, decoder or jpeg_decoder(), reduced
         self._image: Image.Image | None = None
         self._turned = 1
         header = read_header(payload)
@@ -52,10 +72,25 @@ class Picture:
             self.width, self.height = self._image.size
 
     @classmethod
-    def of(cls, image: Image.Image | Pixels) -> Picture:
-        """A picture that is open already: an image of Pillow, or uint8 (H, W, 3) or (H, W)."""
+    def of(cls, image: Image.Image | NDArray[Any] | Tensor) -> Picture:
+        """A picture that is open already.
+
+        Args:
+            image: an image of Pillow, which is turned upright; an array, uint8 (H, W), (H, W, 1), (H, W, 3) or
+                (H, W, 4), the last without its transparency; or a tensor, uint8 (H, W), (1, H, W) or (3, H, W).
+
+        Raises:
+            UnreadableError: anything else, or an image whose numbers have no given range.
+        """
         picture = cls.__new__(cls)
-        picture._image = ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else Image.fromarray(image)
+        if isinstance(image, Image.Image):
+            check_range(image)
+            check_pixels(*image.size)
+            with pillow_errors():
+                picture._image = ImageOps.exif_transpose(image)
+        else:
+            picture._image = Image.fromarray(pixels_of(image))
+        picture._reduced = False
         picture.width, picture.height = picture._image.size
         return picture
 
@@ -66,7 +101,9 @@ class Picture:
         at single hard edges (Pillow filters across before it filters down). Where all views are so small that a JPEG is
         decoded smaller: 1 in the mean over photographs, 6 over one of fine texture, 64 at single edges.
         """
-        spare = min(min(box[2] - box[0], box[3] - box[1]) / size for box, size in views) / SPARE
+        spare = (
+            1 if not self._reduced else min(min(box[2] - box[0], box[3] - box[1]) / size for box, size in views) / SPARE
+        )
         reduce = next(factor for factor in (8, 4, 2, 1) if factor <= max(spare, 1))
         pixels_HW3 = self._decoded(reduce)
         down, across = pixels_HW3.shape[0] / self.height, pixels_HW3.shape[1] / self.width
@@ -92,6 +129,26 @@ class Picture:
         return upright(pixels_HW3, self._turned)
 
 
+def pixels_of(image: NDArray[Any] | Tensor) -> Pixels:
+    """An array or tensor of a picture as contiguous (H, W) or (H, W, 3); see `Picture.of`."""
+    kind, channels_last = ("a tensor", False) if isinstance(image, Tensor) else ("an array", True)
+    shape, dtype = tuple(image.shape), str(image.dtype).removeprefix("torch.")
+    layouts = "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)" if channels_last else "(H, W), (1, H, W) or (3, H, W)"
+    channels = shape[2 if channels_last else 0] if len(shape) == 3 else 0
+    if dtype != "uint8" or channels not in ((0, 1, 3, 4) if channels_last else (0, 1, 3)) or len(shape) not in (2, 3):
+        raise UnreadableError(
+            f"{kind} of {dtype} and the shape {shape} is no picture: give uint8, 0 to 255, of the shape {layouts}"
+        )
+    if 0 in shape:
+        raise UnreadableError(f"{kind} of the shape {shape} has no pixels")
+    values = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    if len(shape) == 3:
+        values = values if channels_last else values.transpose(1, 2, 0)
+        values = values[..., 0] if channels == 1 else values[..., :3]
+    check_pixels(values.shape[1], values.shape[0])
+    return np.ascontiguousarray(values)
+
+
 def _by_simplejpeg(payload: bytes, reduce: int) -> Pixels:
     height, width, *_ = simplejpeg.decode_jpeg_header(payload)
     # it decodes smaller only when given a minimum size
@@ -108,7 +165,7 @@ def _by_torchvision(payload: bytes, reduce: int) -> Pixels:
 
 
 def _by_pillow(payload: bytes, reduce: int) -> Pixels:
-    image = Image.open(io.BytesIO(payload))
+    image = open_image(payload)
     if reduce > 1:
         image.draft("RGB", (-(-image.width // reduce), -(-image.height // reduce)))
     return np.array(image.convert("RGB"))

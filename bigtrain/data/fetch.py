@@ -19,6 +19,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.local import LocalFileSystem
 
+from bigtrain.files import entries
 from bigtrain.retry import RetryPolicy, described, http_status, is_permanent
 
 log = logging.getLogger(__name__)
@@ -60,10 +61,7 @@ class LocalFiles:
             return None
 
     def sizes(self, folder: str) -> dict[str, int] | None:
-        if not Path(folder).is_dir():
-            return {}
-        with os.scandir(folder) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        return entries(Path(folder))
 
     def name(self, path: str) -> str:
         return path
@@ -135,13 +133,13 @@ class RemoteFiles:
             return None
         try:
             self._fs.invalidate_cache(folder)
-            entries = self._fs.ls(folder, detail=True, **self._limit)
+            there = self._fs.ls(folder, detail=True, **self._limit)
         except FileNotFoundError:
             return {}
         except Exception as error:  # each file system has errors of its own; reading will say what is wrong
             log.info("%s is not listed (%s): its files' sizes are not checked", self.name(folder), described(error))
             return None
-        sizes = {posixpath.basename(entry["name"]): entry["size"] for entry in entries}
+        sizes = {posixpath.basename(entry["name"]): entry["size"] for entry in there}
         return None if None in sizes.values() else sizes
 
     def name(self, path: str) -> str:

@@ -24,8 +24,18 @@ FORMAT = "bigtrain-shards"
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.parquet"
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 MASK_SUFFIX = "mask.png"
+
+
+def may_be_of(header: bytes, key: str) -> bool:
+    """Whether a member's header, the 512 bytes before its own, may be that of a sample by its name.
+
+    Of a long name, or one that is not ASCII, tars differ in what they keep in it: such a one may be any sample's.
+    """
+    name, prefix = header[:100].rstrip(b"\0"), header[345:500].rstrip(b"\0")
+    whole = prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
+    is_plain = len(name) < 100 and key.isascii() and whole.isascii()
+    return not is_plain or whole.startswith(key.encode() + b".")
 
 
 @dataclass(frozen=True)
@@ -53,10 +63,11 @@ class Sample:
     Args:
         key: unique in the set; letters, digits, "_", "-" and "/" (no dot: WebDataset splits key and extension there).
         image: the picture's file, its encoded bytes, or what makes them, in whatever process that is (picklable).
-        image_ext: one of IMAGE_EXTENSIONS, lower case.
+        image_ext: one of images.IMAGE_EXTENSIONS, lower case.
         objects: what it shows; empty where nothing is annotated. A box is cut to the picture when it is packed.
         source: where it came from, relative to the dataset's root.
         mask: a PNG of the defect or segmentation, if there is one.
+        annotated_size: width and height of the picture that the boxes were drawn in, where the dataset tells.
     """
 
     key: str
@@ -65,6 +76,7 @@ class Sample:
     objects: Sequence[Object] = ()
     source: str = ""
     mask: Path | bytes | None = None
+    annotated_size: tuple[int, int] | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -94,6 +106,7 @@ class Manifest:
     shards: tuple[Shard, ...]  # of a subset: `samples` are those it takes, `bytes` and `sha256` are of the whole tar
     shards_at: str = ""  # of a subset: the URL of the folder of the tars, or its path from the manifest's own folder
     folder_order: tuple[str, ...] = ()  # the classes as the owners' numbered folders order them, where names do not
+    classes_from: str = ""  # of shards that others made: where `index` took the classes, "members" or "folder"
 
     @property
     def samples(self) -> int:
@@ -101,14 +114,22 @@ class Manifest:
 
     def to_json(self) -> str:
         record = {"format": FORMAT, "version": VERSION, "samples": self.samples, **asdict(self)}
-        for name in ("shards_at", "folder_order"):
+        for name in ("shards_at", "folder_order", "classes_from"):
             if not record[name]:
                 del record[name]
         return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
     def checked(self, where: str) -> Manifest:
         """Refuse values of other kinds, and file names that would lead out of the set's own folder."""
-        texts = (self.dataset, self.split, self.licence, self.shards_at, *self.classes, *self.folder_order)
+        texts = (
+            self.dataset,
+            self.split,
+            self.licence,
+            self.shards_at,
+            self.classes_from,
+            *self.classes,
+            *self.folder_order,
+        )
         texts += tuple(text for shard in self.shards for text in (shard.file, shard.sha256))
         counts = [count for shard in self.shards for count in (shard.samples, shard.bytes)]
         if not all(isinstance(text, str) for text in texts) or not all(type(n) is int and n >= 0 for n in counts):
@@ -137,6 +158,7 @@ class Manifest:
                 shards=tuple(Shard(**shard) for shard in record["shards"]),
                 shards_at=record.get("shards_at", ""),
                 folder_order=tuple(record.get("folder_order", ())),
+                classes_from=record.get("classes_from", ""),
             ).checked(where)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Sequence
+from urllib.parse import parse_qsl
 
 import fsspec
 import pyarrow as pa
@@ -35,6 +36,9 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """
     if url.startswith("pipe:"):
         raise ValueError(f"{url} would run a shell command, which no address of a shard set may: give a folder or URL.")
+    if url.startswith(("http://", "https://")) and "?" in url:  # a signature goes with each file's request
+        url, _, query = url.partition("?")
+        return fsspec.filesystem("http", params=dict(parse_qsl(query, keep_blank_values=True))), url.rstrip("/")
     fs, path = fsspec.core.url_to_fs(url)
     return fs, path.rstrip("/")
 
@@ -45,8 +49,9 @@ def shards_url(url: str, manifest: Manifest) -> str:
         return url
     if "://" in manifest.shards_at:
         return manifest.shards_at
-    scheme, separator, path = url.rpartition("://")
-    return scheme + separator + posixpath.normpath(posixpath.join(path, manifest.shards_at))
+    folder, mark, query = url.partition("?") if url.startswith("http") else (url, "", "")
+    scheme, separator, path = folder.rpartition("://")
+    return scheme + separator + posixpath.normpath(posixpath.join(path, manifest.shards_at)) + mark + query
 
 
 def read_manifest(url: str, retry: RetryPolicy = DEFAULT) -> Manifest:

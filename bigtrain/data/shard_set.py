@@ -13,14 +13,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from bigtrain.data.plan import MAX_SPAN, Plan
-from bigtrain.data.reader import Reader
+from bigtrain.data.reader import Places, Reader
 from bigtrain.data.set_files import read_index, read_manifest, shards_url
 from bigtrain.retry import DEFAULT, RetryPolicy
 
 log = logging.getLogger(__name__)
 SPAN_BYTES = 1 << 20  # of pictures, read at once: enough for a disk or a server to be worth the request
 COLUMNS = ("key", "shard", "image_offset", "image_size", "classes")
-Places = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]  # shard, offset and size of each sample
 
 
 class ShardSet:
@@ -130,8 +129,15 @@ class ShardSet:
         return bool(np.mean(np.diff(class_N)[together] == 0) > by_chance + 0.2 * (1 - by_chance))
 
     def places(self, sample_N: NDArray[np.int64]) -> Places:
-        """Where the pictures of some samples lie: their shards, and offsets and sizes in bytes."""
-        return self.shard_N[sample_N], self._offset_N[sample_N], self._size_N[sample_N]
+        """Where the pictures of some samples lie: their shards, and offsets and sizes in bytes.
+
+        One picture of each shard, the first, comes with its key: looking up all would take longer than reading.
+        """
+        shard_N = self.shard_N[sample_N]
+        key_N = np.full(len(shard_N), None, object)
+        for first in np.unique(shard_N, return_index=True)[1].tolist():
+            key_N[first] = self.key(sample_N[first])
+        return Places(shard_N, self._offset_N[sample_N], self._size_N[sample_N], key_N)
 
     def reader(self) -> Reader:
         """What reads by `places`, in this process or in a worker, which needs no index for it."""
@@ -141,7 +147,8 @@ class ShardSet:
     def read(self, samples: Sequence[int]) -> list[bytes]:
         """The original bytes of some images, in the order asked for; a shard that cannot be read stops the run."""
         try:
-            return self._reader.read(*self.places(np.asarray(samples, np.int64)))
+            places = self.places(np.asarray(samples, np.int64))
+            return self._reader.read(*places._replace(key_N=np.array([*map(self.key, samples), None], object)[:-1]))
         except OSError as error:
             raise self.naming_keys(error, samples) from error
 

@@ -25,7 +25,7 @@ from bigtrain.data.decode import Picture, jpeg_decoder
 from bigtrain.data.error_budget import ErrorBudget
 from bigtrain.data.memory import keep_freed_memory
 from bigtrain.data.plan import PADDING, Plan, Position, check_divides, sample_seeds
-from bigtrain.data.reader import Reader
+from bigtrain.data.reader import Places, Reader
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.views import Transform, Views
 from bigtrain.data.workers import start_worker, worker_context
@@ -230,7 +230,7 @@ class _Piece:
     sample_B: NDArray[np.int64]
     seed_B: NDArray[np.int64]
     read_N: NDArray[np.int64]
-    places: tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]  # shard, offset and size of each
+    places: Places
 
 
 @dataclass(frozen=True)
@@ -284,8 +284,7 @@ class _Work(torch.utils.data.Dataset[_Done]):
     def _read(self, piece: _Piece) -> None:
         lacking = np.array([sample not in self._ahead for sample in piece.read_N.tolist()], bool)
         if lacking.any():
-            shard_N, offset_N, size_N = (place_N[lacking] for place_N in piece.places)
-            payloads = self.reader.read(shard_N, offset_N, size_N)
+            payloads = self.reader.read(*piece.places.those(lacking))
             self._ahead |= zip(piece.read_N[lacking].tolist(), payloads, strict=True)
 
 

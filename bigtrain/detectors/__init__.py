@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,14 +20,13 @@ def load_detector(path: str | Path, *, device: str | None = None) -> ImageDetect
     """Load the detector saved in a folder (RUN/detector), onto a GPU if there is one and no `device` is named.
 
     Raises:
-        ValueError: the folder holds no detector, or one of a method this bigtrain lacks.
+        ValueError: the folder holds no detector, or one of a method or version this bigtrain lacks.
     """
-    file = Path(path) / DETECTOR_FILE
-    if not file.is_file():
-        raise ValueError(f"{path} holds no {DETECTOR_FILE}: give the folder `detector` of a finished run.")
-    method = json.loads(file.read_text()).get("method")
+    from bigtrain.detectors.image_detector import read_record
+
+    method = read_record(Path(path)).get("method")
     if method not in KINDS:
-        raise ValueError(f"{file} is of method {method!r}; this bigtrain loads {', '.join(KINDS)}.")
+        raise ValueError(f"{path}/{DETECTOR_FILE} is of method {method!r}; this bigtrain loads {', '.join(KINDS)}.")
     module, _, name = KINDS[method].rpartition(".")
     kind: type[ImageDetector] = getattr(import_module(module), name)
     return kind.load(Path(path), device=device)

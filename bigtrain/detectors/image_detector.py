@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import IO, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +19,16 @@ from torch import Tensor
 from bigtrain.choices import Chosen
 from bigtrain.data.decode import Picture
 from bigtrain.data.views import Transform
+from bigtrain.detectors import DETECTOR_FILE
 from bigtrain.files import whole_folder, write_json
+from bigtrain.images import UnreadableError
 from bigtrain.models.attention import torch_dtype
 
-Given = Image.Image | NDArray[np.uint8] | str | Path  # a picture, open or in a file
+log = logging.getLogger(__name__)
+Given = str | Path | bytes | IO[bytes] | Image.Image | NDArray[np.uint8] | Tensor
+"""A picture: a file by its path, its encoded bytes, an open binary file, or open already (`Picture.of`)."""
+VERSION = 1  # of detector.json
+Unreadable = Literal["nan", "raise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,20 +94,65 @@ class ImageDetector:
     def load(cls, folder: Path, *, device: str | None = None) -> Self:
         raise NotImplementedError
 
-    def score(self, images: Iterable[Given]) -> NDArray[np.float64]:
-        """Novelty of each image, higher = more novel: shape (B,)."""
-        parts = [found.score_B.double().cpu().numpy() for found in self._score(images)]
-        return np.concatenate(parts) if parts else np.zeros(0)
+    def score(
+        self,
+        images: Iterable[Given],
+        *,
+        unreadable: Unreadable = "nan",
+        batch: int | None = None,
+        reduced: bool = True,
+    ) -> NDArray[np.float64]:
+        """Novelty of each image, higher = more novel: shape (B,).
 
-    def _score(self, images: Iterable[Given]) -> Iterator[Scored]:
-        view = self.view()
-        rest = iter(images)
-        while some := list(islice(rest, self.scoring.batch)):
-            views = np.stack([view(_open(image), np.random.default_rng(0))["image"] for image in some])
-            image_B3HW = torch.zeros(self.scoring.batch, *views.shape[1:], dtype=torch.uint8)
-            image_B3HW[: len(views)] = torch.from_numpy(views)
+        Args:
+            images: pictures, or a generator of them, each as `Given`; of arrays and tensors also one with an axis more.
+            unreadable: "nan": a picture that cannot be read scores NaN, and a warning names it; "raise": an error does.
+            batch: images of a forward pass; None: as in the run, filled up where there are fewer, which gives the same
+                bits as the run. 1 takes one picture's time for one picture; the last digits may differ.
+            reduced: decode large JPEGs at a fraction of their size, as the run did. False: a file scores as its pixels
+                in an array do; scores of large JPEGs move by up to some percent.
+
+        Raises:
+            ValueError: a single picture instead of several, or, with "raise", one that cannot be read.
+        """
+        parts = [np.zeros(0)]
+        for found, is_read_b in self._score(images, unreadable=unreadable, batch=batch, reduced=reduced):
+            parts.append(np.full(len(is_read_b), np.nan))
+            parts[-1][is_read_b] = found.score_B.double().cpu().numpy()
+        return np.concatenate(parts)
+
+    def _score(
+        self,
+        images: Iterable[Given],
+        *,
+        unreadable: Unreadable = "nan",
+        batch: int | None = None,
+        reduced: bool = True,
+    ) -> Iterator[tuple[Scored, NDArray[np.bool_]]]:
+        """The scores of the readable images of each batch, and which of the batch these are."""
+        check_several(images)
+        view, size = self.view(), self.scoring.batch if batch is None else batch
+        if size < 1 or unreadable not in ("nan", "raise"):
+            raise ValueError(f"batch is {size} and unreadable {unreadable!r}: give 1 or more, and 'nan' or 'raise'.")
+        rest = enumerate(images)
+        while some := list(islice(rest, size)):
+            views, is_read_b = [], np.zeros(len(some), bool)
+            for place, (number, image) in enumerate(some):
+                try:
+                    views.append(view(_open(image, reduced=reduced), np.random.default_rng(0))["image"])
+                    is_read_b[place] = True
+                except (UnreadableError, OSError) as error:
+                    named = str(image) if isinstance(image, str | Path) else f"picture {number} (counted from 0)"
+                    if unreadable == "raise":
+                        raise UnreadableError(f"{named} cannot be scored: {error}") from error
+                    log.warning("%s cannot be scored, and its score is NaN: %s", named, error)
+            if not views:
+                yield Scored(torch.zeros(0)), is_read_b
+                continue
+            image_B3HW = torch.zeros(size, *views[0].shape, dtype=torch.uint8)
+            image_B3HW[: len(views)] = torch.from_numpy(np.stack(views))
             found = self.score_tensor(image_B3HW.to(self.device))
-            yield Scored(*(None if part is None else part[: len(views)] for part in found))  # type: ignore[arg-type]
+            yield Scored(*(None if part is None else part[: len(views)] for part in found)), is_read_b  # type: ignore[arg-type]
 
     def autocast(self) -> torch.autocast:
         precision = self.scoring.precision
@@ -116,7 +168,7 @@ class ImageDetector:
     def save(self, folder: Path) -> None:
         """Write detector.json and .safetensors files; the folder appears whole, under its name, at the end."""
         with whole_folder(folder) as unfinished:
-            record = {"method": self.method, "version": 1, **asdict(self.scoring), **self._write(unfinished)}
+            record = {"method": self.method, "version": VERSION, **asdict(self.scoring), **self._write(unfinished)}
             write_json(unfinished / "detector.json", record)
 
 
@@ -126,14 +178,85 @@ def calibrated(known_score_N: NDArray[np.floating], quantile: float) -> float | 
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What detector.json says, without method and version."""
-    record = json.loads((folder / "detector.json").read_text())
-    return {key: value for key, value in record.items() if key not in ("method", "version")}
+    """What detector.json says.
+
+    Raises:
+        ValueError: there is none, it is torn, or it is of a newer version.
+    """
+    file = folder / DETECTOR_FILE
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} holds no {DETECTOR_FILE}: give the folder `detector` of a finished run.") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON, so it was cut or changed: copy the detector again.") from error
+    version = record.get("version") if isinstance(record, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"{file} is no record of a detector: give the folder `detector` of a finished run.")
+    if version > VERSION:
+        raise ValueError(
+            f"{file} is of version {version}, and this bigtrain reads versions up to {VERSION}: install a newer one."
+        )
+    return record
+
+
+S = TypeVar("S", bound=Scoring)
+
+
+def read_scoring(kind: type[S], record: Mapping[str, Any], where: Path, without: Sequence[str] = ()) -> S:
+    """How a detector scores, by its record; one with a setting that is not known, or without one, is refused."""
+    said = {key: value for key, value in record.items() if key not in ("method", "version", *without)}
+    known = {field.name for field in fields(kind)}
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    for what, names in (("has the setting", said.keys() - known), ("lacks the setting", needed - said.keys())):
+        if names:
+            raise ValueError(
+                f"{where / DETECTOR_FILE} {what} {', '.join(sorted(names))}, so another version of bigtrain wrote it: "
+                "use that one."
+            )
+    return kind(**said)
 
 
 def chosen_device(device: str | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Raises ValueError: this machine has no such device."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"device {device!r} is not available here: give cpu, cuda or cuda:0 ...") from error
+    return chosen
 
 
-def _open(image: Given) -> Picture:
-    return Picture(Path(image).read_bytes()) if isinstance(image, str | Path) else Picture.of(image)
+def check_several(images: object) -> None:
+    """Refuse what is one picture, whose letters, bytes or rows would be taken for many."""
+    is_one = isinstance(images, str | Path | bytes | bytearray | memoryview | Image.Image | Mapping)
+    is_one = is_one or hasattr(images, "read") or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
+    if is_one or not isinstance(images, Iterable):
+        what = type(images).__name__
+        hint = "its pictures, such as sorted(folder.glob('*.jpg'))"
+        if not (isinstance(images, str | Path) and Path(images).is_dir()):
+            hint = "a list, also for one picture: [picture]"
+        raise ValueError(f"several pictures are scored, and a single {what} was given: give {hint}.")
+
+
+def _open(image: Given, *, reduced: bool = True) -> Picture:
+    """Raises UnreadableError or OSError."""
+    if isinstance(image, bytes | bytearray | memoryview):
+        return Picture(bytes(image), reduced=reduced)
+    if isinstance(image, str | Path):
+        path = Path(image)
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "is no plain file" if path.exists() else "is missing"
+            raise UnreadableError(f"not a picture: it {what}")
+        return Picture(path.read_bytes(), reduced=reduced)
+    if hasattr(image, "read"):
+        payload = image.read()
+        if not isinstance(payload, bytes):
+            raise UnreadableError("the file is open as text: open it with 'rb'")
+        return Picture(payload, reduced=reduced)
+    if isinstance(image, Image.Image | np.ndarray | Tensor):
+        return Picture.of(image)
+    raise UnreadableError(
+        f"a {type(image).__name__} is no picture: give a path, bytes, an open file, an image of Pillow, or an array or "
+        "tensor of uint8"
+    )

@@ -17,7 +17,7 @@ from bigtrain.data.views import CentreCrop
 from bigtrain.detectors import image_detector
 from bigtrain.detectors.catalogue import detector_class, name_of
 from bigtrain.detectors.feature_detector import FeatureDetector
-from bigtrain.detectors.image_detector import ImageDetector, Scored, chosen_device, read_record
+from bigtrain.detectors.image_detector import ImageDetector, Scored, chosen_device, read_record, read_scoring
 from bigtrain.models.network import Network, load_network
 from bigtrain.models.weights import save_tensors
 
@@ -80,9 +80,10 @@ class NetworkDetector(ImageDetector):
     @classmethod
     def load(cls, folder: Path, *, device: str | None = None) -> NetworkDetector:
         record = read_record(folder)
-        detector = with_state(record.pop("detector"), load_file(folder / "fitted.safetensors"))
+        scoring = read_scoring(Scoring, record, folder, without=["detector"])
+        detector = with_state(record["detector"], load_file(folder / "fitted.safetensors"))
         network = load_network(folder / "network.safetensors", device=chosen_device(device))
-        return cls(network, detector, Scoring(**record))
+        return cls(network, detector, scoring)
 
 
 def state_of(detector: FeatureDetector) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

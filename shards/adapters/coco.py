@@ -31,10 +31,10 @@ PICTURES_OF = {  # lists that share the pictures of another split
 
 
 class Instances(NamedTuple):
-    """What a list says: the classes in its order, the images as (file name, objects) in order of name."""
+    """What a list says: the classes in its order, the images as (file name, objects, size) in order of name."""
 
     classes: list[str]
-    images: list[tuple[str, list[Object]]]
+    images: list[tuple[str, list[Object], tuple[int, int] | None]]
     unlabelled: bool  # the list holds no annotations
     without_area: list[Any]  # ids of annotations whose box has none
 
@@ -42,7 +42,7 @@ class Instances(NamedTuple):
 def about(root: Path, split: str) -> About:
     listing = listing_of(root, split)
     found = read(listing)
-    names = [name for name, _ in found.images]
+    names = [name for name, *_ in found.images]
     pictures = folder_of_pictures(root, split)
     for name in names:
         inside(pictures, name)
@@ -60,7 +60,7 @@ def about(root: Path, split: str) -> About:
 def samples(root: Path, split: str) -> Iterator[Sample]:
     """Yield the images in order of file name."""
     pictures = folder_of_pictures(root, split)
-    for name, objects in read(listing_of(root, split)).images:
+    for name, objects, size in read(listing_of(root, split)).images:
         path = inside(pictures, name)
         yield Sample(
             key=f"{split}/{stem(name)}",
@@ -68,6 +68,7 @@ def samples(root: Path, split: str) -> Iterator[Sample]:
             image_ext=extension(path),
             objects=objects,
             source=path.relative_to(root).as_posix(),
+            annotated_size=size,
         )
 
 
@@ -77,6 +78,12 @@ def half_open(bbox: list[float]) -> Box:
     if not (math.isfinite(left + top + width + height) and width >= 0 and height >= 0):
         raise ValueError(f"{bbox} is no box (left, top, width, height)")
     return Box(top=round(top, 2), left=round(left, 2), bottom=round(top + height, 2), right=round(left + width, 2))
+
+
+def stated_size(image: dict[str, Any]) -> tuple[int, int] | None:
+    """Width and height in which an image was annotated; some lists leave them out, or say 0."""
+    size = (int(image.get("width") or 0), int(image.get("height") or 0))
+    return size if min(size) > 0 else None
 
 
 def listing_of(root: Path, split: str) -> Path:
@@ -102,7 +109,10 @@ def read(listing: Path) -> Instances:
     try:
         record = json.loads(listing.read_bytes())
         class_of = {int(category["id"]): str(category["name"]) for category in record["categories"]}
-        images = [(int(image["id"]), str(image["file_name"])) for image in record["images"]]
+        images = [
+            (int(image["id"]), str(image["file_name"]).replace("\\", "/"), stated_size(image))
+            for image in record["images"]
+        ]
         annotations = [
             (a.get("id"), int(a["image_id"]), int(a["category_id"]), half_open(a["bbox"]))
             for a in (record["annotations"] if is_labelled else [])
@@ -110,11 +120,11 @@ def read(listing: Path) -> Instances:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         what = f"{type(error).__name__}: {str(error)[:200]}"
         raise ValueError(f"{listing} is no list of COCO ({what}): get it from its owners.") from error
-    for times in (Counter(number for number, _ in images), Counter(stem(name) for _, name in images)):
+    for times in (Counter(number for number, *_ in images), Counter(stem(name) for _, name, _ in images)):
         for image, count in times.most_common(1):
             if count > 1:
                 raise ValueError(f"{listing} lists the image {image} {count} times: get it from its owners.")
-    objects: dict[int, list[Object]] = {number: [] for number, _ in images}
+    objects: dict[int, list[Object]] = {number: [] for number, *_ in images}
     without_area = []
     for number, image, category, box in annotations:
         for kind, its_id, known in (("category", category, class_of), ("image", image, objects)):
@@ -127,7 +137,7 @@ def read(listing: Path) -> Instances:
         objects[image].append(Object(class_of[category], box if has_area else None))
         if not has_area:
             without_area.append(number)
-    by_name = sorted(((name, objects[number]) for number, name in images), key=lambda pair: pair[0])
+    by_name = sorted(((name, objects[number], size) for number, name, size in images), key=lambda image: image[0])
     return Instances(list(dict.fromkeys(class_of.values())), by_name, not is_labelled, without_area)
 
 

@@ -1,5 +1,7 @@
 """Pictures in class folders: ROOT/<class>/**/*.jpg, the class being the name of the first folder.
 
+A folder of pictures alone, without class folders, is a set that shows no class, or all of them the one of --class-name.
+
 Pictures are listed as text, some 90 bytes each, so that 14 million of them need little more than a gigabyte.
 """
 
@@ -7,51 +9,109 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from bigtrain.data.schema import IMAGE_EXTENSIONS, Object, Sample
+from bigtrain.data.schema import Object, Sample
+from bigtrain.images import IMAGE_EXTENSIONS
 from bigtrain.text import counted
 from shards.adapters.about import About
-from shards.adapters.lists import few, warn
+from shards.adapters.lists import few, warn, warn_of_alike
 
-LAYOUT = "a folder of class folders: ROOT/<class>/**/*.jpg (or .png, .webp ...); --split only names it"
+LAYOUT = "a folder of class folders, ROOT/<class>/**/*.jpg (or .png ...), or one of pictures; --split only names it"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--class-name": {
+        "metavar": "NAME",
+        "help": "all pictures, at any depth, show this class (default: the class is the name of the first folder)",
+    },
+    "--keys-with-extension": {
+        "action": "store_true",
+        "help": "a.jpg and a.png in one folder are a_jpg and a_png (default: two files of one name are refused)",
+    },
+}
 SPLITS = ("train", "val", "valid", "validation", "test")
 T = TypeVar("T")
 
 
-def about(root: Path, split: str) -> About:
-    """A picture in no class folder is refused, and so are two of one name; files that are not pictures are reported."""
-    by_class = names_by_class(root)
-    if loose := loose_pictures(root):
+def about(root: Path, split: str, class_name: str | None = None, keys_with_extension: bool = False) -> About:
+    """Pictures beside class folders are refused, and so are two of one name; what is left out is reported."""
+    by_class = chosen(root, class_name)
+    loose = loose_pictures(root)
+    if loose and class_name is None and "" not in by_class:
         raise ValueError(
             f"{root} has {counted(len(loose), 'picture')} in no class folder ({few(loose)}): the folder of a picture "
-            f"is its class, so move each to its own, or all to one, {root / 'pictures'} say."
+            "is its class, so move each to its own; or give --class-name, and all pictures show that class."
         )
+    tell_of_names(root, by_class)
     if not by_class:
-        raise FileNotFoundError(f"{root} holds no class folders with pictures: --root must be {LAYOUT}.")
-    refuse_twins(root, by_class)
+        raise FileNotFoundError(f"{root} holds no pictures: --root must be {LAYOUT}.")
+    if not keys_with_extension:
+        refuse_twins(root, by_class)
     if set(by_class) <= set(SPLITS):
         first = next(name for name in SPLITS if name in by_class)
         warn(
             f"the classes of {root} are {few(list(by_class))}, which are names of splits: if these folders hold the "
             f"class folders, build each by itself, with --root {root / first} say."
         )
-    if others := [name for folder in class_folders(root) for name in files_in(root, f"{folder}/", pictures=False)]:
-        warn(f"{counted(len(others), 'file')} in {root} left out, for by name they are not pictures: {few(others)}.")
-    return About(root.resolve().name, list(by_class), "unknown", sum(map(len, by_class.values())))
+    if "" in by_class:
+        warn(f"{root} has no class folders: its pictures show no class, unless --class-name gives them one.")
+    return About(root.resolve().name, [n for n in by_class if n], "unknown", sum(map(len, by_class.values())))
 
 
-def samples(root: Path, split: str) -> Iterator[Sample]:
+def samples(
+    root: Path, split: str, class_name: str | None = None, keys_with_extension: bool = False
+) -> Iterator[Sample]:
     """Yield one picture of each class in turn."""
-    for class_name, name in in_turn(names_by_class(root)):
-        yield sample(root, name, class_name)
+    by_class = chosen(root, class_name)
+    twins = set(repeated_stems(by_class)) if keys_with_extension else set[str]()
+    for of_class, name in in_turn(by_class):
+        key = f"{stem(name)}_{extension(name)}" if stem(name) in twins else ""
+        yield sample(root, name, of_class, key=key)
 
 
 def sample(root: Path, name: str, class_name: str, key: str = "") -> Sample:
-    """A picture that shows one class; its key is its name in the root, unless another is given."""
-    return Sample(key or stem(name), root / name, extension(name), [Object(class_name)], source=name)
+    """A picture that shows one class, "" for none; its key is its name in the root, unless another is given."""
+    objects = [Object(class_name)] if class_name else []
+    return Sample(key or stem(name), root / name, extension(name), objects, source=name)
+
+
+def chosen(root: Path, class_name: str | None) -> dict[str, list[str]]:
+    """The pictures of each class: that of --class-name, those of the folders, or "" of pictures without folders."""
+    by_class = names_by_class(root)
+    if class_name is None and (by_class or not loose_pictures(root)):
+        return by_class
+    everything = sorted(files_in(root))
+    return {class_name or "": everything} if everything else {}
+
+
+def tell_of_names(root: Path, by_class: Mapping[str, Sequence[str]]) -> None:
+    """Say which files and folders are left out for their names, and which names look like a mistake."""
+    others = [
+        name for inner in ("", *(f"{name}/" for name in class_folders(root))) for name in other_files(root, inner)
+    ]
+    if others and not by_class:
+        kinds = Counter(f".{extension(name)}" if extension(name) else "no extension" for name in others)
+        raise FileNotFoundError(
+            f"{root} holds no pictures, but {counted(len(others), 'file')} with other extensions "
+            f"({few([kind for kind, _ in kinds.most_common()])}): pictures may be {', '.join(IMAGE_EXTENSIONS)}."
+        )
+    if others:
+        warn(f"{counted(len(others), 'file')} in {root} left out, for by name they are not pictures: {few(others)}.")
+    if odd := [name for names in by_class.values() for name in names if extension(name) in ("jfif", "jpe")]:
+        warn(f"{counted(len(odd), 'picture')} of {root}, named .jfif or .jpe ({few(odd)}), will be .jpg in the shards.")
+    if empty := [
+        name for name in class_folders(root) if by_class and "" not in by_class and not any(files_in(root, f"{name}/"))
+    ]:
+        warn(f"{counted(len(empty), 'folder')} of {root} without a picture, and so no class of the set: {few(empty)}.")
+    warn_of_alike(by_class, root)
+
+
+def repeated_stems(by_class: Mapping[str, Sequence[str]]) -> list[str]:
+    """Names without extension that several pictures have."""
+    counts = Counter(stem(name) for names in by_class.values() for name in names)
+    return [name for name, count in counts.items() if count > 1]
 
 
 def names_by_class(root: Path, is_class: Callable[[str], bool] = bool) -> dict[str, list[str]]:
@@ -102,6 +162,14 @@ def files_in(root: Path, inner: str = "", pictures: bool = True) -> Iterator[str
                     yield f"{folder}{entry.name}"
 
 
+def other_files(root: Path, inner: str) -> list[str]:
+    """What is no picture, in a class folder at any depth or, for "", in the root itself."""
+    if inner:
+        return sorted(files_in(root, inner, pictures=False))
+    with os.scandir(root) as found:
+        return sorted(e.name for e in found if not (e.is_dir() or is_picture(e.name) or e.name.startswith(".")))
+
+
 def is_picture(name: str) -> bool:
     return not name.startswith(".") and extension(name) in IMAGE_EXTENSIONS
 
@@ -115,7 +183,8 @@ def refuse_twins(root: Path, by_class: Mapping[str, Sequence[str]]) -> None:
                 if (first := first_of.setdefault(stem(name), name)) != name:
                     raise ValueError(
                         f"{first} and {name} in {root} have the same key {stem(name)!r}: keys are names without "
-                        "extension, so rename one of the two, or take one away."
+                        "extension, so rename one of the two, take one away, or use `build folder "
+                        "--keys-with-extension`."
                     )
 
 

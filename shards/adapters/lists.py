@@ -9,16 +9,29 @@ from pathlib import Path
 
 import numpy as np
 
+from bigtrain.text import alike, clean, decoded
+
 FEW = 3
 
 
 def few(names: Sequence[str]) -> str:
     """The first few names, for a sentence."""
-    return ", ".join(map(repr, names[:FEW])) + (", ..." if len(names) > FEW else "")
+    return ", ".join(f"'{clean(name)}'" for name in names[:FEW]) + (", ..." if len(names) > FEW else "")
 
 
 def warn(sentence: str) -> None:
     print(f"bigtrain-shards: {sentence}", file=sys.stderr)
+
+
+def warn_of_alike(names: Iterable[str], where: Path | str) -> None:
+    """Tell of classes that a person would take for one; single letters, as in a set of characters, are meant so."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if len(name) > 1:
+            groups.setdefault(alike(name), []).append(name)
+    if many := [group for group in groups.values() if len(group) > 1]:
+        pairs = "; ".join(few(group) for group in many[:FEW])
+        warn(f"{where} has classes whose names are nearly the same ({pairs}): if they are one class, rename them.")
 
 
 def rows(path: Path, form: str, layout: str) -> list[list[str]]:
@@ -26,13 +39,12 @@ def rows(path: Path, form: str, layout: str) -> list[list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: --root must be {layout}.")
     found = []
-    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            words = line.split()
-            if words and len(words) != len(form.split()):
-                raise ValueError(f"line {number} of {path} is {line[:80].strip()!r}, where {form!r} should be.")
-            if words:
-                found.append(words)
+    for number, line in enumerate(decoded(path.read_bytes(), "surrogateescape").split("\n"), 1):
+        words = line.split()
+        if words and len(words) != len(form.split()):
+            raise ValueError(f"line {number} of {path} is {line[:80].strip()!r}, where {form!r} should be.")
+        if words:
+            found.append(words)
     return found
 
 

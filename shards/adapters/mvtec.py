@@ -31,8 +31,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def about(root: Path, split: str, category: str = "all", dataset: str = "mvtec-ad", licence: str = LICENCE) -> About:
+def about(root: Path, split: str, category: str = "all", dataset: str = "", licence: str = "") -> About:
+    """Data are MVTec's own, by name and licence, where their license.txt lies beside them."""
     chosen = categories(root, category)
+    if not dataset:
+        is_theirs = any((folder / "license.txt").is_file() for folder in (root, *chosen.values()))
+        dataset, licence = ("mvtec-ad", LICENCE) if is_theirs else (root.resolve().name, "unknown")
+        if not is_theirs:
+            warn(
+                f"{root} has no license.txt of MVTec AD, so the set is called {dataset}, of unknown licence: give "
+                f"--name mvtec-ad --licence '{LICENCE}' if it is theirs."
+            )
     classes = [prefix + kind for prefix, folder in chosen.items() for kind in kinds_of(folder)]
     only = next(iter(chosen.values())).resolve().name if list(chosen) == [""] else ""
     total = 0
@@ -42,7 +51,7 @@ def about(root: Path, split: str, category: str = "all", dataset: str = "mvtec-a
         if beside := sum(1 for _ in files_in(folder / split)) - of_folder:
             warn(f"{beside} pictures in {folder / split} lie in no folder of a kind: they are left out.")
         total += of_folder
-    return About(f"{dataset}-{only}" if only else dataset, classes, licence, total)
+    return About(f"{dataset}-{only}" if only and only != dataset else dataset, classes, licence, total)
 
 
 def samples(root: Path, split: str, category: str = "all") -> Iterator[Sample]:

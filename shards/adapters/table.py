@@ -11,16 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bigtrain.data.schema import IMAGE_EXTENSIONS, Object, Sample
+from bigtrain.data.schema import Object, Sample
+from bigtrain.images import IMAGE_EXTENSIONS
 from shards.adapters.about import About
 from shards.adapters.folder import extension, stem
-from shards.adapters.lists import warn
+from shards.adapters.lists import warn, warn_of_alike
 from shards.keys import inside
+from shards.labels import names_of
 
 LAYOUT = "the folder that the paths in the table start from"
 LICENCE = "unknown"
 TRIED = 100  # pictures that are looked for before anything is written
-OUTSIDE = r"^/|(^|/)\.\.(/|$)|\\|\x00"  # of a path: it leaves the root
+OUTSIDE = r"^/|(^|/)\.\.(/|$)|\x00"  # of a path: it leaves the root
 PICTURE = rf"(?i)\.({'|'.join(IMAGE_EXTENSIONS)})$"
 OPTIONS: dict[str, dict[str, Any]] = {
     "--table": {"required": True, "type": os.path.abspath, "metavar": "FILE", "help": "a .csv, .tsv or .parquet file"},
@@ -70,7 +72,8 @@ def about(root: Path, split: str, **options: Any) -> About:
         raise FileNotFoundError(f"{root / tried[0]} is missing, as are more of {table}: --root must be {LAYOUT}.")
     cells = [pc.value_counts(batch["label"]) for batch in batches]
     distinct = {cell.as_py() for counts in cells for cell in counts.field("values")}
-    labels = {cell: labels_in(cell, options["separator"]) for cell in distinct}
+    labels = {cell: labels_in(cell, options["separator"], table) for cell in distinct}
+    warn_of_alike(set().union(*labels.values()), table)
     unlabelled = sum(n["counts"].as_py() for counts in cells for n in counts if not labels[n["values"].as_py()])
     if unlabelled:
         warn(f"{unlabelled} of the {len(paths)} rows of {table} have no label: their pictures show no class.")
@@ -90,7 +93,7 @@ def samples(root: Path, split: str, **options: Any) -> Iterator[Sample]:
                 key=stem(row["path"]),
                 image=path,
                 image_ext=extension(path),
-                objects=[Object(name) for name in labels_in(row["label"], options["separator"])],
+                objects=[Object(name) for name in labels_in(row["label"], options["separator"], options["table"])],
                 source=row["path"],
                 mask=inside(root, row["mask"]) if row.get("mask") else None,
             )
@@ -112,7 +115,9 @@ def refuse(root: Path, split: str, column: str, name: str, options: dict[str, An
     )
 
 
-def labels_in(cell: str, separator: str) -> list[str]:
-    """The labels of a cell, each once, without spaces around."""
-    parts = cell.split(separator) if separator else [cell]
-    return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+def labels_in(cell: str, separator: str, table: str) -> list[str]:
+    """The labels of a cell, each once."""
+    try:
+        return names_of(cell.split(separator) if separator else cell)
+    except ValueError as error:
+        raise ValueError(f"a row of {table} {error}: correct it.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -11,9 +12,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from shards.keys import below
+from shards.labels import names_of
 
 KINDS = (".csv", ".tsv", ".parquet")
-READING = pyarrow.csv.ReadOptions(use_threads=False)
 
 
 def rows(
@@ -44,10 +45,12 @@ def rows(
 
 def as_text(cells: pa.Array, separator: str) -> pa.Array:
     """Cells as text, nothing for null; those of a list, which a Parquet file may hold, one behind the other."""
+    if pa.types.is_floating(cells.type):
+        cells = pc.if_else(pc.is_nan(cells), None, cells)
     if pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type):
         if not separator:
             raise ValueError("a column of lists needs a --separator: give one that no label holds.")
-        words = pa.array(cells.to_pylist(), pa.list_(pa.string()))
+        words = pa.array([names_of(cell) for cell in cells.to_pylist()], pa.list_(pa.string()))
         if pc.any(pc.match_substring(pc.list_flatten(words), separator)).as_py():
             raise ValueError(f"a label holds the separator {separator!r}: give --separator another.")
         cells = pc.binary_join(words, separator)
@@ -55,7 +58,8 @@ def as_text(cells: pa.Array, separator: str) -> pa.Array:
 
 
 def from_root(root: Path, paths: pa.Array) -> pa.Array:
-    """Paths from the root, a/b for ./a//b: a picture has one name."""
+    """Paths from the root, a/b for ./a//b and for a\\b: a picture has one name."""
+    paths = pc.replace_substring(paths, "\\", "/")
     odd = pc.match_substring_regex(paths, r"^/|//|(^|/)\./")
     if not pc.any(odd).as_py():
         return paths
@@ -74,8 +78,14 @@ def columns_of(table: Path) -> list[str]:
         raise FileNotFoundError(f"--table {table} is {what}: give a {', '.join(KINDS)} file.")
     if kind == ".parquet":
         return list(pq.read_schema(table).names)
-    with pyarrow.csv.open_csv(table, READING, parsing(table)) as file:
+    with pyarrow.csv.open_csv(table, reading(table), parsing(table)) as file:
         return list(file.schema.names)
+
+
+def reading(table: Path) -> pyarrow.csv.ReadOptions:
+    with table.open("rb") as file:
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return pyarrow.csv.ReadOptions(use_threads=False, encoding="utf-16" if is_utf16 else "utf8")
 
 
 def parsing(table: Path) -> pyarrow.csv.ParseOptions:
@@ -83,7 +93,11 @@ def parsing(table: Path) -> pyarrow.csv.ParseOptions:
 
 
 def batches_of(table: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    check_columns(table, columns, columns_of(table))
+    there = columns_of(table)
+    if there != (stripped := [name.strip() for name in there]) and not set(columns) <= set(there):
+        yield from trimmed_batches(table, columns, there, stripped)
+        return
+    check_columns(table, columns, there)
     if table.suffix.lower() == ".parquet":
         with pq.ParquetFile(table) as file:
             yield from file.iter_batches(columns=columns, use_threads=False)
@@ -91,8 +105,15 @@ def batches_of(table: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     as_text = pyarrow.csv.ConvertOptions(
         include_columns=columns, column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False
     )
-    with pyarrow.csv.open_csv(table, READING, parsing(table), as_text) as file:
+    with pyarrow.csv.open_csv(table, reading(table), parsing(table), as_text) as file:
         yield from file
+
+
+def trimmed_batches(table: Path, columns: list[str], there: list[str], stripped: list[str]) -> Iterator[pa.RecordBatch]:
+    """Of a table with spaces behind its commas: names and cells without them."""
+    check_columns(table, columns, stripped)
+    for batch in batches_of(table, [there[stripped.index(name)] for name in columns]):
+        yield pa.RecordBatch.from_arrays([pc.utf8_trim_whitespace(cells) for cells in batch.columns], columns)
 
 
 def check_columns(table: Path, columns: list[str], there: list[str]) -> None:

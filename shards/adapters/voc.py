@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError, TreeBuilder, XMLParser, fromstring
 
 from bigtrain.data.schema import Box, Object, Sample
+from bigtrain.files import read_lines
 from shards.adapters.about import About
 from shards.adapters.folder import files_in
 from shards.adapters.lists import compare, warn
@@ -59,6 +61,7 @@ def read(root: Path, split: str, image_set: str) -> list[Sample]:
             image=inside(root / "JPEGImages", f"{image_id}.jpg"),
             image_ext="jpg",
             objects=objects_of(root, split, image_id),
+            annotated_size=stated_size(annotation_of(root, image_id)),
             source=f"JPEGImages/{image_id}.jpg",
             mask=mask_of(root, split, image_id) if image_set == "Segmentation" else None,
         )
@@ -85,13 +88,13 @@ def listed_ids(root: Path, split: str, image_set: str) -> list[str]:
     if not listing.is_file():
         what = f"--split may be {', '.join(there)}" if there else f"--root must be {LAYOUT}"
         raise FileNotFoundError(f"{listing} is missing: {what}.")
-    lines = [line.split() for line in listing.read_text(errors="replace").splitlines()]
-    if any(len(fields) > 1 for fields in lines):
+    lines = read_lines(listing)
+    if lines and all(re.search(r"\s-?[01]$", line) for line in lines):
         raise ValueError(
             f"{listing} says of each image whether it shows one class, which its annotation says too: "
             f"give a list of images, so --split may be {', '.join(there)}."
         )
-    return sorted({fields[0] for fields in lines if fields})
+    return sorted(set(lines))
 
 
 def annotation_of(root: Path, image_id: str) -> Path:
@@ -116,6 +119,18 @@ def mask_of(root: Path, split: str, image_id: str) -> Path | None:
     if split == "test":
         return None
     raise FileNotFoundError(f"{path} is missing, and Segmentation/{split}.txt names {image_id}: get it too.")
+
+
+def stated_size(path: Path) -> tuple[int, int] | None:
+    """Width and height in which an image was annotated; some annotations leave them out, or say 0."""
+    size = parsed(path).find("size") if path.is_file() else None
+    try:
+        width, height = (
+            (int(float(size.findtext(side, "0"))) for side in ("width", "height")) if size is not None else (0, 0)
+        )
+    except ValueError:
+        return None
+    return (width, height) if min(width, height) > 0 else None
 
 
 def objects_in(path: Path) -> list[Object]:

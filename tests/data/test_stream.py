@@ -155,9 +155,9 @@ class Counting:
     def __init__(self, reader, asked):
         self.reader, self.asked = reader, asked
 
-    def read(self, shard_N, offset_N, size_N):
+    def read(self, shard_N, *further):
         self.asked.append(len(shard_N))
-        return self.reader.read(shard_N, offset_N, size_N)
+        return self.reader.read(shard_N, *further)
 
     def __getattr__(self, name):
         return getattr(self.reader, name)

@@ -161,7 +161,7 @@ def test_clip_boxes(paint, tmp_path):
     """Boxes are cut to their pictures, and those left without an area are dropped."""
     boxes = [Box(-3, 2, 5, 90), Box(1, 1, 4, 4), Box(20, 30, 40, 50), Box(4, 4, 4, 9)]
     sample = Sample("a", paint(), "jpg", [Object("cat", box) for box in boxes])
-    _, ((_, record),) = pack.prepare(sample, Treatment())
+    _, ((_, record),), _ = pack.prepare(sample, Treatment())
     assert json.loads(record) == {
         "classes": ["cat"],
         "boxes": [[0, 2, 5, 20, "cat"], [1, 1, 4, 4, "cat"]],

@@ -26,6 +26,7 @@ def category(tmp_path, paint):
             paint(len(place), kind="PNG", path=root / f"{place}.png")
         for number in ("000", "001"):
             paint(0, kind="PNG", path=root / "ground_truth" / defect / mask.format(number))
+        (root / "license.txt").write_text("CC BY-NC-SA 4.0")
         return root
 
     return made
@@ -41,6 +42,15 @@ def test_one_category(category):
     for split, total in (("train", 2), ("test", 3)):
         about = mvtec.about(root, split)
         assert (about.dataset, about.classes, about.total) == ("mvtec-ad-tile", ["good", "crack"], total)
+
+
+def test_not_of_mvtec(category, capsys):
+    """Data of others in the same layout get neither the name nor the licence of MVTec AD."""
+    root = category()
+    (root / "license.txt").unlink()
+    about = mvtec.about(root, "train")
+    assert (about.dataset, about.licence) == ("tile", "unknown")
+    assert "--licence 'CC BY-NC-SA 4.0' if it is theirs" in capsys.readouterr().err
 
 
 def test_all_categories(category):

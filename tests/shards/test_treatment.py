@@ -58,7 +58,7 @@ def test_turned_boxes_masks():
     """Boxes and masks of a turned picture are in pixels as displayed."""
     mask = encoded(Image.fromarray(np.arange(100 * 60, dtype=np.uint8).reshape(100, 60)), "PNG")
     sample = Sample("a", turned(6), "jpg", [Object("x", Box(0, 0, 100, 60))], mask=mask)
-    picture, members = prepare(sample, SMALL)
+    picture, members, _ = prepare(sample, SMALL)
     assert (picture.width, picture.height) == (30, 50)
     assert b"[0.0,0.0,50.0,30.0" in dict(members)["json"]
     assert Image.open(io.BytesIO(dict(members)["mask.png"])).size == (30, 50)

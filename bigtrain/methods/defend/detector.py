@@ -16,7 +16,7 @@ from bigtrain.choices import Backend, Chosen, Distance, Normalisation, Predict, 
 from bigtrain.data.views import Resized
 from bigtrain.detectors import image_detector
 from bigtrain.detectors.classical.nearest import token_features
-from bigtrain.detectors.image_detector import Given, ImageDetector, Scored, chosen_device, read_record
+from bigtrain.detectors.image_detector import Given, ImageDetector, Scored, chosen_device, read_record, read_scoring
 from bigtrain.methods.defend.equations import picture_score
 from bigtrain.methods.defend.masks import complementary_halves
 from bigtrain.models.network import Network, load_network
@@ -60,10 +60,15 @@ class DistillationDetector(ImageDetector):
         return Resized(self.scoring.image_size)
 
     def score_map(self, images: Iterable[Given]) -> NDArray[np.float32]:
-        """Novelty of each patch of each image: shape (B, h, w); --score-over says how an image's score comes of it."""
+        """Novelty of each patch of each image: shape (B, h, w); --score-over says how an image's score comes of it.
+        NaN of an image that cannot be read."""
         side = self.scoring.image_size // self.teacher.vit.patch_size
-        maps = [found.map_Bhw.cpu().numpy() for found in self._score(images) if found.map_Bhw is not None]
-        return np.concatenate([np.zeros((0, side, side), np.float32), *maps])
+        maps = [np.zeros((0, side, side), np.float32)]
+        for found, is_read_b in self._score(images):
+            maps.append(np.full((len(is_read_b), side, side), np.nan, np.float32))
+            if found.map_Bhw is not None:
+                maps[-1][is_read_b] = found.map_Bhw.cpu().numpy()
+        return np.concatenate(maps)
 
     @torch.no_grad()
     def score_tensor(self, image_B3HW: Tensor) -> Scored:
@@ -140,7 +145,7 @@ class DistillationDetector(ImageDetector):
 
     @classmethod
     def load(cls, folder: Path, *, device: str | None = None) -> DistillationDetector:
-        scoring = Scoring(**read_record(folder))
+        scoring = read_scoring(Scoring, read_record(folder), folder)
         target = chosen_device(device)
         attention = "auto" if scoring.attention == "xformers" and target.type != "cuda" else scoring.attention
         teacher, student = (
