@@ -197,8 +197,8 @@ def pack_all(
 def too_many(what: str, allowed: int, first: dict[str, Any], out: Location) -> ValueError:
     return ValueError(
         f"{what} cannot be read, and at most {allowed} may be (or {MAX_IN_A_ROW - 1} in a row); the first is "
-        f"{first['source'] or first['key']} ({first['reason']}). All are in {out}/{SKIPPED_FILE}: repair them, or allow "
-        "more with --max-skipped, and run again."
+        f"{first['source'] or first['key']} ({first['reason']}). All are in {out}/{SKIPPED_FILE}: repair them, or "
+        "allow more with --max-skipped, and run again."
     )
 
 

@@ -148,6 +148,7 @@ def test_impossible_mosaic(tiles, options, sentence):
         "seed": 0,
         "grid": 2,
         "known_tiles": 1,
+        "tile": None,
         **options,
     }
     with pytest.raises(ValueError, match=sentence):

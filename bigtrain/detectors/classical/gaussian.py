@@ -10,6 +10,8 @@ from sklearn.mixture import GaussianMixture as Solver
 
 from bigtrain.detectors.feature_detector import FeatureDetector, Floats, Ints, class_means
 
+SMALLEST_VARIANCE = 1e-10  # of the mean one
+
 
 class Mahalanobis(FeatureDetector):
     """Novelty = min_c (x - m_c)' S^-1 (x - m_c): class means, one covariance for all, Ledoit & Wolf's shrunk one.
@@ -19,8 +21,19 @@ class Mahalanobis(FeatureDetector):
 
     def _fit(self, features_ND: Floats, class_N: Ints) -> None:
         self.mean_CD_ = class_means(features_ND, class_N)
-        within = LedoitWolf(assume_centered=True).fit(features_ND - self.mean_CD_[class_N])
-        self.precision_DD_ = within.precision_
+        residual_ND = features_ND - self.mean_CD_[class_N]
+        if not np.square(residual_ND).sum() > 1e-20 * np.square(features_ND).sum():
+            raise ValueError(
+                "the images of each known class have equal features (or there is one image a class), so there is no "
+                "covariance: give more images."
+            )
+        within = LedoitWolf(assume_centered=True).fit(residual_ND)
+        value_D = np.linalg.eigvalsh(within.covariance_)
+        floor = value_D.mean() * SMALLEST_VARIANCE  # features that never vary
+        lacking = max(floor - value_D[0], 0.0)
+        self.precision_DD_ = (
+            np.linalg.inv(within.covariance_ + lacking * np.eye(len(value_D))) if lacking else within.precision_
+        )
 
     def _score(self, features_ND: Floats) -> Floats:
         # distances between whitened features: cdist's own "mahalanobis" is many times slower
@@ -52,11 +65,7 @@ class GaussianMixture(FeatureDetector):
         self.share_K_, self.mean_KD_, self.variance_KD_ = solver.weights_, solver.means_, solver.covariances_
 
     def _score(self, features_ND: Floats) -> Floats:
-        precision_KD = 1 / self.variance_KD_
-        distance_NK = (
-            np.square(features_ND) @ precision_KD.T
-            - 2 * features_ND @ (self.mean_KD_ * precision_KD).T
-            + (np.square(self.mean_KD_) * precision_KD).sum(axis=1)
-        )
+        pairs = zip(self.mean_KD_, self.variance_KD_, strict=True)
+        distance_NK = np.stack([(np.square(features_ND - m_D) / v_D).sum(axis=1) for m_D, v_D in pairs], axis=1)
         log_density_NK = -0.5 * (distance_NK + np.log(2 * np.pi * self.variance_KD_).sum(axis=1))
         return -logsumexp(np.log(self.share_K_) + log_density_NK, axis=1)

@@ -43,7 +43,10 @@ def null_space_of(kernel_NN: Floats, class_N: Ints) -> tuple[Floats, Floats]:
         solved_NC = vector_NR @ ((vector_NR.T @ indicator_NC) / value_R[:, None])
         outside_NC = indicator_NC - kernel_NN @ solved_NC
         tied = outside_NC.T @ outside_NC
-    free_CF = null_space(tied, rcond=COLLAPSED) if tied.any() else np.eye(classes)
+    # of indicators of length 1, so that rounding, which is far below COLLAPSED, ties nothing
+    length_C = np.sqrt(np.bincount(class_N))
+    value_C, vector_CC = eigh(tied / np.outer(length_C, length_C))
+    free_CF = vector_CC[:, value_C < COLLAPSED] / length_C[:, None] if tied.any() else np.eye(classes)
     length_CC = indicator_NC.T @ solved_NC
     root_FF = np.linalg.cholesky(free_CF.T @ length_CC @ free_CF) if free_CF.size else free_CF.T
     basis_CJ = np.linalg.solve(root_FF, free_CF.T).T  # orthonormal in the kernel's space

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scipy.special import logsumexp
+import numpy as np
 
 from bigtrain.detectors.feature_detector import FeatureDetector, Floats
 
@@ -15,7 +15,11 @@ class MaxLogit(FeatureDetector):
 
 
 class MaxSoftmax(FeatureDetector):
-    """Novelty = - log max_c softmax(f)_c (Hendrycks & Gimpel 2017); the logarithm does not saturate."""
+    """Novelty = - log max_c softmax(f)_c (Hendrycks & Gimpel 2017) = log(1 + sum_{c != max} e^(f_c - f_max)).
+
+    In this form it keeps its order where the network is sure: it does not saturate, and nothing cancels.
+    """
 
     def _score(self, features_ND: Floats) -> Floats:
-        return logsumexp(features_ND, axis=1) - features_ND.max(axis=1)
+        behind_ND = np.sort(features_ND, axis=1)
+        return np.log1p(np.exp(behind_ND[:, :-1] - behind_ND[:, -1:]).sum(axis=1))

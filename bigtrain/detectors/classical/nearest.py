@@ -26,8 +26,9 @@ class NearestNeighbours(FeatureDetector):
         from sklearn.neighbors import NearestNeighbors as Index
 
         index = Index(n_neighbors=min(self.neighbours, len(self.known_ND_)), algorithm="brute").fit(self.known_ND_)
-        distance_NK, _ = index.kneighbors(features_ND)
-        return np.square(distance_NK).sum(axis=1)
+        near_NK = index.kneighbors(features_ND, return_distance=False)
+        # again, from the differences: the index expands the square, and what is near cancels
+        return sum(np.square(features_ND - self.known_ND_[near_N]).sum(axis=1) for near_N in near_NK.T)
 
 
 def pixel_features(image_B3HW: Tensor) -> Tensor:

@@ -33,5 +33,9 @@ def signature_novelty(features_BD: Tensor, signature_CD: Tensor, count: int) -> 
 
 
 def signature_cosine_novelty(features_BD: Tensor, signature_CD: Tensor) -> Tensor:
-    """1 - max_c cos(x, signature_c): no choice among the image's features. See `signature_novelty`."""
-    return 1 - (F.normalize(features_BD.float(), dim=1) @ F.normalize(signature_CD, dim=1).T).amax(dim=1)
+    """1 - max_c cos(x, signature_c), float64: no choice among the image's features. See `signature_novelty`.
+
+    As half of the squared distance of the unit vectors, which does not cancel where they are near.
+    """
+    features_BD, signature_CD = F.normalize(features_BD.double(), dim=1), F.normalize(signature_CD.double(), dim=1)
+    return torch.cdist(features_BD, signature_CD, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1).square() / 2
