@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigtrain.choices import Chosen, setting
 from bigtrain.data.protocol import Split
-from bigtrain.detectors.catalogue import EVERY, ON_FEATURES, detector_class
+from bigtrain.detectors.catalogue import EVERY, EVERY_ROW, ON_FEATURES, detector_class
 from bigtrain.models.timm_names import check_source
 from bigtrain.training.mixins import DataMixin, JudgeMixin, NetworkMixin, RunMixin, check_network
 from bigtrain.training.read_split import read_split
@@ -45,7 +45,8 @@ class Config(RunMixin, JudgeMixin, NetworkMixin, DataMixin):
     landmarks: int = setting(0, 0)
     """Of KNFST: 0 is exact, up to 20 000 images; else Nystroem's kernel of this many of them."""
     share: float = setting(0.1, 1e-6, 1 - 1e-6)  # Of K-extremes: share of the dimensions that make a signature.
-    save: tuple[str, ...] = ()  # Rows whose detector is saved, in OUT/detectors/ROW, each with its network.
+    save: tuple[str, ...] = (EVERY_ROW,)
+    """Rows whose detector is saved, in OUT/detectors/ROW, with its network, which rows share on disk; all, or none."""
     features: str = ""  # Folder that keeps features, for several runs; empty: the run's own.
 
 
@@ -53,6 +54,9 @@ def check(config: Config) -> None:
     check_network(config)
     if unknown := [name for name in config.detectors if name not in EVERY]:
         raise ValueError(f"there is no detector {', '.join(unknown)}; there are {', '.join(EVERY)}.")
+    rows = {*EVERY, *(f"{name} pre" for name in EVERY), EVERY_ROW, "none"}
+    if unknown := [name for name in config.save if name not in rows]:
+        raise ValueError(f"--save names {', '.join(unknown)}; the rows are {', '.join(EVERY)}, each also with pre.")
     if config.finetuned:
         check_source(config.finetuned)
 
@@ -83,6 +87,7 @@ def load(config: Config, split: Split, precision: Chosen) -> dict[str, NetworkDe
 
 def baselines(config: Config, setup: Setup, split: Split, networks: Mapping[str, NetworkDetector]) -> Result:
     """Extract features and logits, fit each detector to them, and judge all in one table."""
+    from bigtrain.runtime.settings import result_settings
     from bigtrain.training.feature_table import Table, read_inputs, score_rows
 
     described = "; ".join(f"{its.network.architecture.model}{n}, {its.network.report}" for n, its in networks.items())
@@ -96,12 +101,11 @@ def baselines(config: Config, setup: Setup, split: Split, networks: Mapping[str,
     if not rows:
         raise ValueError("none of --detectors fits these classes and networks (see above): name others.")
     quantile = config.threshold_percentile / 100
-    scores = score_rows(setup, rows, quantile=quantile, save=config.save)
-    table = Table(split, seen, rows, scores, quantile=quantile, seed=config.seed)
+    scores, not_fitted = score_rows(setup, rows, quantile=quantile, save=config.save)
+    table = Table(split, seen, rows, scores, not_fitted, quantile=quantile, seed=config.seed)
     if setup.accelerator.is_main_process:
         table.write_scores(setup.run / "scores.parquet")
-        lead = f"Rows with pre are of {config.network} as it is given."
-        table.write_page(setup.run / "report.html", "Classical detectors", lead)
+        table.write_report(setup.run / "report.html", "Classical detectors", result_settings(config))
     return Result(table.results("baselines"), table.lines())
 
 

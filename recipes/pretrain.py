@@ -89,16 +89,16 @@ def load(config: Config, images: Labelled, precision: Chosen) -> Network:
     """What training begins with."""
     import torch
 
-    from bigtrain.models.network import load_network
+    from bigtrain.models.network import check_sees, load_network
     from bigtrain.models.vit import ViT, asked_for
-    from bigtrain.training.trunk import check_picture_size, check_training
+    from bigtrain.training.trunk import check_training
 
     torch.manual_seed(config.seed)
     architecture = asked_for(config.model, config.arch, config.image_size, config.patch_size, config.depth)
     given = load_network(config.model, architecture, pretrained=config.pretrained, drop_path=config.drop_path)
     if config.pool == "both" and not isinstance(given.trunk, ViT):
         raise ValueError(f"--pool both is about a ViT's tokens, and {given.architecture.model} has none: leave it out.")
-    check_picture_size(given, given.image_size or config.image_size or DEFAULT_SIZE)
+    check_sees(given, given.image_size or config.image_size or DEFAULT_SIZE)
     check_training(given.trunk, config.batch_norm, config.run)
     return given
 

@@ -160,7 +160,7 @@ def pack_all(
                 if part.shard is not None:
                     index.add(part.rows, len(shards))
                     shards.append(part.shard)
-                    contents.append(np.array(part.contents, np.uint64))
+                    contents.append(np.array([row["digest"] for row in part.rows], np.uint64))
                 progress.add(part.samples, part.shard.bytes if part.shard else 0, is_new)
                 for entry in part.skipped if is_new else ():
                     progress.say(f"skipped {entry['source'] or entry['key']}: {entry['reason']}")

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from bigtrain.data.set_files import INDEX_SCHEMA
+from bigtrain.data.set_files import WRITTEN_SCHEMA
 
 ROWS_PER_GROUP = 65536
 
@@ -22,7 +22,7 @@ class IndexWriter:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        self.writer = pq.ParquetWriter(file, INDEX_SCHEMA)
+        self.writer = pq.ParquetWriter(file, WRITTEN_SCHEMA)
         self.waiting: list[pa.Table] = []
         self.rows_waiting = 0
 
@@ -35,7 +35,7 @@ class IndexWriter:
                 self.writer.close()
 
     def add(self, rows: list[dict[str, Any]], shard: int) -> None:
-        self.waiting.append(pa.Table.from_pylist([{**row, "shard": shard} for row in rows], schema=INDEX_SCHEMA))
+        self.waiting.append(pa.Table.from_pylist([{**row, "shard": shard} for row in rows], schema=WRITTEN_SCHEMA))
         self.rows_waiting += len(rows)
         if self.rows_waiting >= ROWS_PER_GROUP:
             self._write(self.rows_waiting // ROWS_PER_GROUP * ROWS_PER_GROUP)

@@ -42,8 +42,7 @@ class Part:
     samples: int  # taken from the adapter
     fingerprint: str  # a dataset that has changed is noticed
     shard: Shard | None  # None: not one of them could be read
-    rows: list[dict[str, Any]]  # INDEX_SCHEMA without "shard"
-    contents: list[int]  # content_digest of each row's picture
+    rows: list[dict[str, Any]]  # WRITTEN_SCHEMA without "shard"
     skipped: list[dict[str, Any]]  # position, key, source, reason
     outside: list[str]  # sources of the samples with a box of which nothing lies in the picture
 
@@ -111,7 +110,6 @@ def shard_name(number: int) -> str:
 def write_shard(task: Task) -> Part:
     """Write the block's shard; pictures that cannot be read are left out and named."""
     rows: list[dict[str, Any]] = []
-    contents: list[int] = []
     skipped: list[dict[str, Any]] = []
     outside: list[str] = []
     name = shard_name(task.number)
@@ -138,9 +136,9 @@ def write_shard(task: Task) -> Part:
                         "width": picture.width,
                         "height": picture.height,
                         "classes": sample.classes,
+                        "digest": content_digest(picture.encoded),
                     }
                 )
-                contents.append(content_digest(picture.encoded))
                 if boxes_lost:
                     outside.append(sample.source or sample.key)
             tar.close()
@@ -149,7 +147,7 @@ def write_shard(task: Task) -> Part:
         shard = Shard(name, len(rows), tar.bytes, tar.sha256.hexdigest())
     except NothingToWrite:
         shard = None
-    return Part(task.number, len(task.samples), fingerprint(task.samples), shard, rows, contents, skipped, outside)
+    return Part(task.number, len(task.samples), fingerprint(task.samples), shard, rows, skipped, outside)
 
 
 class NothingToWrite(Exception):  # noqa: N818

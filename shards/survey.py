@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from bigtrain.data.schema import Shard
 from bigtrain.images import UnreadableError
+from shards.duplicates import content_digest
 from shards.labels import CLASSES_FROM, LABEL_EXTENSIONS, MAX_LABEL_BYTES, class_of_folder, classes_of
 from shards.location import Location
 from shards.members import Digested, Member, RefusedError, members
@@ -146,4 +147,5 @@ def read_sample(task: Task, key: str, entries: list[tuple[Member, bytes]], found
         "width": whole.width,
         "height": whole.height,
         "classes": classes,
+        "digest": content_digest(encoded),
     }

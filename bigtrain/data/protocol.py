@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -19,14 +19,26 @@ from bigtrain.data.shard_set import ShardSet
 
 # CIFAR-10's partitions of DEFEND table 5, as positions in the list of classes
 HALVES = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9), (0, 2, 4, 6, 8), (1, 3, 5, 7, 9))
+NORMAL = "normal"  # the class of normal pictures that show none
 Half = Literal["", "first-half", "random-half"]
 Order = Literal["name", "folder"]
 
 
 @dataclass(frozen=True)
 class Protocol:
+    """Which classes are known and which novel.
+
+    Without novel ones every image is known, also one that shows no class, but for those of unlabelled classes, which
+    are neither: there are normal pictures only, the commonest case of all.
+    """
+
     known: tuple[str, ...]
     novel: tuple[str, ...]
+    unlabelled: tuple[str, ...] = ()
+
+    @property
+    def is_normal_only(self) -> bool:
+        return not self.novel
 
     @classmethod
     def half(
@@ -79,12 +91,24 @@ class Protocol:
                 )
         rest = tuple(name for name in classes if name not in named)
         if not rest:
-            raise ValueError(f"all {len(named)} classes are {'known' if known else 'novel'}: leave some for the rest.")
+            raise ValueError(
+                f"all {len(named)} classes are {'known' if known else 'novel'}: leave some for the rest, or, to train "
+                "on normal pictures alone, name no class."
+            )
         return cls(named, rest) if known else cls(rest, named)
 
     def is_known(self, shard_set: ShardSet) -> NDArray[np.bool_]:
         """For each image of a set: does it show an object of a known class? Shape (N,)."""
-        return shard_set.shows_any(self.known)
+        return ~self.is_unlabelled(shard_set) if self.is_normal_only else shard_set.shows_any(self.known)
+
+    def is_unlabelled(self, shard_set: ShardSet) -> NDArray[np.bool_]:
+        """For each image of a set: does it show an unlabelled class, and no known or novel one? Shape (N,)."""
+        return shard_set.shows_any(self.unlabelled) & ~shard_set.shows_any(self.known + self.novel)
+
+    def classes_of(self, shard_set: ShardSet, sample: int) -> list[str]:
+        """The known classes that an image shows; of normal pictures without a class the one that they all have."""
+        shown = [name for name in shard_set.classes_of(sample) if name in self.known]
+        return shown or ([NORMAL] if self.is_normal_only else [])
 
     def check_test(self, test: ShardSet, sample_N: NDArray[np.int64]) -> None:
         """Refuse a test split whose samples `sample_N` lack known or novel images."""
@@ -117,16 +141,28 @@ def expand(name: str, classes: Sequence[str]) -> list[Protocol]:
     raise ValueError(f"there is no protocol {name!r}; there are uni-class, all-vs-one, half-vs-half, first-half.")
 
 
-def in_validation(keys: Sequence[str], *, share: float, seed: int) -> NDArray[np.bool_]:
-    """Which training samples are held out for validation: a rule by key, so that it holds for any order and subset.
+def in_validation(keys: Sequence[str], classes: Sequence[str], *, share: float, seed: int) -> NDArray[np.bool_]:
+    """Which training samples are held out for validation: exactly this share, of each class too as far as it divides.
 
-    A sample is held out if the first 8 bytes of BLAKE2b("<seed>:<key>"), as a fraction of 2^64, are below `share`.
+    Each class's samples stand in the order of BLAKE2b("<seed>:<key>"), and of all classes together those come first
+    that come first in their class. So it holds for any order of the samples, and a greater share keeps a smaller one's.
+
+    Args:
+        classes: of each sample, one.
     """
     if not 0 <= share < 1:
         raise ValueError(f"a validation share of {share} was asked for; it must be at least 0 and below 1.")
-    limit = int(share * 2**64)
     digests = (hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest() for key in keys)
-    return np.array([int.from_bytes(digest, "big") < limit for digest in digests], dtype=bool)
+    digest_N = np.array([int.from_bytes(digest, "big") for digest in digests], np.uint64)
+    _, class_N = np.unique(np.array(classes, dtype=object).astype(str), return_inverse=True)
+    order_N = np.lexsort((digest_N, class_N))
+    count_C = np.bincount(class_N)
+    rank_N = np.empty(len(keys))
+    rank_N[order_N] = np.arange(len(keys)) - np.repeat(np.cumsum(count_C) - count_C, count_C)
+    place_N = (rank_N + 0.5) / count_C[class_N]
+    held_out_N = np.zeros(len(keys), bool)
+    held_out_N[np.lexsort((digest_N, place_N))[: round(share * len(keys))]] = True
+    return held_out_N
 
 
 @dataclass(frozen=True)
@@ -138,12 +174,19 @@ class Split:
     test: ShardSet
     fitted_N: NDArray[np.int64]  # Numbers of samples in `train`; so are those held out.
     held_out_N: NDArray[np.int64]
-    test_N: NDArray[np.int64]  # Numbers of samples in `test`, which may be `train` itself.
+    test_N: NDArray[np.int64]  # Numbers of samples in `test`, which may be `train` itself; none: there is no figure.
+    unlabelled_N: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Numbers of samples in `test` that are scored and shown, and enter no figure."""
+    notes: tuple[str, ...] = ()  # What the user should know of the figures, a sentence each.
 
     def __str__(self) -> str:
-        known = len(self.protocol.known)
-        classes = f"{known} known classes" if known > 1 else f"the known class {self.protocol.known[0]}"
-        return f"{self.train.manifest.dataset}, {len(self.fitted_N)} images of {classes}, {len(self.test_N)} to judge"
+        known = self.protocol.known
+        classes = (
+            f"{len(known)} known classes" if len(known) > 1 else f"the known class {known[0]}" if known else "no class"
+        )
+        seen = f"{len(self.test_N)} to judge" if len(self.test_N) else "none to judge on"
+        also = f", {len(self.unlabelled_N)} unlabelled ones to score" if len(self.unlabelled_N) else ""
+        return f"{self.train.manifest.dataset}, {len(self.fitted_N)} images of {classes}, {seen}{also}"
 
 
 def halved(protocol: Protocol, images: ShardSet, *, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -189,21 +232,31 @@ def split(
     Raises:
         ValueError: a known class has no image to train on, or the test split cannot be judged on.
     """
-    if absent := [name for name in protocol.known if name not in train.classes]:
+    if (absent := [name for name in protocol.known if name not in train.classes]) and protocol.known != (NORMAL,):
         raise ValueError(f"the known classes {', '.join(absent[:10])} are not in the training shards {train.url}.")
-    if test is None:
+    judged, unlabelled_N = test or train, np.flatnonzero(protocol.is_unlabelled(test or train))
+    if protocol.is_normal_only:
+        known_N, test_N = np.flatnonzero(protocol.is_known(train)), np.empty(0, np.int64)
+        if test is not None and not test.classes:
+            unlabelled_N = np.arange(len(test))
+    elif test is None:
         known_N, test_N = halved(protocol, train, seed=seed)
     else:
         known_N, test_N = np.flatnonzero(protocol.is_known(train)), np.arange(len(test))
-    test_N = seeded_choice(test_N, test_limit, 0)
-    protocol.check_test(test or train, test_N)
-    held_out = in_validation([train.key(s) for s in known_N.tolist()], share=validation_share, seed=seed)
-    fitted_N = seeded_choice(known_N[~held_out], train_limit, seed)
-    if len(fitted_N) == 0:
+    test_N = seeded_choice(np.setdiff1d(test_N, unlabelled_N), test_limit, 0)
+    if not protocol.is_normal_only:
+        protocol.check_test(judged, test_N)
+    if len(known_N) == 0:
         raise ValueError(
             f"{train.url} has no image of the known classes ({', '.join(protocol.known)}) to train on: choose others."
         )
-    return Split(protocol, train, test or train, fitted_N, known_N[held_out], test_N)
+    keys, classes = zip(
+        *((train.key(s), next(iter(protocol.classes_of(train, s)), "")) for s in known_N.tolist()), strict=True
+    )
+    held_out = in_validation(keys, classes, share=validation_share, seed=seed)
+    fitted_N = seeded_choice(known_N[~held_out], train_limit, seed)
+    unlabelled_N = seeded_choice(unlabelled_N, test_limit, 0)
+    return Split(protocol, train, judged, fitted_N, known_N[held_out], test_N, unlabelled_N)
 
 
 def check_every_class(protocol: Protocol, train: ShardSet, fitted_N: NDArray[np.int64]) -> None:
@@ -223,6 +276,8 @@ def labels_of(classes: Sequence[str]) -> dict[str, int]:
 
 def only_label(shard_set: ShardSet, sample: int, label_of: dict[str, int]) -> int:
     """The number of the one class among `label_of` that an image shows."""
+    if label_of == {NORMAL: 0}:
+        return 0
     labels = [label_of[name] for name in shard_set.classes_of(sample) if name in label_of]
     if len(labels) != 1:
         raise ValueError(

@@ -26,6 +26,8 @@ INDEX_SCHEMA = pa.schema(
         ("classes", pa.list_(pa.string())),  # distinct names, sorted; empty: nothing is annotated
     ]
 )
+DIGEST = "digest"  # of a picture's length, beginning and end; indexes of earlier versions lack it
+WRITTEN_SCHEMA = INDEX_SCHEMA.append(pa.field(DIGEST, pa.uint64()))
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -68,8 +70,11 @@ def read_manifest(url: str, retry: RetryPolicy = DEFAULT) -> Manifest:
     return Manifest.from_json(text, where=f"{url}/{MANIFEST_FILE}")
 
 
-def read_index(url: str, columns: Sequence[str] = tuple(INDEX_SCHEMA.names), retry: RetryPolicy = DEFAULT) -> pa.Table:
-    """Read the index of the shard set at `url`: a table of INDEX_SCHEMA, or of some of its columns."""
+def read_index(
+    url: str, columns: Sequence[str] = tuple(WRITTEN_SCHEMA.names), retry: RetryPolicy = DEFAULT
+) -> pa.Table:
+    """Read the index of the shard set at `url`: a table of WRITTEN_SCHEMA, or of some of its columns; without digests
+    where it has none."""
     fs, path = filesystem(url)
     advice = f"make it with `bigtrain-shards index {url}`."
     try:
@@ -81,8 +86,9 @@ def read_index(url: str, columns: Sequence[str] = tuple(INDEX_SCHEMA.names), ret
         file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
         missing = [name for name in INDEX_SCHEMA.names if name not in file.schema_arrow.names]
         if not missing:
-            table = file.read(list(columns), use_threads=False)
-            return table.cast(pa.schema([INDEX_SCHEMA.field(name) for name in columns]))
+            columns = [name for name in columns if name in file.schema_arrow.names]
+            table = file.read(columns, use_threads=False)
+            return table.cast(pa.schema([WRITTEN_SCHEMA.field(name) for name in columns]))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{url} has no readable {INDEX_FILE} ({error}): {advice}") from error
     raise ValueError(f"{url}/{INDEX_FILE} lacks the columns {missing}: make it again with `bigtrain-shards index`.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,11 @@ from numpy.typing import NDArray
 
 from bigtrain.data.plan import MAX_SPAN, Plan
 from bigtrain.data.reader import Places, Reader
-from bigtrain.data.set_files import read_index, read_manifest, shards_url
+from bigtrain.data.set_files import DIGEST, read_index, read_manifest, shards_url
 from bigtrain.retry import DEFAULT, RetryPolicy
 
 log = logging.getLogger(__name__)
+MAX_COMPARED = 2000  # pictures with equal digests whose bytes are read; of more, digests decide
 SPAN_BYTES = 1 << 20  # of pictures, read at once: enough for a disk or a server to be worth the request
 COLUMNS = ("key", "shard", "image_offset", "image_size", "classes")
 
@@ -89,16 +92,44 @@ class ShardSet:
         return int(np.count_nonzero(np.bincount(self._class_of_object[is_counted])))
 
     def shared_pictures(self, other: ShardSet) -> int:
-        """How many pictures of this set are in another one too: the same places of the same shards, as subsets have."""
+        """How many pictures of this set are in another one too; see `also_in`."""
+        return len(self.also_in(other, np.arange(len(self)), np.arange(len(other))))
 
-        def places(shard_set: ShardSet) -> set[tuple[str, int]]:
-            files = [shard.sha256 for shard in shard_set.manifest.shards]
-            shared = {number for number, file in enumerate(files) if file in common}
-            pairs = zip(shard_set.shard_N.tolist(), shard_set._offset_N.tolist(), strict=True)
-            return {(files[number], offset) for number, offset in pairs if number in shared}
+    def also_in(self, other: ShardSet, sample_N: NDArray[np.int64], others_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of these samples have the very bytes of one of the other set's: copies, or the same places of a subset.
 
-        common = {s.sha256 for s in self.manifest.shards} & {s.sha256 for s in other.manifest.shards}
-        return len(places(self) & places(other)) if common else 0
+        By a digest in the index, and by their bytes where it is equal. An index of an earlier version has no digests:
+        then only the same places of the same shards are found.
+        """
+        if not len(sample_N) or not len(others_N):
+            return np.empty(0, np.int64)
+        own, theirs = self._digest_N, other._digest_N
+        if own is None or theirs is None:
+            places = set(other._places(others_N))
+            same = [s for s, place in zip(sample_N.tolist(), self._places(sample_N), strict=True) if place in places]
+            return np.array(same, np.int64)
+        sample_N = sample_N[np.isin(own[sample_N], theirs[others_N])]
+        if len(sample_N) > MAX_COMPARED:
+            return sample_N
+        others_N = others_N[np.isin(theirs[others_N], own[sample_N])][: 4 * MAX_COMPARED]
+        contents = {hashlib.sha256(data).digest() for data in other.read(others_N.tolist())}
+        is_same = [hashlib.sha256(data).digest() in contents for data in self.read(sample_N.tolist())]
+        return sample_N[np.array(is_same, bool)] if is_same else sample_N
+
+    def sides(self) -> NDArray[np.int32]:
+        """The longer side of each picture, in pixels."""
+        table = read_index(self.url, ("width", "height"), self._retry)
+        return np.maximum(_numbers(table["width"]), _numbers(table["height"]))
+
+    @cached_property
+    def _digest_N(self) -> NDArray[np.uint64] | None:
+        table = read_index(self.url, (DIGEST,), self._retry)
+        return _numbers(table[DIGEST]) if table.num_columns else None
+
+    def _places(self, sample_N: NDArray[np.int64]) -> list[tuple[str, int]]:
+        files = [shard.sha256 for shard in self.manifest.shards]
+        pairs = zip(self.shard_N[sample_N].tolist(), self._offset_N[sample_N].tolist(), strict=True)
+        return [(files[number], offset) for number, offset in pairs]
 
     def plan(self, sample_N: NDArray[np.int64], global_batch: int, seed: int = 0, shuffle: bool = True) -> Plan:
         """The plan of an epoch over some of the samples, ascending, with spans as long as this set allows.

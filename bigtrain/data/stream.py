@@ -9,6 +9,7 @@ Never pass a stream to `accelerator.prepare`: it would be read by one rank for a
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from bigtrain.data.views import Transform, Views
 from bigtrain.data.workers import start_worker, worker_context
 from bigtrain.images import UnreadableError
 
+LITTLE_SHARED_MEMORY_BYTES = 1 << 30
 log = logging.getLogger(__name__)
 START = Position()
 
@@ -198,7 +200,7 @@ class Stream:
             if self.workers == 0 or is_other or "Original Traceback" in str(error):
                 raise
             why = "was it killed, or out of memory? Use fewer --workers"
-            if "shared memory" in str(error):
+            if "shared memory" in str(error) or has_little_shared_memory():
                 why = "there is too little shared memory: make /dev/shm larger (docker run --shm-size)"
             elif not has_begun:
                 why += '. Or did it never start? A script must stream inside `if __name__ == "__main__":`'
@@ -286,6 +288,14 @@ class _Work(torch.utils.data.Dataset[_Done]):
         if lacking.any():
             payloads = self.reader.read(*piece.places.those(lacking))
             self._ahead |= zip(piece.read_N[lacking].tolist(), payloads, strict=True)
+
+
+def has_little_shared_memory() -> bool:
+    """Whether /dev/shm is as small as Docker makes it (64 MB)."""
+    try:
+        return shutil.disk_usage("/dev/shm").total < LITTLE_SHARED_MEMORY_BYTES
+    except OSError:
+        return False
 
 
 def joined(parts: list[Tensor]) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, queues, resource_tracker
 
 from bigtrain.data.memory import keep_freed_memory
 
@@ -41,9 +42,16 @@ def prepare_workers(workers: int) -> None:
         worker_context("bigtrain.data.stream")
 
 
+def end_with_lost_batch(error: Exception, batch: object) -> None:
+    """End this worker when a batch cannot be handed over: python's queue would lose it, and the run wait for ever."""
+    print(f"a process that reads cannot hand over its batch: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def start_worker(worker: int) -> None:
     """Called in each worker: it ends when the process that it reads for says so, or has ended."""
     keep_freed_memory()
+    queues.Queue._on_queue_feeder_error = staticmethod(end_with_lost_batch)  # type: ignore[attr-defined]
     trainer = multiprocessing.parent_process()
     if trainer is None:
         return

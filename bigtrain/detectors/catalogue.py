@@ -25,6 +25,7 @@ ON_LOGITS = {
     "OpenMax": f"{CLASSICAL}.openmax.OpenMax",
 }
 EVERY = ON_FEATURES | ON_LOGITS
+EVERY_ROW = "all"  # of a table, where rows are named
 
 
 def detector_class(name: str) -> type[FeatureDetector]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,8 @@ from bigtrain.detectors.image_detector import ImageDetector, Scored, chosen_devi
 from bigtrain.models.network import Network, load_network
 from bigtrain.models.weights import save_tensors
 
+NETWORK_FILE = "network.safetensors"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring(image_detector.Scoring):
@@ -36,6 +39,7 @@ class NetworkDetector(ImageDetector):
     """
 
     method: ClassVar[str] = "network"
+    _network_in: Path | None = None
 
     def __init__(self, network: Network, detector: FeatureDetector, scoring: Scoring) -> None:
         self.network, self.detector, self.scoring = network, detector, scoring
@@ -71,8 +75,19 @@ class NetworkDetector(ImageDetector):
         score_B = torch.from_numpy(self.detector.score(outputs.cpu().numpy())).to(outputs.device)
         return Scored(score_B, class_B=outputs.argmax(dim=1) if self.scoring.head else None)
 
+    def save(self, folder: Path, *, network_in: Path | None = None) -> None:
+        """As every detector's. Args: network_in: a detector's folder with the very same network, whose file is shared
+        by a link where the disk has links."""
+        self._network_in = network_in
+        super().save(folder)
+
     def _write(self, folder: Path) -> dict[str, Any]:
-        self.network.save(folder / "network.safetensors")
+        try:
+            if self._network_in is None:
+                raise FileNotFoundError
+            os.link(self._network_in / NETWORK_FILE, folder / NETWORK_FILE)
+        except OSError:
+            self.network.save(folder / NETWORK_FILE)
         about, arrays = state_of(self.detector)
         save_tensors(folder / "fitted.safetensors", {k: torch.from_numpy(v) for k, v in arrays.items()}, {})
         return {"detector": about}
@@ -82,7 +97,7 @@ class NetworkDetector(ImageDetector):
         record = read_record(folder)
         scoring = read_scoring(Scoring, record, folder, without=["detector"])
         detector = with_state(record["detector"], load_file(folder / "fitted.safetensors"))
-        network = load_network(folder / "network.safetensors", device=chosen_device(device))
+        network = load_network(folder / NETWORK_FILE, device=chosen_device(device))
         return cls(network, detector, scoring)
 
 

@@ -101,3 +101,12 @@ def fpr_of_counts(negative_RG: Ints, positive_RG: Ints, percent: int = 95) -> Fl
     found_RG, false_RG = positive_RG.cumsum(axis=1), negative_RG.cumsum(axis=1)
     first_R = (found_RG >= needed_for(percent, int(found_RG[0, -1]))).argmax(axis=1)
     return false_RG[np.arange(len(first_R)), first_R] / false_RG[:, -1]
+
+
+def false_alarms(held_out: int, above: int) -> tuple[float, float]:
+    """The 95 % interval of the share of known pictures that a threshold flags which is one of n held-out scores, with
+    `above` of them beyond it: the share is distributed as Beta(above + 1, n - above)."""
+    from scipy.stats import beta  # here, for it takes a second
+
+    low, high = beta.ppf([0.025, 0.975], above + 1, held_out - above).tolist()
+    return low, high

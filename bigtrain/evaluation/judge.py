@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,21 +23,9 @@ from bigtrain.evaluation.collect import collect, mean_over
 from bigtrain.evaluation.metrics import Estimate, auroc, closed_set_accuracy, explained, oscr, summary
 from bigtrain.evaluation.report.overlays import Shown, most_telling
 from bigtrain.evaluation.report.report import write_report
-from bigtrain.files import whole_file
+from bigtrain.evaluation.scored import Scored, all_skipped, judged_images, scored_and_classified, write_scores
 
 Features = Callable[[Tensor], Tensor]  # uint8 images (B, 3, H, W) to (B, D)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Scores of one detector for some images of a shard set."""
-
-    shard_set: ShardSet
-    split: str
-    sample_N: NDArray[np.int64]
-    novel_N: NDArray[np.bool_]
-    score_N: NDArray[np.float64]
-    detector: str = ""  # its name, where a table has several
 
 
 def judge(
@@ -136,27 +120,6 @@ def judge(
     return results
 
 
-def judged_images(split: Split, seed: int, held_out_known: int, skipped: Mapping[str, Any]) -> dict[str, Any]:
-    """What results.json says of the images behind its figures."""
-    return {
-        "dataset": split.test.manifest.dataset,
-        "known": list(split.protocol.known),
-        "novel": list(split.protocol.novel),
-        "seed": seed,
-        "held_out_known": held_out_known,
-        "skipped": skipped,  # key -> why it could not be decoded
-    }
-
-
-def scored_and_classified(detector: ImageDetector, has_classes: bool, image_B3HW: Tensor) -> Tensor:
-    """The novelty of uint8 images and, where asked for and known, the class that each shows: (B, 1) or (B, 2)."""
-    found = detector.score_tensor(image_B3HW)
-    parts = [found.score_B]
-    if has_classes and found.class_B is not None:
-        parts.append(found.class_B.to(found.score_B))
-    return torch.stack(parts, dim=1)
-
-
 def nearest_scorers(accelerator: Accelerator, bank: Stream, plain: Mapping[str, Features]) -> dict[str, Features]:
     """For each kind of features, the distance of an image to its nearest neighbours among the bank's."""
     neighbours = {name: NearestNeighbours().fit(f) for name, f in collect(accelerator, bank, plain)[1].items()}
@@ -187,35 +150,6 @@ def class_figures(test: Scored, answers: Sequence[str]) -> dict[str, Estimate]:
     return {"closed_set_accuracy": accuracy, "oscr": oscr(test.novel_N, test.score_N, is_right_N)}
 
 
-def all_skipped(streams: Sequence[Stream]) -> dict[str, str]:
-    """The pictures of some streams that could not be decoded, on any rank."""
-    here = [stream.budget.skipped for stream in streams]
-    return {key: why for skipped in gather_object(here) for key, why in skipped.items()}
-
-
-def write_scores(path: Path, parts: list[Scored]) -> None:
-    """Write one row an image: key, split, classes, novel, score, and where there are several the detector; whole or not
-    at all."""
-    rows = [
-        {
-            "detector": part.detector,
-            "key": part.shard_set.key(sample),
-            "split": part.split,
-            "classes": part.shard_set.classes_of(sample),
-            "novel": bool(novel),
-            "score": float(score),
-        }
-        for part in parts
-        for sample, novel, score in zip(part.sample_N, part.novel_N, part.score_N, strict=True)
-    ]
-    text = pa.string()
-    kinds = {"key": text, "split": text, "classes": pa.list_(text), "novel": pa.bool_(), "score": pa.float64()}
-    if any(part.detector for part in parts):
-        kinds = {"detector": text, **kinds}
-    with whole_file(path) as file:
-        pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(kinds)), file)
-
-
 def threshold_rates(threshold: float | None, test: Scored) -> dict[str, float] | None:
     """What the threshold, set on held-out known images, gives on the test split: its shares of errors."""
     if threshold is None:
@@ -228,11 +162,11 @@ def threshold_rates(threshold: float | None, test: Scored) -> dict[str, float] |
     }
 
 
-def shown(test: Scored, places: list[int], detector: ImageDetector) -> list[Shown]:
+def shown(test: Scored, places: list[int], detector: ImageDetector | None = None) -> list[Shown]:
     """The pictures at some places of the scores, with their maps where the method has them."""
     payloads = test.shard_set.read([int(test.sample_N[place]) for place in places])
     images = [Picture(payload).rgb() for payload in payloads]
-    found = detector.score_map(images)
+    found = detector.score_map(images) if detector else None
     maps = [None] * len(images) if found is None else list(found)
     return [
         Shown(

@@ -24,7 +24,7 @@ from bigtrain.models.hub import released_weights
 from bigtrain.models.layers import FeatureMaps, PooledLayer
 from bigtrain.models.lean_timm import timm, torchvision
 from bigtrain.models.timm_names import ALEXNET, LOCAL, check_network_name, check_source
-from bigtrain.models.vit import NO_PLAIN_VIT, Architecture, ViT, is_plain_vit, is_vit_name
+from bigtrain.models.vit import NO_PLAIN_VIT, Architecture, ViT, check_tag, is_plain_vit, is_vit_name
 from bigtrain.models.weights import load_matching, read_tensors, read_weights, resample_positions, save_tensors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -127,6 +127,26 @@ class Network:
         save_tensors(path, {key: value.detach().contiguous().cpu() for key, value in kept.items()}, about)
 
 
+def check_sees(network: Network, image_size: int) -> None:
+    """Refuse a network that does not take images of this size, or that sees nothing in them: its features are NaN or
+    infinite, or the same for every image."""
+    noise_23HW = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    noise_23HW[1] = noise_23HW[1].mean()
+    name = network.architecture.model
+    try:
+        with torch.no_grad():
+            features_2D = network.backbone(network.normalise((noise_23HW * 255).to(torch.uint8)))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{name} does not take pictures of {image_size} pixels ({error}): give another --image-size, such as the "
+            "one it was trained with."
+        ) from error
+    if not bool(features_2D.isfinite().all()):
+        raise ValueError(f"{name} gives NaN or infinite features ({network.report}): its weights are broken.")
+    if torch.equal(features_2D[0], features_2D[1]):
+        raise ValueError(f"{name} gives all pictures the same features ({network.report}): its weights are broken.")
+
+
 def normalised(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 (..., 3, H, W) to float32: (x / 255 - mean) / std for each channel."""
     mean_311 = torch.tensor(mean, device=image.device).view(3, 1, 1)
@@ -168,7 +188,12 @@ def load_network(
 
 def _from_file(path: Path, architecture: Architecture | None, drop_path: float, attention: Backend) -> Network:
     check_source(str(path))
-    state, about = read_tensors(path) if path.suffix == ".safetensors" else (read_weights(path), {})
+    about: dict[str, Any] = {}
+    said = ""
+    if path.suffix == ".safetensors":
+        state, about = read_tensors(path)
+    else:
+        state, said = read_weights(path)
     classes: dict[str, tuple[str, ...]] = {}
     if about:
         try:
@@ -202,7 +227,7 @@ def _from_file(path: Path, architecture: Architecture | None, drop_path: float, 
             raise ValueError(f"{path} lacks the mask token that its decoder blocks need: make it again.")
         mask_token.data = state.pop(MASK_TOKEN).float()
     report = load_matching(backbone, resample_positions(state, backbone), str(path), _classifier(architecture.model))
-    return Network(trunk, architecture, mean, std, heads, classes, report)
+    return Network(trunk, architecture, mean, std, heads, classes, report + said)
 
 
 def check_same(path: Path, stored: Architecture, asked: Architecture | None) -> None:
@@ -256,8 +281,9 @@ def build_trunk(architecture: Architecture, *, drop_path: float = 0.0) -> nn.Mod
         net.classifier[-1] = nn.Identity()
         return net
     check_network_name(name)
+    check_tag(name)
     if is_vit_name(name):
-        return architecture.build(drop_path=drop_path)
+        return architecture.build(drop_path=drop_path, plain=False)
     if architecture.patch_size or architecture.depth:
         raise ValueError(f"{name} has no --patch-size or --depth to change: they are settings of a vit_*.")
     further: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}

@@ -22,6 +22,14 @@ from bigtrain.models.timm_names import LOCAL, check_vit_name
 NO_PLAIN_VIT = "{} is not a plain vision transformer: take a timm model vit_*, such as vit_base_patch16_224."
 
 
+def check_tag(name: str) -> None:
+    """Refuse a tag that names no weights of this network, as in resnet18.nope."""
+    base, _, tag = name.partition(".")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")] if tag else []
+    if tag and tag not in tags:
+        raise ValueError(f"timm has no weights {tag!r} of {base}; it has {', '.join(tags) or 'none'}.")
+
+
 def is_vit_name(name: str) -> bool:
     """Whether timm defines this network among its vision transformers."""
     return timm.models.model_entrypoint(name).__module__.endswith(("vision_transformer", "deit"))
@@ -62,13 +70,17 @@ class Architecture:
     patch_size: int = 0
     depth: int = 0
 
-    def build(self, *, drop_path: float = 0.0) -> VisionTransformer:
+    def build(self, *, drop_path: float = 0.0, plain: bool = True) -> Any:
         """The network without a classifier, with random weights.
 
+        Args:
+            plain: False: any network of timm's vision transformers, such as those whose own forward pass is enough.
+
         Raises:
-            ValueError: timm has no such model, or it is not a plain ViT.
+            ValueError: timm has no such model or weights, or it is not a plain ViT.
         """
         check_vit_name(self.model)
+        check_tag(self.model)
         given: dict[str, Any] = {"img_size": self.image_size, "patch_size": self.patch_size, "depth": self.depth}
         given = {name: value for name, value in given.items() if value}
         refusal = NO_PLAIN_VIT.format(self.model)
@@ -78,7 +90,9 @@ class Architecture:
             self.model, pretrained=False, num_classes=0, dynamic_img_size=True, drop_path_rate=drop_path, **given
         )
         if not is_plain_vit(net):
-            raise ValueError(refusal)
+            if plain:
+                raise ValueError(refusal)
+            return net
         # our pass has no use for it, and DDP wants a gradient for every weight
         net.attn_pool = None  # type: ignore[assignment]
         return net

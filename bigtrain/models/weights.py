@@ -23,6 +23,8 @@ from bigtrain.files import whole_file
 from bigtrain.models.lean_timm import timm
 
 ABOUT = "bigtrain"  # key of the metadata
+AVERAGES = ("state_dict_ema", "model_ema", "ema")  # of timm, DeiT and ConvNeXt, DINO and others
+RAW = ("state_dict", "model", "teacher")
 CLASSIFIER = re.compile(r"(head|head_dist|pre_logits|fc_norm|attn_pool)(\.|$)")
 
 
@@ -68,6 +70,11 @@ def load_matching(module: nn.Module, state: Mapping[str, Tensor], source: str, c
             f"{source} does not fit the network: {len(own) - len(missing)} keys match, {'; '.join(wrong)}. "
             "Name the network these weights belong to with --arch."
         )
+    if broken := [key for key in own if state[key].is_floating_point() and not bool(state[key].isfinite().all())]:
+        raise ValueError(
+            f"{source} has weights that are NaN or infinite ({', '.join(broken[:4])}{', ...' if broken[4:] else ''}): "
+            "take an earlier checkpoint of its training."
+        )
     module.load_state_dict({key: state[key].float() for key in own})
     rest = f", left out: {', '.join(left_out)} (the pretraining task's classifier)" if left_out else ""
     return f"{len(own)} keys matched, none missing or unexpected{rest}"
@@ -83,10 +90,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} cannot be read as safetensors ({error}): give a whole .safetensors file.") from error
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth, read without running code in it, or of an AugReg .npz."""
+def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a .pth, read without running code in it, or of an AugReg .npz; and what is to be said of them.
+
+    Where a moving average of the weights lies beside the raw ones, it is taken: it is what training made it for.
+    """
     if path.suffix == ".npz":
-        return from_augreg(path)
+        return from_augreg(path), ""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -94,15 +104,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read without running code in it ({type(error).__name__}): save its state_dict of "
             "tensors alone, as .pth or .safetensors."
         ) from error
-    for wrapper in ("state_dict", "model", "teacher"):
+    said = ""
+    for wrapper in (*AVERAGES, "state_dict", "model", "teacher"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            others = [key for key in RAW if wrapper in AVERAGES and isinstance(state.get(key), dict)]
+            if others:
+                said = f"; the moving average {wrapper} is taken, not the raw weights {others[0]} beside it"
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state_dict: save the tensors of a network by name.")
     for prefix in ("module.", "backbone."):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    return state, said
 
 
 def resample_positions(state: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:

@@ -3,13 +3,17 @@ process group destroyed."""
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from io import TextIOWrapper
+from pathlib import Path
 
 from bigtrain.runtime import heartbeat
 from bigtrain.runtime.exit_codes import INTERRUPTED, LOST, USER_ERROR
@@ -17,6 +21,8 @@ from bigtrain.runtime.heartbeat import Heartbeat
 from bigtrain.runtime.launch import stop_with_launcher
 from bigtrain.text import clean
 
+OURS = ("bigtrain", "recipes", "shards", "slurm")
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 at_end = ExitStack()  # what `user_errors` releases, such as the run folder's lock
 
 
@@ -24,6 +30,9 @@ at_end = ExitStack()  # what `user_errors` releases, such as the run folder's lo
 def user_errors(program: str) -> Iterator[None]:
     """End with exit code 2 and one sentence on a user's mistake; `BIGTRAIN_TRACEBACK=1` shows where it was raised."""
     stop_with_launcher()
+    for stream in (sys.stdout, sys.stderr):  # names of classes may not fit the terminal's character set
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -35,13 +44,14 @@ def user_errors(program: str) -> Iterator[None]:
         leave_group()
         raise
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
+        said = sentence(error)
         if os.environ.get("BIGTRAIN_TRACEBACK"):
             traceback.print_exc()
         # before a process group forms, all ranks of a machine find the same mistake: one reports it
         if has_group() or os.environ.get("LOCAL_RANK", "0") == "0":
             rank = os.environ.get("RANK", "0")
             where = f" (rank {rank} on {socket.gethostname()})" if rank != "0" else ""
-            print(f"{program}: error{where}: {clean(str(error))}", file=sys.stderr, flush=True)
+            print(f"{program}: error{where}: {clean(said)}", file=sys.stderr, flush=True)
         heartbeat.failed(error)  # after the message: other ranks may exit, and the launcher then kills this one
         raise SystemExit(USER_ERROR) from None
     except BaseException as error:
@@ -52,6 +62,20 @@ def user_errors(program: str) -> Iterator[None]:
     finally:
         at_end.close()
     leave_group()
+
+
+def sentence(error: Exception) -> str:
+    """What an error says; one of the system, or of a library, says where it comes from too."""
+    if isinstance(error, OSError) and error.errno in NO_SPACE and not error.filename:
+        return f"no space is left on the disk of --out, or of {tempfile.gettempdir()}: free some, and start again."
+    if isinstance(error, ImportError | OSError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = Path(frames[-1].filename).parts if frames else ()
+    library = place[place.index("site-packages") + 1] if "site-packages" in place else ""
+    if not library or library in OURS:
+        return str(error)
+    return f"{library} says: {type(error).__name__}: {error}. BIGTRAIN_TRACEBACK=1 shows where."
 
 
 def leave_group() -> None:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from bigtrain.data.plan import check_divides
@@ -48,6 +49,43 @@ def processes_asked_for() -> int:
     return flags.num_processes or 1
 
 
+def expects_gpus() -> bool:
+    """Whether accelerate's configuration is for several GPUs, and not for a CPU."""
+    if (arguments := arguments_of_accelerate()) is None:
+        return False
+    file = next((Path(after) for word, after in pairwise(arguments) if word == "--config_file"), None)
+    if file is None or not file.is_file() or "--cpu" in arguments:
+        return False
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return "MULTI_GPU" in text and "use_cpu: true" not in text
+
+
+def has_gpu() -> bool:
+    """Whether torch would find a GPU; imports no torch where there is no driver at all."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists() and sys.platform == "linux":
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def threads_of_process() -> int:
+    """CPU threads for each process of this machine: its share of the cores that are ours, or OMP_NUM_THREADS."""
+    if given := os.environ.get("OMP_NUM_THREADS", ""):
+        return int(given) if given.isdigit() and int(given) else 1
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def cores() -> int:
+    """The cores that this process may use: by affinity, and by the quota of its control group (a container's)."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(available, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such group, or "max"
+        return available
+
+
 def asks_for_deepspeed() -> bool:
     """Whether the launcher's configuration asks for DeepSpeed."""
     return is_on("ACCELERATE_USE_DEEPSPEED")
@@ -68,6 +106,11 @@ def check_launch() -> None:
         raise ValueError(
             f"accelerate was asked for {asked} processes and started one (it does so with --cpu, MULTI_CPU or too few "
             "GPUs): launch with --config_file recipes/accelerate/cpu2.yaml on a CPU, ddp.yaml on GPUs."
+        )
+    if expects_gpus() and not has_gpu():
+        raise ValueError(
+            "this launch is for GPUs, and this machine has none that works (nvidia-smi says more): launch with "
+            "--config_file recipes/accelerate/cpu.yaml, or cpu2.yaml."
         )
     among = next((name for name in STARTED_AMONG if int(os.environ.get(name) or 1) > 1), None)
     if "WORLD_SIZE" not in os.environ and among:

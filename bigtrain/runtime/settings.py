@@ -25,7 +25,8 @@ class RunSettings:
     out: str = ""  # Run folder; the same command again continues in it.
     workers: int = setting(0, 0)  # Processes of each rank that read and decode; 0: the training process does.
     threads: int = setting(0, 0)
-    """CPU threads of each process; 0: OMP_NUM_THREADS, which `accelerate launch` sets to 1 by default."""
+    """CPU threads of each process; 0: OMP_NUM_THREADS, which `accelerate launch` sets to 1 by default, else the cores
+    that this process may use, by affinity and control group, divided among the processes of this machine."""
     cache_gib: float = setting(2.0, 0)
     """On CPUs, GiB of memory of each process, and of the run folder, for what each epoch would compute again (DEFEND's
     teacher tokens); 0: compute it in each step."""

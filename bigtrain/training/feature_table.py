@@ -13,19 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.data.protocol import Split, labels_of, only_label
-from bigtrain.detectors.catalogue import ON_LOGITS, name_of
+from bigtrain.detectors.catalogue import EVERY_ROW, ON_LOGITS, name_of
 from bigtrain.detectors.classical.logits import MaxLogit
 from bigtrain.detectors.feature_detector import FeatureDetector, checked
 from bigtrain.detectors.image_detector import calibrated
 from bigtrain.detectors.network_detector import NetworkDetector
-from bigtrain.evaluation.judge import Scored, class_figures, judged_images, threshold_rates, write_scores
-from bigtrain.evaluation.metrics import IN_REPORT, summary
+from bigtrain.evaluation.judge import class_figures, shown, threshold_rates
+from bigtrain.evaluation.metrics import summary
+from bigtrain.evaluation.normal_only import strips_of, threshold_of
+from bigtrain.evaluation.report.overlays import most_telling
 from bigtrain.evaluation.report.page import Section, write_page
+from bigtrain.evaluation.report.report import write_report
+from bigtrain.evaluation.scored import UNLABELLED, Scored, judged_images, write_scores
 from bigtrain.progress import Progress
 from bigtrain.training.feature_cache import Source, extracted
 from bigtrain.training.run_setup import Setup
 
 SCORED_AT_ONCE = 256
+FIRST = "nearest neighbours"  # the row that the report begins with, where it is there: no method is plainer
 
 
 class Inputs(NamedTuple):
@@ -36,6 +41,7 @@ class Inputs(NamedTuple):
     class_N: NDArray[np.int64]
     held_out_ND: NDArray[np.float32]
     test_ND: NDArray[np.float32]
+    unlabelled_ND: NDArray[np.float32]
 
 
 class Row(NamedTuple):
@@ -46,6 +52,7 @@ class Row(NamedTuple):
 class Scores(NamedTuple):
     held_out_N: NDArray[np.float64]
     test_N: NDArray[np.float64]
+    unlabelled_N: NDArray[np.float64]
 
 
 class Seen(NamedTuple):
@@ -54,6 +61,7 @@ class Seen(NamedTuple):
     inputs: dict[str, Inputs]  # "features", and "logits" where the network has a head of the known classes
     held_out_N: NDArray[np.int64]
     test_N: NDArray[np.int64]
+    unlabelled_N: NDArray[np.int64]
     skipped: dict[str, dict[str, str]]
 
 
@@ -69,45 +77,62 @@ def read_inputs(folder: Path, setup: Setup, source: NetworkDetector, split: Spli
     for kind, its in kinds.items():
         layer = Source.layer(its)
         train = extracted(folder, setup, layer, split.train, known_N)
-        test = extracted(folder, setup, layer, split.test, split.test_N)
+        to_score_N = np.sort(np.concatenate([split.test_N, split.unlabelled_N]))
+        test = extracted(folder, setup, layer, split.test, to_score_N) if len(to_score_N) else train
         (fitted_N, fitted_ND), (held_out_N, held_out_ND) = train.of(split.fitted_N), train.of(split.held_out_N)
-        test_N, test_ND = test.of(split.test_N)
+        (test_N, test_ND), (unlabelled_N, unlabelled_ND) = test.of(split.test_N), test.of(split.unlabelled_N)
         if kind == "logits":
-            fitted_ND, held_out_ND, test_ND = (its.logits_of(x) for x in (fitted_ND, held_out_ND, test_ND))
+            every = (fitted_ND, held_out_ND, test_ND, unlabelled_ND)
+            fitted_ND, held_out_ND, test_ND, unlabelled_ND = (its.logits_of(x) for x in every)
         label_of = labels_of(source.network.classes[head] if head else split.protocol.known)
         class_N = np.array([only_label(split.train, sample, label_of) for sample in fitted_N.tolist()])
-        inputs[kind] = Inputs(its, fitted_ND, class_N, held_out_ND, test_ND)
-    return Seen(inputs, held_out_N, test_N, {"train": train.skipped, "test": test.skipped})
+        inputs[kind] = Inputs(its, fitted_ND, class_N, held_out_ND, test_ND, unlabelled_ND)
+    return Seen(inputs, held_out_N, test_N, unlabelled_N, {"train": train.skipped, "test": test.skipped})
 
 
-def score_rows(setup: Setup, rows: Mapping[str, Row], *, quantile: float, save: Sequence[str]) -> dict[str, Scores]:
-    """Fit each row, and score the held-out and the test images; the rows are shared among the processes.
+def score_rows(
+    setup: Setup, rows: Mapping[str, Row], *, quantile: float, save: Sequence[str]
+) -> tuple[dict[str, Scores], dict[str, str]]:
+    """Fit each row, and score the held-out, the test and the unlabelled images; the processes share the rows.
 
     Args:
         quantile: of the held-out images' scores, for the threshold of a saved detector.
-        save: rows whose detector is written to RUN/detectors.
+        save: rows whose detector is written to RUN/detectors; EVERY_ROW for all.
+
+    Returns:
+        The scores of the rows that could be fitted, and why the others could not.
     """
     from accelerate.utils import gather_object
 
-    accelerator, own = setup.accelerator, []
+    accelerator, own, failed = setup.accelerator, list[tuple[str, Scores]](), list[tuple[str, str]]()
+    saved_networks: dict[int, Path] = {}
     for number, (name, (detector, inputs)) in enumerate(rows.items()):
         setup.heartbeat.mark(f"began to fit {name}")
         if number % accelerator.num_processes == accelerator.process_index:
             began = time.monotonic()
-            detector.fit(inputs.fitted_ND, inputs.class_N)
-            fitted_s, began = time.monotonic() - began, time.monotonic()
             is_alone = accelerator.num_processes == 1
-            judged = (inputs.held_out_ND, inputs.test_ND)
-            scores = Scores(*(score(name, detector, features_ND, has_bar=is_alone) for features_ND in judged))
+            judged = (inputs.held_out_ND, inputs.test_ND, inputs.unlabelled_ND)
+            try:
+                detector.fit(inputs.fitted_ND, inputs.class_N)
+                fitted_s, began = time.monotonic() - began, time.monotonic()
+                scores = Scores(*(score(name, detector, features_ND, has_bar=is_alone) for features_ND in judged))
+            except (ValueError, FloatingPointError, MemoryError) as error:  # LinAlgError is a ValueError
+                print(f"{name} is left out: {error}", flush=True)
+                failed.append((name, str(error)))
+                continue
             print(f"{name}: fitted in {fitted_s:.1f} s, scored in {time.monotonic() - began:.1f} s", flush=True)
             own.append((name, scores))
-            if name in save:
+            if name in save or EVERY_ROW in save:
                 saved = NetworkDetector(inputs.source.network, detector, inputs.source.scoring)
                 saved.calibrate(scores.held_out_N, quantile)
-                saved.save(setup.run / "detectors" / name.replace(" ", "_"))
+                folder = setup.run / "detectors" / name.replace(" ", "_")
+                saved.save(folder, network_in=saved_networks.get(id(inputs.source.network)))
+                saved_networks.setdefault(id(inputs.source.network), folder)
         setup.stop.leave_if_asked()
-    everyone = dict(gather_object(own))
-    return {name: everyone[name] for name in rows}
+    everyone, not_fitted = dict(gather_object(own)), dict(gather_object(failed))
+    if not everyone:
+        raise ValueError(f"no detector could be fitted: {'; '.join(f'{n}: {why}' for n, why in not_fitted.items())}")
+    return {name: everyone[name] for name in rows if name in everyone}, not_fitted
 
 
 def score(
@@ -130,7 +155,8 @@ class Table:
     split: Split
     seen: Seen
     rows: Mapping[str, Row]
-    scores: Mapping[str, Scores]
+    scores: Mapping[str, Scores]  # Of the rows that could be fitted.
+    not_fitted: Mapping[str, str]  # Row -> why it could not.
     quantile: float  # Of the held-out known images' scores, for each row's threshold.
     seed: int
 
@@ -140,10 +166,14 @@ class Table:
 
     @cached_property
     def figures(self) -> dict[str, dict[str, Any]]:
-        return {name: self._figures(name) for name in self.rows}
+        return {name: self._figures(name) for name in self.scores}
 
     def _figures(self, name: str) -> dict[str, Any]:
         (detector, inputs), scores = self.rows[name], self.scores[name]
+        if not len(scores.test_N):
+            unlabelled = self._scored(name)[-1] if len(scores.unlabelled_N) else None
+            threshold = calibrated(scores.held_out_N, self.quantile)
+            return {"threshold": threshold_of(threshold, scores.held_out_N, unlabelled)}
         found = summary(self.novel_N, scores.test_N, seed=self.seed)
         threshold = calibrated(scores.held_out_N, self.quantile)
         found["threshold"] = threshold_rates(threshold, self._scored(name)[0])
@@ -159,36 +189,64 @@ class Table:
         return [
             Scored(self.split.test, "test", seen.test_N, self.novel_N, scores.test_N, name),
             Scored(self.split.train, "held_out", seen.held_out_N, none_N, scores.held_out_N, name),
+            Scored(self.split.test, UNLABELLED, seen.unlabelled_N, seen.unlabelled_N < 0, scores.unlabelled_N, name),
         ]
 
     def results(self, method: str) -> dict[str, Any]:
         """The record of results.json."""
         images = judged_images(self.split, self.seed, len(self.seen.held_out_N), self.seen.skipped)
-        return {"method": method, "detectors": self.figures, **images}
+        return {"method": method, "detectors": self.figures, "not_fitted": dict(self.not_fitted), **images}
 
     def write_scores(self, path: Path) -> None:
-        write_scores(path, [part for name in self.rows for part in self._scored(name)])
+        write_scores(path, [part for name in self.scores for part in self._scored(name)])
 
-    def write_page(self, path: Path, title: str, about: str) -> None:
-        """One page with all rows."""
-        headings = ["detector", *(figure.heading for figure in IN_REPORT.values()), "known flagged", "novel missed"]
+    def write_report(self, path: Path, title: str, settings: Mapping[str, Any]) -> None:
+        """One page for all rows; of normal pictures alone the thresholds, and the most unusual ones."""
+        first = next((name for name in self.scores if name.startswith(FIRST)), next(iter(self.scores)))
+        if not len(self.seen.test_N):
+            self._write_normal_report(path, title, first)
+            return
+        threshold = calibrated(self.scores[first].held_out_N, self.quantile)
+        protocol, test = self.split.protocol, self._scored(first)[0]
+        write_report(
+            path,
+            title=title,
+            results={
+                "metrics": self.figures[first],
+                "detector": first,
+                "dataset": self.split.test.manifest.dataset,
+                "known": protocol.known,
+                "novel": protocol.novel,
+                "seed": self.seed,
+                "threshold": threshold,
+                "settings": settings,
+            },
+            novel_N=self.novel_N,
+            score_N=test.score_N,
+            comparisons={n: (self.scores[n].test_N, its) for n, its in self.figures.items() if n != first},
+            pictures={what: shown(test, places) for what, places in most_telling(test.novel_N, test.score_N).items()},
+        )
+
+    def _write_normal_report(self, path: Path, title: str, first: str) -> None:
         rows = []
         for name, figures in self.figures.items():
-            cells = [f"{figures[figure]['value']:.3f} {interval(figures[figure])}" for figure in IN_REPORT]
             threshold = figures["threshold"] or {}
-            shares = [f"{threshold[s]:.3f}" if threshold else "" for s in ("known_flagged", "novel_missed")]
-            rows.append([name, *cells, *shares])
-        protocol = self.split.protocol
+            flagged = f"{threshold['flagged']} of {threshold['unlabelled']}" if "flagged" in threshold else ""
+            rows.append([name, f"{threshold['value']:.6g}" if threshold else "", flagged])
+        table = Section("Thresholds", headings=["detector", "threshold", "unlabelled flagged"], rows=rows)
         lead = [
-            f"{self.split.test.manifest.dataset}: {len(protocol.known)} known classes ({', '.join(protocol.known)}), "
-            f"{len(protocol.novel)} novel ones. {about}",
-            "Values with 95 % intervals over images. Known flagged and novel missed are the shares of errors at the "
-            f"threshold, the {100 * self.quantile:g}th percentile of held-out known images' scores.",
+            f"{self.split}. There are no novel pictures, so no figure says how well novelty is found.",
+            f"Thresholds lie at the {100 * self.quantile:g}th percentile of the {len(self.seen.held_out_N)} held-out "
+            f"pictures' scores. Pictures are by {first}.",
         ]
-        write_page(path, title, lead, [Section("Figures", headings=headings, rows=rows)])
+        by_name = {part.split: part for part in self._scored(first)[1:] if len(part.score_N)}
+        write_page(path, title, lead, [table, *strips_of(by_name)])
 
     def lines(self) -> str:
         wide = max(map(len, self.figures))
+        if not len(self.seen.test_N):
+            values = {name: (its["threshold"] or {}).get("value", float("nan")) for name, its in self.figures.items()}
+            return "\n".join(f"{name:{wide}}  threshold {value:.6g}" for name, value in values.items())
         aurocs = {name: figures["auroc"] for name, figures in self.figures.items()}
         return "\n".join(f"{name:{wide}}  AUROC {its['value']:.3f} {interval(its)}" for name, its in aurocs.items())
 

@@ -21,9 +21,12 @@ class RunMixin:
 class DataMixin:
     train: str = ""  # Shard set to train on; only its known images are read.
     test: str = ""
-    """Shard set to judge on. Empty: half of the known images of --train, and its novel ones (Perera & Patel 5.2)."""
+    """Shard set to judge on. Empty: half of the known images of --train, and its novel ones (Perera & Patel 5.2), or
+    nothing where --train has normal pictures alone."""
     known: tuple[str, ...] = ()  # Known classes; an image with any object of them is known. All others are novel.
     novel: tuple[str, ...] = ()  # Or the novel classes; all others are known.
+    unlabelled: tuple[str, ...] = ()
+    """Classes whose pictures are of unknown kind: they are scored and shown, and enter no figure."""
     protocol: Half = ""  # Or half of the classes are known: the first in --order, or a choice by the seed.
     order: Order = "name"
     """Order of the classes for first-half: by name (CUB-200), or by the data set's numbered folders (Caltech-256)."""

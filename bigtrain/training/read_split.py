@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from bigtrain.data.protocol import Protocol, Split, check_every_class, check_single_labels, split
+from bigtrain.data.protocol import NORMAL, Protocol, Split, check_every_class, check_single_labels, split
 from bigtrain.data.shard_set import ShardSet
+from bigtrain.text import class_name
+from bigtrain.training.cautions import cautions
 
 
 def read_split(config: Any, *, fewest_classes: int = 1, single_labels: bool = False) -> Split:
@@ -22,8 +25,7 @@ def read_split(config: Any, *, fewest_classes: int = 1, single_labels: bool = Fa
     """
     train = ShardSet(config.train)
     test = ShardSet(config.test) if config.test else None
-    classes = tuple(dict.fromkeys((*train.classes, *(test.classes if test else ()))))
-    protocol = read_protocol(config, classes, train)
+    protocol = read_protocol(config, train, test)
     if len(protocol.known) < fewest_classes:
         raise ValueError(
             f"this method tells known classes apart and needs at least {fewest_classes}; {len(protocol.known)} was "
@@ -35,18 +37,42 @@ def read_split(config: Any, *, fewest_classes: int = 1, single_labels: bool = Fa
         train_limit=config.train_limit, test_limit=config.test_limit,
     )  # fmt: skip
     if single_labels:
-        check_every_class(protocol, train, found.fitted_N)
+        if protocol.known != (NORMAL,):
+            check_every_class(protocol, train, found.fitted_N)
         check_single_labels(train, found.fitted_N, protocol.known)
-    return found
+    return replace(found, notes=tuple(cautions(config, found)))
 
 
-def read_protocol(config: Any, classes: Sequence[str], train: ShardSet) -> Protocol:
-    """What is known, by names or by --protocol."""
+def read_protocol(config: Any, train: ShardSet, test: ShardSet | None) -> Protocol:
+    """What is known, by names or by --protocol; normal pictures only where nothing says so and nothing is novel."""
     if config.order == "folder" and config.protocol != "first-half":
         raise ValueError("--order folder has an effect with --protocol first-half alone: leave it out.")
-    if not config.protocol:
-        return Protocol.of(classes, known=config.known, novel=config.novel)
-    if config.known or config.novel:
-        raise ValueError(f"--protocol {config.protocol} says what is known: leave --known and --novel out.")
-    in_order = train.manifest.folder_order if config.order == "folder" else None
-    return Protocol.half(config.protocol, classes, seed=config.seed, folder_order=in_order)
+    every = tuple(dict.fromkeys((*train.classes, *(test.classes if test else ()))))
+    unlabelled = tuple(map(class_name, config.unlabelled))
+    if unknown := [name for name in unlabelled if name not in every]:
+        raise ValueError(f"--unlabelled names {', '.join(unknown)}, and the classes are {few(every)}.")
+    classes = [name for name in every if name not in unlabelled]
+    known, novel = (tuple(map(class_name, names)) for names in (config.known, config.novel))
+    if config.protocol:
+        if known or novel:
+            raise ValueError(f"--protocol {config.protocol} says what is known: leave --known and --novel out.")
+        in_order = train.manifest.folder_order if config.order == "folder" else None
+        found = Protocol.half(config.protocol, classes, seed=config.seed, folder_order=in_order)
+        return replace(found, unlabelled=unlabelled)
+    if is_normal_only(known, novel, classes, test, unlabelled):
+        shown = [name for name in classes if name in train.classes]
+        return Protocol(tuple(shown) or (NORMAL,), (), unlabelled)
+    return replace(Protocol.of(classes, known=known, novel=novel), unlabelled=unlabelled)
+
+
+def is_normal_only(
+    known: Sequence[str], novel: Sequence[str], classes: Sequence[str], test: ShardSet | None, unlabelled: Sequence[str]
+) -> bool:
+    """Whether all pictures to train on are normal, and none to judge on is labelled."""
+    if novel or (known and set(known) != set(classes)):
+        return False
+    return test is None or not set(test.classes) - set(unlabelled)
+
+
+def few(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")

@@ -78,6 +78,8 @@ def run_recipe(recipe: Recipe[C, D, N], argv: Sequence[str] | None = None) -> No
         from bigtrain.training.run_setup import Setup  # imports Accelerate: after errors in the networks
 
         setup = Setup.begin(run, precision, recipe.leaves)
+        for note in getattr(data, "notes", ()):
+            setup.accelerator.print(f"note: {note}")
         result = recipe.train(config, setup, data, networks)
         setup.finish(result.record)
         took = clock(time.monotonic() - began)

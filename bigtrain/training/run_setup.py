@@ -22,9 +22,10 @@ from bigtrain.models.attention import torch_dtype
 from bigtrain.models.flops import peak_flops
 from bigtrain.models.network import Network, load_network
 from bigtrain.runtime.heartbeat import Heartbeat
+from bigtrain.runtime.launch import threads_of_process
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import RunSettings
-from bigtrain.text import clean
+from bigtrain.text import clean, counted
 
 if TYPE_CHECKING:  # Accelerate is imported when a run begins, after errors in its network are reported
     from accelerate import Accelerator
@@ -74,8 +75,7 @@ class Setup:
             precision, timeout_min=2 * settings.hang_timeout_min, trackers=settings.trackers, folder=run.path,
             deterministic=settings.deterministic,
         )  # fmt: skip
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
+        torch.set_num_threads(settings.threads or threads_of_process())
         show_warnings(accelerator.process_index)
         check_alike(asdict(run.config) | asdict(settings) | {"precision": precision})
         problem: list[Exception | None] = [None]
@@ -104,9 +104,10 @@ class Setup:
     def announce(self, what: str) -> None:
         """The first line of a start: what it does, and on what."""
         device, decoder = self.accelerator.device.type, jpeg_decoder()
-        processes = self.accelerator.num_processes
+        processes, threads = counted(self.accelerator.num_processes, "process"), torch.get_num_threads()
         self.accelerator.print(
-            f"{clean(what)}; {processes} process(es) on {device}, precision {self.precision}, JPEGs by {decoder}"
+            f"{clean(what)}; {processes} of {counted(threads, 'thread')} on {device}, precision {self.precision}, "
+            f"JPEGs by {decoder}"
         )
 
     def leave(self, name: str, network: Network, dtype: torch.dtype = torch.float32) -> Network:

@@ -16,7 +16,7 @@ from bigtrain.data.stream import Batch
 from bigtrain.detectors.feature_detector import FeatureDetector
 from bigtrain.detectors.network_detector import NetworkDetector, Scoring
 from bigtrain.models.lean_timm import timm
-from bigtrain.models.network import Network, dropouts_of_fc, has_batch_norm, load_network
+from bigtrain.models.network import Network, check_sees, dropouts_of_fc, has_batch_norm, load_network
 from bigtrain.models.vit import ViT, asked_for
 from bigtrain.runtime.launch import world_size_of_launch
 from bigtrain.runtime.precision import device_type
@@ -30,7 +30,7 @@ def read_network(config: Any) -> Network:
     torch.manual_seed(config.seed)
     architecture = asked_for(config.network, config.arch, config.image_size)
     network = load_network(config.network, architecture, pretrained=config.pretrained)
-    check_picture_size(network, config.image_size)
+    check_sees(network, config.image_size)
     return network
 
 
@@ -43,18 +43,6 @@ def network_detector(
         layer=layer, head=head,
     )  # fmt: skip
     return NetworkDetector(network, detector, scoring)
-
-
-def check_picture_size(network: Network, image_size: int) -> None:
-    """Refuse images of a size that the network does not take."""
-    try:
-        with torch.no_grad():
-            network.backbone(torch.zeros(1, 3, image_size, image_size))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"{network.architecture.model} does not take pictures of {image_size} pixels ({error}): give a larger "
-            "--image-size, or the one it was trained with."
-        ) from error
 
 
 def check_training(trunk: nn.Module, batch_norm: BatchNorm, settings: RunSettings) -> None:

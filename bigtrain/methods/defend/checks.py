@@ -47,6 +47,7 @@ def check_networks(config: Any, given: Network, precision: Chosen, device_type: 
     from bigtrain.methods.defend.masks import visible_count
     from bigtrain.methods.defend.network import masked_student
     from bigtrain.models.attention import resolve_backend, torch_dtype
+    from bigtrain.models.network import check_sees
     from bigtrain.models.vit import check_blocks, check_image_size
 
     for side in (config.image_size, config.crop_size) if config.tune else (config.image_size,):
@@ -58,6 +59,7 @@ def check_networks(config: Any, given: Network, precision: Chosen, device_type: 
             raise ValueError("the teacher has no [CLS] token, whose attention guides the mask: use --keep random.")
         if config.score_over == "attended":
             raise ValueError("the teacher has no [CLS] token, whose attention chooses patches: use --score-over mean.")
+    check_sees(given, config.image_size)
     resolve_backend(config.attention, torch.device(device_type), torch_dtype(precision))
     with torch.device("meta"):
         student = masked_student(student_architecture(config, given))
