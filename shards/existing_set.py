@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
+from pathlib import Path
 
 from bigtrain.data.schema import MANIFEST_FILE, Manifest
 from bigtrain.data.set_files import read_manifest
+from bigtrain.images import IMAGE_EXTENSIONS
 from shards.location import Location
 
 SETTINGS_FILE = "build.json"  # of a build; without a manifest beside it, the build was interrupted
 MAX_NAMED = 10  # sets in a folder of sets
+MAX_LOOKED_AT = 1000  # names in a folder
 
 
 def manifest_of(url: str) -> Manifest:
@@ -40,7 +44,19 @@ def what_is_there(place: Location) -> str:
     if sets := sorted(found.parent.name for found in place.folder.glob(f"*/{MANIFEST_FILE}")):
         more = f" and {len(sets) - MAX_NAMED} more" if len(sets) > MAX_NAMED else ""
         return f"{place} is not a shard set, it holds the sets {', '.join(sets[:MAX_NAMED])}{more}: give one of these."
+    if pictures_in(place.folder):
+        beside = place.folder.with_name(f"{place.folder.name}-shards")
+        return (
+            f"{place} holds pictures, not shards: `bigtrain-shards build folder --root {place} --out {beside}` makes "
+            "shards of them."
+        )
     return ""
+
+
+def pictures_in(folder: Path) -> bool:
+    """Whether a folder, or a folder in it, holds a picture by its name."""
+    names = (path for pattern in ("*", "*/*") for path in itertools.islice(folder.glob(pattern), MAX_LOOKED_AT))
+    return any(path.suffix[1:].lower() in IMAGE_EXTENSIONS for path in names)
 
 
 def listed(place: Location) -> dict[str, int] | None:

@@ -11,7 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bigtrain.data.schema import MANIFEST_FILE
+from bigtrain.models.timm_names import LOCAL
+from slurm.shipped import names
 from slurm.sweep import Sweep, toml
+
+SETS = ("train", "test", "val", "reference")  # settings that name a shard set
 
 
 def ask_recipe(recipe: Path, flags: Sequence[str]) -> dict[str, Any]:
@@ -21,7 +26,7 @@ def ask_recipe(recipe: Path, flags: Sequence[str]) -> dict[str, Any]:
         ValueError: there is no such recipe, or it refuses the flags, in its own words.
     """
     if not recipe.is_file():
-        raise ValueError(f"there is no recipe {recipe}: name a script, such as recipes/defend.py.")
+        raise ValueError(f"there is no recipe {recipe}: name a script, or one of {', '.join(names('.py'))}.")
     command = [sys.executable, str(recipe), *flags, "--print-config"]
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(command, capture_output=True, text=True, env=alone)
@@ -34,12 +39,25 @@ def ask_recipe(recipe: Path, flags: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"{recipe} is not a recipe: with --print-config it prints no settings.") from error
 
 
+def check_inputs(sweep: Sweep) -> None:
+    """Refuse files of weights and local shard sets that do not exist, and that no shared run will write."""
+    for run in sweep.runs:
+        for name, value in run.settings.items():
+            if not isinstance(value, str) or "://" in value or value in run.needs:
+                continue
+            is_weights, is_set = Path(value).suffix in LOCAL, name in SETS and value
+            if (is_weights and not Path(value).is_file()) or (is_set and not (Path(value) / MANIFEST_FILE).is_file()):
+                what = "is no file of weights" if is_weights else "is no shard set"
+                raise ValueError(f"{sweep.path}: {name} is {value!r} in the run {run.name}, which {what}: correct it.")
+
+
 def check_settings(sweep: Sweep) -> None:
     """Have each recipe of a sweep check one run for each set of setting names.
 
     Raises:
         ValueError: an unknown axis or setting, or a value that it refuses.
     """
+    check_inputs(sweep)
     for run in {(run.recipe, *run.settings): run for run in reversed(sweep.runs)}.values():
         print(f"asking {run.recipe} for its settings", file=sys.stderr, flush=True)
         with TemporaryDirectory() as folder:

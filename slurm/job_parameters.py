@@ -37,7 +37,7 @@ def parameters(
         made["array_parallelism"] = parallel
     if after:
         made["dependency"] = f"afterany:{':'.join(after)}"
-    setup = [*cluster.setup, *([see_folder(folder)] if cluster.nodes > 1 else [])]
+    setup = [*map(checked_line, cluster.setup), *([see_folder(folder)] if cluster.nodes > 1 else [])]
     if setup:
         made["setup"] = setup
     srun = [f"--cpus-per-task={cluster.cpus_per_task}"]  # since SLURM 22.05 srun does not inherit sbatch's
@@ -47,6 +47,12 @@ def parameters(
             srun.append(f"--container-mounts={cluster.container_mounts}")
     made["srun_args"] = srun
     return made
+
+
+def checked_line(line: str) -> str:
+    """A line of the cluster file's setup, which ends the job with a sentence where it fails."""
+    quoted = "'" + line.replace("'", "'\"'\"'") + "'"
+    return f'{line} || {{ echo "bigtrain-slurm: error: this line of setup failed:" {quoted} >&2; exit 2; }}'
 
 
 def see_folder(folder: Path) -> str:

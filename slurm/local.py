@@ -16,8 +16,9 @@ import submitit
 from slurm.attempt import Attempt
 from slurm.cluster import Cluster
 from slurm.run_record import RESULTS_FILE, events, record_event
-from slurm.status import print_from
+from slurm.status import print_from, progress
 
+TELL_EVERY_S = 30.0
 NO_LIMIT_MIN = 60 * 24 * 365
 
 
@@ -37,7 +38,7 @@ def run_here(runs: Sequence[Path], cluster: Cluster, logs: Path, *, at_once: int
                 job._process.send_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    shown = 0
+    shown, told = 0, time.monotonic()
     try:
         while at_work or (waiting and not stopping[0]):
             while waiting and len(at_work) < at_once and not stopping[0]:
@@ -50,9 +51,15 @@ def run_here(runs: Sequence[Path], cluster: Cluster, logs: Path, *, at_once: int
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # so that submitit's own process outlives a Ctrl-C
                 at_work[run] = made.submit(Attempt(str(run)))
                 record_event(run, "submitted", job=f"local-{at_work[run].job_id}")
+                if not show:
+                    print(f"{run.name}: started, {len(waiting)} waiting; log: {at_work[run].paths.stdout}", flush=True)
                 signal.signal(signal.SIGINT, stop)
                 signal.signal(signal.SIGTERM, stop)
             time.sleep(0.2)
+            if not show and time.monotonic() - told > TELL_EVERY_S:
+                told = time.monotonic()
+                for run in at_work:
+                    print(f"{run.name}: {progress(run) or 'starting'}", flush=True)
             for run, job in list(at_work.items()):
                 ended = job._process is None or job._process.poll() is not None
                 if show:

@@ -21,6 +21,7 @@ from slurm.cluster import Cluster, read_cluster
 from slurm.local import run_here, run_in_this_process
 from slurm.prepare_run import check_folder, prepare, prepare_run
 from slurm.run_record import FOLDER, RESULTS_FILE, JobSpec, record_event
+from slurm.shipped import shipped
 from slurm.submit import submit, submit_arrays
 from slurm.sweep import Sweep, plan
 
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser(
         "submit", help="one run as a job", usage="bigtrain-slurm submit RECIPE [options] -- FLAGS"
     )
-    one.add_argument("recipe", type=Path, help="a script, such as recipes/defend.py")
+    one.add_argument("recipe", type=Path, help="a script, or the name of one that comes with bigtrain, such as defend")
     where = one.add_mutually_exclusive_group()
     where.add_argument("--local", action="store_true", help="the very same job on this machine, without SLURM")
     where.add_argument("--debug", action="store_true", help="in this process, for a debugger")
@@ -59,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     one.set_defaults(command=submit_one)
 
     many = commands.add_parser("sweep", help="the runs of a sweep file as job arrays; skips those that are done")
-    many.add_argument("file", type=Path, help="a TOML file, such as slurm/sweeps/defend_table3.toml")
+    many.add_argument("file", type=Path, help="a TOML file, or the name of one that comes with bigtrain: defend_table3")
     where = many.add_mutually_exclusive_group()
     where.add_argument("--local", action="store_true", help="one after another on this machine, without SLURM")
     where.add_argument("--dry-run", action="store_true", help="print the runs and what sbatch would get")
@@ -78,6 +79,10 @@ def parser() -> argparse.ArgumentParser:
         further.add_argument("folder", type=Path, help="of a run or of a sweep")
         further.set_defaults(command=command)
         if name == "retry":
+            further.add_argument(
+                "--local", action="store_true", help="on this machine; runs that were submitted so are anyway"
+            )
+            further.add_argument("--at-once", type=int, default=1, metavar="N", help="runs here at the same time (1)")
             add_cluster(further)
         if name == "logs":
             further.add_argument(
@@ -91,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
 def add_cluster(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what each job gets; overrides the cluster file")
     group.add_argument(
-        "--cluster", type=Path, metavar="FILE", help="a cluster file, such as slurm/clusters/a100x8.toml"
+        "--cluster", type=Path, metavar="FILE", help="a cluster file, or the name of a shipped one, such as a100x8"
     )
     for name, kind in get_type_hints(Cluster).items():
         flag = "--" + name.replace("_", "-")
@@ -104,12 +109,13 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
 
 
 def cluster_of(given: argparse.Namespace, base: Cluster | None = None) -> Cluster:
-    cluster = read_cluster(given.cluster) if given.cluster else base or Cluster()
+    cluster = read_cluster(shipped(given.cluster, "cluster")) if given.cluster else base or Cluster()
     flags = {name: value for name in get_type_hints(Cluster) if (value := getattr(given, name)) is not None}
     return cluster.changed("the flags", **flags)
 
 
 def submit_one(given: argparse.Namespace) -> int:
+    given.recipe = shipped(given.recipe, ".py")
     if given.debug:
         run_in_this_process(given.recipe, given.flags)
         return 0
@@ -147,7 +153,7 @@ def refuse_live(run: Path) -> None:
 
 
 def submit_sweep(given: argparse.Namespace) -> int:
-    sweep = plan(given.file)
+    sweep = plan(shipped(given.file, "sweep"))
     cluster = cluster_of(given, sweep.cluster)
     check_folder(sweep.out)
     if not given.local and not given.dry_run:
@@ -244,8 +250,10 @@ def retry(given: argparse.Namespace) -> int:
         return 0
     record = status.sweep_record(given.folder)
     first = {row["name"] for row in record["runs"] if row["shared"]}
+    here = [one.run for one in found if one.run in again and (given.local or one.job.startswith("local-"))]
     groups: dict[tuple[bool, Cluster, str], list[tuple[Path, JobSpec]]] = {}
-    for run in again:
+    unfinished = retry_here(here, given, first)
+    for run in (run for run in again if run not in here):
         job = JobSpec.read(run)
         job = replace(job, cluster=cluster_of(given, job.cluster))
         groups.setdefault((run.name not in first, job.cluster, job.logs), []).append((run, job))
@@ -259,7 +267,18 @@ def retry(given: argparse.Namespace) -> int:
         after = wait_for if waits else []
         submitted = submit_arrays(runs, cluster, Path(logs), given.folder.name, record["max_parallel"], after)
         wait_for += submitted if not waits else []
-    return 0
+    return min(1, unfinished)
+
+
+def retry_here(runs: Sequence[Path], given: argparse.Namespace, first: set[str]) -> int:
+    """Run again on this machine, what others need first; how many have not finished."""
+    unfinished = 0
+    for is_first in (True, False):
+        some = [run for run in runs if (run.name in first) == is_first]
+        for cluster, logs in dict.fromkeys((JobSpec.read(run).cluster, JobSpec.read(run).logs) for run in some):
+            alike = [run for run in some if (JobSpec.read(run).cluster, JobSpec.read(run).logs) == (cluster, logs)]
+            unfinished += run_here(alike, cluster_of(given, cluster), Path(logs), at_once=given.at_once)
+    return unfinished
 
 
 if __name__ == "__main__":

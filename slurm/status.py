@@ -111,6 +111,8 @@ def status_of(run: Path, history: Sequence[Mapping[str, Any]], job: str, state: 
         return as_status("cancelled") if why == "cancelled" else as_status("failed", why)
     if state and state.name == "FAILED":
         return as_status("failed", last_line(run, job))
+    if last is None and log_files(run, job):  # a line of the cluster file's setup failed, say
+        return as_status("failed", last_line(run, job))
     if last is None:
         return as_status("lost", "SLURM no longer knows its job, which never started")
     return as_status("lost", "its last attempt ended unexpectedly")

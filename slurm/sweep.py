@@ -16,7 +16,9 @@ from bigtrain.choices import checked_values
 from bigtrain.data.protocol import expand
 from bigtrain.data.set_files import read_manifest
 from bigtrain.files import read_toml
+from bigtrain.models.timm_names import LOCAL
 from slurm.cluster import Cluster, read_cluster
+from slurm.shipped import names, shipped
 
 KEYS = {
     "recipe": str, "out": str, "cluster": str | dict, "max_parallel": int, "protocol": str, "classes": list,
@@ -65,7 +67,7 @@ def plan(path: Path) -> Sweep:
     Raises:
         ValueError: an unknown key, an invalid value, or two identical runs.
     """
-    given = read_toml(path, "name a sweep file (shipped ones lie in slurm/sweeps/)")
+    given = read_toml(path, f"name a sweep file, or one that comes with bigtrain: {', '.join(names('sweep'))}")
     checked_values(str(path), given, KEYS, "key")
     if "recipe" not in given:
         raise ValueError(f"{path}: recipe is missing: which script runs, such as recipes/defend.py?")
@@ -74,7 +76,7 @@ def plan(path: Path) -> Sweep:
     cluster = given.get("cluster", {})
     where = cluster if isinstance(cluster, str) else f"{path}: [cluster]"
     out = Path(given.get("out", f"runs/{path.stem}")).absolute()
-    settings = given.get("settings", {})
+    settings, recipe = given.get("settings", {}), str(shipped(Path(given["recipe"]), ".py"))
     axes = axes_of(path, given, settings)
     if side := side_of(path, given, axes):
         axes = {side: [], **axes}
@@ -84,14 +86,16 @@ def plan(path: Path) -> Sweep:
     for combination in product(*([(name, point) for point in points] for name, points in axes.items() if points)):
         points = dict(combination)
         for split in splits(path, given, {**settings, **merged(points)}, classes_at) if side else [None]:
-            runs += runs_at(out, given["recipe"], settings, {side: split, **points} if split else points, shared)
+            runs += runs_at(out, recipe, settings, {side: split, **points} if split else points, shared)
     once = {(run.name, key(run)): run for run in runs if run.shared}
     whole = [*once.values(), *(run for run in runs if not run.shared)]
     return Sweep(
         path=path,
         out=out,
-        recipe=given["recipe"],
-        cluster=read_cluster(Path(cluster)) if isinstance(cluster, str) else Cluster().changed(where, **cluster),
+        recipe=recipe,
+        cluster=read_cluster(shipped(Path(cluster), "cluster"))
+        if isinstance(cluster, str)
+        else Cluster().changed(where, **cluster),
         max_parallel=max_parallel,
         runs=tuple(with_unique_names(path, whole)),
     )
@@ -217,8 +221,17 @@ def shared_run(
 def name_of(labels: Mapping[str, Any]) -> str:
     """A folder's name: "dog-mask_ratio0.5-s0"."""
     bare = dict.fromkeys(("known", "novel", "half", "row", "dataset", "category"), "") | {"seed": "s"}
-    words = [f"{bare.get(k, k)}{str(v).lower() if isinstance(v, bool) else v}" for k, v in labels.items()]
+    words = [f"{bare.get(k, k)}{str(v).lower() if isinstance(v, bool) else in_name(v)}" for k, v in labels.items()]
     return re.sub(r"[^\w.+=-]+", "_", "-".join(words), flags=re.ASCII).lstrip(".-") or ("run" if words else "")
+
+
+def in_name(value: Any) -> Any:
+    """A value as part of a folder's name: of a path the end alone, its file without what it ends in."""
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    *_, folder, name = ["", *value.rstrip("/").split("/")]
+    stem = Path(name).stem if Path(name).suffix in LOCAL else name
+    return f"{folder}_{stem}" if stem != name and folder else stem
 
 
 def key(run: Run) -> str:

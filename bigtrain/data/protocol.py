@@ -131,9 +131,9 @@ def expand(name: str, classes: Sequence[str]) -> list[Protocol]:
     if name == "first-half":
         return [Protocol.half("first-half", classes)]
     if name == "uni-class":
-        return [Protocol.of(classes, known=[c]) for c in classes]
+        return [Protocol((c,), tuple(other for other in classes if other != c)) for c in classes]
     if name == "all-vs-one":
-        return [Protocol.of(classes, novel=[c]) for c in classes]
+        return [Protocol(tuple(other for other in classes if other != c), (c,)) for c in classes]
     if name == "half-vs-half":
         if len(classes) != 10:
             raise ValueError(f"half-vs-half is defined on ten classes (CIFAR-10's), and {len(classes)} were given.")

@@ -64,7 +64,7 @@ def read_manifest(url: str, retry: RetryPolicy = DEFAULT) -> Manifest:
     except FileNotFoundError as error:
         raise ValueError(
             f"{url} holds no {MANIFEST_FILE}, so it is not a finished shard set: build one from class folders "
-            f"with `bigtrain-shards build folder --root PICTURES --out {url}`, run an interrupted build again, or "
+            "with `bigtrain-shards build folder --root PICTURES --out SHARDS`, run an interrupted build again, or "
             f"describe shards made elsewhere with `bigtrain-shards index {url}`."
         ) from error
     return Manifest.from_json(text, where=f"{url}/{MANIFEST_FILE}")

@@ -110,6 +110,7 @@ class Row:
     seeds: int
     expected: int
     estimate: tuple[float, float | None, float | None] | None
+    over_images: bool = False  # The interval, of a single seed; else it is over seeds.
 
 
 def rows(results: Sequence[Result], metric: str) -> tuple[list[str], list[Row]]:
@@ -119,10 +120,12 @@ def rows(results: Sequence[Result], metric: str) -> tuple[list[str], list[Row]]:
     seed_of = [result.axes.get("seed", 0) for result in results]
     columns = [with_seed_placeholder([result.axes[name] for result in results], seed_of) for name in names]
     groups: dict[tuple[Hashable, ...], dict[Any, float | None]] = {}
+    own: dict[tuple[Hashable, ...], Result] = {}
     for result, *place_ in zip(results, *columns, strict=True):
         place = tuple(place_)
         groups.setdefault(place, {})[result.axes.get("seed", 0)] = result.value(metric)
-    found = [row_of(place, by_seed) for place, by_seed in groups.items()]
+        own[place] = result if result.figures else own.get(place, result)
+    found = [with_own_interval(row_of(place, by_seed), own[place], metric) for place, by_seed in groups.items()]
     if over := next((names.index(name) for name in WHAT_IS_KNOWN if name in names), -1) + 1:
         means: dict[tuple[Hashable, ...], dict[tuple[Hashable, ...], dict[Any, float | None]]] = {}
         for place, by_seed in groups.items():
@@ -158,6 +161,16 @@ def with_seed_placeholder(values: Sequence[Any], seeds: Sequence[Any]) -> list[A
 def row_of(place: tuple[Hashable, ...], by_seed: Mapping[Any, float | None]) -> Row:
     there = [value for value in by_seed.values() if value is not None]
     return Row(place, len(there), len(by_seed), mean_and_interval(there) if there else None)
+
+
+def with_own_interval(row: Row, result: Result, metric: str) -> Row:
+    """A row of a single seed with the interval of its run, over images; there is none over seeds."""
+    its = figure_of(result.figures or {}, metric)
+    if row.seeds != 1 or row.estimate is None or "low" not in its or "high" not in its:
+        return row
+    return Row(
+        row.axes, row.seeds, row.expected, (row.estimate[0], float(its["low"]), float(its["high"])), over_images=True
+    )
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -233,6 +246,8 @@ def table(results: Sequence[Result], metric: str = "auroc", *, against: str = ""
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     text = [f"| {' | '.join(line)} |" for line in padded]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    if any(row.over_images for row in found):
+        text += ["", "The interval of a single seed is over its images; those of several are over seeds."]
     if missing := list(dict.fromkeys(result.name for result in results if result.figures is None)):
         runs = len({result.name for result in results})
         text += ["", f"{len(missing)} of {runs} runs are missing: {first_of(missing)}"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+PROGRESS_FILE = "progress.json"
 KEPT_ROWS = 4096  # of a stage, for the curve
 SHOWN = {  # figures in readable units; the rest as "loss 0.1234"
     "images_per_s": "{:.0f} images/s",
@@ -50,6 +51,18 @@ class Follower:
         *rows, self._half = added.split(b"\n")
         for row in rows:
             self._take(row)
+        self._take_progress()
+
+    def _take_progress(self) -> None:
+        """The step that the run is at, which is ahead of the newest row."""
+        try:
+            record = json.loads((self.path.parent / PROGRESS_FILE).read_text())
+            stage, at = self.stages[record["stage"]], float(record["time"])
+            if stage is self.newest and stage.step < int(record["step"]) <= int(record["steps"]) and math.isfinite(at):
+                stage.step = int(record["step"])
+                self.times.append(at)
+        except (OSError, ValueError, KeyError, TypeError):
+            return
 
     def _take(self, row: bytes) -> None:
         try:

@@ -18,12 +18,13 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from bigtrain.files import write_text
-from bigtrain.runtime.follow_log import shown
+from bigtrain.files import write_json, write_text
+from bigtrain.runtime.follow_log import PROGRESS_FILE, shown
 from bigtrain.runtime.trackers import log_figures
 from bigtrain.text import clean, clock
 
 LINE_EVERY_S = 10.0  # without a terminal
+TELL_EVERY_S = 1.0  # PROGRESS_FILE
 EVENTS = ("started", "saved", "stopped", "step skipped", "failed", "finished")
 
 
@@ -57,7 +58,8 @@ class StageLog:
         self.flops_per_step, self.peak_flops = flops_per_step, peak_flops
         self.accelerator = accelerator
         self.writes = accelerator.is_main_process
-        self.began = self.last_line = self.last_row = time.monotonic()
+        self.folder = folder
+        self.began = self.last_line = self.last_row = self.told = time.monotonic()
         self.waited_s, self.read_bytes, self.saving_s = 0.0, 0, 0.0  # since the last row
         self.reading: dict[str, float] = {}  # the figures of the last row
         self.skipped_steps = 0
@@ -98,6 +100,10 @@ class StageLog:
         if not self.writes:
             return
         self.bar.update()
+        if now - self.told > TELL_EVERY_S or self.done == self.steps:  # rows are further apart
+            self.told = now
+            record = {"stage": self.stage, "step": self.done, "steps": self.steps, "time": time.time()}
+            write_json(self.folder / PROGRESS_FILE, record, "renamed")
         line_due = self.bar.disable and (now - self.last_line > LINE_EVERY_S or self.done == self.steps)
         if not (row_due or line_due):
             return

@@ -7,7 +7,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +24,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SAME_PRESS_S = 1.0  # a launcher passes the Ctrl-C on that the terminal has sent to this process too
 
 
+class AskedWhileWaiting(BaseException):
+    """The run was asked to stop while it waited for data."""
+
+
 class Stop:
     """`stop.agreed()` is True on every rank at the same step, once any of them was asked to stop.
 
@@ -32,7 +37,7 @@ class Stop:
 
     def __init__(self, accelerator: Accelerator, folder: Path) -> None:
         self.accelerator, self.file = accelerator, folder / "stop"
-        self.asked = False
+        self.asked, self._may_interrupt = False, False
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         numbers, self._wakes = socket.socketpair()
         self._wakes.setblocking(False)
@@ -42,6 +47,18 @@ class Stop:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        if self._may_interrupt:
+            raise AskedWhileWaiting
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While this process waits for data: a request to stop raises AskedWhileWaiting at once, where it is alone.
+        With several, the others may be in a collective that needs this one."""
+        self._may_interrupt = self.accelerator.num_processes == 1
+        try:
+            yield
+        finally:
+            self._may_interrupt = False
 
     def agreed(self) -> bool:
         return self.agreed_and_sums([])[0]

@@ -18,6 +18,7 @@ from bigtrain.data.stream import Batch
 from bigtrain.runtime import start, zero
 from bigtrain.runtime.checkpoint import Checkpoints
 from bigtrain.runtime.log import StageLog
+from bigtrain.runtime.stopping import AskedWhileWaiting
 from bigtrain.runtime.trackers import end_trackers
 from bigtrain.training.optim import follow
 from bigtrain.training.run_setup import Setup
@@ -165,13 +166,31 @@ class Stage(Generic[B]):
 
     def __iter__(self) -> Iterator[Step[B]]:
         """The steps that are left; torch's generator is seeded again for each step and rank."""
-        for batch in self.stream.from_step(self.step, self.steps):
+        batches = self.stream.from_step(self.step, self.steps)
+        while (batch := self._next(batches)) is not None:
             start.seed_step(self.stream.seed, self.step, self.setup.accelerator.process_index)
             step = Step(self, batch.to(self.setup.accelerator.device))
             yield step
             step._check(step.problem is not None, "the step ended without step.update()")
             self._end(step)
         self.log.close()
+
+    def _next(self, batches: Iterator[B]) -> B | None:
+        """The next batch; None at the end."""
+        try:
+            with self.setup.stop.waiting():
+                return next(batches, None)
+        except AskedWhileWaiting:
+            if not self.skipped_in_a_row:  # else the weights may be bad
+                self._save()
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        self.log.event("stopped", "when asked")
+        self.log.close()
+        end_trackers(self.setup.accelerator)
+        self.setup.stop.leave(self.step, self.name)
 
     def _end(self, step: Step[B]) -> None:
         """Count the step, log its figures, save when it is due; leave when any rank was asked to."""
@@ -188,10 +207,7 @@ class Stage(Generic[B]):
             self.stream.agree(batch, bad)
         if asked and not problem:
             self._save()
-            self.log.event("stopped", "when asked")
-            self.log.close()
-            end_trackers(self.setup.accelerator)
-            self.setup.stop.leave(self.step, self.name)
+            self._leave()
         self._save_is_due |= self.step % self.setup.settings.checkpoint_every == 0
         if self._save_is_due and not problem:
             self._save()

@@ -129,7 +129,7 @@ KEYS = [f"class/{i:05d}" for i in range(4000)]
 
 
 def test_held_out_share():
-    """The held-out share is exactly what was asked, in all and in each class; a greater one includes a smaller one's."""
+    """The held-out share is exactly what was asked, in each class too; a greater one includes a smaller one's."""
     classes = np.array(["ant", "bee", "bee", "bee"] * 1000)
     for share in (0.0, 0.1, 0.5, 0.9):
         held_out = in_validation(KEYS, classes, share=share, seed=0)
