@@ -21,6 +21,9 @@ left, bottom, right), half-open.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -33,3 +36,15 @@ def __getattr__(name: str) -> Any:
 
         return load_detector
     raise AttributeError(f"module 'bigtrain' has no attribute {name!r}")
+
+
+def _end_quietly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ctrl-C while a recipe is still importing: a line instead of a traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted; the same command continues.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if Path(sys.argv[0] if sys.argv else "").absolute().parent.name == "recipes":
+    sys.excepthook = _end_quietly

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
+LOCAL = (".safetensors", ".pth", ".pt", ".npz")  # a network whose name ends so is a file of weights
 Keep = Literal["attended", "unattended", "random"]
 """Which patches a student sees: methods/defend/masks.py."""
 KeepOrAuto = Literal["auto", "attended", "unattended", "random"]

@@ -5,6 +5,7 @@ What cannot be read is an `UnreadableError`, which says why in one of four KINDS
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import io
 import logging
@@ -13,8 +14,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
@@ -117,7 +120,19 @@ def readable_formats() -> tuple[str, ...]:
             continue
         if module == "pillow_heif":
             plugin.register_heif_opener()
+    silence_libtiff()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def silence_libtiff() -> None:
+    """Have libtiff print no lines of its own on damaged files; Pillow's error says the same."""
+    for library in (Path(PIL.__file__).parents[1] / "pillow.libs").glob("libtiff*"):  # of a wheel for Linux
+        try:
+            libtiff = ctypes.CDLL(str(library))
+            libtiff.TIFFSetErrorHandler(None)
+            libtiff.TIFFSetWarningHandler(None)
+        except (OSError, AttributeError):
+            return
 
 
 def check_range(image: Image.Image) -> None:

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from bigtrain.choices import HIGHEST_LR, BatchNorm, Chosen, Schedule, setting
+from bigtrain.choices import HIGHEST_LR, LOCAL, BatchNorm, Chosen, Schedule, setting
 from bigtrain.data.protocol import labels_of
-from bigtrain.models.timm_names import LOCAL, check_network_name, check_source
+from bigtrain.models.timm_names import check_network_name, check_source
 from bigtrain.runtime.launch import check_batch, check_moving_average
 from bigtrain.training.mixins import OptimMixin, RunMixin
 from bigtrain.training.read_labelled import Labelled, read_labelled
@@ -89,7 +89,8 @@ def load(config: Config, images: Labelled, precision: Chosen) -> Network:
     """What training begins with."""
     import torch
 
-    from bigtrain.models.network import check_sees, load_network
+    from bigtrain.models.network import load_network
+    from bigtrain.models.sanity import check_sees
     from bigtrain.models.vit import ViT, asked_for
     from bigtrain.training.trunk import check_training
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bigtrain.choices import LOCAL
 from bigtrain.data.schema import MANIFEST_FILE
-from bigtrain.models.timm_names import LOCAL
 from slurm.shipped import names
 from slurm.sweep import Sweep, toml
 

@@ -12,11 +12,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bigtrain.choices import checked_values
+from bigtrain.choices import LOCAL, checked_values
 from bigtrain.data.protocol import expand
 from bigtrain.data.set_files import read_manifest
 from bigtrain.files import read_toml
-from bigtrain.models.timm_names import LOCAL
 from slurm.cluster import Cluster, read_cluster
 from slurm.shipped import names, shipped
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_BLOCK_BYTES = 32 << 20  # the most that glibc accepts
 KEPT_BYTES = 256 << 20
+
+LITTLE_SHARED_MEMORY_BYTES = 1 << 30
 
 
 def keep_freed_memory() -> None:
@@ -21,3 +24,11 @@ def keep_freed_memory() -> None:
         return
     mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK_BYTES)
     mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def has_little_shared_memory() -> bool:
+    """Whether /dev/shm is as small as Docker makes it (64 MB), so that readers cannot hand over their batches."""
+    try:
+        return shutil.disk_usage("/dev/shm").total < LITTLE_SHARED_MEMORY_BYTES
+    except OSError:
+        return False

@@ -177,7 +177,6 @@ class Split:
     test_N: NDArray[np.int64]  # Numbers of samples in `test`, which may be `train` itself; none: there is no figure.
     unlabelled_N: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     """Numbers of samples in `test` that are scored and shown, and enter no figure."""
-    notes: tuple[str, ...] = ()  # What the user should know of the figures, a sentence each.
 
     def __str__(self) -> str:
         known = self.protocol.known

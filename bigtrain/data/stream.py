@@ -9,7 +9,6 @@ Never pass a stream to `accelerator.prepare`: it would be read by one rank for a
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from bigtrain.data.decode import Picture, jpeg_decoder
 from bigtrain.data.error_budget import ErrorBudget
-from bigtrain.data.memory import keep_freed_memory
+from bigtrain.data.memory import has_little_shared_memory, keep_freed_memory
 from bigtrain.data.plan import PADDING, Plan, Position, check_divides, sample_seeds
 from bigtrain.data.reader import Places, Reader
 from bigtrain.data.shard_set import ShardSet
@@ -32,7 +31,6 @@ from bigtrain.data.views import Transform, Views
 from bigtrain.data.workers import start_worker, worker_context
 from bigtrain.images import UnreadableError
 
-LITTLE_SHARED_MEMORY_BYTES = 1 << 30
 log = logging.getLogger(__name__)
 START = Position()
 
@@ -288,14 +286,6 @@ class _Work(torch.utils.data.Dataset[_Done]):
         if lacking.any():
             payloads = self.reader.read(*piece.places.those(lacking))
             self._ahead |= zip(piece.read_N[lacking].tolist(), payloads, strict=True)
-
-
-def has_little_shared_memory() -> bool:
-    """Whether /dev/shm is as small as Docker makes it (64 MB)."""
-    try:
-        return shutil.disk_usage("/dev/shm").total < LITTLE_SHARED_MEMORY_BYTES
-    except OSError:
-        return False
 
 
 def joined(parts: list[Tensor]) -> Tensor:

@@ -56,8 +56,7 @@ def judge_normal(
     Called on all ranks; the first one writes. Arguments as of `judge`; `bank_N` are the training pictures among which
     the most unusual are shown.
 
-    Returns:
-        The record of results.json; the same on all ranks.
+    Returns the record of results.json, the same on all ranks.
     """
     constants = {
         name: partial(d.constant_score, constant=mean_over(accelerator, read(split.train, bank_N), d.target))
@@ -66,7 +65,7 @@ def judge_normal(
     scorer = {"score": partial(scored_and_classified, detector, False)}
     streams: list[Stream] = []
     parts: list[Scored] = []
-    errors: dict[str, NDArray[np.float64]] = {}
+    errors = dict[str, NDArray[np.float64]]()
     for name, shard_set, sample_N in (
         ("held_out", split.train, split.held_out_N),
         ("train", split.train, bank_N),
@@ -93,10 +92,9 @@ def judge_normal(
     if accelerator.is_main_process:
         detector.save(folder / "detector")
         write_scores(folder / "scores.parquet", parts)
-        sections = [*figures_of(results, held_out), *strips_of(by_name)]
         lead = [f"{split}. There are no novel pictures, so no figure says how well novelty is found."]
-        settings_section = Section("Settings", headings=["setting", "value"], rows=flattened(settings))
-        write_page(folder / "report.html", f"{method}: normal pictures only", lead, [*sections, settings_section])
+        sections = [*figures_of(results, held_out), *strips_of(by_name), settings_of(settings)]
+        write_page(folder / "report.html", f"{method}: normal pictures only", lead, sections)
     accelerator.wait_for_everyone()
     return results
 
@@ -148,3 +146,7 @@ def strips_of(by_name: Mapping[str, Scored]) -> list[Section]:
             cards = [card(part.shard_set, int(part.sample_N[i]), kind, float(part.score_N[i])) for i in highest]
             sections.append(Section(title, groups=[Group("", [Strip("", cards)])]))
     return sections
+
+
+def settings_of(settings: Mapping[str, Any]) -> Section:
+    return Section("Settings", headings=["setting", "value"], rows=flattened(settings))

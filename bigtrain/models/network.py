@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bigtrain.choices import Backend
+from bigtrain.choices import LOCAL, Backend
 from bigtrain.models.flops import counted_flops, trained_flops, vit_forward_flops
 from bigtrain.models.hub import released_weights
 from bigtrain.models.layers import FeatureMaps, PooledLayer
 from bigtrain.models.lean_timm import timm, torchvision
-from bigtrain.models.timm_names import ALEXNET, LOCAL, check_network_name, check_source
+from bigtrain.models.timm_names import ALEXNET, check_network_name, check_source
 from bigtrain.models.vit import NO_PLAIN_VIT, Architecture, ViT, check_tag, is_plain_vit, is_vit_name
-from bigtrain.models.weights import load_matching, read_tensors, read_weights, resample_positions, save_tensors
+from bigtrain.models.weights import load_matching, read_file, resample_positions, save_tensors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUGREG_MEAN = AUGREG_STD = (0.5, 0.5, 0.5)
@@ -127,26 +127,6 @@ class Network:
         save_tensors(path, {key: value.detach().contiguous().cpu() for key, value in kept.items()}, about)
 
 
-def check_sees(network: Network, image_size: int) -> None:
-    """Refuse a network that does not take images of this size, or that sees nothing in them: its features are NaN or
-    infinite, or the same for every image."""
-    noise_23HW = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    noise_23HW[1] = noise_23HW[1].mean()
-    name = network.architecture.model
-    try:
-        with torch.no_grad():
-            features_2D = network.backbone(network.normalise((noise_23HW * 255).to(torch.uint8)))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"{name} does not take pictures of {image_size} pixels ({error}): give another --image-size, such as the "
-            "one it was trained with."
-        ) from error
-    if not bool(features_2D.isfinite().all()):
-        raise ValueError(f"{name} gives NaN or infinite features ({network.report}): its weights are broken.")
-    if torch.equal(features_2D[0], features_2D[1]):
-        raise ValueError(f"{name} gives all pictures the same features ({network.report}): its weights are broken.")
-
-
 def normalised(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 (..., 3, H, W) to float32: (x / 255 - mean) / std for each channel."""
     mean_311 = torch.tensor(mean, device=image.device).view(3, 1, 1)
@@ -188,12 +168,7 @@ def load_network(
 
 def _from_file(path: Path, architecture: Architecture | None, drop_path: float, attention: Backend) -> Network:
     check_source(str(path))
-    about: dict[str, Any] = {}
-    said = ""
-    if path.suffix == ".safetensors":
-        state, about = read_tensors(path)
-    else:
-        state, said = read_weights(path)
+    state, about, said = read_file(path)
     classes: dict[str, tuple[str, ...]] = {}
     if about:
         try:

@@ -9,8 +9,9 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from bigtrain.choices import LOCAL
+
 ALEXNET = "alexnet"  # the one network of the papers that timm lacks
-LOCAL = (".safetensors", ".pth", ".pt", ".npz")  # a name that ends so is a file of weights
 _MODEL = re.compile(r"^@register_model\s*\ndef (\w+)\(", re.MULTILINE)
 _DEPRECATED = re.compile(r"^register_model_deprecations\(__name__, (\{.*?^\})\)", re.MULTILINE | re.DOTALL)
 

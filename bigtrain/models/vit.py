@@ -15,9 +15,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bigtrain.choices import Backend
+from bigtrain.choices import LOCAL, Backend
 from bigtrain.models.attention import Sequences, attention
-from bigtrain.models.timm_names import LOCAL, check_vit_name
+from bigtrain.models.timm_names import check_vit_name
 
 NO_PLAIN_VIT = "{} is not a plain vision transformer: take a timm model vit_*, such as vit_base_patch16_224."
 

@@ -119,6 +119,14 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     return state, said
 
 
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """The tensors of a file of weights, what bigtrain wrote about them, and what is to be said of them."""
+    if path.suffix == ".safetensors":
+        return *read_tensors(path), ""
+    state, said = read_weights(path)
+    return state, {}, said
+
+
 def resample_positions(state: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
     """Fit a ViT's positions to the network's own grid where the file was trained at another image size."""
     own, given = getattr(net, "pos_embed", None), state.get("pos_embed")

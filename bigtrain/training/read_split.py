@@ -9,7 +9,6 @@ from typing import Any
 from bigtrain.data.protocol import NORMAL, Protocol, Split, check_every_class, check_single_labels, split
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.text import class_name
-from bigtrain.training.cautions import cautions
 
 
 def read_split(config: Any, *, fewest_classes: int = 1, single_labels: bool = False) -> Split:
@@ -40,7 +39,7 @@ def read_split(config: Any, *, fewest_classes: int = 1, single_labels: bool = Fa
         if protocol.known != (NORMAL,):
             check_every_class(protocol, train, found.fitted_N)
         check_single_labels(train, found.fitted_N, protocol.known)
-    return replace(found, notes=tuple(cautions(config, found)))
+    return found
 
 
 def read_protocol(config: Any, train: ShardSet, test: ShardSet | None) -> Protocol:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+from bigtrain.data.protocol import Split
 from bigtrain.data.workers import prepare_workers
 from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.launch import check_launch
@@ -75,10 +76,13 @@ def run_recipe(recipe: Recipe[C, D, N], argv: Sequence[str] | None = None) -> No
 
         precision = run.resolved("precision") or choose_precision(config.precision)
         networks = recipe.load(config, data, precision)
+        from bigtrain.training.cautions import cautions
+
+        notes = list(cautions(config, data)) if isinstance(data, Split) else []
         from bigtrain.training.run_setup import Setup  # imports Accelerate: after errors in the networks
 
         setup = Setup.begin(run, precision, recipe.leaves)
-        for note in getattr(data, "notes", ()):
+        for note in notes:
             setup.accelerator.print(f"note: {note}")
         result = recipe.train(config, setup, data, networks)
         setup.finish(result.record)

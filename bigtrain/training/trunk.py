@@ -16,7 +16,8 @@ from bigtrain.data.stream import Batch
 from bigtrain.detectors.feature_detector import FeatureDetector
 from bigtrain.detectors.network_detector import NetworkDetector, Scoring
 from bigtrain.models.lean_timm import timm
-from bigtrain.models.network import Network, check_sees, dropouts_of_fc, has_batch_norm, load_network
+from bigtrain.models.network import Network, dropouts_of_fc, has_batch_norm, load_network
+from bigtrain.models.sanity import check_sees
 from bigtrain.models.vit import ViT, asked_for
 from bigtrain.runtime.launch import world_size_of_launch
 from bigtrain.runtime.precision import device_type

@@ -47,7 +47,7 @@ def check_networks(config: Any, given: Network, precision: Chosen, device_type: 
     from bigtrain.methods.defend.masks import visible_count
     from bigtrain.methods.defend.network import masked_student
     from bigtrain.models.attention import resolve_backend, torch_dtype
-    from bigtrain.models.network import check_sees
+    from bigtrain.models.sanity import check_sees
     from bigtrain.models.vit import check_blocks, check_image_size
 
     for side in (config.image_size, config.crop_size) if config.tune else (config.image_size,):
