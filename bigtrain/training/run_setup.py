@@ -104,9 +104,9 @@ class Setup:
     def announce(self, what: str) -> None:
         """The first line of a start: what it does, and on what."""
         device, decoder = self.accelerator.device.type, jpeg_decoder()
-        processes, threads = counted(self.accelerator.num_processes, "process"), torch.get_num_threads()
+        processes, threads = self.accelerator.num_processes, counted(torch.get_num_threads(), "thread")
         self.accelerator.print(
-            f"{clean(what)}; {processes} of {counted(threads, 'thread')} on {device}, precision {self.precision}, "
+            f"{clean(what)}; {processes} process(es) on {device}, {threads} each, precision {self.precision}, "
             f"JPEGs by {decoder}"
         )
 

@@ -117,7 +117,9 @@ def test_ema_queue_zero(small, tmp_path):
         found = [losses(tmp_path / config, stage) for config in ("cpu", "zero2")]
         assert found[0] == pytest.approx(found[1], abs=1e-5)
     alone, shared = (load_file(tmp_path / config / "student.safetensors") for config in ("cpu", "zero2"))
-    assert all(torch.allclose(alone[name], shared[name], atol=1e-4) for name in alone)
+    off = torch.cat([(alone[name] - shared[name]).abs().flatten() for name in alone])
+    # where a gradient is nearly 0, AdamW's step is the sign of rounding: single weights differ by up to a step
+    assert off.max() < 1e-3 and off.mean() < 1e-6
 
 
 def stopped_in_epoch(out, stage, config, processes, flags):

@@ -113,7 +113,7 @@ def test_queue_stays_finite(small, tmp_path, monkeypatch):
     def third_is_nan(*arguments):
         nonlocal calls
         calls += 1
-        return normalised(*arguments) * (float("nan") if calls == 3 else 1)  # the second step's whole images
+        return normalised(*arguments) * (float("nan") if calls == 4 else 1)  # the second step's; the first checks it
 
     normalised = networks.normalised
     monkeypatch.setattr(networks, "normalised", third_is_nan)

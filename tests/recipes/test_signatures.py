@@ -108,7 +108,7 @@ MISTAKES = {
     "no such layer": (["--layer", "layer7"], "no layer 'layer7'; it has "),
     "all dimensions": (["--share", "1"], "--share is 1.0"),
     "nothing known": (["--known"], "neither of --known and --novel"),
-    "a network that gives NaN": (["--network", "BROKEN"], "images are NaN or infinite"),
+    "a network that gives NaN": (["--network", "BROKEN"], "weights that are NaN or infinite"),
 }
 
 

@@ -54,6 +54,8 @@ class GaussianMixture(FeatureDetector):
 
     def _fit(self, features_ND: Floats, class_N: Ints) -> None:
         components = self.components or len(self.classes_)
+        if len(features_ND) < 2:
+            raise ValueError("a Gaussian has a spread, and there is a single known image: give more.")
         if components > len(features_ND):
             raise ValueError(
                 f"a mixture of {components} Gaussians was asked for, and there are {len(features_ND)} known images: "
@@ -61,8 +63,9 @@ class GaussianMixture(FeatureDetector):
             )
         floor = 1e-3 * float(features_ND.var()) or 1e-6  # of a variance, or a dead feature makes it infinite
         solver = Solver(components, covariance_type="diag", reg_covar=floor, random_state=self.seed, max_iter=500)
-        solver.fit(features_ND)
-        self.share_K_, self.mean_KD_, self.variance_KD_ = solver.weights_, solver.means_, solver.covariances_
+        centre_D = features_ND.mean(axis=0)  # the solver expands squares, which cancel far from the origin
+        solver.fit(features_ND - centre_D)
+        self.share_K_, self.mean_KD_, self.variance_KD_ = solver.weights_, solver.means_ + centre_D, solver.covariances_
 
     def _score(self, features_ND: Floats) -> Floats:
         pairs = zip(self.mean_KD_, self.variance_KD_, strict=True)
