@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import re
 import unicodedata
 
@@ -24,8 +25,11 @@ def decoded(data: bytes, errors: str = "strict") -> str:
 def class_name(text: str) -> str:
     """A name as classes are compared: without spaces around, in the composed form (NFC) of its characters.
 
-    The same name reaches us in two forms: macOS writes the names of files decomposed, Linux and Windows composed.
+    The same name reaches us in two forms: macOS writes the names of files decomposed, Linux and Windows composed. Under
+    an ASCII locale Python gives the bytes of UTF-8 as surrogates.
     """
+    with contextlib.suppress(UnicodeError):
+        text = text.encode("utf-8", "surrogateescape").decode()
     return unicodedata.normalize("NFC", text).strip()
 
 

@@ -116,10 +116,13 @@ def read(config: Config) -> Split:
 
 
 def load(config: Config, split: Split, precision: choices.Chosen) -> Network:
+    import torch
+
     from bigtrain.models.network import load_network
     from bigtrain.models.vit import Architecture
     from bigtrain.runtime.precision import device_type
 
+    torch.manual_seed(config.seed)  # of --no-pretrained
     architecture = Architecture(config.arch) if config.arch else None
     given = load_network(
         config.teacher, architecture, pretrained=config.pretrained, plain_vit=True, attention=config.attention

@@ -83,11 +83,12 @@ def name_of(label: object, class_names: Sequence[str] | None = None) -> str | No
 def as_text(name: str) -> str:
     """The name of a class, as `class_name` has it; one that is no UTF-8, which a name of a file need not be, is
     refused."""
+    text = class_name(name)
     try:
-        name.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"has the class {name!a}, which is not UTF-8 text: rename it") from error
-    return class_name(name)
+    return text
 
 
 def numbers_first(name: str) -> tuple[int, str]:

@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
 from bigtrain.files import read_lines
@@ -141,6 +142,9 @@ COMMANDS = {"build": run_build, "check": run_check, "show": run_show, "split": r
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; a user's mistake is one sentence on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # names may not fit the terminal's character set
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args, unknown = parser().parse_known_args(argv)
     if unknown:
         args.parser.refuse(unknown)

@@ -78,7 +78,10 @@ class FeatureDetector:
 
 def checked(features_ND: ArrayLike) -> Floats:
     """Features as float64 (N, D); what is not finite has no place among them."""
-    features = np.asarray(features_ND, np.float64)
+    try:
+        features = np.asarray(features_ND, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"features are numbers, a row for each image, and these are not ({error}).") from error
     if features.ndim != 2:
         raise ValueError(f"features have the shape {features.shape}; a row for each image is needed: (N, D).")
     if bad := int((~np.isfinite(features)).any(axis=1).sum()):

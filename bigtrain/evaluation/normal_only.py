@@ -31,7 +31,7 @@ from bigtrain.evaluation.scored import (
     write_scores,
 )
 
-SHOWN = 16  # pictures of a strip
+SHOWN = 18  # pictures of a strip, in full rows
 LEVELS = (0.5, 0.9, 0.95, 0.99, 1.0)  # quantiles of held-out scores that the report lists
 
 Read = Callable[[ShardSet, NDArray[np.int64]], Stream]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import netrc
+import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import result_settings
@@ -20,6 +23,22 @@ def check_installed(trackers: Sequence[str]) -> None:
     for tracker in trackers:
         if find_spec(tracker) is None:
             raise ValueError(f"--trackers {tracker} is not installed: `uv sync --extra {tracker}` does it.")
+    if "wandb" in trackers and not wandb_has_login():
+        raise ValueError(
+            "--trackers wandb has no login here, and would wait for one: `wandb login`, WANDB_API_KEY, or "
+            "WANDB_MODE=offline, which keeps figures in the run folder."
+        )
+
+
+def wandb_has_login() -> bool:
+    """Whether wandb has a key, or needs none; it would ask for one, or give up after minutes."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def begin_trackers(accelerator: Accelerator, run: RunFolder) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from bigtrain.data.decode import Picture
 from bigtrain.images import UnreadableError
 from shards.shards_cli import main
+from tests.shards import fuzz
 
 ENOUGH = settings(
     max_examples=int(os.environ.get("BIGTRAIN_FUZZ", "60")),
@@ -211,3 +212,27 @@ def test_damaged_list(place, capsys, seed, times, name):
     more = {"coco": ["--split", "train2017"], "table": ["--table", folder / "root" / "t.csv"]}.get(name, [])
     ends_well(["build", name, "--root", folder / "root", "--out", folder / "set", "--workers", 1, *more], capsys)
     assert {path.name for path in folder.iterdir()} <= {"root", "set"}
+
+
+def made_in(kind, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((70, 56), Image.Resampling.BICUBIC).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+KINDS = [
+    *(("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "1"), ("WEBP", "RGBA")),
+    *(("BMP", "RGB"), ("GIF", "P"), ("TIFF", "CMYK"), ("TIFF", "LA"), ("PPM", "L"), ("AVIF", "RGB")),
+]
+
+
+@pytest.mark.parametrize(("kind", "mode"), KINDS)
+@given(seed=seeds)
+@ENOUGH
+def test_all_see_the_same(kind, mode, seed):
+    """Whole or damaged, a picture is taken or refused by build, stream and page alike, with the same pixels."""
+    data = (
+        fuzz.mutated(made_in(kind, mode), made_in("PNG", "RGB"), random.Random(seed)) if seed else made_in(kind, mode)
+    )
+    assert not list(fuzz.disagreements(data))

@@ -43,7 +43,9 @@ def write_signatures(
         sections = [matrix_section(has_CD, classes)]
 
         def strip(dimension: int) -> Strip:
-            strongest = np.argsort(-values["f"][:, dimension], kind="stable")[:PICTURES]
+            value_N = values["f"][:, dimension]
+            # activations may have a ceiling (ReLU6): of equal ones, first those that stand out from the rest of theirs
+            strongest = np.lexsort((values["f"].mean(axis=1), -value_N))[:PICTURES]
             cards = [
                 card(images.shard_set, int(sample_N[n]), "known", float(values["f"][n, dimension])) for n in strongest
             ]
