@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import re
+import tempfile
+import traceback
 import unicodedata
+from itertools import pairwise
+from pathlib import Path
 
+OURS = ("bigtrain", "recipes", "shards", "slurm")
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # what moves a cursor, ends a line, turns the direction of writing, or is no character at all
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -37,6 +44,20 @@ def alike(text: str) -> str:
     """Equal for names that a person would take for one: Cat and cat, 3 and 3.0."""
     plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return re.sub(r"^(-?\d+)\.0+$", r"\1", plain)
+
+
+def told(error: Exception) -> str:
+    """What an error says to a user. Our own sentences stand alone; those of libraries say whose they are."""
+    if isinstance(error, OSError) and error.errno in NO_SPACE and not error.filename:
+        return f"no space is left on the disk of --out, or of {tempfile.gettempdir()}: free some, and start again."
+    if isinstance(error, ImportError | OSError) and type(error).__module__ == "builtins":
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = Path(frames[-1].filename).parts if frames else ()
+    library = next((after for folder, after in pairwise(place) if folder in ("site-packages", "dist-packages")), "")
+    own_module = type(error).__module__.partition(".")[0]
+    library = library if own_module in ("builtins", *OURS) else own_module
+    return str(error) if library in ("", *OURS) else f"{library} says: {type(error).__name__}: {error}"
 
 
 def clock(seconds: float) -> str:

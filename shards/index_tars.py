@@ -20,7 +20,7 @@ from bigtrain.data.schema import INDEX_FILE, MANIFEST_FILE, Manifest, Shard
 from bigtrain.files import read_lines
 from bigtrain.progress import Progress
 from bigtrain.text import counted
-from shards.adapters.lists import warn, warn_of_alike
+from shards.adapters.lists import warn, warn_of_alike, warn_of_one_hot
 from shards.build import SKIPPED_FILE, contents_of, write_lines
 from shards.disk import space_for
 from shards.existing_set import listed
@@ -169,11 +169,7 @@ def summarise(target: Location, found: Total, samples: int) -> None:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(found.left_out.items()))
         print(f"Members that belong to no sample, as WebDataset reads a tar: {counts}.")
     warn_of_alike(found.classes, str(target))
-    if samples > 1 and len(found.shown) == 1 and len(next(iter(found.shown))) > 1:
-        warn(
-            f"all {samples} samples show the same {len(next(iter(found.shown)))} classes: if their labels are one-hot "
-            "vectors, write the number of the class instead, and index again."
-        )
+    warn_of_one_hot(found.shown, samples, str(target))
     again = f"delete {target}/{MANIFEST_FILE} and index again"
     if not found.classes:
         warn(

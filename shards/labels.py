@@ -48,7 +48,7 @@ def names_of(value: object, class_names: Sequence[str] | None = None) -> list[st
         ValueError: anything else, or a number twice in a list, as in a one-hot vector.
     """
     values = list(value) if isinstance(value, list | tuple) else [value]
-    numbers = [one for one in values if isinstance(one, int | float) and not isinstance(one, bool)]
+    numbers = [found[1] for one in values if not isinstance(one, bool) and (found := WHOLE.fullmatch(str(one).strip()))]
     if len(set(numbers)) < len(numbers):
         raise ValueError(
             f"has the classes {str(values)[:80]}, a number twice, and a list of classes names each once: a one-hot "
@@ -58,7 +58,7 @@ def names_of(value: object, class_names: Sequence[str] | None = None) -> list[st
 
 
 def name_of(label: object, class_names: Sequence[str] | None = None) -> str | None:
-    """The name of one label, None where it is no label."""
+    """The name of one label, None where it is no label; a whole number counts in class_names from 0."""
     if isinstance(label, float) and math.isnan(label):
         return None
     if isinstance(label, float) and label.is_integer():
@@ -66,13 +66,13 @@ def name_of(label: object, class_names: Sequence[str] | None = None) -> str | No
     if isinstance(label, bool) or not isinstance(label, int | str | None):
         raise ValueError(f"has the class {label!r}, which is neither a name nor a whole number")
     text = as_text(str(label if label is not None else ""))
-    if not text or text in (class_names or ()):
-        return text or None
-    number = int(found[1]) if (found := WHOLE.fullmatch(text)) else None
-    if number is None and class_names is not None:
-        raise ValueError(f"has class {text!r}, which --class-names does not name")
-    if number is None:
+    if not text:
+        return None
+    if not (found := WHOLE.fullmatch(text)):
+        if class_names is not None and text not in class_names:
+            raise ValueError(f"has class {text!r}, which --class-names does not name")
         return text
+    number = int(found[1])
     if class_names is not None and not 0 <= number < len(class_names):
         raise ValueError(f"has class {number}, and --class-names names 0 .. {len(class_names) - 1}")
     if number < 0:

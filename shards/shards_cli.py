@@ -11,7 +11,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from bigtrain.files import read_lines
-from bigtrain.text import counted
+from bigtrain.text import counted, told
 from shards.adapters import ADAPTERS
 from shards.adapters.lists import warn
 from shards.options import MISTAKE, parser
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ImportError) as error:
-        said = os_error_sentence(error, getattr(args, "out", None)) if isinstance(error, OSError) else str(error)
+        said = os_error_sentence(error, getattr(args, "out", None)) if isinstance(error, OSError) else told(error)
         warn(" ".join(said.split()))
         return MISTAKE
     except KeyboardInterrupt:

@@ -60,7 +60,7 @@ def survey(task: Task) -> Survey:
                     "unpack it."
                 )
             file.seek(0)
-            for key, group in itertools.groupby(contents(file, found), key=lambda entry: entry[0].key):
+            for key, group in itertools.groupby(contents(task, file, found), key=lambda entry: entry[0].key):
                 entries = list(group)
                 if key in keys:
                     found.wrong.append(f"{task.file}: the key {key!r} comes again (its members lie apart)")
@@ -80,15 +80,15 @@ def survey(task: Task) -> Survey:
     return found
 
 
-def contents(file: Digested, found: Survey) -> Iterator[tuple[Member, bytes]]:
+def contents(task: Task, file: Digested, found: Survey) -> Iterator[tuple[Member, bytes]]:
     """The members, and the bytes of pictures and labels as they pass by; what is pickled is never opened."""
     for member in members(file, found.left_out):
         if member.is_pickle:
             found.pickled[member.ext.lower().rsplit(".", 1)[-1]] += 1
             continue
         data = b""
-        if member.is_image or member.may_be_image or member.ext.lower() in LABEL_EXTENSIONS:
-            is_label = not (member.is_image or member.may_be_image)
+        is_label = member.ext.lower() in LABEL_EXTENSIONS and task.classes_from == CLASSES_FROM[0]
+        if member.is_image or member.may_be_image or is_label:
             if is_label and member.size > MAX_LABEL_BYTES:
                 found.wrong.append(f"{found.shard.file}: {member.name} has {member.size} bytes, too many for a label")
             else:

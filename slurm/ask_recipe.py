@@ -39,16 +39,22 @@ def ask_recipe(recipe: Path, flags: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"{recipe} is not a recipe: with --print-config it prints no settings.") from error
 
 
-def check_inputs(sweep: Sweep) -> None:
-    """Refuse files of weights and local shard sets that do not exist, and that no shared run will write."""
+def missing_inputs(sweep: Sweep) -> list[str]:
+    """A sentence for each file of weights and local shard set that is not here, and that no shared run will write."""
+    found = dict[str, str]()
     for run in sweep.runs:
         for name, value in run.settings.items():
-            if not isinstance(value, str) or "://" in value or value in run.needs:
+            if not isinstance(value, str) or not value or "://" in value or value in run.needs:
                 continue
-            is_weights, is_set = Path(value).suffix in LOCAL, name in SETS and value
-            if (is_weights and not Path(value).is_file()) or (is_set and not (Path(value) / MANIFEST_FILE).is_file()):
-                what = "is no file of weights" if is_weights else "is no shard set"
-                raise ValueError(f"{sweep.path}: {name} is {value!r} in the run {run.name}, which {what}: correct it.")
+            if Path(value).suffix in LOCAL and not Path(value).is_file():
+                found[value] = (
+                    f"{sweep.path}: {name} is {value!r} in the run {run.name}, and there is no such file here."
+                )
+            elif name in SETS and not (Path(value) / MANIFEST_FILE).is_file():
+                found[value] = (
+                    f"{sweep.path}: {name} is {value!r} in the run {run.name}, and there is no shard set here."
+                )
+    return list(found.values())
 
 
 def check_settings(sweep: Sweep) -> None:
@@ -57,7 +63,6 @@ def check_settings(sweep: Sweep) -> None:
     Raises:
         ValueError: an unknown axis or setting, or a value that it refuses.
     """
-    check_inputs(sweep)
     for run in {(run.recipe, *run.settings): run for run in reversed(sweep.runs)}.values():
         print(f"asking {run.recipe} for its settings", file=sys.stderr, flush=True)
         with TemporaryDirectory() as folder:

@@ -37,7 +37,7 @@ def parameters(
         made["array_parallelism"] = parallel
     if after:
         made["dependency"] = f"afterany:{':'.join(after)}"
-    setup = [*map(checked_line, cluster.setup), *([see_folder(folder)] if cluster.nodes > 1 else [])]
+    setup = [*watched(cluster.setup), *([see_folder(folder)] if cluster.nodes > 1 else [])]
     if setup:
         made["setup"] = setup
     srun = [f"--cpus-per-task={cluster.cpus_per_task}"]  # since SLURM 22.05 srun does not inherit sbatch's
@@ -49,10 +49,12 @@ def parameters(
     return made
 
 
-def checked_line(line: str) -> str:
-    """A line of the cluster file's setup, which ends the job with a sentence where it fails."""
-    quoted = "'" + line.replace("'", "'\"'\"'") + "'"
-    return f'{line} || {{ echo "bigtrain-slurm: error: this line of setup failed:" {quoted} >&2; exit 2; }}'
+def watched(lines: Sequence[str]) -> list[str]:
+    """The cluster file's own lines of shell; one that fails ends the job and is named. A condition may fail."""
+    if not lines:
+        return []
+    sentence = "bigtrain-slurm: error: this line of setup failed: $BASH_COMMAND"
+    return [f"trap 'echo \"{sentence}\" >&2; exit 2' ERR", *lines, "trap - ERR"]
 
 
 def see_folder(folder: Path) -> str:

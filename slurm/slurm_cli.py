@@ -15,8 +15,9 @@ from typing import get_args, get_origin, get_type_hints
 
 from bigtrain.files import write_json
 from bigtrain.runtime.exit_codes import INTERRUPTED, USER_ERROR
+from bigtrain.text import told
 from slurm import scheduler, status
-from slurm.ask_recipe import ask_recipe, check_settings
+from slurm.ask_recipe import ask_recipe, check_settings, missing_inputs
 from slurm.cluster import Cluster, read_cluster
 from slurm.local import run_here, run_in_this_process
 from slurm.prepare_run import check_folder, prepare, prepare_run
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = given.command(given)
         return code
     except (ValueError, OSError) as error:
-        print(f"bigtrain-slurm: error: {error}", file=sys.stderr)
+        print(f"bigtrain-slurm: error: {told(error)}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -158,6 +159,11 @@ def submit_sweep(given: argparse.Namespace) -> int:
     check_folder(sweep.out)
     if not given.local and not given.dry_run:
         scheduler.check_slurm(cluster)
+    if lacking := missing_inputs(sweep):
+        if given.local:
+            raise ValueError(lacking[0])
+        for sentence in lacking:  # a node may have what this machine lacks
+            print(f"bigtrain-slurm: {sentence} Every node needs it.", file=sys.stderr)
     check_settings(sweep)
     if given.dry_run:
         show_plan(sweep, cluster, SHOWN_RUNS if not given.all else len(sweep.runs))

@@ -85,6 +85,8 @@ class Picture:
         picture = cls.__new__(cls)
         if isinstance(image, Image.Image):
             check_range(image)
+            if 0 in image.size:
+                raise UnreadableError(f"an image of {image.width} x {image.height} has no pixels")
             check_pixels(*image.size)
             with pillow_errors():
                 picture._image = ImageOps.exif_transpose(image)

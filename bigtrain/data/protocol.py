@@ -105,10 +105,14 @@ class Protocol:
         """For each image of a set: does it show an unlabelled class, and no known or novel one? Shape (N,)."""
         return shard_set.shows_any(self.unlabelled) & ~shard_set.shows_any(self.known + self.novel)
 
-    def classes_of(self, shard_set: ShardSet, sample: int) -> list[str]:
-        """The known classes that an image shows; of normal pictures without a class the one that they all have."""
-        shown = [name for name in shard_set.classes_of(sample) if name in self.known]
-        return shown or ([NORMAL] if self.is_normal_only else [])
+    def is_of_unknown_kind(self, test: ShardSet) -> NDArray[np.bool_]:
+        """For each image to judge on: is it unlabelled, or does it show no class at all where such are unlabelled too?
+
+        They are where --unlabelled names a class, and among the test pictures of a run on normal pictures; elsewhere an
+        image without a known object is novel.
+        """
+        shows_none = test.first_class(test.classes) < 0
+        return self.is_unlabelled(test) | (shows_none & bool(self.unlabelled or self.is_normal_only))
 
     def check_test(self, test: ShardSet, sample_N: NDArray[np.int64]) -> None:
         """Refuse a test split whose samples `sample_N` lack known or novel images."""
@@ -141,20 +145,20 @@ def expand(name: str, classes: Sequence[str]) -> list[Protocol]:
     raise ValueError(f"there is no protocol {name!r}; there are uni-class, all-vs-one, half-vs-half, first-half.")
 
 
-def in_validation(keys: Sequence[str], classes: Sequence[str], *, share: float, seed: int) -> NDArray[np.bool_]:
+def in_validation(keys: Sequence[str], class_N: NDArray[np.int64], *, share: float, seed: int) -> NDArray[np.bool_]:
     """Which training samples are held out for validation: exactly this share, of each class too as far as it divides.
 
     Each class's samples stand in the order of BLAKE2b("<seed>:<key>"), and of all classes together those come first
     that come first in their class. So it holds for any order of the samples, and a greater share keeps a smaller one's.
 
     Args:
-        classes: of each sample, one.
+        class_N: of each sample, one, by a number from -1.
     """
     if not 0 <= share < 1:
         raise ValueError(f"a validation share of {share} was asked for; it must be at least 0 and below 1.")
     digests = (hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest() for key in keys)
     digest_N = np.array([int.from_bytes(digest, "big") for digest in digests], np.uint64)
-    _, class_N = np.unique(np.array(classes, dtype=object).astype(str), return_inverse=True)
+    class_N = np.asarray(class_N) + 1
     order_N = np.lexsort((digest_N, class_N))
     count_C = np.bincount(class_N)
     rank_N = np.empty(len(keys))
@@ -233,11 +237,11 @@ def split(
     """
     if (absent := [name for name in protocol.known if name not in train.classes]) and protocol.known != (NORMAL,):
         raise ValueError(f"the known classes {', '.join(absent[:10])} are not in the training shards {train.url}.")
-    judged, unlabelled_N = test or train, np.flatnonzero(protocol.is_unlabelled(test or train))
+    judged = test or train
+    is_unknown_N = protocol.is_unlabelled(train) if test is None else protocol.is_of_unknown_kind(test)
+    unlabelled_N = np.flatnonzero(is_unknown_N)
     if protocol.is_normal_only:
         known_N, test_N = np.flatnonzero(protocol.is_known(train)), np.empty(0, np.int64)
-        if test is not None and not test.classes:
-            unlabelled_N = np.arange(len(test))
     elif test is None:
         known_N, test_N = halved(protocol, train, seed=seed)
     else:
@@ -249,10 +253,9 @@ def split(
         raise ValueError(
             f"{train.url} has no image of the known classes ({', '.join(protocol.known)}) to train on: choose others."
         )
-    keys, classes = zip(
-        *((train.key(s), next(iter(protocol.classes_of(train, s)), "")) for s in known_N.tolist()), strict=True
-    )
-    held_out = in_validation(keys, classes, share=validation_share, seed=seed)
+    keys = train.keys() if len(known_N) == len(train) else [train.key(s) for s in known_N.tolist()]
+    class_N = train.first_class(protocol.known)[known_N]
+    held_out = in_validation(keys, class_N, share=validation_share, seed=seed)
     fitted_N = seeded_choice(known_N[~held_out], train_limit, seed)
     unlabelled_N = seeded_choice(unlabelled_N, test_limit, 0)
     return Split(protocol, train, judged, fitted_N, known_N[held_out], test_N, unlabelled_N)

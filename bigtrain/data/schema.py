@@ -32,9 +32,9 @@ def may_be_of(header: bytes, key: str) -> bool:
 
     Of a long name, or one that is not ASCII, tars differ in what they keep in it: such a one may be any sample's.
     """
-    name, prefix = header[:100].rstrip(b"\0"), header[345:500].rstrip(b"\0")
+    name, prefix = (field.split(b"\0", 1)[0] for field in (header[:100], header[345:500]))
     whole = prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
-    is_plain = len(name) < 100 and key.isascii() and whole.isascii()
+    is_plain = len(name) < 100 and len(whole) < 250 and key.isascii() and whole.isascii()
     return not is_plain or whole.startswith(key.encode() + b".")
 
 

@@ -26,7 +26,7 @@ INDEX_SCHEMA = pa.schema(
         ("classes", pa.list_(pa.string())),  # distinct names, sorted; empty: nothing is annotated
     ]
 )
-DIGEST = "digest"  # of a picture's length, beginning and end; indexes of earlier versions lack it
+DIGEST = "digest"  # 64 bits of a picture's SHA-256; indexes of earlier versions lack it
 WRITTEN_SCHEMA = INDEX_SCHEMA.append(pa.field(DIGEST, pa.uint64()))
 
 

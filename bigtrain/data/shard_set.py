@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,9 +18,8 @@ from bigtrain.data.set_files import DIGEST, read_index, read_manifest, shards_ur
 from bigtrain.retry import DEFAULT, RetryPolicy
 
 log = logging.getLogger(__name__)
-MAX_COMPARED = 2000  # pictures with equal digests whose bytes are read; of more, digests decide
 SPAN_BYTES = 1 << 20  # of pictures, read at once: enough for a disk or a server to be worth the request
-COLUMNS = ("key", "shard", "image_offset", "image_size", "classes")
+COLUMNS = ("key", "shard", "image_offset", "image_size", "width", "height", "classes", DIGEST)
 
 
 class ShardSet:
@@ -57,6 +54,9 @@ class ShardSet:
         self._offset_N = _numbers(table["image_offset"])
         self._size_N = _numbers(table["image_size"])
         self._class_start_N, self._class_of_object, self._class_names = _encoded(table["classes"])
+        self._digest_N: NDArray[np.uint64] | None = _numbers(table[DIGEST]) if DIGEST in table.column_names else None
+        side_N = np.maximum(_numbers(table["width"]), _numbers(table["height"]))
+        self.typical_side = int(np.median(side_N)) if len(side_N) else 0  # the median of the longer sides, in pixels
         self._reader = self.reader()
         self._check_sizes()
 
@@ -98,38 +98,34 @@ class ShardSet:
     def also_in(self, other: ShardSet, sample_N: NDArray[np.int64], others_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which of these samples have the very bytes of one of the other set's: copies, or the same places of a subset.
 
-        By a digest in the index, and by their bytes where it is equal. An index of an earlier version has no digests:
-        then only the same places of the same shards are found.
+        By the digests in the indexes. An index of an earlier version has none: then only the same places of the same
+        shards are found.
         """
-        if not len(sample_N) or not len(others_N):
-            return np.empty(0, np.int64)
         own, theirs = self._digest_N, other._digest_N
-        if own is None or theirs is None:
-            places = set(other._places(others_N))
-            same = [s for s, place in zip(sample_N.tolist(), self._places(sample_N), strict=True) if place in places]
-            return np.array(same, np.int64)
-        sample_N = sample_N[np.isin(own[sample_N], theirs[others_N])]
-        if len(sample_N) > MAX_COMPARED:
-            return sample_N
-        others_N = others_N[np.isin(theirs[others_N], own[sample_N])][: 4 * MAX_COMPARED]
-        contents = {hashlib.sha256(data).digest() for data in other.read(others_N.tolist())}
-        is_same = [hashlib.sha256(data).digest() in contents for data in self.read(sample_N.tolist())]
-        return sample_N[np.array(is_same, bool)] if is_same else sample_N
-
-    def sides(self) -> NDArray[np.int32]:
-        """The longer side of each picture, in pixels."""
-        table = read_index(self.url, ("width", "height"), self._retry)
-        return np.maximum(_numbers(table["width"]), _numbers(table["height"]))
-
-    @cached_property
-    def _digest_N(self) -> NDArray[np.uint64] | None:
-        table = read_index(self.url, (DIGEST,), self._retry)
-        return _numbers(table[DIGEST]) if table.num_columns else None
+        if own is not None and theirs is not None:
+            return sample_N[np.isin(own[sample_N], theirs[others_N])]
+        common = {s.sha256 for s in self.manifest.shards} & {s.sha256 for s in other.manifest.shards}
+        if not common or self is other:  # of one set, other samples are other places
+            return sample_N[np.isin(sample_N, others_N)] if self is other else np.empty(0, np.int64)
+        places = set(other._places(others_N))
+        is_same = [place in places for place in self._places(sample_N)]
+        return sample_N[np.array(is_same, bool)]
 
     def _places(self, sample_N: NDArray[np.int64]) -> list[tuple[str, int]]:
         files = [shard.sha256 for shard in self.manifest.shards]
         pairs = zip(self.shard_N[sample_N].tolist(), self._offset_N[sample_N].tolist(), strict=True)
         return [(files[number], offset) for number, offset in pairs]
+
+    def first_class(self, class_names: Sequence[str]) -> NDArray[np.int64]:
+        """The first of these classes that each sample shows, by its number among them; -1 where it shows none: (N,)."""
+        number_of = {name: number for number, name in enumerate(class_names)}
+        number_C = np.array([number_of.get(name, -1) for name in self._class_names], np.int64)
+        number_of_object = np.append(number_C, -1)[self._class_of_object]
+        row_of_object = np.repeat(np.arange(len(self)), np.diff(self._class_start_N))
+        rows, places = np.unique(row_of_object[number_of_object >= 0], return_index=True)
+        found_N = np.full(len(self), -1, np.int64)
+        found_N[rows] = number_of_object[number_of_object >= 0][places]
+        return found_N
 
     def plan(self, sample_N: NDArray[np.int64], global_batch: int, seed: int = 0, shuffle: bool = True) -> Plan:
         """The plan of an epoch over some of the samples, ascending, with spans as long as this set allows.

@@ -198,8 +198,10 @@ class Stream:
             if self.workers == 0 or is_other or "Original Traceback" in str(error):
                 raise
             why = "was it killed, or out of memory? Use fewer --workers"
-            if "shared memory" in str(error) or has_little_shared_memory():
+            if "shared memory" in str(error):
                 why = "there is too little shared memory: make /dev/shm larger (docker run --shm-size)"
+            elif has_little_shared_memory():
+                why += ", or is there too little shared memory? Make /dev/shm larger (docker run --shm-size)"
             elif not has_begun:
                 why += '. Or did it never start? A script must stream inside `if __name__ == "__main__":`'
             raise OSError(f"a process that reads {self.shard_set.url} has ended; {why}.") from error

@@ -141,7 +141,7 @@ class ImageDetector:
                 try:
                     views.append(view(_open(image, reduced=reduced), np.random.default_rng(0))["image"])
                     is_read_b[place] = True
-                except (UnreadableError, OSError) as error:
+                except (ValueError, OSError) as error:  # of a closed file too
                     named = str(image) if isinstance(image, str | Path) else f"picture {number} (counted from 0)"
                     if unreadable == "raise":
                         raise UnreadableError(f"{named} cannot be scored: {error}") from error
@@ -230,7 +230,8 @@ def chosen_device(device: str | None) -> torch.device:
 def check_several(images: object) -> None:
     """Refuse what is one picture, whose letters, bytes or rows would be taken for many."""
     is_one = isinstance(images, str | Path | bytes | bytearray | memoryview | Image.Image | Mapping)
-    is_one = is_one or hasattr(images, "read") or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
+    is_one = is_one or hasattr(images, "read") or (isinstance(images, Tensor) and images.ndim < 4)
+    is_one = is_one or (isinstance(images, np.ndarray) and images.ndim < 4 and images.dtype.kind not in "OUS")
     if is_one or not isinstance(images, Iterable):
         what = type(images).__name__
         hint = "its pictures, such as sorted(folder.glob('*.jpg'))"

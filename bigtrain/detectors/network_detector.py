@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 from torch import Tensor
 
 from bigtrain.data.views import CentreCrop
@@ -20,9 +19,9 @@ from bigtrain.detectors.catalogue import detector_class, name_of
 from bigtrain.detectors.feature_detector import FeatureDetector
 from bigtrain.detectors.image_detector import ImageDetector, Scored, chosen_device, read_record, read_scoring
 from bigtrain.models.network import Network, load_network
-from bigtrain.models.weights import save_tensors
+from bigtrain.models.weights import read_tensors, save_tensors
 
-NETWORK_FILE = "network.safetensors"
+NETWORK_FILE, FITTED_FILE = "network.safetensors", "fitted.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +88,21 @@ class NetworkDetector(ImageDetector):
         except OSError:
             self.network.save(folder / NETWORK_FILE)
         about, arrays = state_of(self.detector)
-        save_tensors(folder / "fitted.safetensors", {k: torch.from_numpy(v) for k, v in arrays.items()}, {})
+        save_tensors(folder / FITTED_FILE, {k: torch.from_numpy(v) for k, v in arrays.items()}, {})
         return {"detector": about}
 
     @classmethod
     def load(cls, folder: Path, *, device: str | None = None) -> NetworkDetector:
         record = read_record(folder)
         scoring = read_scoring(Scoring, record, folder, without=["detector"])
-        detector = with_state(record["detector"], load_file(folder / "fitted.safetensors"))
+        try:
+            arrays = {name: value.numpy() for name, value in read_tensors(folder / FITTED_FILE)[0].items()}
+            detector = with_state(record["detector"], arrays)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{folder} holds no detector that this bigtrain reads ({type(error).__name__}: {error}): it was "
+                "written by another version, or changed."
+            ) from error
         network = load_network(folder / NETWORK_FILE, device=chosen_device(device))
         return cls(network, detector, scoring)
 

@@ -4,7 +4,7 @@ which pictures look most unusual. There are no figures of novelty: nothing novel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def judge_normal(
         "method": method,
         "normal_only": True,
         "threshold": threshold_of(threshold, held_out, by_name.get(UNLABELLED)),
-        **judged_images(split, seed, len(held_out), {"train": all_skipped(streams)}),
+        **judged_images(split, seed, len(held_out), skipped_by_set(split, streams)),
     }
     if errors and len(held_out):
         results["explained"] = explained(held_out, next(iter(errors.values())), seed=seed)._asdict()
@@ -97,6 +97,11 @@ def judge_normal(
         write_page(folder / "report.html", f"{method}: normal pictures only", lead, sections)
     accelerator.wait_for_everyone()
     return results
+
+
+def skipped_by_set(split: Split, streams: Sequence[Stream]) -> dict[str, dict[str, str]]:
+    of_test = [stream for stream in streams if stream.shard_set is split.test and split.test is not split.train]
+    return {"train": all_skipped([stream for stream in streams if stream not in of_test]), "test": all_skipped(of_test)}
 
 
 def threshold_of(

@@ -76,12 +76,7 @@ def write_scores(path: Path, parts: list[Scored]) -> None:
             "score": float(score),
         }
         for part in parts
-        for sample, novel, score in zip(
-            part.sample_N,
-            [None] * len(part.sample_N) if part.novel_N is None else part.novel_N,
-            part.score_N,
-            strict=True,
-        )
+        for sample, novel, score in zip(part.sample_N, part.novel_N, part.score_N, strict=True)
     ]
     text = pa.string()
     kinds = {"key": text, "split": text, "classes": pa.list_(text), "novel": pa.bool_(), "score": pa.float64()}

@@ -105,8 +105,11 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
             "tensors alone, as .pth or .safetensors."
         ) from error
     said = ""
-    for wrapper in (*AVERAGES, "state_dict", "model", "teacher"):
+    for wrapper in (*AVERAGES, *RAW):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            is_state = all(isinstance(value, Tensor) for value in state[wrapper].values())
+            if wrapper in AVERAGES and not is_state:
+                continue  # a decay beside it, say
             others = [key for key in RAW if wrapper in AVERAGES and isinstance(state.get(key), dict)]
             if others:
                 said = f"; the moving average {wrapper} is taken, not the raw weights {others[0]} beside it"

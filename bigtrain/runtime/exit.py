@@ -3,26 +3,21 @@ process group destroyed."""
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import socket
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from io import TextIOWrapper
-from pathlib import Path
 
 from bigtrain.runtime import heartbeat
 from bigtrain.runtime.exit_codes import INTERRUPTED, LOST, USER_ERROR
 from bigtrain.runtime.heartbeat import Heartbeat
 from bigtrain.runtime.launch import stop_with_launcher
-from bigtrain.text import clean
+from bigtrain.text import clean, told
 
-OURS = ("bigtrain", "recipes", "shards", "slurm")
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 at_end = ExitStack()  # what `user_errors` releases, such as the run folder's lock
 
 
@@ -44,7 +39,7 @@ def user_errors(program: str) -> Iterator[None]:
         leave_group()
         raise
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
-        said = sentence(error)
+        said = told(error)
         if os.environ.get("BIGTRAIN_TRACEBACK"):
             traceback.print_exc()
         # before a process group forms, all ranks of a machine find the same mistake: one reports it
@@ -62,20 +57,6 @@ def user_errors(program: str) -> Iterator[None]:
     finally:
         at_end.close()
     leave_group()
-
-
-def sentence(error: Exception) -> str:
-    """What an error says; one of the system, or of a library, says where it comes from too."""
-    if isinstance(error, OSError) and error.errno in NO_SPACE and not error.filename:
-        return f"no space is left on the disk of --out, or of {tempfile.gettempdir()}: free some, and start again."
-    if isinstance(error, ImportError | OSError):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    place = Path(frames[-1].filename).parts if frames else ()
-    library = place[place.index("site-packages") + 1] if "site-packages" in place else ""
-    if not library or library in OURS:
-        return str(error)
-    return f"{library} says: {type(error).__name__}: {error}. BIGTRAIN_TRACEBACK=1 shows where."
 
 
 def leave_group() -> None:

@@ -58,7 +58,8 @@ class Follower:
         try:
             record = json.loads((self.path.parent / PROGRESS_FILE).read_text())
             stage, at = self.stages[record["stage"]], float(record["time"])
-            if stage is self.newest and stage.step < int(record["step"]) <= int(record["steps"]) and math.isfinite(at):
+            is_newer = math.isfinite(at) and at >= max(self.times, default=0.0)  # not of a start before this one
+            if stage is self.newest and is_newer and stage.step < int(record["step"]) <= int(record["steps"]):
                 stage.step = int(record["step"])
                 self.times.append(at)
         except (OSError, ValueError, KeyError, TypeError):

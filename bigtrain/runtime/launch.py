@@ -53,11 +53,17 @@ def expects_gpus() -> bool:
     """Whether accelerate's configuration is for several GPUs, and not for a CPU."""
     if (arguments := arguments_of_accelerate()) is None:
         return False
-    file = next((Path(after) for word, after in pairwise(arguments) if word == "--config_file"), None)
-    if file is None or not file.is_file() or "--cpu" in arguments:
+    named = [after for word, after in pairwise([*arguments, ""]) if word == "--config_file"]
+    named += [word.partition("=")[2] for word in arguments if word.startswith("--config_file=")]
+    if not named or "--cpu" in arguments or not Path(named[0]).is_file():
         return False
-    text = file.read_text(encoding="utf-8", errors="replace")
-    return "MULTI_GPU" in text and "use_cpu: true" not in text
+    import yaml  # of accelerate's files
+
+    try:
+        asked = yaml.safe_load(Path(named[0]).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False  # accelerate has refused it
+    return isinstance(asked, dict) and asked.get("distributed_type") == "MULTI_GPU" and not asked.get("use_cpu")
 
 
 def has_gpu() -> bool:

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ class StageLog:
         if now - self.told > TELL_EVERY_S or self.done == self.steps:  # rows are further apart
             self.told = now
             record = {"stage": self.stage, "step": self.done, "steps": self.steps, "time": time.time()}
-            write_json(self.folder / PROGRESS_FILE, record, "renamed")
+            with suppress(OSError):  # nothing but `watch` needs it
+                write_json(self.folder / PROGRESS_FILE, record, "renamed")
         line_due = self.bar.disable and (now - self.last_line > LINE_EVERY_S or self.done == self.steps)
         if not (row_due or line_due):
             return

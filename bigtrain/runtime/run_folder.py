@@ -40,6 +40,11 @@ class RunFolder:
     def finished(self) -> bool:
         return (self / RESULTS_FILE).is_file()
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether an earlier start has created it."""
+        return (self.path / CONFIG_FILE).is_file()
+
     def is_already_finished(self) -> bool:
         """Refuse a folder of another run; say so, once, if this one is finished."""
         self.check()

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -56,6 +57,8 @@ class Stop:
         With several, the others may be in a collective that needs this one."""
         self._may_interrupt = self.accelerator.num_processes == 1
         try:
+            if self._may_interrupt and self.asked:  # since the step before
+                raise AskedWhileWaiting
             yield
         finally:
             self._may_interrupt = False
@@ -86,7 +89,7 @@ class Stop:
             signal.set_wakeup_fd(-1)
             self._wakes.close()  # which ends the thread
 
-    def leave(self, step: int = 0, stage: str = "") -> None:
+    def leave(self, step: int = 0, stage: str = "") -> NoReturn:
         """Exit with the code of a stopped run; call on all ranks, after saving."""
         self.accelerator.wait_for_everyone()
         self.accelerator.print("stopped on request, saved; the same command continues.")

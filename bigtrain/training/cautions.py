@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bigtrain.data.protocol import Split
-from bigtrain.data.shard_set import ShardSet
 from bigtrain.evaluation.intervals import false_alarms
 from bigtrain.text import alike, counted
 
@@ -35,7 +33,7 @@ def cautions(config: Any, split: Split) -> Iterator[str]:
             "usually the better detectors: recipes/baselines.py"
         )
     size = getattr(config, "image_size", 0)
-    if size and (side := typical_side(split.train)) and size >= MUCH_LARGER * side:
+    if size and (side := split.train.typical_side) and size >= MUCH_LARGER * side:
         yield (
             f"the pictures are {side} pixels large, and --image-size is {size}: a smaller one, for a network that "
             "takes it, is faster and shows as much"
@@ -49,10 +47,11 @@ def shared(split: Split) -> Iterator[str]:
         both_N = split.test.also_in(split.train, test_N, trained_N)
         if not len(both_N):
             continue
-        known = int(split.protocol.is_known(split.test)[test_N].sum())
-        if what == "to judge on" and len(both_N) >= HALF * known:
+        is_known_N = split.protocol.is_known(split.test)
+        both, known = int(is_known_N[both_N].sum()), int(is_known_N[test_N].sum())
+        if what == "to judge on" and both >= HALF * known:
             raise ValueError(
-                f"{len(both_N)} of the {known} known pictures {what} in {split.test.url} are training pictures, so "
+                f"{both} of the {known} known pictures {what} in {split.test.url} are training pictures, so "
                 "that no figure would mean anything: give other pictures as --test, or none, and half of --train is "
                 "judged on."
             )
@@ -86,15 +85,9 @@ def names(split: Split) -> Iterator[str]:
     """Known classes that nobody shows in the test split, and classes of nearly the same name on its two sides."""
     if not len(split.test_N):
         return
-    shown = {name for sample in split.test_N.tolist() for name in split.test.classes_of(sample)}
-    if absent := [name for name in split.protocol.known if name not in shown]:
+    number_N = [split.test.first_class([name])[split.test_N] for name in split.protocol.known]
+    if absent := [name for name, its_N in zip(split.protocol.known, number_N, strict=True) if (its_N < 0).all()]:
         near = {alike(name): name for name in split.protocol.novel}
         hints = [f"{name} (is it {near[alike(name)]!r}?)" if alike(name) in near else name for name in absent[:10]]
         more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
         yield f"no picture to judge on shows {counted(len(absent), 'known class')}: {', '.join(hints)}{more}"
-
-
-def typical_side(shard_set: ShardSet) -> int:
-    """The median of the pictures' longer sides, in pixels."""
-    side_N: NDArray[np.int32] = shard_set.sides()
-    return int(np.median(side_N)) if len(side_N) else 0

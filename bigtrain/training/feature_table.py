@@ -30,6 +30,7 @@ from bigtrain.training.feature_cache import Source, extracted
 from bigtrain.training.run_setup import Setup
 
 SCORED_AT_ONCE = 256
+MAX_SAVED_BYTES = 1 << 30  # of what a detector has learned, where all are saved
 FIRST = "nearest neighbours"  # the row that the report begins with, where it is there: no method is plainer
 
 
@@ -87,7 +88,13 @@ def read_inputs(folder: Path, setup: Setup, source: NetworkDetector, split: Spli
         label_of = labels_of(source.network.classes[head] if head else split.protocol.known)
         class_N = np.array([only_label(split.train, sample, label_of) for sample in fitted_N.tolist()])
         inputs[kind] = Inputs(its, fitted_ND, class_N, held_out_ND, test_ND, unlabelled_ND)
-    return Seen(inputs, held_out_N, test_N, unlabelled_N, {"train": train.skipped, "test": test.skipped})
+    return Seen(
+        inputs,
+        held_out_N,
+        test_N,
+        unlabelled_N,
+        {"train": train.skipped, "test": test.skipped if test is not train else {}},
+    )
 
 
 def score_rows(
@@ -106,33 +113,51 @@ def score_rows(
 
     accelerator, own, failed = setup.accelerator, list[tuple[str, Scores]](), list[tuple[str, str]]()
     saved_networks: dict[int, Path] = {}
-    for number, (name, (detector, inputs)) in enumerate(rows.items()):
+    for number, (name, row) in enumerate(rows.items()):
         setup.heartbeat.mark(f"began to fit {name}")
         if number % accelerator.num_processes == accelerator.process_index:
-            began = time.monotonic()
-            is_alone = accelerator.num_processes == 1
-            judged = (inputs.held_out_ND, inputs.test_ND, inputs.unlabelled_ND)
             try:
-                detector.fit(inputs.fitted_ND, inputs.class_N)
-                fitted_s, began = time.monotonic() - began, time.monotonic()
-                scores = Scores(*(score(name, detector, features_ND, has_bar=is_alone) for features_ND in judged))
-            except (ValueError, FloatingPointError, MemoryError) as error:  # LinAlgError is a ValueError
-                print(f"{name} is left out: {error}", flush=True)
-                failed.append((name, str(error)))
-                continue
-            print(f"{name}: fitted in {fitted_s:.1f} s, scored in {time.monotonic() - began:.1f} s", flush=True)
-            own.append((name, scores))
-            if name in save or EVERY_ROW in save:
-                saved = NetworkDetector(inputs.source.network, detector, inputs.source.scoring)
-                saved.calibrate(scores.held_out_N, quantile)
-                folder = setup.run / "detectors" / name.replace(" ", "_")
-                saved.save(folder, network_in=saved_networks.get(id(inputs.source.network)))
-                saved_networks.setdefault(id(inputs.source.network), folder)
+                own.append((name, fitted_and_scored(name, row, has_bar=accelerator.num_processes == 1)))
+            except Exception as error:  # a library's too: the other rows, and the other processes, go on
+                failed.append(
+                    (name, str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+                )
+                print(f"{name} is left out: {failed[-1][1]}", flush=True)
+            else:
+                keep(setup, name, row, own[-1][1], quantile, save, saved_networks)
         setup.stop.leave_if_asked()
     everyone, not_fitted = dict(gather_object(own)), dict(gather_object(failed))
     if not everyone:
         raise ValueError(f"no detector could be fitted: {'; '.join(f'{n}: {why}' for n, why in not_fitted.items())}")
     return {name: everyone[name] for name in rows if name in everyone}, not_fitted
+
+
+def fitted_and_scored(name: str, row: Row, *, has_bar: bool) -> Scores:
+    detector, inputs = row
+    began = time.monotonic()
+    detector.fit(inputs.fitted_ND, inputs.class_N)
+    fitted_s, began = time.monotonic() - began, time.monotonic()
+    judged = (inputs.held_out_ND, inputs.test_ND, inputs.unlabelled_ND)
+    scores = Scores(*(score(name, detector, features_ND, has_bar=has_bar) for features_ND in judged))
+    print(f"{name}: fitted in {fitted_s:.1f} s, scored in {time.monotonic() - began:.1f} s", flush=True)
+    return scores
+
+
+def keep(
+    setup: Setup, name: str, row: Row, scores: Scores, quantile: float, save: Sequence[str], networks: dict[int, Path]
+) -> None:
+    """Save a row's detector, where it was asked for; its network shares the file of an earlier one's."""
+    detector, inputs = row
+    learned = sum(value.nbytes for value in vars(detector).values() if isinstance(value, np.ndarray))
+    if name not in save and (EVERY_ROW not in save or learned > MAX_SAVED_BYTES):
+        if EVERY_ROW in save:
+            print(f"{name} is not saved, for it holds {learned / 1e9:.1f} GB: --save '{name}' does it", flush=True)
+        return
+    saved = NetworkDetector(inputs.source.network, detector, inputs.source.scoring)
+    saved.calibrate(scores.held_out_N, quantile)
+    folder = setup.run / "detectors" / name.replace(" ", "_")
+    saved.save(folder, network_in=networks.get(id(inputs.source.network)))
+    networks.setdefault(id(inputs.source.network), folder)
 
 
 def score(

@@ -43,8 +43,8 @@ def read_labelled(config: Any) -> Labelled:
         held_out_N = np.flatnonzero(held_out.shows_any(classes))
     else:
         keys = [train.key(sample) for sample in fitted_N.tolist()]
-        shown = [next(iter(train.classes_of(sample)), "") for sample in fitted_N.tolist()]
-        is_held_out = in_validation(keys, shown, share=config.validation_share, seed=config.seed)
+        class_N = train.first_class(classes)[fitted_N]
+        is_held_out = in_validation(keys, class_N, share=config.validation_share, seed=config.seed)
         fitted_N, held_out_N = fitted_N[~is_held_out], fitted_N[is_held_out]
     if len(held_out_N) == 0:
         raise ValueError("nothing is held out to report top-1 on: give --val SHARDS, or a greater --validation-share.")

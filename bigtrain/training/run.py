@@ -78,7 +78,7 @@ def run_recipe(recipe: Recipe[C, D, N], argv: Sequence[str] | None = None) -> No
         networks = recipe.load(config, data, precision)
         from bigtrain.training.cautions import cautions
 
-        notes = list(cautions(config, data)) if isinstance(data, Split) else []
+        notes = [] if run.has_begun or not isinstance(data, Split) else list(cautions(config, data))
         from bigtrain.training.run_setup import Setup  # imports Accelerate: after errors in the networks
 
         setup = Setup.begin(run, precision, recipe.leaves)

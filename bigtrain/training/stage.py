@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 from typing import Protocol as Interface
 
 import torch
@@ -184,9 +184,8 @@ class Stage(Generic[B]):
             if not self.skipped_in_a_row:  # else the weights may be bad
                 self._save()
             self._leave()
-            raise
 
-    def _leave(self) -> None:
+    def _leave(self) -> NoReturn:
         self.log.event("stopped", "when asked")
         self.log.close()
         end_trackers(self.setup.accelerator)

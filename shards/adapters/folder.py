@@ -88,9 +88,8 @@ def chosen(root: Path, class_name: str | None) -> dict[str, list[str]]:
 
 def tell_of_names(root: Path, by_class: Mapping[str, Sequence[str]]) -> None:
     """Say which files and folders are left out for their names, and which names look like a mistake."""
-    others = [
-        name for inner in ("", *(f"{name}/" for name in class_folders(root))) for name in other_files(root, inner)
-    ]
+    folders = class_folders(root)
+    others = [name for inner in ("", *(f"{name}/" for name in folders)) for name in other_files(root, inner)]
     if others and not by_class:
         kinds = Counter(f".{extension(name)}" if extension(name) else "no extension" for name in others)
         raise FileNotFoundError(
@@ -101,9 +100,8 @@ def tell_of_names(root: Path, by_class: Mapping[str, Sequence[str]]) -> None:
         warn(f"{counted(len(others), 'file')} in {root} left out, for by name they are not pictures: {few(others)}.")
     if odd := [name for names in by_class.values() for name in names if extension(name) in ("jfif", "jpe")]:
         warn(f"{counted(len(odd), 'picture')} of {root}, named .jfif or .jpe ({few(odd)}), will be .jpg in the shards.")
-    if empty := [
-        name for name in class_folders(root) if by_class and "" not in by_class and not any(files_in(root, f"{name}/"))
-    ]:
+    are_folders = not set(by_class) - set(folders)
+    if empty := [name for name in folders if are_folders and name not in by_class]:
         warn(f"{counted(len(empty), 'folder')} of {root} without a picture, and so no class of the set: {few(empty)}.")
     warn_of_alike(by_class, root)
 

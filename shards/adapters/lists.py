@@ -34,6 +34,15 @@ def warn_of_alike(names: Iterable[str], where: Path | str) -> None:
         warn(f"{where} has classes whose names are nearly the same ({pairs}): if they are one class, rename them.")
 
 
+def warn_of_one_hot(shown: Collection[Sequence[str]], samples: int, where: Path | str) -> None:
+    """Tell where all samples show the same classes, several of them, as one-hot vectors of two would."""
+    if samples > 1 and len(shown) == 1 and len(together := next(iter(shown))) > 1:
+        warn(
+            f"all {samples} samples of {where} show the same {len(together)} classes: if their labels are one-hot "
+            "vectors, write the number of the class instead, and start again."
+        )
+
+
 def rows(path: Path, form: str, layout: str) -> list[list[str]]:
     """The lines of a list, each of as many words as its form names: "id class", say. Empty lines are skipped."""
     if not path.is_file():

@@ -128,7 +128,7 @@ def stated_size(path: Path) -> tuple[int, int] | None:
         width, height = (
             (int(float(size.findtext(side, "0"))) for side in ("width", "height")) if size is not None else (0, 0)
         )
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return (width, height) if min(width, height) > 0 else None
 

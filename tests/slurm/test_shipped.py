@@ -1,12 +1,13 @@
 """What comes with bigtrain by name, and what a sweep looks at before it begins."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from bigtrain.data.protocol import expand
-from slurm.ask_recipe import check_inputs
-from slurm.job_parameters import checked_line
+from slurm.ask_recipe import missing_inputs
+from slurm.job_parameters import watched
 from slurm.shipped import names, shipped
 from slurm.slurm_cli import main
 from slurm.sweep import name_of, plan
@@ -51,11 +52,11 @@ def test_short_names():
 def test_missing_inputs(tmp_path):
     """An axis value that is a missing file or set is found before anything starts."""
     (tmp_path / "s.toml").write_text('recipe = "defend"\n[settings]\ntrain = "nowhere"\n')
-    with pytest.raises(ValueError, match="train is 'nowhere' in the run run, which is no shard set"):
-        check_inputs(plan(tmp_path / "s.toml"))
+    assert "train is 'nowhere' in the run run" in missing_inputs(plan(tmp_path / "s.toml"))[0]
     (tmp_path / "s.toml").write_text('recipe = "defend"\n[axes]\nteacher = ["resnet18", "gone.pth"]\n')
-    with pytest.raises(ValueError, match=r"teacher is 'gone\.pth' in the run teachergone\.pth, which is no file"):
-        check_inputs(plan(tmp_path / "s.toml"))
+    (sentence,) = missing_inputs(plan(tmp_path / "s.toml"))
+    assert "teacher is 'gone.pth' in the run teachergone.pth, and there is no such file" in sentence
+    assert main(["sweep", str(tmp_path / "s.toml"), "--local"]) == 2
 
 
 def test_one_class_takes_its_turn():
@@ -64,15 +65,25 @@ def test_one_class_takes_its_turn():
     assert [protocol.novel for protocol in expand("all-vs-one", ["bag"])] == [("bag",)]
 
 
-def test_failing_setup_line(tmp_path):
-    """A line of setup that fails ends the job, with the line in a sentence."""
-    import subprocess
+SETUP = [
+    "export A='b c'",
+    "",
+    "test -f ~/.nothing && source ~/.nothing",
+    "true;  # a note",
+    "if false; then",
+    "x",
+    "fi",
+]
 
-    script = "\n".join(map(checked_line, ["export A='b c'", "cd /nowhere/it's", "echo not reached"]))
-    (tmp_path / "job.sh").write_text(script)
-    done = subprocess.run(["bash", str(tmp_path / "job.sh")], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 or "unexpected EOF" in done.stderr
-    script = "\n".join(map(checked_line, ["export A='b c'", "cd /nowhere", "echo not reached"]))
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "not reached" not in done.stdout
-    assert "this line of setup failed: cd /nowhere" in done.stderr
+
+def test_failing_setup_line():
+    """A line of setup that fails ends the job, with the line in a sentence; conditions, notes and blocks are shell."""
+
+    def done(*lines):
+        script = "\n".join([*watched([*SETUP, *lines]), "false", "echo reached"])
+        return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+
+    assert done("true").stdout == "reached\n"
+    failed = done("cd /nowhere")
+    assert failed.returncode == 2 and not failed.stdout
+    assert "this line of setup failed: cd /nowhere" in failed.stderr
