@@ -11,6 +11,7 @@ from typing import Any
 from bigtrain.files import write_text
 from slurm.cluster import Cluster
 from slurm.run_record import FOLDER, JobSpec, events
+from slurm.shipped import shipped
 from slurm.sweep import Run, toml
 
 SETTINGS_FILE = "settings.toml"
@@ -27,7 +28,9 @@ def check_folder(path: Path) -> Path:
 
 def prepare(run: Path, recipe: Path, flags: Sequence[str], cluster: Cluster, logs: Path, **further: Any) -> None:
     """Write what the job of a run will read."""
-    JobSpec(str(recipe.absolute()), tuple(flags), str(Path.cwd()), cluster, str(logs), **further).write(run)
+    JobSpec(str(shipped(recipe, ".py").absolute()), tuple(flags), str(Path.cwd()), cluster, str(logs), **further).write(
+        run
+    )
 
 
 def prepare_run(run: Run, out: Path, cluster: Cluster) -> None:

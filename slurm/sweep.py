@@ -75,7 +75,7 @@ def plan(path: Path) -> Sweep:
     cluster = given.get("cluster", {})
     where = cluster if isinstance(cluster, str) else f"{path}: [cluster]"
     out = Path(given.get("out", f"runs/{path.stem}")).absolute()
-    settings, recipe = given.get("settings", {}), str(shipped(Path(given["recipe"]), ".py"))
+    settings, recipe = given.get("settings", {}), given["recipe"]
     axes = axes_of(path, given, settings)
     if side := side_of(path, given, axes):
         axes = {side: [], **axes}

@@ -56,9 +56,14 @@ def test_by_accelerate(flags, alone, run_of_twenty_steps, tmp_path):
 
 
 def test_two_machines_find_each_other(flags, alone, tmp_path):
+    """The launch file for several machines, made one for CPUs; as it is, it is refused where there is no GPU."""
     port, machines = free_port(), []
+    (tmp_path / "cpu.yaml").write_text(
+        (ROOT / "recipes" / "accelerate" / "multinode.yaml").read_text() + "use_cpu: true\n"
+    )
     for machine in range(2):
         command = accelerate("multinode", 2, *flags, "--distil-epochs", 1, "--out", tmp_path / "run")
+        command = [str(tmp_path / "cpu.yaml") if word.endswith("multinode.yaml") else word for word in command]
         command[3:3] = ["--machine_rank", str(machine), "--main_process_port", str(port)]
         machines.append(subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True))
     said = [machine.communicate(timeout=300)[0] for machine in machines]
