@@ -10,6 +10,7 @@ import numpy as np
 from bigtrain.data.protocol import Split
 from bigtrain.evaluation.intervals import false_alarms
 from bigtrain.text import alike, counted
+from bigtrain.training.read_labelled import Labelled
 
 BATCHES = ("tune_batch", "distil_batch", "batch")  # settings of a global batch
 HALF = 0.5  # of the known test pictures: so many were trained on that nothing is judged
@@ -17,7 +18,28 @@ NORMAL_PARTS = ("good", "normal", "ok")  # what inspection calls a part without 
 MUCH_LARGER = 1.5  # times a picture's side
 
 
-def cautions(config: Any, split: Split) -> Iterator[str]:
+def cautions(config: Any, data: Any) -> Iterator[str]:
+    """Sentences on what a recipe reads: a Split, alone or beside more, or images to learn classes from.
+
+    Raises:
+        ValueError: most of the pictures to judge on are training pictures.
+    """
+    first = getattr(data, "split", data)
+    if isinstance(first, Labelled):
+        yield from of_labelled(first)
+    elif isinstance(first, Split):
+        yield from of_split(config, first)
+
+
+def of_labelled(images: Labelled) -> Iterator[str]:
+    """Pictures of --val that are learnt from, by content."""
+    both_N = images.held_out.also_in(images.train, images.held_out_N, images.fitted_N)
+    if len(both_N):
+        count = len(images.held_out_N)
+        yield f"{len(both_N)} of the {count} pictures to report on are training pictures too: figures are too good"
+
+
+def of_split(config: Any, split: Split) -> Iterator[str]:
     """Sentences, each on one thing.
 
     Raises:

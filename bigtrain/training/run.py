@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from bigtrain.data.protocol import Split
 from bigtrain.data.workers import prepare_workers
 from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.launch import check_launch
@@ -78,7 +77,7 @@ def run_recipe(recipe: Recipe[C, D, N], argv: Sequence[str] | None = None) -> No
         networks = recipe.load(config, data, precision)
         from bigtrain.training.cautions import cautions
 
-        notes = [] if run.has_begun or not isinstance(data, Split) else list(cautions(config, data))
+        notes = [] if run.has_begun else list(cautions(config, data))
         from bigtrain.training.run_setup import Setup  # imports Accelerate: after errors in the networks
 
         setup = Setup.begin(run, precision, recipe.leaves)

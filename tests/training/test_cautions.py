@@ -8,6 +8,7 @@ import pytest
 from bigtrain.data.protocol import Protocol, Split, split
 from bigtrain.evaluation.intervals import false_alarms
 from bigtrain.training.cautions import cautions
+from bigtrain.training.read_labelled import Labelled
 from shards.build import build
 from shards.build_settings import Settings
 
@@ -77,6 +78,16 @@ def test_absent_known_class(built):
     assert "no picture to judge on shows 1 known class: Cat (is it 'cat'?)" in said(
         divided(train, test, ["Cat", "emu"])
     )
+
+
+def test_validation_pictures(built):
+    """Pictures to report a classifier's accuracy on are compared with those it learns from."""
+    train, few = built("train", {"cat": range(20)}), built("few", {"cat": [0, *range(100, 109)]})
+    said_of = Labelled(("cat",), train, np.arange(20), few, np.arange(10))
+    assert "1 of the 10 pictures to report on are training pictures too" in said(said_of)
+    same = said_of._replace(held_out=train, held_out_N=np.arange(20))
+    assert "20 of the 20 pictures to report on are training pictures too" in said(same)
+    assert not said(said_of._replace(held_out_N=np.arange(1, 10)))
 
 
 def test_false_alarms():
