@@ -119,11 +119,15 @@ def test_live_page(run):
     console = Console(file=StringIO(), width=80, force_terminal=True)
     add(run, row(1))
 
-    def go_on():
-        time.sleep(0.3)
+    def go_on():  # once the page shows the step before, however busy the machine is
+        until_shown("1 of 10")
         add(run, row(7))
-        time.sleep(0.3)
+        until_shown("7 of 10")
         (run / "results.json").write_text("{}")
+
+    def until_shown(step):
+        while step not in console.file.getvalue():
+            time.sleep(0.01)
 
     threading.Thread(target=go_on).start()
     watch(run, every_s=0.05, console=console)
