@@ -244,3 +244,16 @@ def test_lazy_names():
     """The package's only lazy name is `load_detector`: another is an AttributeError."""
     with pytest.raises(AttributeError, match="no attribute 'load_detectors'"):
         bigtrain.load_detectors  # noqa: B018
+
+
+def test_unreadable_pictures(detector, pictures, tmp_path, caplog):
+    """A picture that cannot be read scores NaN and is named, and the others score as they do without it."""
+    (tmp_path / "frame_17.jpg").write_bytes(b"<html>404</html>")
+    scores = detector.score([pictures[0], tmp_path / "frame_17.jpg", pictures[1], b""])
+    assert np.isnan(scores).tolist() == [False, True, False, True]
+    assert np.array_equal(scores[[0, 2]], detector.score(pictures[:2]))
+    assert "frame_17.jpg cannot be scored" in caplog.text and "picture 3 (counted from 0)" in caplog.text
+    assert np.isnan(detector.score_map([pictures[0], b""])).all(axis=(1, 2)).tolist() == [False, True]
+    with pytest.raises(ValueError, match=r"frame_17\.jpg cannot be scored: not a picture"):
+        detector.score([tmp_path / "frame_17.jpg"], unreadable="raise")
+    np.testing.assert_allclose(detector.score(pictures[:2], batch=1), scores[[0, 2]], rtol=1e-4)
