@@ -56,7 +56,9 @@ def check(config: Config) -> None:
         raise ValueError(f"there is no detector {', '.join(unknown)}; there are {', '.join(EVERY)}.")
     rows = {*EVERY, *(f"{name} pre" for name in EVERY), EVERY_ROW, "none"}
     if unknown := [name for name in config.save if name not in rows]:
-        raise ValueError(f"--save names {', '.join(unknown)}; the rows are {', '.join(EVERY)}, each also with pre.")
+        raise ValueError(
+            f"--save names {', '.join(unknown)}; it may be all, none, or of {', '.join(EVERY)}, each also with pre."
+        )
     if config.finetuned:
         check_source(config.finetuned)
 

@@ -168,7 +168,7 @@ def dense_tuning(config: Config, setup: Setup, split: Split, given: Network) -> 
     if tuned := setup.left(LEAVES["tune"], attention=config.attention):
         return tuned
     torch.manual_seed(config.seed)
-    prototypes = config.prototypes or 2 * max(1, split.train.count_classes(split.fitted_N))
+    prototypes = config.prototypes or 2 * max(1, len(split.train.classes_shown(split.fitted_N)))
     tuner = DenseTuner(copy.deepcopy(given.vit), prototypes, config.tuned_blocks)
     tuner.vit.recompute = config.run.recompute
     queue = TokenQueue(config.queue)

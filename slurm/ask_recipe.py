@@ -13,7 +13,7 @@ from typing import Any
 
 from bigtrain.choices import LOCAL
 from bigtrain.data.schema import MANIFEST_FILE
-from slurm.shipped import names, shipped
+from slurm.shipped import shipped, shipped_names
 from slurm.sweep import Sweep, toml
 
 SETS = ("train", "test", "val", "reference")  # settings that name a shard set
@@ -25,9 +25,9 @@ def ask_recipe(recipe: Path, flags: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: there is no such recipe, or it refuses the flags, in its own words.
     """
-    recipe = shipped(recipe, ".py")
+    recipe = shipped(recipe, "recipe")
     if not recipe.is_file():
-        raise ValueError(f"there is no recipe {recipe}: name a script, or one of {', '.join(names('.py'))}.")
+        raise ValueError(f"there is no recipe {recipe}: name a script, or one of {', '.join(shipped_names('recipe'))}.")
     command = [sys.executable, str(recipe), *flags, "--print-config"]
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(command, capture_output=True, text=True, env=alone)

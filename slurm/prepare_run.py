@@ -28,9 +28,9 @@ def check_folder(path: Path) -> Path:
 
 def prepare(run: Path, recipe: Path, flags: Sequence[str], cluster: Cluster, logs: Path, **further: Any) -> None:
     """Write what the job of a run will read."""
-    JobSpec(str(shipped(recipe, ".py").absolute()), tuple(flags), str(Path.cwd()), cluster, str(logs), **further).write(
-        run
-    )
+    JobSpec(
+        str(shipped(recipe, "recipe").absolute()), tuple(flags), str(Path.cwd()), cluster, str(logs), **further
+    ).write(run)
 
 
 def prepare_run(run: Run, out: Path, cluster: Cluster) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-FOLDERS = {".py": ("recipes", ""), "sweep": ("slurm", "sweeps"), "cluster": ("slurm", "clusters")}
+FOLDERS = {  # kind -> package, folder in it, what its files end in
+    "recipe": ("recipes", "", ".py"),
+    "sweep": ("slurm", "sweeps", ".toml"),
+    "cluster": ("slurm", "clusters", ".toml"),
+}
 
 
 def shipped(given: Path, kind: str) -> Path:
@@ -14,21 +18,20 @@ def shipped(given: Path, kind: str) -> Path:
     Args:
         kind: of FOLDERS.
     """
-    package, inner = FOLDERS[kind]
-    spec = find_spec(package)
-    if given.is_file() or spec is None or not spec.submodule_search_locations:
-        return given
-    found = (
-        Path(next(iter(spec.submodule_search_locations))) / inner / f"{given.stem}{'.py' if kind == '.py' else '.toml'}"
-    )
+    package, inner, suffix = FOLDERS[kind]
     is_named = given.parent in (Path(), Path(package) / inner)
-    return found if is_named and found.is_file() else given
+    if given.is_file() or not is_named or given.stem not in shipped_names(kind):
+        return given
+    return folder_of(kind) / f"{given.stem}{suffix}"
 
 
-def names(kind: str) -> list[str]:
+def shipped_names(kind: str) -> list[str]:
     """What `shipped` finds of a kind."""
-    package, inner = FOLDERS[kind]
-    spec = find_spec(package)
-    places = list(spec.submodule_search_locations or []) if spec else []
-    suffix = ".py" if kind == ".py" else ".toml"
-    return sorted(file.stem for place in places for file in (Path(place) / inner).glob(f"[!_]*{suffix}"))
+    return sorted(file.stem for file in folder_of(kind).glob(f"[!_]*{FOLDERS[kind][2]}"))
+
+
+def folder_of(kind: str) -> Path:
+    package, inner, _ = FOLDERS[kind]
+    spec = find_spec(package)  # finds it, and imports nothing
+    assert spec is not None and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations))) / inner

@@ -116,7 +116,7 @@ def cluster_of(given: argparse.Namespace, base: Cluster | None = None) -> Cluste
 
 
 def submit_one(given: argparse.Namespace) -> int:
-    given.recipe = shipped(given.recipe, ".py")
+    given.recipe = shipped(given.recipe, "recipe")
     if given.debug:
         run_in_this_process(given.recipe, given.flags)
         return 0

@@ -17,7 +17,7 @@ from bigtrain.data.protocol import expand
 from bigtrain.data.set_files import read_manifest
 from bigtrain.files import read_toml
 from slurm.cluster import Cluster, read_cluster
-from slurm.shipped import names, shipped
+from slurm.shipped import shipped, shipped_names
 
 KEYS = {
     "recipe": str, "out": str, "cluster": str | dict, "max_parallel": int, "protocol": str, "classes": list,
@@ -66,7 +66,7 @@ def plan(path: Path) -> Sweep:
     Raises:
         ValueError: an unknown key, an invalid value, or two identical runs.
     """
-    given = read_toml(path, f"name a sweep file, or one that comes with bigtrain: {', '.join(names('sweep'))}")
+    given = read_toml(path, f"name a sweep file, or one that comes with bigtrain: {', '.join(shipped_names('sweep'))}")
     checked_values(str(path), given, KEYS, "key")
     if "recipe" not in given:
         raise ValueError(f"{path}: recipe is missing: which script runs, such as recipes/defend.py?")

@@ -103,10 +103,8 @@ class Picture:
         at single hard edges (Pillow filters across before it filters down). Where all views are so small that a JPEG is
         decoded smaller: 1 in the mean over photographs, 6 over one of fine texture, 64 at single edges.
         """
-        spare = (
-            1 if not self._reduced else min(min(box[2] - box[0], box[3] - box[1]) / size for box, size in views) / SPARE
-        )
-        reduce = next(factor for factor in (8, 4, 2, 1) if factor <= max(spare, 1))
+        spare = min(min(box[2] - box[0], box[3] - box[1]) / size for box, size in views) / SPARE
+        reduce = next(factor for factor in (8, 4, 2, 1) if factor <= max(spare, 1)) if self._reduced else 1
         pixels_HW3 = self._decoded(reduce)
         down, across = pixels_HW3.shape[0] / self.height, pixels_HW3.shape[1] / self.width
         return [

@@ -1,4 +1,4 @@
-"""What a process that streams pictures does with freed memory."""
+"""Memory of processes that stream pictures: what is freed, and what they share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_BLOCK_BYTES = 32 << 20  # the most that glibc accepts
 KEPT_BYTES = 256 << 20
-
 LITTLE_SHARED_MEMORY_BYTES = 1 << 30
 
 

@@ -74,8 +74,8 @@ class Reader:
                 self._check_header(path, data, size[places[0]])
             for i in places:
                 start = start_N[i] - first
-                header = data[max(start - tarfile.BLOCKSIZE, 0) : start]
-                if (key := keys[i]) is not None and not may_be_of(header, key):
+                key = keys[i]
+                if key is not None and not may_be_of(data[max(start - tarfile.BLOCKSIZE, 0) : start], key):
                     raise self._other_pictures(path)
                 pictures[i] = data[start : start + size[i]]  # the whole of `data` is not copied
         return pictures

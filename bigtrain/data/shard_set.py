@@ -55,7 +55,7 @@ class ShardSet:
         self._size_N = _numbers(table["image_size"])
         self._class_start_N, self._class_of_object, self._class_names = _encoded(table["classes"])
         self._digest_N: NDArray[np.uint64] | None = _numbers(table[DIGEST]) if DIGEST in table.column_names else None
-        side_N = np.maximum(_numbers(table["width"]), _numbers(table["height"]))
+        side_N = np.maximum(*(_numbers(pc.fill_null(table[side], 0)) for side in ("width", "height")))
         self.typical_side = int(np.median(side_N)) if len(side_N) else 0  # the median of the longer sides, in pixels
         self._reader = self.reader()
         self._check_sizes()
@@ -84,12 +84,12 @@ class ShardSet:
         hits = np.concatenate([[0], np.cumsum(wanted_C[self._class_of_object])])
         return hits[self._class_start_N[1:]] > hits[self._class_start_N[:-1]]
 
-    def count_classes(self, sample_N: NDArray[np.int64]) -> int:
-        """How many distinct classes these images show together."""
+    def classes_shown(self, sample_N: NDArray[np.int64]) -> set[str]:
+        """The classes that these images show together."""
         is_counted_N = np.zeros(len(self), bool)
         is_counted_N[sample_N] = True
         is_counted = np.repeat(is_counted_N, np.diff(self._class_start_N))
-        return int(np.count_nonzero(np.bincount(self._class_of_object[is_counted])))
+        return {self._class_names[c] for c in np.unique(self._class_of_object[is_counted])}
 
     def shared_pictures(self, other: ShardSet) -> int:
         """How many pictures of this set are in another one too; see `also_in`."""

@@ -116,18 +116,13 @@ class ImageDetector:
             ValueError: a single picture instead of several, or, with "raise", one that cannot be read.
         """
         parts = [np.zeros(0)]
-        for found, is_read_b in self._score(images, unreadable=unreadable, batch=batch, reduced=reduced):
+        for found, is_read_b in self._score(images, unreadable, batch, reduced):
             parts.append(np.full(len(is_read_b), np.nan))
             parts[-1][is_read_b] = found.score_B.double().cpu().numpy()
         return np.concatenate(parts)
 
     def _score(
-        self,
-        images: Iterable[Given],
-        *,
-        unreadable: Unreadable = "nan",
-        batch: int | None = None,
-        reduced: bool = True,
+        self, images: Iterable[Given], unreadable: Unreadable = "nan", batch: int | None = None, reduced: bool = True
     ) -> Iterator[tuple[Scored, NDArray[np.bool_]]]:
         """The scores of the readable images of each batch, and which of the batch these are."""
         check_several(images)
@@ -165,10 +160,19 @@ class ImageDetector:
             self.scoring = replace(self.scoring, threshold=threshold, threshold_quantile=quantile)
         return threshold
 
-    def save(self, folder: Path) -> None:
-        """Write detector.json and .safetensors files; the folder appears whole, under its name, at the end."""
+    def save(self, folder: Path, **how: Any) -> None:
+        """Write detector.json and .safetensors files; the folder appears whole, under its name, at the end.
+
+        Args:
+            how: what the method's `_write` takes beside the folder.
+        """
         with whole_folder(folder) as unfinished:
-            record = {"method": self.method, "version": VERSION, **asdict(self.scoring), **self._write(unfinished)}
+            record = {
+                "method": self.method,
+                "version": VERSION,
+                **asdict(self.scoring),
+                **self._write(unfinished, **how),
+            }
             write_json(unfinished / "detector.json", record)
 
 

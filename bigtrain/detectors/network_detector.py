@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,7 +39,6 @@ class NetworkDetector(ImageDetector):
     """
 
     method: ClassVar[str] = "network"
-    _network_in: Path | None = None
 
     def __init__(self, network: Network, detector: FeatureDetector, scoring: Scoring) -> None:
         self.network, self.detector, self.scoring = network, detector, scoring
@@ -74,18 +74,18 @@ class NetworkDetector(ImageDetector):
         score_B = torch.from_numpy(self.detector.score(outputs.cpu().numpy())).to(outputs.device)
         return Scored(score_B, class_B=outputs.argmax(dim=1) if self.scoring.head else None)
 
-    def save(self, folder: Path, *, network_in: Path | None = None) -> None:
-        """As every detector's. Args: network_in: a detector's folder with the very same network, whose file is shared
-        by a link where the disk has links."""
-        self._network_in = network_in
-        super().save(folder)
+    def _write(self, folder: Path, network_in: Path | None = None) -> dict[str, Any]:
+        """As every detector's.
 
-    def _write(self, folder: Path) -> dict[str, Any]:
-        try:
-            if self._network_in is None:
-                raise FileNotFoundError
-            os.link(self._network_in / NETWORK_FILE, folder / NETWORK_FILE)
-        except OSError:
+        Args:
+            network_in: a detector's folder with the very same network, whose file is shared where the disk has links.
+        """
+        is_shared = False
+        if network_in is not None:
+            with suppress(OSError):
+                os.link(network_in / NETWORK_FILE, folder / NETWORK_FILE)
+                is_shared = True
+        if not is_shared:
             self.network.save(folder / NETWORK_FILE)
         about, arrays = state_of(self.detector)
         save_tensors(folder / FITTED_FILE, {k: torch.from_numpy(v) for k, v in arrays.items()}, {})

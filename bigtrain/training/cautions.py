@@ -45,9 +45,9 @@ def of_split(config: Any, split: Split) -> Iterator[str]:
     Raises:
         ValueError: most of the known pictures to judge on are training pictures.
     """
-    yield from shared(split)
+    yield from copies(split)
     yield from few_pictures(config, split)
-    yield from names(split)
+    yield from unusual_classes(split)
     shown = set(split.protocol.known) & set(split.train.classes)
     if any(name.rpartition("/")[2].lower() in NORMAL_PARTS for name in shown) and hasattr(config, "teacher"):
         yield (
@@ -62,7 +62,7 @@ def of_split(config: Any, split: Split) -> Iterator[str]:
         )
 
 
-def shared(split: Split) -> Iterator[str]:
+def copies(split: Split) -> Iterator[str]:
     """Pictures that are judged on and trained on, by content."""
     trained_N = np.concatenate([split.fitted_N, split.held_out_N])
     for test_N, what in ((split.test_N, "to judge on"), (split.unlabelled_N, "to score")):
@@ -77,7 +77,8 @@ def shared(split: Split) -> Iterator[str]:
                 "that no figure would mean anything: give other pictures as --test, or none, and half of --train is "
                 "judged on."
             )
-        yield f"{len(both_N)} of the {len(test_N)} pictures {what} are training pictures too: figures are too good"
+        so = "figures are too good" if what == "to judge on" else "they score as known"
+        yield f"{len(both_N)} of the {len(test_N)} pictures {what} are training pictures too: {so}"
     if len(twice_N := split.train.also_in(split.train, split.held_out_N, split.fitted_N)):
         yield (
             f"{len(twice_N)} of the {len(split.held_out_N)} held-out pictures are copies of training pictures: the "
@@ -103,12 +104,16 @@ def few_pictures(config: Any, split: Split) -> Iterator[str]:
         yield "no picture is held out (--validation-share), so there is no threshold"
 
 
-def names(split: Split) -> Iterator[str]:
-    """Known classes that nobody shows in the test split, and classes of nearly the same name on its two sides."""
+def unusual_classes(split: Split) -> Iterator[str]:
+    """Known classes that no picture to judge on shows, with novel ones of nearly their names; normal ones of none."""
+    if split.protocol.is_normal_only and split.train.classes:
+        none_N = split.train.first_class(split.train.classes)[split.fitted_N] < 0
+        if none_N.any():
+            yield f"{int(none_N.sum())} of the {len(none_N)} training pictures show no class, and are taken for normal"
     if not len(split.test_N):
         return
-    number_N = [split.test.first_class([name])[split.test_N] for name in split.protocol.known]
-    if absent := [name for name, its_N in zip(split.protocol.known, number_N, strict=True) if (its_N < 0).all()]:
+    shown = split.test.classes_shown(split.test_N)
+    if absent := [name for name in split.protocol.known if name not in shown]:
         near = {alike(name): name for name in split.protocol.novel}
         hints = [f"{name} (is it {near[alike(name)]!r}?)" if alike(name) in near else name for name in absent[:10]]
         more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""

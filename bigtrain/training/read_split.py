@@ -47,11 +47,14 @@ def read_protocol(config: Any, train: ShardSet, test: ShardSet | None) -> Protoc
     if config.order == "folder" and config.protocol != "first-half":
         raise ValueError("--order folder has an effect with --protocol first-half alone: leave it out.")
     every = tuple(dict.fromkeys((*train.classes, *(test.classes if test else ()))))
-    unlabelled = tuple(map(class_name, config.unlabelled))
+    own = {class_name(name): name for name in every}  # sets of earlier versions have names in other forms
+    unlabelled, known, novel = (
+        tuple(own.get(class_name(name), name) for name in names)
+        for names in (config.unlabelled, config.known, config.novel)
+    )
     if unknown := [name for name in unlabelled if name not in every]:
         raise ValueError(f"--unlabelled names {', '.join(unknown)}, and the classes are {few(every)}.")
     classes = [name for name in every if name not in unlabelled]
-    known, novel = (tuple(map(class_name, names)) for names in (config.known, config.novel))
     if config.protocol:
         if known or novel:
             raise ValueError(f"--protocol {config.protocol} says what is known: leave --known and --novel out.")

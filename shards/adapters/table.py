@@ -74,7 +74,7 @@ def about(root: Path, split: str, **options: Any) -> About:
     distinct = {cell.as_py() for counts in cells for cell in counts.field("values")}
     labels = {cell: labels_in(cell, options["separator"], table) for cell in distinct}
     warn_of_alike(set().union(*labels.values()), table)
-    warn_of_one_hot({tuple(names) for names in labels.values() if names}, len(paths), table)
+    warn_of_one_hot({tuple(names) for names in labels.values()}, len(paths), table)
     unlabelled = sum(n["counts"].as_py() for counts in cells for n in counts if not labels[n["values"].as_py()])
     if unlabelled:
         warn(f"{unlabelled} of the {len(paths)} rows of {table} have no label: their pictures show no class.")

@@ -8,7 +8,7 @@ import pytest
 from bigtrain.data.protocol import expand
 from slurm.ask_recipe import missing_inputs
 from slurm.job_parameters import watched
-from slurm.shipped import names, shipped
+from slurm.shipped import shipped, shipped_names
 from slurm.slurm_cli import main
 from slurm.sweep import name_of, plan
 
@@ -16,8 +16,8 @@ from slurm.sweep import name_of, plan
 @pytest.mark.parametrize(
     ("given", "kind", "end"),
     [
-        ("defend", ".py", "recipes/defend.py"),
-        ("recipes/defend.py", ".py", "recipes/defend.py"),
+        ("defend", "recipe", "recipes/defend.py"),
+        ("recipes/defend.py", "recipe", "recipes/defend.py"),
         ("coco_uniclass", "sweep", "slurm/sweeps/coco_uniclass.toml"),
         ("slurm/clusters/a100x8.toml", "cluster", "slurm/clusters/a100x8.toml"),
     ],
@@ -26,7 +26,7 @@ def test_by_name(given, kind, end, tmp_path, monkeypatch):
     """A name finds what is installed, from any folder; a file that is there comes first."""
     monkeypatch.chdir(tmp_path)
     assert shipped(Path(given), kind).as_posix().endswith(end)
-    assert Path(given).stem in names(kind)
+    assert Path(given).stem in shipped_names(kind)
     (tmp_path / given).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / given).touch()
     assert shipped(Path(given), kind) == Path(given)
@@ -39,7 +39,7 @@ def test_unknown_names(tmp_path, monkeypatch, capsys):
     assert "one of baselines, deep_novelty, defend" in capsys.readouterr().err
     assert main(["sweep", "nothing", "--dry-run"]) == 2
     assert "coco_uniclass" in capsys.readouterr().err
-    assert shipped(Path("../defend.py"), ".py") == Path("../defend.py")
+    assert shipped(Path("../defend.py"), "recipe") == Path("../defend.py")
 
 
 def test_short_names():
