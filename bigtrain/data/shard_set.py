@@ -55,7 +55,7 @@ class ShardSet:
         self._size_N = _numbers(table["image_size"])
         self._class_start_N, self._class_of_object, self._class_names = _encoded(table["classes"])
         self._digest_N: NDArray[np.uint64] | None = _numbers(table[DIGEST]) if DIGEST in table.column_names else None
-        side_N = np.maximum(*(_numbers(pc.fill_null(table[side], 0)) for side in ("width", "height")))
+        side_N = np.maximum(*(_numbers(_without_gaps(table[side])) for side in ("width", "height")))
         self.typical_side = int(np.median(side_N)) if len(side_N) else 0  # the median of the longer sides, in pixels
         self._reader = self.reader()
         self._check_sizes()
@@ -209,9 +209,13 @@ def _numbers(column: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
     return np.from_dlpack(column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column)
 
 
+def _without_gaps(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Numbers, 0 where there is none; `fill_null` would import pandas too, so it is called where there are gaps."""
+    return pc.fill_null(column, 0) if column.null_count else column
+
+
 def _encoded(classes: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[np.int32], list[str]]:
     """Lists of names as numbers: where each list starts (and the last ends), the numbers in them, the names."""
-    lengths = pc.list_value_length(classes)
-    count_N = _numbers(pc.fill_null(lengths, 0) if lengths.null_count else lengths)
+    count_N = _numbers(_without_gaps(pc.list_value_length(classes)))
     names = pc.list_flatten(classes).dictionary_encode().combine_chunks()
     return np.concatenate([[0], np.cumsum(count_N)]), _numbers(names.indices), names.dictionary.to_pylist()

@@ -13,6 +13,7 @@ from bigtrain.data.plan import check_divides
 
 PARENT = os.getppid()
 PR_SET_PDEATHSIG = 1
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a control group, such as a container's
 # how many processes a scheduler or MPI has started this one among
 STARTED_AMONG = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -86,7 +87,7 @@ def cores() -> int:
     """The cores that this process may use: by affinity, and by the quota of its control group (a container's)."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = CPU_QUOTA.read_text().split()
         return max(1, min(available, int(quota) // int(period)))
     except (OSError, ValueError):  # no such group, or "max"
         return available

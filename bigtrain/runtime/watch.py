@@ -48,6 +48,7 @@ def watch(run: Path, *, every_s: float = 2.0, once: bool = False, console: Conso
             time.sleep(every_s)
             follower.look()
             live.update(page(run, follower, console.width), refresh=True)
+        live.update(page(run, follower, console.width), refresh=True)  # it may have ended since the page was drawn
 
 
 def page(run: Path, follower: Follower, width: int) -> Panel:

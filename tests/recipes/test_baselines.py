@@ -196,3 +196,17 @@ def test_a_mistake_gets_one_sentence(flags, finetuned, tmp_path, capsys, mistake
         main([*flags, "--out", str(tmp_path / "run"), *further])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and says in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_row_that_cannot_be_fitted(views, tmp_path, processes):
+    """One detector that cannot be fitted is named, and loses neither the others nor the other processes."""
+    given = ["--train", views / "train", "--test", views / "test", "--network", "test_resnet", "--no-pretrained"]
+    given += ["--image-size", 32, "--resize", 32, "--known", "bag", "--train-limit", 1, "--test-limit", 60]
+    some = ["--detectors", "nearest neighbours", "Mahalanobis", "K-extremes", "SVDD"]
+    done = started("baselines.py", *given, *some, "--out", tmp_path / "run", processes=processes)
+    assert done.returncode == 0, done.stderr
+    results = results_of(tmp_path / "run")
+    assert list(results["detectors"]) == ["nearest neighbours pre", "SVDD pre", "K-extremes pre"]
+    assert "no covariance" in results["not_fitted"]["Mahalanobis pre"]
+    assert "Mahalanobis pre is left out" in done.stdout

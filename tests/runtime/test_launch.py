@@ -67,3 +67,44 @@ def test_a_real_launcher_is_recognized(tmp_path):
     line = [BIN / "accelerate", "launch", script]
     done = subprocess.run(list(map(str, line)), env=environment, capture_output=True, text=True, timeout=100)
     assert "2 asked for" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "expected"),
+    [
+        ("ddp", [], True),
+        ("multinode", [], True),
+        ("ddp", ["--cpu"], False),
+        ("cpu2", [], False),
+        ("one", [], False),  # on whatever there is
+        ("zero2", [], False),  # without a GPU it runs on the CPU, as its file says
+    ],
+)
+@pytest.mark.parametrize("joined", [False, True])
+def test_launch_files_for_gpus(parent, monkeypatch, config, words, expected, joined):
+    """A launch file for GPUs is refused where there is none, which would otherwise silently be a CPU run."""
+    file = str(ROOT / "recipes" / "accelerate" / f"{config}.yaml")
+    named = [f"--config_file={file}"] if joined else ["--config_file", file]
+    parent("accelerate.commands.launch", *named, *words, "script.py")
+    assert launch.expects_gpus() == expected
+    monkeypatch.setattr(launch, "has_gpu", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if expected:
+        with pytest.raises(ValueError, match="this launch is for GPUs, and this machine has none"):
+            launch.check_launch()
+    else:
+        launch.check_launch()
+
+
+def test_threads(monkeypatch, tmp_path):
+    """A process takes its share of the cores that are ours, unless OMP_NUM_THREADS says otherwise."""
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    monkeypatch.setattr(launch, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert launch.threads_of_process() == 6
+    for quota, cores in (("max 100000", 12), ("400000 100000", 4), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(quota)
+        assert launch.cores() == cores
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert launch.threads_of_process() == 3

@@ -16,7 +16,7 @@ from bigtrain.runtime.exit_codes import INTERRUPTED, STOPPED
 from bigtrain.runtime.log import StageLog
 from bigtrain.runtime.precision import choose_precision
 from bigtrain.runtime.start import seed_step, start
-from bigtrain.runtime.stopping import SIGNALS, Stop
+from bigtrain.runtime.stopping import SIGNALS, AskedWhileWaiting, Stop
 from bigtrain.text import clock
 from tests import launching
 from tests.launching import ENVIRONMENT
@@ -305,3 +305,18 @@ def test_other_ranks_write_nothing(tmp_path):
 
 def test_a_clock_by_hand():
     assert [clock(s) for s in (0, 59.6, 61, 3599, 4000)] == ["0:00", "1:00", "1:01", "59:59", "1:06:40"]
+
+
+def test_asked_while_waiting(accelerator, tmp_path):
+    """A process alone leaves its wait for data at once; a request between two steps is not waited out either."""
+    stop = Stop(accelerator, tmp_path)
+    try:
+        with pytest.raises(AskedWhileWaiting), stop.waiting():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        with pytest.raises(AskedWhileWaiting), stop.waiting():
+            time.sleep(60)
+        os.kill(os.getpid(), signal.SIGTERM)  # while it computes: the step ends first
+        assert stop.agreed()
+    finally:
+        stop.release()

@@ -182,3 +182,13 @@ def test_without_terminal(run):
 def test_figures_are_said_in_words():
     numbers = {"loss": 0.1234, "images_per_s": 71.6, "gradient_norm": 2.0}
     assert shown(numbers) == "loss 0.1234  72 images/s  gradient norm 2"
+
+
+def test_ahead_of_the_rows(run):
+    """The page shows the step that the run is at, and not that of a start before a restart."""
+    add(run, row(1))
+    for at, step in ((time.time() + 1, 5), (0.0, 1)):
+        (run / "progress.json").write_text(json.dumps({"stage": "tune", "step": 5, "steps": 10, "time": at}))
+        follower = Follower(run / "log.jsonl")
+        follower.look()
+        assert follower.newest.step == step
