@@ -253,19 +253,23 @@ class Table:
         )
 
     def _write_normal_report(self, path: Path, title: str, first: str) -> None:
-        rows = []
-        for name, figures in self.figures.items():
-            threshold = figures["threshold"] or {}
-            flagged = f"{threshold['flagged']} of {threshold['unlabelled']}" if "flagged" in threshold else ""
-            rows.append([name, f"{threshold['value']:.6g}" if threshold else "", flagged])
-        table = Section("Thresholds", headings=["detector", "threshold", "unlabelled flagged"], rows=rows)
-        lead = [
-            f"{self.split}. There are no novel pictures, so no figure says how well novelty is found.",
-            f"Thresholds lie at the {100 * self.quantile:g}th percentile of the {len(self.seen.held_out_N)} held-out "
-            f"pictures' scores. Pictures are by {first}.",
+        held_out, unlabelled = len(self.seen.held_out_N), len(self.seen.unlabelled_N)
+        thresholds = {name: figures["threshold"] for name, figures in self.figures.items() if figures["threshold"]}
+        lead = [f"{self.split}. There are no novel pictures, so no figure says how well novelty is found."]
+        if threshold := thresholds.get(first):
+            low, high = (100 * threshold["false_alarms"][end] for end in ("low", "high"))
+            lead.append(
+                f"Thresholds lie at the {100 * self.quantile:g}th percentile of the scores of {held_out} held-out "
+                f"pictures, and will flag from {low:.2g} to {high:.2g} % of normal pictures (95 % interval)."
+            )
+        rows = [
+            [name, f"{its['value']:.6g}", *([f"{its['flagged']} of {unlabelled}"] if unlabelled else [])]
+            for name, its in thresholds.items()
         ]
+        headings = ["detector", "threshold", *(["unlabelled flagged"] if unlabelled else [])]
         by_name = {part.split: part for part in self._scored(first)[1:] if len(part.score_N)}
-        write_page(path, title, lead, [table, *strips_of(by_name)])
+        pictures = [section._replace(text=[f"By {first}."]) for section in strips_of(by_name)]
+        write_page(path, title, lead, [Section("Thresholds", headings=headings, rows=rows), *pictures])
 
     def lines(self) -> str:
         wide = max(map(len, self.figures))

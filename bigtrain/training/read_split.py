@@ -53,7 +53,8 @@ def read_protocol(config: Any, train: ShardSet, test: ShardSet | None) -> Protoc
         for names in (config.unlabelled, config.known, config.novel)
     )
     if unknown := [name for name in unlabelled if name not in every]:
-        raise ValueError(f"--unlabelled names {', '.join(unknown)}, and the classes are {few(every)}.")
+        there = f"the classes are {few(every)}" if every else "these sets have no classes"
+        raise ValueError(f"--unlabelled names {', '.join(unknown)}, and {there}: correct it, or leave it out.")
     classes = [name for name in every if name not in unlabelled]
     if config.protocol:
         if known or novel:

@@ -74,6 +74,8 @@ def test_unlabelled_class(sets, tmp_path):
     assert results["known"] == ["normal"] and results["novel"] == []
     for figures in results["detectors"].values():
         assert figures["threshold"]["unlabelled"] == 20
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "will flag from" in page and "unlabelled flagged" in page and "By nearest neighbours pre." in page
     saved = sorted(path.name for path in (tmp_path / "run" / "detectors").iterdir())
     assert saved == sorted(name.replace(" ", "_") for name in results["detectors"])
     refused = run("baselines.py", *flags, "--unlabelled", "nothing", "--out", tmp_path / "none")
