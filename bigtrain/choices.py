@@ -6,10 +6,12 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
-LOCAL = (".safetensors", ".pth", ".pt", ".npz")  # a network whose name ends so is a file of weights
+LOCAL = (".safetensors", ".pth", ".pt", ".npz", ".bin", ".ckpt", ".pth.tar")  # what files of weights end with
+HUB = ("hf-hub:", "hf_hub:")
 Keep = Literal["attended", "unattended", "random"]
 """Which patches a student sees: methods/defend/masks.py."""
 KeepOrAuto = Literal["auto", "attended", "unattended", "random"]
@@ -42,6 +44,18 @@ HIGHEST_LR = 1e30
 RANGE = "range"
 WORDS = {int: "whole number", float: "number", str: "string", list: "list", dict: "table"}
 MAX_NAMED = 20  # settings that an error lists
+
+
+def is_local(source: Any) -> bool:
+    """Whether a network's name is that of a file of weights, or of a folder with one."""
+    name = str(source)
+    return name.lower().endswith(LOCAL) or name.startswith(("/", "./", "../", "~")) or Path(name).is_dir()
+
+
+def is_hub(source: Any) -> bool:
+    """Whether a network's name is that of a model on Hugging Face's hub: hf-hub:org/name, or org/name."""
+    name = str(source)
+    return name.startswith(HUB) or (name.count("/") == 1 and not is_local(name))
 
 
 def setting(default: Any, low: float, high: float = math.inf) -> Any:

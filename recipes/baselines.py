@@ -66,7 +66,7 @@ def check(config: Config) -> None:
 def load(config: Config, split: Split, precision: Chosen) -> dict[str, NetworkDetector]:
     """The networks whose features are taken, by the suffix of their rows."""
     from bigtrain.detectors.classical.logits import MaxLogit
-    from bigtrain.models.network import load_network
+    from bigtrain.models.load_network import load_network
     from bigtrain.training.trunk import network_detector, read_network
 
     known = split.protocol.known

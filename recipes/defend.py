@@ -28,7 +28,7 @@ from bigtrain.choices import setting
 from bigtrain.data.protocol import Split
 from bigtrain.methods.defend.checks import check_networks, check_settings, kept, student_architecture
 from bigtrain.runtime.launch import check_batch, check_moving_average
-from bigtrain.training.mixins import DataMixin, JudgeMixin, OptimMixin, RunMixin
+from bigtrain.training.mixins import DataMixin, JudgeMixin, OptimMixin, RunMixin, WeightsMixin, check_pixels
 from bigtrain.training.read_split import read_split
 from bigtrain.training.run import Recipe, Result, run_recipe
 from recipes.presets.fashion.prepare import build_embedded_shards, is_embedded, with_preset
@@ -41,11 +41,14 @@ LEAVES = {"tune": "teacher.safetensors", "distil": "student.safetensors"}  # sta
 
 
 @dataclass(frozen=True)
-class Config(RunMixin, JudgeMixin, OptimMixin, DataMixin):
-    teacher: str = "vit_base_patch16_224.augreg_in21k"  # A timm name, or a local .safetensors, .pth or AugReg .npz.
-    arch: str = ""  # The timm vit_* that a local file's weights belong to; bigtrain's own files record theirs.
+class Config(RunMixin, JudgeMixin, OptimMixin, WeightsMixin, DataMixin):
+    teacher: str = "vit_base_patch16_224.augreg_in21k"
+    """A ViT: a timm name, an hf-hub:ORG/NAME, a local file of weights, or a folder in the form of Hugging Face."""
+    arch: str = ""  # The timm name that a local file's weights belong to; our own files and folders record theirs.
     pretrained: bool = True  # --no-pretrained: a name's teacher with random weights.
-    student: str = ""  # The student's architecture, a timm vit_* as wide as the teacher; empty: the teacher's.
+    student: str = ""
+    """The student's architecture, a ViT of timm with the teacher's patches; empty: the teacher's. Tokens of one that is
+    not as wide as the teacher are compared through a linear layer."""
     image_size: int = setting(224, 1)
     crop_size: int = setting(96, 1)
     attention: choices.Backend = "auto"
@@ -103,6 +106,7 @@ class Config(RunMixin, JudgeMixin, OptimMixin, DataMixin):
 
 def check(config: Config) -> None:
     check_settings(config)
+    check_pixels(config)
     if config.ema_teacher or config.ema_student:
         check_moving_average("--ema-teacher, --ema-student")
     for global_batch in (config.tune_batch, config.distil_batch) if config.tune else (config.distil_batch,):
@@ -118,14 +122,22 @@ def read(config: Config) -> Split:
 def load(config: Config, split: Split, precision: choices.Chosen) -> Network:
     import torch
 
-    from bigtrain.models.network import load_network
-    from bigtrain.models.vit import Architecture
+    from bigtrain.models.architecture import Architecture
+    from bigtrain.models.load_network import load_network
     from bigtrain.runtime.precision import device_type
 
     torch.manual_seed(config.seed)  # of --no-pretrained
     architecture = Architecture(config.arch) if config.arch else None
     given = load_network(
-        config.teacher, architecture, pretrained=config.pretrained, plain_vit=True, attention=config.attention
+        config.teacher,
+        architecture,
+        pretrained=config.pretrained,
+        needs_vit=True,
+        weights_key=config.weights_key,
+        image_size=config.image_size,
+        mean=config.mean,
+        std=config.std,
+        attention=config.attention,
     )
     check_networks(config, given, precision, device_type())
     return given
@@ -141,7 +153,9 @@ def defend(config: Config, setup: Setup, split: Split, given: Network) -> Result
 
     given.to(setup.accelerator.device)
     backend = resolve_backend(config.attention, setup.accelerator.device, torch_dtype(setup.precision))
-    setup.announce(f"defend: {split}; teacher {given.described}; attention {backend}")
+    guide = given.vit.guide if kept(config) != "random" and config.distil else ""
+    guided = f"; masks guided by the attention of {guide}" if guide else ""
+    setup.announce(f"defend: {split}; teacher {given.described}; attention {backend}{guided}")
     teacher = dense_tuning(config, setup, split, given) if config.tune else given
     if not config.distil:
         return Result({"leaves": LEAVES["tune"]}, "the teacher is tuned", LEAVES["tune"])
@@ -230,11 +244,14 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
         return trained
     torch.manual_seed(config.seed)
     decoder = 0 if config.predict == "visible" else config.decoder_blocks
-    new_student = partial(student_network, teacher, student_architecture(config, teacher), config.attention, decoder)
-    student = new_student(config.drop_path).vit.train()
+    new_student = partial(
+        student_network, teacher, student_architecture(config, teacher), config.drop_path, attention=config.attention,
+        decoder_blocks=decoder, distilled_blocks=config.distilled_blocks,
+    )  # fmt: skip
+    student = new_student().vit.train()
     student.recompute = config.run.recompute
     lr = scaled_lr(config.distil_lr, config.distil_batch, config.lr_batch)
-    visible = visible_count(math.prod(student.backbone.patch_embed.grid_size), config.mask_ratio)
+    visible = visible_count(math.prod(student.grid_size), config.mask_ratio)
     keep, plan = kept(config), split.train.plan(split.fitted_N, config.distil_batch, config.seed)
     steps = config.distil_steps or config.distil_epochs * plan.batches_per_epoch
     tokens = TeacherTokens(
@@ -268,7 +285,7 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
             step.backward(setup.mean(part, loss_B))
         step.update(lr=factor * lr)
 
-    made = new_student(config.drop_path)
+    made = new_student()
     return setup.leave(LEAVES["distil"], replace(made, trunk=stage.into(made.vit)))
 
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from bigtrain.choices import HIGHEST_LR, LOCAL, BatchNorm, Chosen, Schedule, setting
+from bigtrain.choices import HIGHEST_LR, BatchNorm, Chosen, Schedule, is_local, setting
 from bigtrain.data.protocol import labels_of
 from bigtrain.models.timm_names import check_network_name, check_source
 from bigtrain.runtime.launch import check_batch, check_moving_average
@@ -72,7 +71,7 @@ class Config(RunMixin, OptimMixin):
 
 
 def check(config: Config) -> None:
-    is_file = Path(config.model).suffix in LOCAL
+    is_file = is_local(config.model)
     if is_file and (config.patch_size or config.depth or config.pretrained):
         raise ValueError(f"{config.model} knows its network: leave --patch-size, --depth and --pretrained out.")
     if config.arch and not is_file:
@@ -89,9 +88,10 @@ def load(config: Config, images: Labelled, precision: Chosen) -> Network:
     """What training begins with."""
     import torch
 
-    from bigtrain.models.network import load_network
+    from bigtrain.models.architecture import asked_for
+    from bigtrain.models.load_network import load_network
     from bigtrain.models.sanity import check_sees
-    from bigtrain.models.vit import ViT, asked_for
+    from bigtrain.models.vit import ViT
     from bigtrain.training.trunk import check_training
 
     torch.manual_seed(config.seed)

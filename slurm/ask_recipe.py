@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bigtrain.choices import LOCAL
+from bigtrain.choices import is_local
 from bigtrain.data.schema import MANIFEST_FILE
 from slurm.shipped import shipped, shipped_names
 from slurm.sweep import Sweep, toml
@@ -47,7 +47,7 @@ def missing_inputs(sweep: Sweep) -> list[str]:
         for name, value in run.settings.items():
             if not isinstance(value, str) or not value or "://" in value or value in run.needs:
                 continue
-            if Path(value).suffix in LOCAL and not Path(value).is_file():
+            if is_local(value) and not Path(value).expanduser().exists():
                 found[value] = (
                     f"{sweep.path}: {name} is {value!r} in the run {run.name}, and there is no such file here."
                 )

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bigtrain.choices import LOCAL, checked_values
+from bigtrain.choices import checked_values, is_local
 from bigtrain.data.protocol import expand
 from bigtrain.data.set_files import read_manifest
 from bigtrain.files import read_toml
@@ -229,7 +229,7 @@ def in_name(value: Any) -> Any:
     if not isinstance(value, str) or "/" not in value:
         return value
     *_, folder, name = ["", *value.rstrip("/").split("/")]
-    stem = Path(name).stem if Path(name).suffix in LOCAL else name
+    stem = Path(name).stem if is_local(name) else name
     return f"{folder}_{stem}" if stem != name and folder else stem
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from bigtrain.models.architecture import Architecture
 from bigtrain.models.network import Network
-from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.vit import ViT
 from shards.shards_cli import main as shards_command
 from tests.launching import ROOT, run
 from tests.made_once import made_once

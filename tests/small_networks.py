@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.architecture import Architecture
+from bigtrain.models.vit import ViT
 
 
 @pytest.fixture

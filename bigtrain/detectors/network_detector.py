@@ -19,8 +19,10 @@ from bigtrain.detectors import image_detector
 from bigtrain.detectors.catalogue import detector_class, name_of
 from bigtrain.detectors.feature_detector import FeatureDetector
 from bigtrain.detectors.image_detector import ImageDetector, Scored, chosen_device, read_record, read_scoring
-from bigtrain.models.network import Network, load_network
-from bigtrain.models.weights import read_tensors, save_tensors
+from bigtrain.models.load_network import load_network
+from bigtrain.models.network import Network
+from bigtrain.models.read_weights import read_tensors
+from bigtrain.models.weights import save_tensors
 
 NETWORK_FILE, FITTED_FILE = "network.safetensors", "fitted.safetensors"
 

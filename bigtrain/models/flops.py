@@ -9,6 +9,7 @@ an implementation does twice, such as recomputed activations: MFU is about the m
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,8 @@ def vit_forward_flops(vit: ViT, image_size: ImageSize, visible: int | None = Non
 
     with T = prefix tokens + visible patches; in decoder blocks, all patches. ViT-B/16 at 224: N = 196, T = 197,
     D = 768, 12 blocks: 35.1e9.
-    A pass over several views is the sum of them. The attention of [CLS] that guides a mask is not counted.
+    A pass over several views is the sum of them. The attention that guides a mask is not counted. Of a network whose
+    blocks are not packed (models/families.py) the FLOPs are those that torch counts.
 
     Args:
         vit: its modules give the numbers.
@@ -58,6 +60,8 @@ def _flops(vit: ViT, image_size: ImageSize, visible: int | None) -> tuple[int, i
     """Forward, and backward: one walk through the modules, which timm registers in the order of their use."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     check_image_size((height, width), vit.patch_size)
+    if not vit.is_packed:
+        return _counted(vit, (height, width), visible)
     net: Any = vit.backbone
     patches = height // vit.patch_size * (width // vit.patch_size)
     if visible is not None and not 0 <= visible <= patches:
@@ -86,15 +90,30 @@ def _flops(vit: ViT, image_size: ImageSize, visible: int | None) -> tuple[int, i
     return forward, backward
 
 
+def _counted(vit: ViT, size: tuple[int, int], visible: int | None) -> tuple[int, int]:
+    """Forward as torch counts it; backward by the share of the blocks from the first that learns."""
+    patches = size[0] // vit.patch_size * (size[1] // vit.patch_size)
+    seen_1N = None if visible in (None, patches) else (torch.arange(patches) < visible)[None]
+    image_13HW = torch.zeros(1, 3, *size)
+    forward = _counted_flops(vit, lambda: vit(image_13HW.to(next(vit.parameters()).device), visible_BN=seen_1N))
+    learns = [any(p.requires_grad for p in block.parameters()) for block in vit.backbone.blocks]
+    share = 1 - learns.index(True) / len(learns) if any(learns) else 0.0
+    return forward, round(2 * forward * share)
+
+
 def counted_flops(module: nn.Module, image_size: int) -> int:
     """FLOPs of one image's forward pass through any network, 2 for a multiply-add, as torch counts them."""
+    image_13HW = torch.zeros(1, 3, image_size, image_size, device=next(module.parameters()).device)
+    return _counted_flops(module, lambda: module(image_13HW))
+
+
+def _counted_flops(module: nn.Module, run: Callable[[], object]) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # it imports triton
 
-    parameter = next(module.parameters())
     was_training = module.training
     module.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(torch.zeros(1, 3, image_size, image_size, device=parameter.device))
+        run()
     module.train(was_training)
     return counter.get_total_flops()
 

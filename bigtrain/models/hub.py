@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from bigtrain.choices import HUB
 from bigtrain.models.lean_timm import timm, torchvision
 from bigtrain.models.timm_names import ALEXNET
 
@@ -28,6 +30,27 @@ def released_weights(name: str, **options: Any) -> dict[str, Tensor]:
         return torchvision.models.alexnet(weights="DEFAULT").state_dict()
     with from_cache_alone_without_hub():
         return timm.create_model(name, pretrained=True, num_classes=0, **options).state_dict()
+
+
+def downloaded(source: str) -> Path:
+    """The folder of a model of the hub, from its cache where it is there: hf-hub:org/name, or org/name.
+
+    Raises:
+        ValueError: it cannot be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+
+    name = next((source.removeprefix(prefix) for prefix in HUB if source.startswith(prefix)), source)
+    name, _, revision = name.partition("@")
+    wanted = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+    try:
+        with from_cache_alone_without_hub():
+            return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+    except Exception as error:  # the hub's client and the network have errors of their own
+        raise ValueError(
+            f"{name} cannot be had from the hub ({type(error).__name__}): check its name and the connection, or give a "
+            "local folder with its config.json and .safetensors."
+        ) from error
 
 
 @contextmanager

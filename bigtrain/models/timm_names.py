@@ -9,7 +9,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from bigtrain.choices import LOCAL
+from bigtrain.choices import LOCAL, is_hub, is_local
 
 ALEXNET = "alexnet"  # the one network of the papers that timm lacks
 _MODEL = re.compile(r"^@register_model\s*\ndef (\w+)\(", re.MULTILINE)
@@ -56,7 +56,10 @@ def check_network_name(name: str) -> None:
 
 def check_source(source: str, *, is_vit: bool = False) -> None:
     """Refuse a file of weights that does not exist, or a name that timm lacks."""
-    if Path(source).suffix not in LOCAL:
+    if not (is_local(source) or is_hub(source)):
         (check_vit_name if is_vit else check_network_name)(source)
-    elif not Path(source).is_file():
-        raise ValueError(f"{source} does not exist: give a file of weights ({', '.join(LOCAL)}) or a timm name.")
+    elif is_local(source) and not Path(source).expanduser().exists():
+        raise ValueError(
+            f"{source} does not exist: give a file of weights ({', '.join(LOCAL)}), a folder in Hugging Face's form, "
+            "or a timm name."
+        )

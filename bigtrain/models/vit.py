@@ -1,43 +1,28 @@
-"""Any timm `vit_*` as teacher or student: several image sizes in one packed pass, visible patches only."""
+"""Any ViT of timm whose blocks map tokens to tokens: several sizes of images at once, visible patches only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from functools import partial
+from typing import Any, NamedTuple
 
-from bigtrain.models.lean_timm import timm  # isort: skip  # first: the imports below load timm
+from bigtrain.models import lean_timm  # noqa: F401  # isort: skip  # first: the imports below load timm
 
 import torch
 from timm.layers import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bigtrain.choices import LOCAL, Backend
+from bigtrain.choices import Backend
+from bigtrain.models.attended import Attended
 from bigtrain.models.attention import Sequences, attention
-from bigtrain.models.timm_names import check_vit_name
-
-NO_PLAIN_VIT = "{} is not a plain vision transformer: take a timm model vit_*, such as vit_base_patch16_224."
+from bigtrain.models.families import Place, family_of
 
 
-def check_tag(name: str) -> None:
-    """Refuse a tag that names no weights of this network, as in resnet18.nope."""
-    base, _, tag = name.partition(".")
-    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")] if tag else []
-    if tag and tag not in tags:
-        raise ValueError(f"timm has no weights {tag!r} of {base}; it has {', '.join(tags) or 'none'}.")
-
-
-def is_vit_name(name: str) -> bool:
-    """Whether timm defines this network among its vision transformers."""
-    return timm.models.model_entrypoint(name).__module__.endswith(("vision_transformer", "deit"))
-
-
-def is_plain_vit(net: nn.Module) -> TypeGuard[VisionTransformer]:
+def is_packed(net: Any) -> bool:
     """Whether our packed pass computes what this network's own would: blocks of attention and MLP, nothing else."""
-    return isinstance(net, VisionTransformer) and all(
+    return all(
         type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
         for block in net.blocks
     )
@@ -49,7 +34,7 @@ class Encoded(NamedTuple):
 
     blocks_LBND: Tensor  # patch tokens of the last L blocks, first to last; the last one after the final norm
     class_BD: Tensor | None  # the [CLS] token after the final norm
-    attention_BN: Tensor | None  # attention of [CLS] to each patch in the last block, mean over heads; float32
+    attention_BN: Tensor | None  # attention of [CLS] (`ViT.guide`) to each patch, mean over heads; float32
 
     @property
     def tokens_BND(self) -> Tensor:
@@ -57,56 +42,15 @@ class Encoded(NamedTuple):
 
     @property
     def guide_BN(self) -> Tensor:
-        """What guides a mask: the attention of [CLS], or ones where it was not asked for."""
+        """What guides a mask: the attention of `ViT.guide`, or ones where it was not asked for."""
         return self.tokens_BND.new_ones(self.tokens_BND.shape[:2]) if self.attention_BN is None else self.attention_BN
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A timm model by name, and what differs from its definition; 0 means as defined."""
-
-    model: str
-    image_size: int = 0
-    patch_size: int = 0
-    depth: int = 0
-
-    def build(self, *, drop_path: float = 0.0, plain: bool = True) -> Any:
-        """The network without a classifier, with random weights.
-
-        Args:
-            plain: False: any network of timm's vision transformers, such as those whose own forward pass is enough.
-
-        Raises:
-            ValueError: timm has no such model or weights, or it is not a plain ViT.
-        """
-        check_vit_name(self.model)
-        check_tag(self.model)
-        given: dict[str, Any] = {"img_size": self.image_size, "patch_size": self.patch_size, "depth": self.depth}
-        given = {name: value for name, value in given.items() if value}
-        refusal = NO_PLAIN_VIT.format(self.model)
-        if not is_vit_name(self.model):
-            raise ValueError(refusal)
-        net = timm.create_model(
-            self.model, pretrained=False, num_classes=0, dynamic_img_size=True, drop_path_rate=drop_path, **given
-        )
-        if not is_plain_vit(net):
-            if plain:
-                raise ValueError(refusal)
-            return net
-        # our pass has no use for it, and DDP wants a gradient for every weight
-        net.attn_pool = None  # type: ignore[assignment]
-        return net
-
-
-def asked_for(source: str, arch: str, image_size: int = 0, patch_size: int = 0, depth: int = 0) -> Architecture | None:
-    """What settings ask for: a timm name with other sizes, or the network of a local file; None: the file knows."""
-    if Path(source).suffix in LOCAL:
-        return Architecture(arch, image_size) if arch else None
-    return Architecture(arch or source, image_size, patch_size, depth)
-
-
 class ViT(nn.Module):
-    """A timm VisionTransformer whose forward pass is packed, and returns tokens and attention.
+    """A timm ViT whose forward pass takes several sizes of images and masks, and returns tokens and attention.
+
+    Blocks of attention and MLP alone are packed: all views go through their matrices at once. Other blocks are timm's
+    own, run on one view after another (models/families.py).
 
     Set `recompute` to train in less memory: a block then keeps its input only, and is run again in the backward pass,
     with the same drops of paths (Chen et al. 2016). Same results, a third more computation.
@@ -114,25 +58,54 @@ class ViT(nn.Module):
     With `decoder_blocks` d the network completes what it does not see: hidden patches come back before its last d
     blocks, as a learnt mask token at their positions, so that only these blocks run on all patches (the decoder of
     masked autoencoders, He et al. 2022, here the network's own last blocks).
+
+    With `projected_blocks` l its last l blocks' tokens are given in another width, through a linear layer each.
     """
 
-    def __init__(self, backbone: VisionTransformer, *, attention: Backend = "auto", decoder_blocks: int = 0) -> None:
+    def __init__(
+        self,
+        backbone: Any,
+        *,
+        attention: Backend = "auto",
+        decoder_blocks: int = 0,
+        projected_blocks: int = 0,
+        projected_width: int = 0,
+    ) -> None:
         super().__init__()
         if decoder_blocks:
             check_blocks("decoder_blocks", decoder_blocks, backbone)
-        self.backbone = backbone
+        family = family_of(backbone)
+        assert family is not None
+        self.backbone, self.family, self.is_packed = backbone, family, is_packed(backbone)
         self.attention_backend = attention
         self.recompute = False
-        self.decoder_blocks = decoder_blocks
+        self.decoder_blocks, self.projected_width = decoder_blocks, projected_width
         self.mask_token_D = nn.Parameter(torch.zeros(backbone.embed_dim)) if decoder_blocks else None
+        self.projections = nn.ModuleList(
+            nn.Linear(backbone.embed_dim, projected_width) for _ in range(projected_blocks)
+        )
 
     @property
     def width(self) -> int:
-        return self.backbone.embed_dim
+        """D of the tokens that it gives."""
+        return self.projected_width or self.backbone.embed_dim
 
     @property
     def patch_size(self) -> int:
-        return self.backbone.patch_embed.patch_size[0]
+        return self.family.stem(self.backbone).feat_ratio(as_scalar=True)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches of the images that the network was made for."""
+        stem = self.family.stem(self.backbone)
+        return tuple(getattr(stem, "grid_size", None) or stem.pos_embed_grid_size)
+
+    @property
+    def guide(self) -> str:
+        """Whose attention to the patches `with_attention` returns: it guides a mask."""
+        if self.family.class_token(self.backbone) is not None:
+            return "[CLS]"
+        return "the pooling query" if getattr(self.backbone, "attn_pool", None) is not None else "the mean token"
 
     def forward(
         self, *views: Tensor, visible_BN: Tensor | None = None, last: int = 1, with_attention: bool = False
@@ -144,37 +117,42 @@ class ViT(nn.Module):
             visible_BN: with a single view: the patches to see, equally many in each image; the others are dropped,
                 and completed by a network with decoder blocks, which then returns all patches.
             last: how many blocks' tokens to return; where patches are completed, no more than the decoder has.
-            with_attention: also return the attention of [CLS] in the last block.
+            with_attention: also return the attention of `guide`: that of the pooling layer, else of the last block.
 
         Returns:
             One `Encoded` for each view.
         """
-        tokens = [self._embed(view) for view in views]
+        tokens, places = map(list, zip(*(self._embed(view) for view in views), strict=True))
         if visible_BN is not None:
-            (tokens_BTD,) = tokens
-            tokens = [self._keep(tokens_BTD, visible_BN)]
+            tokens[0], places[0] = self._keep(tokens[0], places[0], visible_BN)
         sequences: Sequences = tuple((x.shape[0], x.shape[1]) for x in tokens)
         x_TD = torch.cat([x.flatten(0, 1) for x in tokens])
 
         blocks: list[Any] = list(self.backbone.blocks)
         kept: list[Tensor] = []
-        class_attention: list[Tensor] | None = None
+        attended: list[Tensor] | None = None
         completed_from = self._check_last(last, is_masked=visible_BN is not None)
         for depth, block in enumerate(blocks):
             if visible_BN is not None and depth == completed_from:
-                x_BTD = self._complete(x_TD.unflatten(0, sequences[0]), visible_BN, views[0])
+                x_BTD = self._complete(x_TD.unflatten(0, sequences[0]), visible_BN, places[0].grid)
+                places[0] = places[0]._replace(kept_Bn=None)
                 sequences, x_TD = ((x_BTD.shape[0], x_BTD.shape[1]),), x_BTD.flatten(0, 1)
-            if with_attention and depth == len(blocks) - 1:
-                class_attention = self._class_attention(block, x_TD, sequences)
+            if with_attention and depth == len(blocks) - 1 and self.guide != "the pooling query":
+                attended = self._attention(block, x_TD, sequences, places)
+            run = partial(self._block, block) if self.is_packed else partial(self._timm_block, depth, places)
             if self.recompute and torch.is_grad_enabled():  # a block without gradient keeps and repeats nothing
-                x_TD = checkpoint(self._block, block, x_TD, sequences, use_reentrant=False)
+                x_TD = checkpoint(run, x_TD, sequences, use_reentrant=False)
             else:
-                x_TD = self._block(block, x_TD, sequences)
+                x_TD = run(x_TD, sequences)
             if depth >= len(blocks) - last:
                 kept.append(x_TD)
-        kept[-1] = self.backbone.fc_norm(self.backbone.norm(kept[-1]))
+        kept[-1] = self._normed(kept[-1])
+        if with_attention and attended is None:
+            attended = self._pooling_attention(kept[-1], sequences)
+        if len(self.projections):
+            kept = [project(x_TD) for project, x_TD in zip(self.projections[-last:], kept, strict=True)]
 
-        prefix = self.backbone.num_prefix_tokens
+        prefix = self.prefix_tokens
         encoded = []
         split = [count * length for count, length in sequences]
         for view, (shape, parts) in enumerate(
@@ -184,8 +162,8 @@ class ViT(nn.Module):
             encoded.append(
                 Encoded(
                     blocks_LBND=blocks_LBTD[:, :, prefix:],
-                    class_BD=blocks_LBTD[-1, :, 0] if self.backbone.has_class_token else None,
-                    attention_BN=class_attention[view] if class_attention else None,
+                    class_BD=blocks_LBTD[-1, :, 0] if self.guide == "[CLS]" else None,
+                    attention_BN=attended[view] if attended else None,
                 )
             )
         return tuple(encoded)
@@ -201,26 +179,54 @@ class ViT(nn.Module):
             )
         return len(self.backbone.blocks) - self.decoder_blocks
 
-    def _embed(self, images_B3HW: Tensor) -> Tensor:
-        """Patches, positions (resampled where the size is not the network's own), prefix tokens: (B, prefix + N, D)."""
-        check_image_size(images_B3HW.shape[-2:], self.patch_size)
-        net: Any = self.backbone
-        return net.norm_pre(net._pos_embed(net.patch_embed(images_B3HW)))
+    def _embed(self, images_B3HW: Tensor) -> tuple[Tensor, Place]:
+        """Patches with their positions, prefix tokens: (B, prefix + N, D); and where they lie."""
+        size = images_B3HW.shape[-2:]
+        check_image_size(size, self.patch_size)
+        if self.family.has_fixed_size and tuple(side // self.patch_size for side in size) != self.grid_size:
+            own = [side * self.patch_size for side in self.grid_size]
+            raise ValueError(
+                f"the relative positions of {type(self.backbone).__name__} belong to pictures of {own[0]} x {own[1]} "
+                f"pixels, and pictures or crops of {size[0]} x {size[1]} were given: use one size for all."
+            )
+        return self.family.embed(self.backbone, images_B3HW)
 
-    def _keep(self, tokens_BTD: Tensor, visible_BN: Tensor) -> Tensor:
-        prefix = self.backbone.num_prefix_tokens
-        patches_BND = tokens_BTD[:, prefix:]
-        visible_BnD = patches_BND[visible_BN].unflatten(0, (len(visible_BN), -1))
-        return torch.cat([tokens_BTD[:, :prefix], visible_BnD], dim=1)
+    @property
+    def prefix_tokens(self) -> int:
+        return getattr(self.backbone, "num_prefix_tokens", 0)
 
-    def _complete(self, x_BTD: Tensor, visible_BN: Tensor, images_B3HW: Tensor) -> Tensor:
+    def _normed(self, x_TD: Tensor) -> Tensor:
+        """The final norms; SAM has a neck instead, which is no part of this pass."""
+        norms = [norm for name in ("norm", "fc_norm") if (norm := getattr(self.backbone, name, None)) is not None]
+        return nn.Sequential(*norms)(x_TD)
+
+    def _keep(self, tokens_BTD: Tensor, place: Place, visible_BN: Tensor) -> tuple[Tensor, Place]:
+        """The tokens of the visible patches, and their places."""
+        if self.family.why_unmasked:
+            raise ValueError(
+                f"no patches of {type(self.backbone).__name__} can be hidden: {self.family.why_unmasked}. Take another "
+                "--student, or --mask-ratio 0."
+            )
+        prefix = self.prefix_tokens
+        kept_Bn = visible_BN.nonzero()[:, 1].unflatten(0, (len(visible_BN), -1))
+        visible_BnD = tokens_BTD[:, prefix:].gather(1, kept_Bn[:, :, None].expand(-1, -1, tokens_BTD.shape[-1]))
+        return torch.cat([tokens_BTD[:, :prefix], visible_BnD], dim=1), place._replace(kept_Bn=kept_Bn)
+
+    def _complete(self, x_BTD: Tensor, visible_BN: Tensor, grid: tuple[int, int]) -> Tensor:
         """Put the visible patches back in their places, and mask tokens with their positions in the others."""
-        net: Any = self.backbone
-        prefix, grid = net.num_prefix_tokens, [side // self.patch_size for side in images_B3HW.shape[-2:]]
-        position_1ND = net._pos_embed(x_BTD.new_zeros(1, *grid, net.embed_dim))[:, prefix:]
+        prefix = self.prefix_tokens
+        position_1ND = self.family.positions(self.backbone, grid, x_BTD)
+        assert self.mask_token_D is not None
         masked_BND = (self.mask_token_D + position_1ND).to(x_BTD.dtype).expand(len(x_BTD), -1, -1)
         patches_BND = masked_BND.masked_scatter(visible_BN[:, :, None], x_BTD[:, prefix:])
         return torch.cat([x_BTD[:, :prefix], patches_BND], dim=1)
+
+    def _timm_block(self, depth: int, places: Sequence[Place], x_TD: Tensor, sequences: Sequences) -> Tensor:
+        """A block of timm's own, on one view after another."""
+        parts = x_TD.split([count * length for count, length in sequences])
+        views = zip(parts, sequences, places, strict=True)
+        run = partial(self.family.block, self.backbone, depth)
+        return torch.cat([run(part.unflatten(0, shape), place).flatten(0, 1) for part, shape, place in views])
 
     def _block(self, block: Any, x_TD: Tensor, sequences: Sequences) -> Tensor:
         q_THd, k_THd, v_THd = self._qkv(block, x_TD)
@@ -234,19 +240,35 @@ class ViT(nn.Module):
         q_THd, k_THd, v_THd = attn.qkv(block.norm1(x_TD)).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
         return attn.q_norm(q_THd), attn.k_norm(k_THd), v_THd
 
-    def _class_attention(self, block: Any, x_TD: Tensor, sequences: Sequences) -> list[Tensor]:
-        """softmax over all tokens of q_CLS k^T / sqrt(d), mean over heads, at the patches; one tensor a view."""
-        if not self.backbone.has_class_token:
-            raise ValueError("this network has no [CLS] token, whose attention to its patches was asked for.")
-        prefix, result = self.backbone.num_prefix_tokens, []
-        with torch.no_grad():
-            q_THd, k_THd, _ = self._qkv(block, x_TD)
+    def _attention(self, block: Any, x_TD: Tensor, sequences: Sequences, places: Sequence[Place]) -> list[Tensor]:
+        """The attention of [CLS], or of the mean token, to the patches in the last block; one tensor a view."""
+        if getattr(block, "window_size", 0):
+            raise ValueError("the last block attends within windows, which guides no mask: use --keep random.")
+        prefix, result = self.prefix_tokens, []
+        queries = slice(0, 1) if self.guide == "[CLS]" else slice(prefix, None)
+        depth = len(self.backbone.blocks) - 1
         split = [count * length for count, length in sequences]
-        with torch.no_grad(), torch.autocast(x_TD.device.type, enabled=False):  # or einsum runs in half
-            for shape, q, k in zip(sequences, q_THd.split(split), k_THd.split(split), strict=True):
-                q_BHd, k_BTHd = q.unflatten(0, shape)[:, 0].float(), k.unflatten(0, shape).float()
-                score_BHT = torch.einsum("bhd,bthd->bht", q_BHd, k_BTHd) * q_BHd.shape[-1] ** -0.5
-                result.append(score_BHT.softmax(dim=-1).mean(dim=1)[:, prefix:])
+        for shape, place, part in zip(sequences, places, x_TD.split(split), strict=True):
+            with torch.no_grad(), Attended() as attended:
+                if self.is_packed:
+                    q_THd, k_THd, _ = self._qkv(block, part)
+                    attended.note(*(x.unflatten(0, shape).transpose(1, 2) for x in (q_THd, k_THd)))
+                else:
+                    self.family.block(self.backbone, depth, part.unflatten(0, shape), place)
+            subtracted = getattr(
+                block, "_compute_lambda", getattr(getattr(block, "attn", None), "_compute_lambda", None)
+            )
+            result.append(attended.to_patches(queries, slice(prefix, None), shape[0], subtracted))
+        return result
+
+    def _pooling_attention(self, x_TD: Tensor, sequences: Sequences) -> list[Tensor]:
+        """The attention of the pooling layer's query to the patches; one tensor a view."""
+        net, prefix, result = self.backbone, self.prefix_tokens, []
+        skipped = 0 if net.pool_include_prefix else prefix
+        for shape, part in zip(sequences, x_TD.split([count * length for count, length in sequences]), strict=True):
+            with torch.no_grad(), Attended() as attended:
+                net.attn_pool(part.unflatten(0, shape)[:, skipped:])
+            result.append(attended.to_patches(slice(None), slice(prefix - skipped, None), shape[0]))
         return result
 
 
@@ -261,7 +283,7 @@ def _drop_path(x_TD: Tensor, drop: nn.Module, sequences: Sequences) -> Tensor:
     return x_TD * (keep_T[:, None].to(x_TD.dtype) / (1 - probability))
 
 
-def check_blocks(what: str, count: int, backbone: VisionTransformer, of: str = "network") -> None:
+def check_blocks(what: str, count: int, backbone: Any, of: str = "network") -> None:
     """Refuse a number of blocks that a network does not have."""
     depth = len(backbone.blocks)
     if not 1 <= count <= depth:

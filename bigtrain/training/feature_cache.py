@@ -21,7 +21,8 @@ from bigtrain.data.views import Transform
 from bigtrain.detectors.network_detector import NetworkDetector
 from bigtrain.files import remove_unfinished
 from bigtrain.models.network import Network
-from bigtrain.models.weights import read_tensors, save_tensors
+from bigtrain.models.read_weights import read_tensors
+from bigtrain.models.weights import save_tensors
 from bigtrain.progress import Progress
 
 if TYPE_CHECKING:

@@ -37,8 +37,18 @@ class DataMixin:
 
 
 @dataclass(frozen=True)
-class NetworkMixin:
-    network: str = "vgg16.tv_in1k"  # A timm name, alexnet, or a local .safetensors or .pth.
+class WeightsMixin:
+    weights_key: str = ""  # Which weights of a local file that holds several, as in model_ema or student.backbone.
+    mean: tuple[float, ...] = ()
+    """Of the three channels of pixels from 0 to 1, if they are not normalised as the network's architecture or file
+    says; with --std."""
+    std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class NetworkMixin(WeightsMixin):
+    network: str = "vgg16.tv_in1k"
+    """A timm name, alexnet, a local file of weights, a folder in Hugging Face's form, or hf-hub:ORG/NAME."""
     arch: str = ""  # The network that a local file's weights belong to; bigtrain's own files record theirs.
     pretrained: bool = True  # --no-pretrained: a name's network with random weights.
     image_size: int = setting(224, 1)
@@ -62,8 +72,22 @@ class JudgeMixin:
     """At most this many known images are used for the nearest-neighbour figures."""
 
 
+def check_pixels(config: WeightsMixin) -> None:
+    """Refuse a normalisation that is incomplete or impossible."""
+    if (config.mean or config.std) and not len(config.mean) == len(config.std) == 3:
+        raise ValueError(
+            f"--mean has {len(config.mean)} and --std {len(config.std)} numbers: give three of each, or neither."
+        )
+    if any(value <= 0 for value in config.std) or any(not 0 <= value <= 1 for value in config.mean):
+        raise ValueError(
+            f"--mean {' '.join(map(str, config.mean))} and --std {' '.join(map(str, config.std))} are not of pixels "
+            "from 0 to 1: give three of each as the network was trained with, such as --mean .5 .5 .5 --std .5 .5 .5."
+        )
+
+
 def check_network(config: NetworkMixin) -> None:
     """Refuse a network that timm does not have, or whose file is missing, and sizes that contradict each other."""
+    check_pixels(config)
     if config.resize < config.image_size:
         raise ValueError(
             f"--resize is {config.resize}, smaller than --image-size {config.image_size}: the network sees a "

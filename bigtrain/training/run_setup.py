@@ -20,7 +20,8 @@ from bigtrain.data.stream import Batch, Stream
 from bigtrain.data.views import Transform
 from bigtrain.models.attention import torch_dtype
 from bigtrain.models.flops import peak_flops
-from bigtrain.models.network import Network, load_network
+from bigtrain.models.load_network import load_network
+from bigtrain.models.network import Network
 from bigtrain.runtime.heartbeat import Heartbeat
 from bigtrain.runtime.launch import threads_of_process
 from bigtrain.runtime.run_folder import RunFolder

@@ -54,7 +54,7 @@ class TeacherTokens:
         self.features: Features | None = None
         if setup.accelerator.device.type != "cpu" or steps <= plan.batches_per_epoch or not setup.settings.cache_gib:
             return
-        patches, width = (image_size // teacher.vit.patch_size) ** 2, teacher.vit.backbone.embed_dim
+        patches, width = (image_size // teacher.vit.patch_size) ** 2, teacher.vit.width
         needed = 4 * len(plan.sample_N) * patches * (layers * width + with_attention)
         if needed > setup.settings.cache_gib * GIB:
             setup.accelerator.print(
@@ -111,7 +111,7 @@ class TeacherTokens:
         return torch.cat(parts, dim=1)
 
     def _encoded(self, row_BF: Tensor) -> Encoded:
-        width = self.teacher.vit.backbone.embed_dim
+        width = self.teacher.vit.width
         patches = row_BF.shape[1] // (self.layers * width + self.with_attention)
         tokens_BF = row_BF[:, : self.layers * patches * width]
         blocks_LBND = tokens_BF.unflatten(1, (self.layers, patches, width)).transpose(0, 1)

@@ -15,10 +15,12 @@ from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Batch
 from bigtrain.detectors.feature_detector import FeatureDetector
 from bigtrain.detectors.network_detector import NetworkDetector, Scoring
+from bigtrain.models.architecture import asked_for
 from bigtrain.models.lean_timm import timm
-from bigtrain.models.network import Network, dropouts_of_fc, has_batch_norm, load_network
+from bigtrain.models.load_network import load_network
+from bigtrain.models.network import Network, dropouts_of_fc, has_batch_norm
 from bigtrain.models.sanity import check_sees
-from bigtrain.models.vit import ViT, asked_for
+from bigtrain.models.vit import ViT
 from bigtrain.runtime.launch import world_size_of_launch
 from bigtrain.runtime.precision import device_type
 from bigtrain.runtime.settings import RunSettings
@@ -30,7 +32,10 @@ def read_network(config: Any) -> Network:
     """The network that --network names, at --image-size, by a recipe's settings (NetworkMixin and RunMixin)."""
     torch.manual_seed(config.seed)
     architecture = asked_for(config.network, config.arch, config.image_size)
-    network = load_network(config.network, architecture, pretrained=config.pretrained)
+    network = load_network(
+        config.network, architecture, pretrained=config.pretrained, weights_key=config.weights_key, mean=config.mean,
+        std=config.std,
+    )  # fmt: skip
     check_sees(network, config.image_size)
     return network
 

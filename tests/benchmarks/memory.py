@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bigtrain.models.architecture import Architecture
 from bigtrain.models.network import Network
-from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.vit import ViT
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 
 from bigtrain.methods.defend.network import masked_student
-from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.architecture import Architecture
+from bigtrain.models.vit import ViT
 from bigtrain.runtime.start import add_in_fixed_order
 
 TINY = Architecture("vit_tiny_patch16_224", image_size=32, patch_size=8, depth=6)

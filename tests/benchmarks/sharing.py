@@ -26,9 +26,10 @@ from accelerate.utils import gather_object
 from bigtrain.data.memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.views import Resized
+from bigtrain.models.architecture import Architecture
 from bigtrain.models.classifier import Classifier
 from bigtrain.models.network import normalised
-from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.vit import ViT
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import RunSettings
 from bigtrain.training.run_setup import Setup

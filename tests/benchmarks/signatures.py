@@ -16,7 +16,7 @@ import torch
 from bigtrain.detectors.feature_detector import checked
 from bigtrain.methods.signatures.detector import Signatures
 from bigtrain.methods.signatures.equations import signature_novelty
-from bigtrain.models.network import load_network
+from bigtrain.models.load_network import load_network
 
 BATCH = 16
 REPEATS = 20  # of what is short

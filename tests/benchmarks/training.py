@@ -39,11 +39,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import RandomResizedCrop
+from bigtrain.models.architecture import Architecture
 from bigtrain.models.classifier import Classifier
 from bigtrain.models.network import AUGREG_MEAN as MEAN
 from bigtrain.models.network import AUGREG_STD as STD
 from bigtrain.models.network import normalised
-from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.vit import ViT
 from bigtrain.runtime.checkpoint import Checkpoints
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import RunSettings

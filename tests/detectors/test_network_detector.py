@@ -15,8 +15,8 @@ from bigtrain.data.views import CentreCrop
 from bigtrain.detectors.catalogue import EVERY, ON_FEATURES, ON_LOGITS, detector_class
 from bigtrain.detectors.classical.logits import MaxLogit
 from bigtrain.detectors.network_detector import NetworkDetector, Scoring
+from bigtrain.models.architecture import Architecture
 from bigtrain.models.network import Network, build_trunk
-from bigtrain.models.vit import Architecture
 
 SCORING = Scoring(image_size=32, resize=36, precision="fp32", batch=5, layer="", head="")
 ON_HEAD = replace(SCORING, head="known")

@@ -15,8 +15,9 @@ from bigtrain.data.views import Resized
 from bigtrain.methods.defend.detector import DistillationDetector, Scoring
 from bigtrain.methods.defend.masks import complementary_halves
 from bigtrain.methods.defend.network import masked_student
+from bigtrain.models.architecture import Architecture
 from bigtrain.models.network import Network
-from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.vit import ViT
 
 SMALL = Architecture("vit_tiny_patch16_224", 32, 8, 2)
 SCORING = Scoring(

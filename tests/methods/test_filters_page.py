@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import Resized
 from bigtrain.methods.deep_novelty.page import against_most, write_filters
+from bigtrain.models.architecture import Architecture
 from bigtrain.models.network import Network
-from bigtrain.models.vit import Architecture
 from tests.hand_made import png
 
 KNOWN = np.array([[1.0, -1, -2, -1], [-1, -3, -1, 2]])

@@ -8,8 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from bigtrain.methods.defend.network import masked_student
+from bigtrain.models.architecture import Architecture
 from bigtrain.models.flops import trained_flops, vit_forward_flops
-from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.vit import ViT
 
 NINE = Architecture("vit_small_patch14_dinov2", 112, 14, 9)
 PASSES = [  # architecture, image (height, width), patches that are seen

@@ -18,10 +18,11 @@ from torch import nn
 from bigtrain.data.decode import Picture
 from bigtrain.data.views import CentreCrop
 from bigtrain.methods.deep_novelty.network import Branches
+from bigtrain.models.architecture import Architecture
 from bigtrain.models.flops import counted_flops
 from bigtrain.models.layers import PooledLayer, layers_of
-from bigtrain.models.network import Network, build_trunk, dropouts_of_fc, has_batch_norm, load_network, trunk_width
-from bigtrain.models.vit import Architecture
+from bigtrain.models.load_network import load_network
+from bigtrain.models.network import Network, build_trunk, dropouts_of_fc, has_batch_norm, trunk_width
 from tests.lite0 import lite0
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +134,7 @@ def test_what_cannot_be_had_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         load_network(str(tmp_path / "nothing.pth"))
     assert load_network("resnet18", pretrained=False).report == "random weights"
-    code = "from bigtrain.models.network import load_network; load_network('resnet18')"
+    code = "from bigtrain.models.load_network import load_network; load_network('resnet18')"
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=offline, cwd=ROOT, capture_output=True, text=True)
     assert (

@@ -4,10 +4,11 @@ import pytest
 import timm
 import torch
 
-from bigtrain.models.network import build_trunk, load_network
+from bigtrain.models.architecture import Architecture
+from bigtrain.models.load_network import load_network
+from bigtrain.models.network import build_trunk
+from bigtrain.models.read_weights import read_file
 from bigtrain.models.sanity import check_sees
-from bigtrain.models.vit import Architecture
-from bigtrain.models.weights import read_weights
 
 TINY = "test_vit"
 
@@ -58,7 +59,7 @@ def test_moving_average(file, name):
     """A moving average beside the raw weights is taken, and said."""
     average = {key: value + 1 for key, value in timm.create_model(TINY, num_classes=0).state_dict().items()}
     path, state = file(**{name: average})
-    found, said = read_weights(path)
+    found, _, said = read_file(path)
     assert torch.equal(found["cls_token"], average["cls_token"]) and not torch.equal(
         found["cls_token"], state["cls_token"]
     )

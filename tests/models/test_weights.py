@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bigtrain.models.network import Network, load_network
-from bigtrain.models.vit import Architecture, ViT
-from bigtrain.models.weights import from_augreg, load_matching
+from bigtrain.models.architecture import Architecture
+from bigtrain.models.augreg import from_augreg
+from bigtrain.models.load_network import load_network
+from bigtrain.models.network import Network
+from bigtrain.models.vit import ViT
+from bigtrain.models.weights import load_matching
 
 TOP = Path(__file__).parents[2]
 SMALL = Architecture("vit_tiny_patch16_224", 32, 8, 2)
@@ -101,9 +104,9 @@ def test_classifier_left_out(network, file_of):
 
 
 def test_pooling_head_left_out(file_of):
-    """A pooling head is left out with the classifier, and the tokens are still timm's."""
+    """A pooling head that is not the network's is left out with the classifier, and the tokens are still timm's."""
     theirs = timm.create_model("vit_base_patch16_siglip_224", img_size=32, depth=1)
-    loaded = load_network(file_of(theirs.state_dict()), Architecture("vit_base_patch16_siglip_224", 32, depth=1))
+    loaded = load_network(file_of(theirs.state_dict()), Architecture("vit_base_patch16_siglip_gap_224", 32, depth=1))
     assert "left out: attn_pool.kv.bias" in loaded.report
     image = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
@@ -139,7 +142,7 @@ class Malicious:
 def test_malicious_pickle(tmp_path):
     """A pickle that runs code is refused without running it, in .pth and .npz files."""
     torch.save({"state_dict": Malicious(tmp_path / "ran")}, tmp_path / "v.pth")
-    with pytest.raises(ValueError, match="cannot be read without running code in it"):
+    with pytest.raises(ValueError, match=r"without running code: it holds objects of posix.mkdir"):
         load_network(str(tmp_path / "v.pth"), SMALL)
     np.savez(tmp_path / "v.npz", cls=np.array([Malicious(tmp_path / "ran")], dtype=object))
     with pytest.raises(ValueError, match="npz of plain arrays"):
@@ -154,7 +157,7 @@ def test_missing_or_broken_file(tmp_path, name, content):
     with pytest.raises(ValueError, match=r"does not exist: give a file of weights"):
         load_network(str(tmp_path / name), SMALL)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot be read|is empty|is cut short or damaged"):
         load_network(str(tmp_path / name), SMALL)
 
 
@@ -256,7 +259,7 @@ def test_augreg_mismatches(augreg, tmp_path):
 
 def test_timm_name_offline(tmp_path):
     """A timm name without internet access or a cache is refused in one sentence."""
-    code = "import sys; from bigtrain.models.network import load_network; load_network(sys.argv[1])"
+    code = "import sys; from bigtrain.models.load_network import load_network; load_network(sys.argv[1])"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", code, "vit_tiny_patch16_224.augreg_in21k"]
     done = subprocess.run(command, cwd=TOP, env=environment, capture_output=True, text=True)

@@ -9,7 +9,7 @@ import bigtrain
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.detectors.network_detector import NetworkDetector
 from bigtrain.evaluation.tables import read_results, table
-from bigtrain.models.network import load_network
+from bigtrain.models.load_network import load_network
 from bigtrain.runtime.exit_codes import STOPPED
 from bigtrain.training.run_setup import Setup
 from recipes.baselines import main

@@ -12,7 +12,7 @@ import bigtrain
 from bigtrain.data.protocol import Protocol, halved
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.methods.deep_novelty.checks import shared_classes
-from bigtrain.models.network import load_network
+from bigtrain.models.load_network import load_network
 from recipes.deep_novelty import main
 from tests.fixtures import REFERENCE
 from tests.launching import run as started

@@ -12,8 +12,9 @@ import torch
 import bigtrain
 from bigtrain.data.protocol import Protocol, split
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.models.vit import Architecture
-from bigtrain.models.weights import read_tensors, save_tensors
+from bigtrain.models.architecture import Architecture
+from bigtrain.models.read_weights import read_tensors
+from bigtrain.models.weights import save_tensors
 from recipes.defend import main
 from tests.fixtures import shards_made
 from tests.launching import run, start

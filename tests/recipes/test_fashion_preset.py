@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.models.network import load_network
+from bigtrain.models.load_network import load_network
 from recipes.presets.fashion.prepare import HERE
 from tests.launching import ENVIRONMENT, ROOT
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from bigtrain.methods.defend.network import masked_student
-from bigtrain.models.vit import Architecture
+from bigtrain.models.architecture import Architecture
 from bigtrain.runtime.ports import free_port
 from tests.launching import ENVIRONMENT, ROOT, accelerate, run, start
 from tests.runs import losses, scores

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bigtrain
-from bigtrain.models.network import load_network
+from bigtrain.models.load_network import load_network
 from recipes.panda import main
 from tests.runs import judged_images, losses, results
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from bigtrain.data.shard_set import ShardSet
+from bigtrain.models.architecture import Architecture
 from bigtrain.models.classifier import Classifier
-from bigtrain.models.network import load_network
-from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.load_network import load_network
+from bigtrain.models.vit import ViT
 from recipes import defend, pretrain
 from tests.launching import ENVIRONMENT, command, run
 from tests.runs import ask_to_stop, losses, results

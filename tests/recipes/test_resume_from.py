@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 
+from bigtrain.models.architecture import Architecture
 from bigtrain.models.network import Network
-from bigtrain.models.vit import Architecture, ViT
+from bigtrain.models.vit import ViT
 from tests.launching import run as started
 
 RESULTS = ("teacher.safetensors", "student.safetensors", "scores.parquet")

@@ -10,7 +10,7 @@ import bigtrain
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
 from bigtrain.data.views import CentreCrop
-from bigtrain.models.network import load_network
+from bigtrain.models.load_network import load_network
 from bigtrain.runtime.exit_codes import STOPPED
 from bigtrain.training.run_setup import Setup
 from recipes.signatures import main

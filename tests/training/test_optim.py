@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigtrain.models.vit import Architecture
+from bigtrain.models.architecture import Architecture
 from bigtrain.training.optim import adamw, cosine, decay_groups, follow, scaled_lr, schedule, set_schedule
 
 

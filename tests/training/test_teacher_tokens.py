@@ -11,9 +11,10 @@ import torch
 
 import bigtrain
 from bigtrain.methods.defend.compared import CachedTeacherDetector
+from bigtrain.models.architecture import Architecture
 from bigtrain.models.network import Network
-from bigtrain.models.vit import Architecture, ViT
-from bigtrain.models.weights import read_tensors
+from bigtrain.models.read_weights import read_tensors
+from bigtrain.models.vit import ViT
 from bigtrain.training.teacher_tokens import TeacherTokens
 from recipes.defend import main
 from tests.runs import results

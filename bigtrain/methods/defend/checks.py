@@ -13,8 +13,9 @@ from bigtrain.choices import Chosen, Keep
 from bigtrain.models.timm_names import check_source, check_vit_name
 
 if TYPE_CHECKING:
+    from bigtrain.models.architecture import Architecture
     from bigtrain.models.network import Network
-    from bigtrain.models.vit import Architecture, ViT
+    from bigtrain.models.vit import ViT
 
 
 def check_settings(config: Any) -> None:
@@ -52,22 +53,28 @@ def check_networks(config: Any, given: Network, precision: Chosen, device_type: 
 
     for side in (config.image_size, config.crop_size) if config.tune else (config.image_size,):
         check_image_size((side, side), given.vit.patch_size)
+    if given.vit.family.has_fixed_size and config.tune and config.crop_size != config.image_size:
+        raise ValueError(
+            f"the relative positions of {given.architecture.model} belong to one size of pictures, and --image-size is "
+            f"{config.image_size}, --crop-size {config.crop_size}: give both the same."
+        )
     if config.tune:
         check_blocks("--tuned-blocks", config.tuned_blocks, given.vit.backbone, "teacher")
-    if not given.vit.backbone.has_class_token:
-        if kept(config) != "random" and config.mask_ratio > 0:
-            raise ValueError("the teacher has no [CLS] token, whose attention guides the mask: use --keep random.")
-        if config.score_over == "attended":
-            raise ValueError("the teacher has no [CLS] token, whose attention chooses patches: use --score-over mean.")
     check_sees(given, config.image_size)
     resolve_backend(config.attention, torch.device(device_type), torch_dtype(precision))
     with torch.device("meta"):
-        student = masked_student(student_architecture(config, given))
+        student = masked_student(student_architecture(config, given), like=given.vit)
     check_pair(given.vit, student, config.distilled_blocks)
+    if student.family.why_unmasked and config.mask_ratio > 0:
+        kind, other = type(student.backbone).__name__, f"vit_small_patch{given.vit.patch_size}_224"
+        raise ValueError(
+            f"no patches of a {kind} as student can be hidden: {student.family.why_unmasked}. Give another --student, "
+            f"such as {other}, or --mask-ratio 0."
+        )
     if config.predict == "visible":
         return
     check_blocks("--decoder-blocks", config.decoder_blocks, student.backbone, "student")
-    patches = math.prod(student.backbone.patch_embed.grid_size)
+    patches = math.prod(student.grid_size)
     if patches - visible_count(patches, config.mask_ratio) == 0 or patches < 2:
         raise ValueError(
             f"--mask-ratio {config.mask_ratio} hides none of the {patches} patches of a picture of {config.image_size} "
@@ -79,14 +86,11 @@ def check_pair(teacher: ViT, student: ViT, last: int) -> None:
     """Refuse a student whose tokens cannot be compared with the teacher's, block by block."""
     from bigtrain.models.vit import check_blocks
 
-    for what, of_teacher, of_student in (
-        ("width", teacher.width, student.width),
-        ("patch size", teacher.patch_size, student.patch_size),
-    ):
-        if of_teacher != of_student:
-            raise ValueError(
-                f"the teacher's {what} is {of_teacher} and the student's {of_student}; they must be equal."
-            )
+    if teacher.patch_size != student.patch_size:
+        raise ValueError(
+            f"the teacher's patch size is {teacher.patch_size} and the student's {student.patch_size}; they must be "
+            "equal."
+        )
     for vit, of in ((teacher, "teacher"), (student, "student")):
         check_blocks("--distilled-blocks", last, vit.backbone, of)
 
@@ -99,7 +103,7 @@ def kept(config: Any) -> Keep:
 
 
 def student_architecture(config: Any, given: Network) -> Architecture:
-    from bigtrain.models.vit import Architecture
+    from bigtrain.models.architecture import Architecture
 
     if config.student:
         return Architecture(config.student, config.image_size)

@@ -19,7 +19,8 @@ from bigtrain.detectors.classical.nearest import token_features
 from bigtrain.detectors.image_detector import Given, ImageDetector, Scored, chosen_device, read_record, read_scoring
 from bigtrain.methods.defend.equations import picture_score
 from bigtrain.methods.defend.masks import complementary_halves
-from bigtrain.models.network import Network, load_network
+from bigtrain.models.load_network import load_network
+from bigtrain.models.network import Network
 from bigtrain.models.vit import Encoded
 from bigtrain.objectives.token_distances import normalised, patch_distance
 

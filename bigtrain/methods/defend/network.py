@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtrain.choices import Backend
-from bigtrain.models.lean_timm import timm
+from bigtrain.models.architecture import Architecture
 from bigtrain.models.network import Network
-from bigtrain.models.vit import Architecture, ViT, check_blocks
+from bigtrain.models.vit import ViT, check_blocks
 
 
 class ProjectionHead(nn.Sequential):
@@ -95,46 +95,68 @@ class TokenQueue(nn.Module):
 
 
 def masked_student(
-    architecture: Architecture, *, drop_path: float = 0.1, attention: Backend = "auto", decoder_blocks: int = 0
+    architecture: Architecture,
+    *,
+    drop_path: float = 0.1,
+    attention: Backend = "auto",
+    decoder_blocks: int = 0,
+    like: ViT | None = None,
+    distilled_blocks: int = 1,
 ) -> ViT:
     """A student of DEFEND 3.2: random weights, xavier linears, fixed sine-cosine positions, drop path 0 -> `drop_path`.
 
     The initialisation is the authors' code's (that of masked autoencoders, He et al. 2022); the paper says "randomly
-    initialized". LayerScale starts at 1: timm's 1e-5 of DINOv2 and 1e-6 of DeiT-III are for networks whose weights are
-    loaded, and blocks scaled so would leave a student's tokens as they are. Draws from torch's global generator.
+    initialized". LayerScale, and the norm at the end of a branch, start at 1: timm's 1e-5 of DINOv2 and 1e-6 of
+    DeiT-III are for networks whose weights are loaded, and blocks scaled so would leave a student's tokens as they are.
+    Draws from torch's global generator.
 
     Args:
         decoder_blocks: how many of the last blocks complete the hidden patches; 0: hidden patches are dropped.
+        like: the teacher; the tokens of a student of another width are projected to its width.
+        distilled_blocks: how many blocks' tokens are.
     """
     net: Any = architecture.build(drop_path=drop_path)
+    net.attn_pool = None  # no use for it, and DDP wants a gradient for every weight
     for module in net.modules():
-        if isinstance(module, timm.models.vision_transformer.LayerScale):
-            nn.init.ones_(module.gamma)
+        for name in ("gamma", "gamma_1", "gamma_2"):
+            if isinstance(scale := getattr(module, name, None), nn.Parameter):
+                nn.init.ones_(scale)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(net.patch_embed.proj.weight.view(net.embed_dim, -1))
-    for token in (net.cls_token, net.reg_token):
-        if token is not None:
-            nn.init.normal_(token, std=0.02)
-    if net.pos_embed is not None:
-        prefix = 0 if net.no_embed_class else net.num_prefix_tokens
-        height, width = net.patch_embed.grid_size
-        grid = sincos_positions(height, width, net.embed_dim)
-        net.pos_embed.data = torch.cat([torch.zeros(prefix, net.embed_dim), grid])[None]
-        net.pos_embed.requires_grad_(False)
-    student = ViT(net, attention=attention, decoder_blocks=decoder_blocks)
+    width = 0 if like is None or like.width == net.embed_dim else like.width
+    student = ViT(
+        net, attention=attention, decoder_blocks=decoder_blocks, projected_blocks=distilled_blocks if width else 0,
+        projected_width=width,
+    )  # fmt: skip
+    stem = student.family.stem(net)
+    nn.init.xavier_uniform_(stem.proj.weight.view(net.embed_dim, -1))
+    holder = stem if hasattr(stem, "cls_token") else net  # NaFlexViT's stem has the tokens and the positions
+    for name in ("cls_token", "reg_token"):
+        if getattr(holder, name, None) is not None:
+            nn.init.normal_(getattr(holder, name), std=0.02)
+    position = getattr(holder, "pos_embed", None)
+    if position is not None:
+        grid_ND = sincos_positions(*student.grid_size, net.embed_dim)
+        if position.ndim == 3:  # of the prefix tokens too, where there are more than patches
+            grid_ND = torch.cat([torch.zeros(position.shape[1] - len(grid_ND), net.embed_dim), grid_ND])
+        position.data = grid_ND.reshape(position.shape)
+        position.requires_grad_(False)
     if student.mask_token_D is not None:
         nn.init.normal_(student.mask_token_D, std=0.02)
     return student
 
 
-def student_network(
-    teacher: Network, architecture: Architecture, attention: Backend, decoder_blocks: int, drop_path: float
-) -> Network:
-    """A new student that sees its images as the teacher does."""
-    student = masked_student(architecture, drop_path=drop_path, attention=attention, decoder_blocks=decoder_blocks)
+def student_network(teacher: Network, architecture: Architecture, drop_path: float, **further: Any) -> Network:
+    """A new student that sees its images as the teacher does, and gives tokens as wide as the teacher's.
+
+    Args:
+        further: of `masked_student`.
+    """
+    student = masked_student(architecture, drop_path=drop_path, like=teacher.vit, **further)
     return Network(student, architecture, teacher.mean, teacher.std)
 
 
