@@ -17,7 +17,6 @@ paper's Fig. 2 hides them (--keep unattended). Aims at tables 1 to 5: slurm/swee
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +27,7 @@ from bigtrain.choices import setting
 from bigtrain.data.protocol import Split
 from bigtrain.methods.defend.checks import check_networks, check_settings, kept, student_architecture
 from bigtrain.runtime.launch import check_batch, check_moving_average
+from bigtrain.training.dense_tuning import DenseTuningMixin, dense_tuning
 from bigtrain.training.mixins import DataMixin, JudgeMixin, OptimMixin, RunMixin, WeightsMixin, check_pixels
 from bigtrain.training.read_split import read_split
 from bigtrain.training.run import Recipe, Result, run_recipe
@@ -41,7 +41,7 @@ LEAVES = {"tune": "teacher.safetensors", "distil": "student.safetensors"}  # sta
 
 
 @dataclass(frozen=True)
-class Config(RunMixin, JudgeMixin, OptimMixin, WeightsMixin, DataMixin):
+class Config(RunMixin, JudgeMixin, OptimMixin, DenseTuningMixin, WeightsMixin, DataMixin):
     teacher: str = "vit_base_patch16_224.augreg_in21k"
     """A ViT: a timm name, an hf-hub:ORG/NAME, a local file of weights, or a folder in the form of Hugging Face."""
     arch: str = ""  # The timm name that a local file's weights belong to; our own files and folders record theirs.
@@ -49,30 +49,10 @@ class Config(RunMixin, JudgeMixin, OptimMixin, WeightsMixin, DataMixin):
     student: str = ""
     """The student's architecture, a ViT of timm with the teacher's patches; empty: the teacher's. Tokens of one that is
     not as wide as the teacher are compared through a linear layer."""
-    image_size: int = setting(224, 1)
-    crop_size: int = setting(96, 1)
     attention: choices.Backend = "auto"
     tune: bool = True  # Stage 1; without it (--no-tune) the teacher is distilled as it is.
     distil: bool = True
     """Stage 2; without it (--no-distil) the run ends with the tuned teacher.safetensors, for other runs' --teacher."""
-    tune_epochs: int = setting(3, 1)
-    tune_batch: int = setting(64, 1)
-    tuned_blocks: int = setting(2, 1)
-    crops: int = setting(4, 1)
-    crop_scale: tuple[float, float] = setting((0.1, 0.3), 0.001, 1)
-    global_crops: int = setting(0, 0)  # Further crops of scale .3-1 at the image's size; the authors' code has one.
-    prototypes: int = setting(0, 0)  # K; 0: twice the number of classes that the training images show (4.3).
-    temperature: float = setting(0.1, 1e-4)
-    epsilon: float = setting(0.05, 1e-4)
-    sinkhorn_iterations: int = setting(3, 1)
-    tune_lr: float = setting(1e-5, 0, choices.HIGHEST_LR)  # Of the tuned blocks.
-    head_lr: float = setting(1e-4, 0, choices.HIGHEST_LR)  # Of projection head and prototypes.
-    tune_decay: tuple[float, float] = setting((0.04, 0.5), 0)
-    layer_decay: float = setting(1.0, 1e-3, 1)
-    """Of tuning: each block's learning rate is that of the block after it times this."""
-    ema_teacher: bool = False  # Take the targets from a moving average of the network, as the authors' code can.
-    ema_momentum: float = setting(0.9995, 0, 1)  # At the start; it rises to 1 along a cosine.
-    queue: int = setting(0, 0)  # Projected tokens of earlier batches that join Sinkhorn; 8192 in the authors' code.
     distil_epochs: int = setting(10, 1)
     distil_steps: int = setting(0, 0)  # Distil for this many steps instead of --distil-epochs; 0: by epochs.
     distil_batch: int = setting(64, 1)
@@ -156,7 +136,7 @@ def defend(config: Config, setup: Setup, split: Split, given: Network) -> Result
     guide = given.vit.guide if kept(config) != "random" and config.distil else ""
     guided = f"; masks guided by the attention of {guide}" if guide else ""
     setup.announce(f"defend: {split}; teacher {given.described}; attention {backend}{guided}")
-    teacher = dense_tuning(config, setup, split, given) if config.tune else given
+    teacher = tuned_teacher(config, setup, split, given) if config.tune else given
     if not config.distil:
         return Result({"leaves": LEAVES["tune"]}, "the teacher is tuned", LEAVES["tune"])
     student = masked_distillation(config, setup, split, teacher)
@@ -167,64 +147,12 @@ def defend(config: Config, setup: Setup, split: Split, given: Network) -> Result
     return judged(config, setup, split, detector, method=method, plain=plain, floors=floors)
 
 
-def dense_tuning(config: Config, setup: Setup, split: Split, given: Network) -> Network:
+def tuned_teacher(config: Config, setup: Setup, split: Split, given: Network) -> Network:
     """3.1: patches of one object come to agree. Leaves teacher.safetensors in the run folder, which ends the stage."""
-    import torch
-
-    from bigtrain.data.views import MultiCrop
-    from bigtrain.methods.defend.cluster_map import cluster_map
-    from bigtrain.methods.defend.equations import multi_crop_loss
-    from bigtrain.methods.defend.network import DenseTuner, TokenQueue, unit_rows
-    from bigtrain.models.flops import trained_flops, vit_forward_flops
-    from bigtrain.training.optim import adamw, cosine, decay_groups, follow, scaled_lr, set_schedule
-    from bigtrain.training.stage import Stage
-
     if tuned := setup.left(LEAVES["tune"], attention=config.attention):
         return tuned
-    torch.manual_seed(config.seed)
     prototypes = config.prototypes or 2 * max(1, len(split.train.classes_shown(split.fitted_N)))
-    tuner = DenseTuner(copy.deepcopy(given.vit), prototypes, config.tuned_blocks)
-    tuner.vit.recompute = config.run.recompute
-    queue = TokenQueue(config.queue)
-    ema = copy.deepcopy(tuner).requires_grad_(False)
-    state = {"tuner": tuner, "queue": queue} | ({"ema": ema} if config.ema_teacher else {})
-    lr, head_lr = (scaled_lr(lr, config.tune_batch, config.lr_batch) for lr in (config.tune_lr, config.head_lr))
-    groups = decay_groups(tuner.vit.named_parameters(), base_lr=lr, layer_decay=config.layer_decay)
-    groups += decay_groups([*tuner.head.named_parameters(), *tuner.prototypes.named_parameters()], base_lr=head_lr)
-    sizes = [config.crop_size] * config.crops + [config.image_size] * config.global_crops
-    flops = vit_forward_flops(tuner.vit, config.image_size) + sum(trained_flops(tuner.vit, size) for size in sizes)
-    views = MultiCrop(config.image_size, config.crop_size, config.crops, config.crop_scale, config.global_crops)
-    plan = split.train.plan(split.fitted_N, config.tune_batch, config.seed)
-    stage = Stage(
-        "tune", setup,
-        trained=tuner, optimizer=adamw(groups, setup.accelerator.device, lr=head_lr), state=state, clip=config.clip,
-        stream=setup.stream(split.train, plan, views), steps=config.tune_epochs * plan.batches_per_epoch,
-        flops_per_image=flops,
-    )  # fmt: skip
-    source, patch = ema if config.ema_teacher else stage.module, given.vit.patch_size
-
-    for step in stage:
-        factor = cosine(stage.step, total=stage.steps, start=1.0, end=0.0)
-        decay = cosine(stage.step, total=stage.steps, start=config.tune_decay[0], end=config.tune_decay[1])
-        set_schedule(stage.optimizer, lr_factor=factor, weight_decay=decay)
-        images = [given.normalise(b3HW) for b3HW in step.batch.views["image"].chunk(config.run.accumulate)]
-        q_BhwK = cluster_map(
-            source, queue, images, step.batch.weight_B, setup.accelerator, setup.autocast(), patch_size=patch,
-            epsilon=config.epsilon, iterations=config.sinkhorn_iterations,
-        )  # fmt: skip
-        for part, q_bhwK in zip(step.parts(), q_BhwK.chunk(config.run.accumulate), strict=True):
-            crops, boxes = views.crops_of(part.views)
-            with setup.autocast():
-                _, cosines = stage.module(*(given.normalise(crop_BV3HW.flatten(0, 1)) for crop_BV3HW in crops))  # z' p
-            loss_B = multi_crop_loss(cosines, q_bhwK, crops, boxes, patch_size=patch, temperature=config.temperature)
-            step.backward(setup.mean(part, loss_B))
-        if step.update(lr=factor * lr):
-            stage.constrain("prototypes.weight_KD", unit_rows)
-            if config.ema_teacher:
-                follow(ema, tuner, cosine(stage.step, total=stage.steps, start=config.ema_momentum, end=1.0))
-                ema.prototypes.weight_KD.copy_(unit_rows(ema.prototypes.weight_KD))
-
-    return setup.leave(LEAVES["tune"], replace(given, trunk=stage.into(copy.deepcopy(given.vit), "vit.")))
+    return dense_tuning(config, setup, split.train, split.fitted_N, given, prototypes=prototypes, leaves=LEAVES["tune"])
 
 
 def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Network) -> Network:

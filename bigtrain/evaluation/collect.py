@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -11,11 +11,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bigtrain.data.protocol import only_label
-from bigtrain.data.stream import Stream
+from bigtrain.data.stream import Batch, Stream
+
+
+class Kept:
+    """A stream whose batches were read once and stay in memory, to be looked at many times."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.budget = stream, stream.budget
+        self._batches = list(stream.batches())
+
+    def batches(self) -> Iterator[Batch]:
+        return iter(self._batches)
+
+    def mark(self, what: str) -> None:
+        self.stream.mark(what)
 
 
 def collect(
-    accelerator: Accelerator, stream: Stream, functions: Mapping[str, Callable[[Tensor], Tensor]]
+    accelerator: Accelerator, stream: Stream | Kept, functions: Mapping[str, Callable[[Tensor], Tensor]]
 ) -> tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]:
     """Apply functions to the `image` view of every batch and gather what they give.
 

@@ -110,3 +110,10 @@ def false_alarms(held_out: int, above: int) -> tuple[float, float]:
 
     low, high = beta.ppf([0.025, 0.975], above + 1, held_out - above).tolist()
     return low, high
+
+
+def share_interval(count: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share, `count` of `of` (Wilson 1927)."""
+    z, p = float(norm.ppf(0.5 + CONFIDENCE / 2)), count / of
+    middle, half = p + z**2 / (2 * of), z * (p * (1 - p) / of + z**2 / (4 * of**2)) ** 0.5
+    return (middle - half) / (1 + z**2 / of), (middle + half) / (1 + z**2 / of)

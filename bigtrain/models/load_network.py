@@ -29,6 +29,8 @@ from bigtrain.models.weights import load_matching
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUGREG_MEAN = AUGREG_STD = (0.5, 0.5, 0.5)
 
+MODEL_ARGS = {"image_size": "img_size", "patch_size": "patch_size", "depth": "depth"}  # ours: timm's
+
 
 class Known(NamedTuple):
     """What a file or folder says of its weights."""
@@ -137,8 +139,10 @@ def _known(path: Path, asked: Architecture) -> Known:
     if asked.model:
         architecture = asked
     elif "architecture" in config:
-        size = config.get("model_args", {}).get("img_size", 0)
-        architecture = Architecture(str(config["architecture"]), size if isinstance(size, int) else 0)
+        given = config.get("model_args", {})
+        sizes = {ours: given.get(theirs) for ours, theirs in MODEL_ARGS.items()}
+        sizes = {name: value[0] if isinstance(value, list) else value for name, value in sizes.items() if value}
+        architecture = Architecture(str(config["architecture"]), **sizes)
     elif config:
         architecture = architecture_of(config, str(path))
     else:

@@ -175,6 +175,11 @@ class Stage(Generic[B]):
             self._end(step)
         self.log.close()
 
+    def end(self, why: str) -> None:
+        """End the stage before its last step; the loop is left at once."""
+        self.log.event("ended", f"at step {self.step + 1} of {self.steps}: {why}")
+        self.log.close()
+
     def _next(self, batches: Iterator[B]) -> B | None:
         """The next batch; None at the end."""
         try:
