@@ -35,6 +35,8 @@ Chosen = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "cosine"]
 """Of the learning rate: training/optim.py."""
 
+SaveAs = Literal["", "timm", "hf"]
+"""In which library's form a network is written beside bigtrain's: models/save_as.py."""
 Tracker = Literal["wandb", "mlflow", "trackio"]
 """Experiment trackers: runtime/trackers.py; each is an extra of pyproject.toml of the same name."""
 

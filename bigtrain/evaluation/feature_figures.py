@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -67,7 +69,8 @@ def probe_right(features_ND: Floats, class_N: Ints) -> Floats:
         if len(set(class_N[trained_N].tolist())) < 2:
             continue
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
-        probe.fit(features_ND[trained_N], class_N[trained_N])
+        with warnings.catch_warnings(action="ignore"):  # of many classes with few pictures
+            probe.fit(features_ND[trained_N], class_N[trained_N])
         right_N[~trained_N] = probe.predict(features_ND[~trained_N]) == class_N[~trained_N]
     return right_N
 

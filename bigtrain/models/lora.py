@@ -29,12 +29,8 @@ class LowRank(nn.Module):
         return weight_OD + self.scale * (self.up_OR @ self.down_RD).to(weight_OD.dtype)
 
 
-def add_low_rank(blocks: nn.Module, rank: int) -> None:
-    """Freeze some blocks but for a low-rank update of each of their linear layers.
-
-    Raises:
-        ValueError: the rank is not below the smallest side of a layer.
-    """
+def check_rank(blocks: nn.Module, rank: int) -> None:
+    """Refuse a rank that is not below the smallest side of a layer."""
     layers = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
     smallest = min(min(layer.weight.shape) for layer in layers)
     if rank >= smallest:
@@ -42,8 +38,13 @@ def add_low_rank(blocks: nn.Module, rank: int) -> None:
             f"--lora-rank is {rank}, and the tuned layers are {smallest} wide: use 1 to {smallest - 1}, such as 16, or "
             "0 to tune them whole."
         )
+
+
+def add_low_rank(blocks: nn.Module, rank: int) -> None:
+    """Freeze some blocks but for a low-rank update of each of their linear layers."""
+    check_rank(blocks, rank)
     blocks.requires_grad_(False)
-    for layer in layers:
+    for layer in [module for module in blocks.modules() if isinstance(module, nn.Linear)]:
         out, width = layer.weight.shape
         parametrize.register_parametrization(layer, "weight", LowRank(out, width, rank, 2 * rank))
 

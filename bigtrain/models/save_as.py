@@ -6,17 +6,17 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor
 
+from bigtrain.choices import SaveAs
 from bigtrain.files import whole_folder
 from bigtrain.models.network import Network
 
-Form = Literal["", "timm", "hf"]
 MODEL_TYPES = {  # a part of timm's name -> transformers' model_type, the class that loads it
     r"_dinov3(_qkvb)?$": ("dinov3_vit", "DINOv3ViTModel"),
     r"_reg4_dinov2$": ("dinov2_with_registers", "Dinov2WithRegistersModel"),
@@ -39,7 +39,7 @@ def model_type(name: str) -> tuple[str, str]:
     raise ValueError(f"transformers has no network like {name}: use --save-as timm.")
 
 
-def save_as(form: Form, network: Network, folder: Path, card: str) -> None:
+def save_as(form: SaveAs, network: Network, folder: Path, card: str) -> None:
     """Write a network in another library's form; the folder appears whole or not at all.
 
     Args:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from typing import Protocol as Interface
 
 from bigtrain.choices import HIGHEST_LR, setting
 
@@ -55,6 +56,17 @@ class GuardMixin:
     validation_share: float = setting(0.05, 0.001, 0.9)  # Share of the images that is held out, at least two.
 
 
+class Watch(Interface):
+    """What looks at a network while it is tuned: training/tuning_guard.py."""
+
+    def begin(self, step: int) -> None:
+        """Before the first step, or the step that is resumed."""
+
+    def __call__(self, step: int, steps: int, tuned: Callable[[], DenseTuner]) -> bool:
+        """After a step of so many; False ends the tuning. `tuned` gives the tuner as it is, on all ranks."""
+        ...
+
+
 def dense_tuning(
     config: Any,
     setup: Setup,
@@ -65,7 +77,7 @@ def dense_tuning(
     prototypes: int,
     leaves: str,
     lora_rank: int = 0,
-    guard: Callable[[int, int, Callable[[], DenseTuner]], bool] | None = None,
+    guard: Watch | None = None,
 ) -> Network:
     """Patches of one object come to agree; what comes of it is left in the run folder, and ends the stage.
 
@@ -76,7 +88,7 @@ def dense_tuning(
         prototypes: K.
         leaves: the name of the file.
         lora_rank: tune low-rank updates of the blocks (Hu et al. 2022), merged at the end; 0: the blocks.
-        guard: looks at the tuner after a step, by its number and the number of steps; False ends the tuning.
+        guard: looks at the tuner now and then, and ends a tuning that does harm.
     """
     import torch
 
@@ -118,6 +130,8 @@ def dense_tuning(
         merge_low_rank(now)
         return now
 
+    if guard:
+        guard.begin(stage.step)
     for step in stage:
         factor = cosine(stage.step, total=stage.steps, start=1.0, end=0.0)
         decay = cosine(stage.step, total=stage.steps, start=config.tune_decay[0], end=config.tune_decay[1])

@@ -75,18 +75,13 @@ class Guard:
     ) -> None:
         self.config, self.setup, self.given = config, setup, given
         self.pictures = Kept(setup.in_order(shard_set, sample_N, Resized(config.image_size), config.score_batch))
-        classes = [shard_set.classes_of(sample) for sample in sample_N.tolist()]
-        names = sorted({name for found in classes for name in found})
-        has_labels = len(names) > 1 and all(len(found) == 1 for found in classes)
-        self.class_of = (
-            {s: names.index(c[0]) for s, c in zip(sample_N.tolist(), classes, strict=True)} if has_labels else {}
-        )
+        self.class_of = classes_of(shard_set, sample_N)
         self.rows: list[dict[str, Any]] = self._read()
-        self.problem = ""
+        self.problem = collapse(self.rows[0], self.rows[-1], config.guard_fall) if self.rows else ""
 
     def begin(self, step: int) -> None:
         """Look at the given network, unless an earlier start has; forget looks behind the step that is resumed."""
-        self.rows = [row for row in self.rows if row["step"] <= step]
+        self.rows, self.problem = [row for row in self.rows if row["step"] <= step], ""
         if not self.rows:
             self._note(0, self.given, None)
 
@@ -100,44 +95,14 @@ class Guard:
         self.problem = collapse(self.rows[0], self.rows[-1], self.config.guard_fall)
         return not self.problem
 
-    def look(self, network: Network, tuner: DenseTuner | None = None) -> dict[str, Any]:
-        """The figures of a network on the held-out pictures."""
-        autocast = self.setup.autocast()
-        functions: dict[str, Callable[[Tensor], Tensor]] = {
-            "whole": lambda image_B3HW: pooled_tokens(network, autocast, image_B3HW),
-            "first": lambda image_B3HW: pooled_tokens(network, autocast, first_view(image_B3HW)),
-            "second": lambda image_B3HW: pooled_tokens(network, autocast, second_view(image_B3HW)),
-        }
-        if isinstance(network.trunk, ViT):
-            functions["tokens"] = lambda image_B3HW: some_tokens(network, autocast, image_B3HW)
-        if tuner is not None:
-            functions["assigned"] = lambda image_B3HW: assigned(
-                tuner, network, autocast, image_B3HW, self.config.temperature
-            )
-        sample_N, found = collect(self.setup.accelerator, self.pictures, functions)
-        row: dict[str, Any] = {
-            "images": len(sample_N),
-            "rank": figures.effective_rank(found["whole"]),
-            "spread": figures.spread(found["whole"]),
-            "pair_agreement": figures.share(figures.pair_agreement(found["first"], found["second"])),
-        }
-        if "tokens" in found:
-            row["token_rank"] = figures.effective_rank(np.concatenate(np.split(found["tokens"], TOKENS, axis=1)))
-        if "assigned" in found:
-            row["prototype_usage"] = figures.prototype_usage(found["assigned"])
-        if self.class_of:
-            class_N = np.array([self.class_of[sample] for sample in sample_N.tolist()])
-            row["knn"] = figures.share(figures.neighbours_right(found["whole"], class_N))
-            row["linear_probe"] = figures.share(figures.probe_right(found["whole"], class_N))
-        return row
-
     def best(self) -> dict[str, Any]:
         """The row of the best look; the latest of those that are equal."""
         return max(self.rows, key=lambda row: (quality(row), row["step"]))
 
     def _note(self, step: int, network: Network, tuner: DenseTuner | None) -> None:
         before = max((quality(row) for row in self.rows), default=-1.0)
-        row = {"step": step, **self.look(network, tuner)}
+        temperature = self.config.temperature
+        row = {"step": step, **figures_of(self.setup, self.pictures, self.class_of, network, tuner, temperature)}
         self.rows.append(row)
         if self.setup.accelerator.is_main_process:
             if quality(row) >= before:
@@ -149,6 +114,57 @@ class Guard:
         path = self.setup.run / ROWS
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         return [json.loads(line) for line in lines]
+
+
+def classes_of(shard_set: ShardSet, sample_N: NDArray[np.int64]) -> dict[int, int]:
+    """The class of each image, by number; nothing where not every image shows exactly one."""
+    classes = [shard_set.classes_of(sample) for sample in sample_N.tolist()]
+    names = sorted({name for found in classes for name in found})
+    if len(names) < 2 or any(len(found) != 1 for found in classes):
+        return {}
+    return {sample: names.index(name) for sample, (name,) in zip(sample_N.tolist(), classes, strict=True)}
+
+
+def figures_of(
+    setup: Setup,
+    pictures: Kept,
+    class_of: Mapping[int, int],
+    network: Network,
+    tuner: DenseTuner | None = None,
+    temperature: float = 0.1,
+) -> dict[str, Any]:
+    """The figures of a network on held-out pictures; the same on all ranks.
+
+    Args:
+        class_of: the class of each picture by its number; empty: there are none.
+        tuner: around the network, whose prototypes are looked at.
+    """
+    autocast = setup.autocast()
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "whole": lambda image_B3HW: pooled_tokens(network, autocast, image_B3HW),
+        "first": lambda image_B3HW: pooled_tokens(network, autocast, first_view(image_B3HW)),
+        "second": lambda image_B3HW: pooled_tokens(network, autocast, second_view(image_B3HW)),
+    }
+    if isinstance(network.trunk, ViT):
+        functions["tokens"] = lambda image_B3HW: some_tokens(network, autocast, image_B3HW)
+    if tuner is not None:
+        functions["assigned"] = lambda image_B3HW: assigned(tuner, network, autocast, image_B3HW, temperature)
+    sample_N, found = collect(setup.accelerator, pictures, functions)
+    row: dict[str, Any] = {
+        "images": len(sample_N),
+        "rank": figures.effective_rank(found["whole"]),
+        "spread": figures.spread(found["whole"]),
+        "pair_agreement": figures.share(figures.pair_agreement(found["first"], found["second"])),
+    }
+    if "tokens" in found:
+        row["token_rank"] = figures.effective_rank(np.concatenate(np.split(found["tokens"], TOKENS, axis=1)))
+    if "assigned" in found:
+        row["prototype_usage"] = figures.prototype_usage(found["assigned"])
+    if class_of:
+        class_N = np.array([class_of[sample] for sample in sample_N.tolist()])
+        row["knn"] = figures.share(figures.neighbours_right(found["whole"], class_N))
+        row["linear_probe"] = figures.share(figures.probe_right(found["whole"], class_N))
+    return row
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ the charts follow its light and dark theme. Every text goes through `Markup.form
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -171,6 +172,23 @@ def roc_chart(curves: dict[str, Floats]) -> Markup:
     )
     description = "ROC curves of " + ", ".join(curves)
     return svg(frame, grid + Markup("").join(lines), description=description)
+
+
+def curve_chart(curves: Mapping[str, Floats], *, x_label: str) -> Markup:
+    """Draw shares over steps by name, each named at its end."""
+    last = max(float(points_P2[-1, 0]) for points_P2 in curves.values())
+    frame = Frame(x_range=(0, max(1.0, last)), y_range=(0, 1), width=560, height=360, right=150)
+    lines = []
+    for number, (name, points_P2) in enumerate(curves.items()):
+        x, y = frame.x(points_P2[-1, 0]) + 6, frame.y(points_P2[-1, 1]) + 4
+        lines.append(
+            Markup(
+                '<polyline class="curve series-{0}" points="{1}"><title>{2}</title></polyline>'
+                '<text class="curve-name" x="{3:.2f}" y="{4:.2f}">{2}</text>'
+            ).format(number % SERIES, frame.points(points_P2), name, x, y)
+        )
+    grid = axes(frame, x_label=x_label, y_label="share of pictures", percent=(False, True))
+    return svg(frame, grid + Markup("").join(lines), description="Course of " + ", ".join(curves))
 
 
 def histogram_chart(counts: Histogram, *, threshold: float | None) -> Markup:

@@ -57,8 +57,11 @@ def most_telling(novel_N: Bools, score_N: Floats, *, count: int = 8) -> dict[str
 def shared_scale(pictures: Iterable[Shown]) -> Scale | None:
     """Return the range of all maps, without the outer 1 % at each end, or None where no picture has a map."""
     maps = [picture.score_map_hw for picture in pictures if picture.score_map_hw is not None]
-    if not maps:
-        return None
+    return scale_of(maps) if maps else None
+
+
+def scale_of(maps: Sequence[NDArray[np.floating]]) -> Scale:
+    """The range of some maps, without the outer 1 % at each end."""
     values = np.concatenate([np.asarray(score_map_hw, np.float64).ravel() for score_map_hw in maps])
     if not np.isfinite(values).all():
         raise ValueError(

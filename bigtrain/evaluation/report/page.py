@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 from bigtrain.data.decode import Picture
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.evaluation.report.overlays import picture_fields, rgb
@@ -35,12 +37,13 @@ class Group(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Text, a table, an image and strips of pictures; what is empty is left out."""
+    """Text, a table, a chart, an image and strips of pictures; what is empty is left out."""
 
     title: str
     text: Sequence[str] = ()
     headings: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
+    chart: Markup = Markup("")
     image: str = ""  # a data URI
     groups: Sequence[Group] = ()
 

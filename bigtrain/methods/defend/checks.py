@@ -51,15 +51,9 @@ def check_networks(config: Any, given: Network, precision: Chosen, device_type: 
     from bigtrain.models.sanity import check_sees
     from bigtrain.models.vit import check_blocks, check_image_size
 
-    for side in (config.image_size, config.crop_size) if config.tune else (config.image_size,):
-        check_image_size((side, side), given.vit.patch_size)
-    if given.vit.family.has_fixed_size and config.tune and config.crop_size != config.image_size:
-        raise ValueError(
-            f"the relative positions of {given.architecture.model} belong to one size of pictures, and --image-size is "
-            f"{config.image_size}, --crop-size {config.crop_size}: give both the same."
-        )
     if config.tune:
-        check_blocks("--tuned-blocks", config.tuned_blocks, given.vit.backbone, "teacher")
+        check_tuning(config, given)
+    check_image_size((config.image_size, config.image_size), given.vit.patch_size)
     check_sees(given, config.image_size)
     resolve_backend(config.attention, torch.device(device_type), torch_dtype(precision))
     with torch.device("meta"):
@@ -80,6 +74,20 @@ def check_networks(config: Any, given: Network, precision: Chosen, device_type: 
             f"--mask-ratio {config.mask_ratio} hides none of the {patches} patches of a picture of {config.image_size} "
             f"pixels, and --predict {config.predict} needs some: hide more, or use --predict visible."
         )
+
+
+def check_tuning(config: Any, given: Network) -> None:
+    """Refuse sizes and blocks of dense tuning that do not fit the network."""
+    from bigtrain.models.vit import check_blocks, check_image_size
+
+    for side in (config.image_size, config.crop_size):
+        check_image_size((side, side), given.vit.patch_size)
+    if given.vit.family.has_fixed_size and config.crop_size != config.image_size:
+        raise ValueError(
+            f"the relative positions of {given.architecture.model} belong to one size of pictures, and --image-size is "
+            f"{config.image_size}, --crop-size {config.crop_size}: give both the same."
+        )
+    check_blocks("--tuned-blocks", config.tuned_blocks, given.vit.backbone, "teacher")
 
 
 def check_pair(teacher: ViT, student: ViT, last: int) -> None:

@@ -1,0 +1,47 @@
+"""A map of features and one vector a picture, of any network: what distillation compares."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigtrain.models.vit import ViT
+
+
+class DenseFeatures(NamedTuple):
+    map_BDhw: Tensor
+    pooled_BD: Tensor
+
+
+def dense_features(trunk: nn.Module, image_B3HW: Tensor) -> DenseFeatures:
+    """Of a ViT its patch tokens on their grid, and [CLS] or else their mean; of other networks the last map, and its
+    mean.
+
+    Args:
+        image_B3HW: normalised.
+
+    Raises:
+        ValueError: the network has no map of features, such as VGG behind its last convolution.
+    """
+    if isinstance(trunk, ViT):
+        (encoded,) = trunk(image_B3HW)
+        height, width = (side // trunk.patch_size for side in image_B3HW.shape[-2:])
+        map_BDhw = encoded.tokens_BND.transpose(1, 2).unflatten(2, (height, width))
+        pooled_BD = encoded.tokens_BND.mean(dim=1) if encoded.class_BD is None else encoded.class_BD
+        return DenseFeatures(map_BDhw, pooled_BD)
+    net: Any = trunk
+    map_BDhw = net.forward_features(image_B3HW) if hasattr(net, "forward_features") else net.features(image_B3HW)
+    if map_BDhw.ndim != 4:
+        raise ValueError(f"{type(net).__name__} gives no map of features: take a CNN, or a ViT of timm.")
+    if getattr(net, "output_fmt", "NCHW") == "NHWC":
+        map_BDhw = map_BDhw.permute(0, 3, 1, 2)
+    return DenseFeatures(map_BDhw, map_BDhw.mean(dim=(2, 3)))
+
+
+def on_grid(map_BDhw: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A map resampled to another grid, bilinearly: (B, D, h', w')."""
+    if tuple(map_BDhw.shape[-2:]) == grid:
+        return map_BDhw
+    return F.interpolate(map_BDhw, grid, mode="bilinear", antialias=True)

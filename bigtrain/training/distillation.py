@@ -1,0 +1,136 @@
+"""What recipes/distil.py learns from: a teacher's targets, standardised over the data, computed or cached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.stream import Batch, Stream
+from bigtrain.data.views import Resized
+from bigtrain.models.dense_features import dense_features, on_grid
+from bigtrain.models.network import Network
+from bigtrain.objectives.feature_matching import Standardised
+from bigtrain.training.feature_cache import Features, Source, extracted, fingerprint
+from bigtrain.training.run_setup import Setup
+
+GIB = 2**30
+FOLDER = "targets"  # in the run folder
+
+
+class Targets:
+    """One teacher's standardised targets on the student's grid.
+
+    Args:
+        teacher: on the device, frozen.
+        size: side of the pictures that it sees.
+        grid: of the student's patches.
+        batch: images of a forward pass, when computed in advance.
+    """
+
+    def __init__(self, setup: Setup, teacher: Network, size: int, grid: tuple[int, int], batch: int) -> None:
+        self.setup, self.teacher, self.size, self.grid, self.batch = setup, teacher, size, grid, batch
+        self.cached: Features | None = None
+        self.width = 0
+        self.patches: nn.Module = nn.Identity()
+        self.pooled: nn.Module = nn.Identity()
+
+    def of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The targets of a batch: (B, N, D) and (B, D)."""
+        real_B = (batch.weight_B > 0).cpu().numpy()
+        if self.cached is not None:
+            found_N, row_NF = self.cached.of(batch.sample_B[real_B])
+            if len(found_N) == real_B.sum():  # else a picture that failed before was decoded now
+                row_BF = torch.zeros(len(real_B), row_NF.shape[1])
+                row_BF[torch.from_numpy(real_B)] = torch.from_numpy(row_NF)
+                row_BF = row_BF.to(self.setup.accelerator.device)
+                patches_BF, pooled_BD = row_BF[:, : -self.width], row_BF[:, -self.width :]
+                return self.patches(patches_BF.unflatten(1, (-1, self.width))), self.pooled(pooled_BD)
+        patches_BND, pooled_BD = self._raw(batch.views["image"])
+        return self.patches(patches_BND), self.pooled(pooled_BD)
+
+    def standardise(self, shard_set: ShardSet, sample_N: NDArray[np.int64], image_size: int) -> None:
+        """Measure mean and covariance of the targets over some pictures; called on all ranks."""
+        for name in ("patches", "pooled"):
+            stream = self.setup.in_order(shard_set, sample_N, Resized(image_size), self.batch)
+            mean_D, covariance_DD = self._moments(stream, name)
+            setattr(self, name, Standardised(mean_D, covariance_DD).to(self.setup.accelerator.device))
+
+    def cache(self, shard_set: ShardSet, sample_N: NDArray[np.int64], image_size: int) -> None:
+        """Compute the targets of whole pictures once, and keep them in the run folder and in memory.
+
+        Raises:
+            ValueError: they would not fit.
+        """
+        identity = {
+            "network": fingerprint(self.teacher), "size": self.size, "grid": list(self.grid), "view": image_size,
+            "precision": self.setup.precision,
+        }  # fmt: skip
+        limit = self.setup.settings.cache_gib
+        needed = 4 * len(sample_N) * self.width * (self.grid[0] * self.grid[1] + 1) / GIB
+        if needed > limit:
+            raise ValueError(
+                f"the targets of {len(sample_N)} images need {needed:.1f} GiB, and --cache-gib is {limit:g}: raise it, "
+                "lower --train-limit, or leave --cache-targets out."
+            )
+        source = Source(self._row, Resized(image_size), self.batch, identity, 16 * self.batch, "the teacher's targets")
+        self.cached = extracted(self.setup.run / FOLDER, self.setup, source, shard_set, sample_N)
+
+    @torch.no_grad()
+    def _raw(self, image_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, D) and (B, D) of uint8 pictures, as the teacher gives them, float32."""
+        if image_B3HW.shape[-1] != self.size:
+            size = (self.size, self.size)
+            resized = F.interpolate(image_B3HW.float(), size, mode="bicubic", antialias=True)
+            image_B3HW = resized.round().clamp(0, 255).byte()
+        with self.setup.autocast():
+            map_BDhw, pooled_BD = dense_features(self.teacher.trunk, self.teacher.normalise(image_B3HW))
+        self.width = pooled_BD.shape[1]
+        return on_grid(map_BDhw.float(), self.grid).flatten(2).transpose(1, 2), pooled_BD.float()
+
+    def _row(self, image_B3HW: Tensor) -> Tensor:
+        patches_BND, pooled_BD = self._raw(image_B3HW)
+        return torch.cat([patches_BND.flatten(1), pooled_BD], dim=1)
+
+    def _moments(self, stream: Stream, name: str) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the patches, or of the pooled features, of a stream's pictures."""
+        sums: list[Tensor] = []
+        for batch in stream.batches():
+            batch = batch.to(self.setup.accelerator.device)
+            patches_BND, pooled_BD = self._raw(batch.views["image"])
+            rows_BMD = patches_BND if name == "patches" else pooled_BD[:, None]
+            rows_TD = rows_BMD[batch.weight_B > 0].flatten(0, 1)
+            of_batch = [torch.tensor(float(len(rows_TD))), rows_TD.sum(dim=0).cpu(), (rows_TD.T @ rows_TD).cpu()]
+            sums = [a.double() + (b if sums else 0) for a, b in zip(of_batch, sums or of_batch, strict=True)]
+            stream.mark(f"measured targets of batch {batch.position.batch}")
+        device = self.setup.accelerator.device
+        count, sum_D, sum_DD = (self.setup.accelerator.reduce(each.to(device), "sum").cpu() for each in sums)
+        mean_D = sum_D / count
+        return mean_D, sum_DD / count - mean_D[:, None] * mean_D
+
+
+class Student(nn.Module):
+    """A network and its heads, one for the patches and one for the pooled features of each teacher; they are thrown
+    away.
+
+    Args:
+        widths: of the teachers' features.
+    """
+
+    def __init__(self, trunk: nn.Module, width: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.patch_heads = nn.ModuleList(nn.Linear(width, of_teacher) for of_teacher in widths)
+        self.pooled_heads = nn.ModuleList(nn.Linear(width, of_teacher) for of_teacher in widths)
+
+    def forward(self, image_B3HW: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(B, N, D) and (B, D) for each teacher, of normalised pictures."""
+        map_BDhw, pooled_BD = dense_features(self.trunk, image_B3HW)
+        patches_BND = map_BDhw.flatten(2).transpose(1, 2)
+        heads = zip(self.patch_heads, self.pooled_heads, strict=True)
+        return [(patches(patches_BND), pooled(pooled_BD)) for patches, pooled in heads]
