@@ -129,6 +129,7 @@ def defend(config: Config, setup: Setup, split: Split, given: Network) -> Result
     from bigtrain.methods.defend.detector import scoring_of
     from bigtrain.models.attention import resolve_backend, torch_dtype
     from bigtrain.training.judging import judged
+    from bigtrain.training.sanity_line import print_sanity_line
     from bigtrain.training.teacher_tokens import remove_tokens
 
     given.to(setup.accelerator.device)
@@ -136,6 +137,7 @@ def defend(config: Config, setup: Setup, split: Split, given: Network) -> Result
     guide = given.vit.guide if kept(config) != "random" and config.distil else ""
     guided = f"; masks guided by the attention of {guide}" if guide else ""
     setup.announce(f"defend: {split}; teacher {given.described}; attention {backend}{guided}")
+    print_sanity_line(setup, given, split.train, split.fitted_N, config.image_size)
     teacher = tuned_teacher(config, setup, split, given) if config.tune else given
     if not config.distil:
         return Result({"leaves": LEAVES["tune"]}, "the teacher is tuned", LEAVES["tune"])

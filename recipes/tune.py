@@ -91,6 +91,7 @@ def tune(config: Config, setup: Setup, images: Unlabelled, given: Network) -> Re
     """Tune, watched by a guard; then look at what has changed."""
     from bigtrain.models.load_network import load_network
     from bigtrain.models.save_as import save_as
+    from bigtrain.training.sanity_line import print_sanity_line
     from bigtrain.training.tuning_guard import BEST, Guard, in_words
     from bigtrain.training.tuning_page import card_of, write_page_of
 
@@ -99,6 +100,7 @@ def tune(config: Config, setup: Setup, images: Unlabelled, given: Network) -> Re
     prototypes = config.prototypes or 2 * (config.objects or shown or UNKNOWN_OBJECTS)
     how = f"low-rank updates ({config.lora_rank}) of the last" if config.lora_rank else "the last"
     setup.announce(f"tune: {images}; {given.described}; {how} {config.tuned_blocks} blocks, {prototypes} prototypes")
+    print_sanity_line(setup, given, images.train, images.fitted_N, config.image_size)
     guard = Guard(config, setup, images.train, images.held_out_N, given)
     tuned = setup.left(LEAVES["tune"], attention=config.attention) or dense_tuning(
         config, setup, images.train, images.fitted_N, given,

@@ -17,6 +17,7 @@ MAX_FILE, MAX_FUNCTION = 300, 60  # lines
 LONGER = {  # a paper's training stage reads from top to bottom: data, network, optimizer, the loop, what it leaves
     ("recipes/deep_novelty.py", "train"),
     ("recipes/pretrain.py", "pretrain"),
+    ("bigtrain/training/dense_tuning.py", "dense_tuning"),
     ("bigtrain/evaluation/judge.py", "judge"),  # a page of contract above a page of steps
 }
 ROOM = {

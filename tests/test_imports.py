@@ -105,7 +105,7 @@ HEAVY |= {"sklearn", "scipy", "pandas", "tensorboard", "wandb", "numpy", "pyarro
 HEAVY |= {"rich", "tyro"}
 SETTINGS = {"numpy", "pyarrow", "fsspec", "tyro", "rich"}
 NETWORK = {*SETTINGS, "torch", "torchvision", "timm", "webdataset", "PIL"}
-RECIPES = ("defend", "deep_novelty", "panda", "pretrain", "signatures", "baselines")
+RECIPES = ("defend", "deep_novelty", "panda", "pretrain", "tune", "distil", "signatures", "baselines")
 COMMANDS = {  # command -> what it may import
     "bigtrain/cli.py --help": set(),
     "bigtrain/cli.py watch --once nowhere": {"rich"},

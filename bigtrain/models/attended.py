@@ -32,6 +32,7 @@ class Attended(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def note(self, q_BHTd: Tensor, k_BHTd: Tensor, bias: Tensor | None = None) -> None:
+        """Note one computation of attention, (B, H, T, d)."""
         self.calls.append((q_BHTd, k_BHTd, bias))
 
     def to_patches(

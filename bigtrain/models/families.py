@@ -59,10 +59,11 @@ class Family:
         return net.norm_pre(net._pos_embed(patches_BhwD)), Place(tuple(patches_BhwD.shape[1:3]))
 
     def positions(self, net: Any, grid: tuple[int, int], like: Tensor) -> Tensor:
-        """What is added to the patches of a grid: (1, N, D)."""
+        """What is added to the patches of a grid, (1, N, D), on the device of `like`."""
         return net._pos_embed(like.new_zeros(1, *grid, net.embed_dim))[:, net.num_prefix_tokens :]
 
     def block(self, net: Any, depth: int, x_BTD: Tensor, place: Place) -> Tensor:
+        """Run one block on tokens that lie there: (B, T, D)."""
         return net.blocks[depth](x_BTD)
 
 
@@ -74,15 +75,18 @@ class Rotary(Family):
     """Eva: EVA-02, DINOv3, PE, RoPE ViTs."""
 
     def embed(self, net: Any, images_B3HW: Tensor) -> tuple[Tensor, Place]:
+        """As of `Family`: (B, T, D)."""
         patches_BhwD = net.patch_embed(images_B3HW)
         tokens_BTD, rope = net._pos_embed(patches_BhwD)
         return net.norm_pre(tokens_BTD), Place(tuple(patches_BhwD.shape[1:3]), rope)
 
     def positions(self, net: Any, grid: tuple[int, int], like: Tensor) -> Tensor:
+        """As of `Family`: (1, N, D)."""
         tokens_1TD, _ = net._pos_embed(like.new_zeros(1, *grid, net.embed_dim))
         return tokens_1TD[:, net.num_prefix_tokens :]
 
     def block(self, net: Any, depth: int, x_BTD: Tensor, place: Place) -> Tensor:
+        """As of `Family`: (B, T, D)."""
         rope = place.rope
         if rope is None:
             return net.blocks[depth](x_BTD)
@@ -101,11 +105,13 @@ class NaFlex(Rotary):
         return net.embeds.cls_token
 
     def embed(self, net: Any, images_B3HW: Tensor) -> tuple[Tensor, Place]:
+        """As of `Family`: (B, T, D)."""
         embedded = net._forward_embeds(images_B3HW, None, None, None)
         grid = net.embeds.dynamic_feat_size(tuple(images_B3HW.shape[-2:]))
         return embedded["patches"], Place(grid, embedded["rope_embeds"])
 
     def positions(self, net: Any, grid: tuple[int, int], like: Tensor) -> Tensor:
+        """As of `Family`: (1, N, D)."""
         position_1ND = like.new_zeros(1, grid[0] * grid[1], net.embed_dim)
         add = {"learned": "_apply_learned_pos_embed", "factorized": "_apply_factorized_pos_embed"}
         if name := add.get(net.embeds.pos_embed_type):
@@ -119,6 +125,7 @@ class Relative(Family):
     has_fixed_size = True
 
     def embed(self, net: Any, images_B3HW: Tensor) -> tuple[Tensor, Place]:
+        """As of `Family`: (B, T, D)."""
         x_BTD = net.patch_embed(images_B3HW)
         if net.cls_token is not None:
             x_BTD = torch.cat([net.cls_token.expand(len(x_BTD), -1, -1), x_BTD], dim=1)
@@ -127,11 +134,13 @@ class Relative(Family):
         return x_BTD, Place(net.patch_embed.grid_size)
 
     def positions(self, net: Any, grid: tuple[int, int], like: Tensor) -> Tensor:
+        """As of `Family`: (1, N, D)."""
         position_1ND = like.new_zeros(1, grid[0] * grid[1], net.embed_dim)
         own = getattr(net, "pos_embed", None)
         return position_1ND if own is None else position_1ND + own[:, net.num_prefix_tokens :]
 
     def block(self, net: Any, depth: int, x_BTD: Tensor, place: Place) -> Tensor:
+        """As of `Family`: (B, T, D)."""
         block = net.blocks[depth]
         if place.kept_Bn is None:
             return self._run(net, block, x_BTD)
@@ -165,6 +174,7 @@ class Windowed(Family):
         return None
 
     def embed(self, net: Any, images_B3HW: Tensor) -> tuple[Tensor, Place]:
+        """As of `Family`: (B, T, D)."""
         x_BhwD = net.patch_embed(images_B3HW)
         grid = tuple(x_BhwD.shape[1:3])
         if net.pos_embed is not None:
@@ -172,6 +182,7 @@ class Windowed(Family):
         return net.norm_pre(x_BhwD).flatten(1, 2), Place(grid)
 
     def block(self, net: Any, depth: int, x_BTD: Tensor, place: Place) -> Tensor:
+        """As of `Family`: (B, T, D)."""
         return net.blocks[depth](x_BTD.unflatten(1, place.grid)).flatten(1, 2)
 
 

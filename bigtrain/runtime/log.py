@@ -26,7 +26,7 @@ from bigtrain.text import clean, clock
 
 LINE_EVERY_S = 10.0  # without a terminal
 TELL_EVERY_S = 1.0  # PROGRESS_FILE
-EVENTS = ("started", "saved", "stopped", "step skipped", "failed", "finished")
+EVENTS = ("started", "ended", "saved", "stopped", "step skipped", "failed", "finished")
 
 
 class StageLog:

@@ -101,13 +101,15 @@ def dense_tuning(
     from bigtrain.training.optim import adamw, cosine, decay_groups, follow, scaled_lr, set_schedule
     from bigtrain.training.stage import Stage
 
-    torch.manual_seed(config.seed)
-    tuner = DenseTuner(copy.deepcopy(given.vit), prototypes, config.tuned_blocks)
-    if lora_rank:
-        add_low_rank(tuner.vit.backbone.blocks[-config.tuned_blocks :], lora_rank)
-    tuner.vit.recompute = config.run.recompute
-    queue, blank = TokenQueue(config.queue), copy.deepcopy(tuner)
-    ema = copy.deepcopy(tuner).requires_grad_(False)
+    def new_tuner() -> DenseTuner:
+        torch.manual_seed(config.seed)
+        tuner = DenseTuner(copy.deepcopy(given.vit), prototypes, config.tuned_blocks)
+        if lora_rank:
+            add_low_rank(tuner.vit.backbone.blocks[-config.tuned_blocks :], lora_rank)
+        tuner.vit.recompute = config.run.recompute
+        return tuner
+
+    tuner, queue, ema = new_tuner(), TokenQueue(config.queue), new_tuner().requires_grad_(False)
     state = {"tuner": tuner, "queue": queue} | ({"ema": ema} if config.ema_teacher else {})
     lr, head_lr = (scaled_lr(lr, config.tune_batch, config.lr_batch) for lr in (config.tune_lr, config.head_lr))
     groups = decay_groups(tuner.vit.named_parameters(), base_lr=lr, layer_decay=config.layer_decay)
@@ -126,7 +128,8 @@ def dense_tuning(
 
     def tuned() -> DenseTuner:
         """The tuner as it is now, an ordinary module; called on all ranks."""
-        now = stage.into(copy.deepcopy(blank))
+        with torch.random.fork_rng():
+            now = stage.into(new_tuner())
         merge_low_rank(now)
         return now
 

@@ -203,7 +203,7 @@ MISTAKES = {
         ["--distilled-blocks", "3"],
         "--distilled-blocks is 3, and the teacher has 2 blocks: use 1 to 2.",
     ),
-    "another width": (["--student", "vit_small_patch16_224"], "width is 192"),
+    "other patches": (["--student", "vit_small_patch14_dinov2"], "patch size is 8"),
     "everything masked": (["--mask-ratio", "1"], "--mask-ratio is 1.0; it must be from 0 to 0.99"),
     "no epoch": (["--distil-epochs", "0"], "--distil-epochs is 0; it must be at least 1"),
     "no step": (["--log-every", "0"], "--log-every is 0"),
