@@ -93,6 +93,7 @@ def load(config: Config, images: Unlabelled, precision: Chosen) -> Networks:
     import torch
 
     from bigtrain.models.architecture import Architecture, asked_for
+    from bigtrain.models.dense_features import dense_grid
     from bigtrain.models.load_network import load_network
     from bigtrain.models.sanity import check_sees
     from bigtrain.training.trunk import check_training
@@ -112,6 +113,7 @@ def load(config: Config, images: Unlabelled, precision: Chosen) -> Networks:
         is_named = not (is_local(where) or is_hub(where))
         network = load_network(where, architecture, pretrained=config.pretrained or not is_named, image_size=size)
         check_sees(network, size)
+        dense_grid(network.trunk, size)  # refuses a network without a map of features
         return network
 
     return Networks(
@@ -163,7 +165,7 @@ def learn(config: Config, setup: Setup, images: Unlabelled, networks: Networks) 
 
     from bigtrain.data.protocol import seeded_choice
     from bigtrain.data.views import RandomResizedCrop, Resized
-    from bigtrain.models.dense_features import dense_features
+    from bigtrain.models.dense_features import dense_grid
     from bigtrain.objectives.feature_matching import matching_loss
     from bigtrain.training import trunk
     from bigtrain.training.distillation import Student, Targets
@@ -171,19 +173,17 @@ def learn(config: Config, setup: Setup, images: Unlabelled, networks: Networks) 
     from bigtrain.training.stage import Stage
 
     begun, size = networks.student, config.image_size
-    with torch.no_grad():
-        map_BDhw, pooled_BD = dense_features(begun.trunk.eval().cpu(), torch.zeros(1, 3, size, size))
+    grid, width = dense_grid(begun.trunk.cpu(), size)
     moments_N = seeded_choice(images.fitted_N, MOMENTS_IMAGES, config.seed)
     targets = []
     for teacher in networks.teachers.values():
-        grid = (map_BDhw.shape[-2], map_BDhw.shape[-1])
         of_teacher = Targets(setup, teacher, config.teacher_size or size, grid, config.score_batch)
         of_teacher.standardise(images.train, moments_N, size)
         if config.cache_targets:
             of_teacher.cache(images.train, images.fitted_N, size)
         targets.append(of_teacher)
     torch.manual_seed(config.seed)
-    student = Student(begun.trunk.requires_grad_(True), pooled_BD.shape[1], [each.width for each in targets])
+    student = Student(begun.trunk.requires_grad_(True), width, [each.width for each in targets])
     student = trunk.prepare_batch_norm(student, "trained").train()
     trunk.prepare_trunk(student.trunk, config.run, 0.0)
     plan = images.train.plan(images.fitted_N, config.batch, config.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,6 +39,13 @@ def dense_features(trunk: nn.Module, image_B3HW: Tensor) -> DenseFeatures:
     if getattr(net, "output_fmt", "NCHW") == "NHWC":
         map_BDhw = map_BDhw.permute(0, 3, 1, 2)
     return DenseFeatures(map_BDhw, map_BDhw.mean(dim=(2, 3)))
+
+
+@torch.no_grad()
+def dense_grid(trunk: nn.Module, image_size: int) -> tuple[tuple[int, int], int]:
+    """Rows and columns of a network's map for images of some size, and the width of its features."""
+    map_BDhw, pooled_BD = dense_features(trunk.eval(), torch.zeros(1, 3, image_size, image_size))
+    return (map_BDhw.shape[-2], map_BDhw.shape[-1]), pooled_BD.shape[1]
 
 
 def on_grid(map_BDhw: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -26,6 +26,8 @@ class Standardised(nn.Module):
     def __init__(self, mean_D: Tensor, covariance_DD: Tensor) -> None:
         super().__init__()
         eigenvalue_D, vectors_DD = torch.linalg.eigh(covariance_DD.double())
+        largest = vectors_DD.gather(0, vectors_DD.abs().argmax(dim=0, keepdim=True))
+        vectors_DD = vectors_DD * largest.sign()  # which is arbitrary otherwise
         phi = eigenvalue_D.clamp(min=0).mean().sqrt().clamp(min=1e-12)
         self.mean_D: Tensor
         self.matrix_DD: Tensor

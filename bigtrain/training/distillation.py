@@ -55,9 +55,17 @@ class Targets:
         return self.patches(patches_BND), self.pooled(pooled_BD)
 
     def standardise(self, shard_set: ShardSet, sample_N: NDArray[np.int64], image_size: int) -> None:
-        """Measure mean and covariance of the targets over some pictures; called on all ranks."""
+        """Measure mean and covariance of the targets over some pictures.
+
+        Each rank looks at all of them in the same batches: weak eigenvectors turn with the last bit, and the targets
+        must be the same at any world size.
+        """
         for name in ("patches", "pooled"):
-            stream = self.setup.in_order(shard_set, sample_N, Resized(image_size), self.batch)
+            plan = shard_set.plan(sample_N, self.batch, shuffle=False)
+            stream = Stream(
+                shard_set, plan, Resized(image_size), rank=0, world_size=1, workers=self.setup.settings.workers,
+                mark=self.setup.heartbeat.mark, behind_batch=self.setup.stop.leave_if_asked,
+            )  # fmt: skip
             mean_D, covariance_DD = self._moments(stream, name)
             setattr(self, name, Standardised(mean_D, covariance_DD).to(self.setup.accelerator.device))
 
@@ -104,12 +112,11 @@ class Targets:
             batch = batch.to(self.setup.accelerator.device)
             patches_BND, pooled_BD = self._raw(batch.views["image"])
             rows_BMD = patches_BND if name == "patches" else pooled_BD[:, None]
-            rows_TD = rows_BMD[batch.weight_B > 0].flatten(0, 1)
+            rows_TD = rows_BMD[batch.weight_B > 0].flatten(0, 1).double()
             of_batch = [torch.tensor(float(len(rows_TD))), rows_TD.sum(dim=0).cpu(), (rows_TD.T @ rows_TD).cpu()]
             sums = [a.double() + (b if sums else 0) for a, b in zip(of_batch, sums or of_batch, strict=True)]
             stream.mark(f"measured targets of batch {batch.position.batch}")
-        device = self.setup.accelerator.device
-        count, sum_D, sum_DD = (self.setup.accelerator.reduce(each.to(device), "sum").cpu() for each in sums)
+        count, sum_D, sum_DD = sums
         mean_D = sum_D / count
         return mean_D, sum_DD / count - mean_D[:, None] * mean_D
 

@@ -64,7 +64,7 @@ def test_tuned_network_elsewhere(flags, shards, tmp_path):
     baselines.main([
         "--train", str(shards / "train"), "--test", str(shards / "test"), "--known", "bag", "--train-limit", "30",
         "--test-limit", "60", "--network", str(out / "released"), "--image-size", "32", "--resize", "32",
-        "--detectors", "knn", "--out", str(tmp_path / "judged"),
+        "--detectors", "nearest neighbours", "--out", str(tmp_path / "judged"),
     ])  # fmt: skip
     assert (tmp_path / "judged" / "report.html").is_file()
 
