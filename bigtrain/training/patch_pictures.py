@@ -16,6 +16,7 @@ from bigtrain.models.network import Network
 Floats = NDArray[np.float64]
 PATCH_SIDE = 12  # pixels of a patch in a picture of components
 COLOURS = 3
+WINDOW_SIDE = 96  # pixels of a patch amid its neighbours
 
 
 class Seen(NamedTuple):
@@ -72,15 +73,15 @@ def nearest_patches(seen: Seen, picture: int, patch: int, count: int) -> list[tu
 
 
 def around_patch(image: Image.Image, grid: tuple[int, int], patch: int, reach: int = 1) -> Image.Image:
-    """A patch of a picture with its neighbours, as far as the picture goes."""
-    row, column = divmod(patch, grid[1])
+    """A patch of a picture amid its neighbours; at the border the window is moved inside."""
+    side = 2 * reach + 1
+    row, column = (
+        min(max(0, place - reach), max(0, length - side))
+        for place, length in zip(divmod(patch, grid[1]), grid, strict=True)
+    )
     tall, wide = image.height / grid[0], image.width / grid[1]
-    box = (
-        max(0, round((column - reach) * wide)), max(0, round((row - reach) * tall)),
-        min(image.width, round((column + 1 + reach) * wide)), min(image.height, round((row + 1 + reach) * tall)),
-    )  # fmt: skip
-    part = image.crop(box)
-    return part.resize((96, round(96 * part.height / part.width)), Image.Resampling.BICUBIC)
+    box = (column * wide, row * tall, min(image.width, (column + side) * wide), min(image.height, (row + side) * tall))
+    return image.resize((WINDOW_SIDE, WINDOW_SIDE), Image.Resampling.BICUBIC, box=box)
 
 
 def as_pictures(images_P3HW: Tensor) -> Sequence[Image.Image]:
