@@ -166,6 +166,31 @@ def with_broken_picture(source, folder, sample):
     return copy
 
 
+FAMILIES = {  # teacher, its flags, whose attention guides the mask
+    "vit_small_patch16_dinov3": (
+        ["--student", "vit_tiny_patch16_224", "--predict", "all", "--keep", "attended"],
+        "[CLS]",
+    ),
+    "vit_base_patch16_siglip_224": (["--student", "vit_tiny_patch16_224"], "the pooling query"),
+    "vit_relpos_small_patch16_224": (["--crop-size", "48"], "the mean token"),
+    "beitv2_base_patch16_224": (["--crop-size", "48", "--student", "vit_tiny_patch16_224"], "[CLS]"),
+}
+
+
+@pytest.mark.parametrize("teacher_name", FAMILIES)
+def test_other_families(small, tmp_path, teacher_name, capsys):
+    """ViTs of other families are tuned and distilled, into narrower students too, and the detector keeps its scores."""
+    further, guide = FAMILIES[teacher_name]
+    main([
+        *small, "--teacher", teacher_name, "--no-pretrained", "--image-size", "48", "--crop-size", "16",
+        "--train-limit", "12", "--test-limit", "40", "--distil-epochs", "1", *further, "--out", str(tmp_path / "run"),
+    ])  # fmt: skip
+    assert f"masks guided by the attention of {guide}" in capsys.readouterr().out
+    judged, pictures = judged_images(tmp_path / "run")
+    again = bigtrain.load_detector(tmp_path / "run" / "detector", device="cpu").score(pictures)
+    assert again == pytest.approx(judged["score"].to_numpy(), rel=1e-4)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_broken_known_picture(small, shards, tmp_path, processes):
     """A broken picture to train on is passed over in training and in each plain figure, and named once."""

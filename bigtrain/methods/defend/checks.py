@@ -54,6 +54,7 @@ def check_networks(config: Any, given: Network, precision: Chosen, device_type: 
     if config.tune:
         check_tuning(config, given)
     check_image_size((config.image_size, config.image_size), given.vit.patch_size)
+    check_attention(config, given)
     check_sees(given, config.image_size)
     resolve_backend(config.attention, torch.device(device_type), torch_dtype(precision))
     with torch.device("meta"):
@@ -88,6 +89,16 @@ def check_tuning(config: Any, given: Network) -> None:
             f"{config.image_size}, --crop-size {config.crop_size}: give both the same."
         )
     check_blocks("--tuned-blocks", config.tuned_blocks, given.vit.backbone, "teacher")
+    check_attention(config, given)
+
+
+def check_attention(config: Any, given: Network) -> None:
+    """Refuse an attention backend where the blocks are timm's own."""
+    if config.attention != "auto" and not given.vit.is_packed:
+        raise ValueError(
+            f"--attention {config.attention} is about packed blocks, and {given.architecture.model} has timm's own: "
+            "leave it out."
+        )
 
 
 def check_pair(teacher: ViT, student: ViT, last: int) -> None:
