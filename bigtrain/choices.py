@@ -51,7 +51,9 @@ MAX_NAMED = 20  # settings that an error lists
 def is_local(source: Any) -> bool:
     """Whether a network's name is that of a file of weights, or of a folder with one."""
     name = str(source)
-    return name.lower().endswith(LOCAL) or name.startswith(("/", "./", "../", "~")) or Path(name).is_dir()
+    first, slash, _ = name.partition("/")
+    is_there = Path(name).is_dir() or bool(slash and Path(first).is_dir())  # or below a folder that is
+    return name.lower().endswith(LOCAL) or name.startswith(("/", "./", "../", "~")) or is_there
 
 
 def is_hub(source: Any) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from bigtrain.choices import HIGHEST_LR, Chosen, Schedule, is_hub, is_local, setting
+from bigtrain.choices import HIGHEST_LR, BatchNorm, Chosen, Schedule, is_hub, is_local, setting
 from bigtrain.models.timm_names import check_network_name, check_source
 from bigtrain.runtime.launch import check_batch, check_moving_average
 from bigtrain.training.mixins import OptimMixin, RunMixin
@@ -37,7 +37,9 @@ class Config(RunMixin, OptimMixin):
     teachers: tuple[str, ...] = ("tf_efficientnet_lite0.in1k",)
     """Networks: timm names, hf-hub:ORG/NAME, local files or folders. A file that does not say what it belongs to:
     NAME=FILE, as in resnet50=weights.pth."""
-    teacher_size: int = setting(0, 0)  # Side of the pictures that teachers see; 0: the student's.
+    teacher_size: int = setting(0, 0)
+    """Side of the pictures that teachers see: the student's views, resized; 0: as they are. The figures of teachers are
+    of pictures read at this size."""
     model: str = "vit_tiny_patch16_224"
     """The student: a timm network. The three settings below change the definition of a vit_* where they are not 0."""
     image_size: int = setting(224, 1)
@@ -50,8 +52,10 @@ class Config(RunMixin, OptimMixin):
     validation_share: float = setting(0.05, 0.001, 0.9)  # Share of the images that is held out.
     guard_images: int = setting(1000, 8)  # At most so many of the held-out images are looked at.
     cache_targets: bool = False
-    """Compute the teachers' features of whole pictures once, within --cache-gib; the student then sees whole pictures,
-    not random crops."""
+    """Compute the teachers' features of whole pictures once, each within --cache-gib; the student then sees whole
+    pictures, not random crops."""
+    batch_norm: BatchNorm = "trained"
+    """Of a student that has it: trained over the batches of all processes, or kept as it is at the start."""
     epochs: int = setting(100, 1)
     batch: int = setting(256, 1)  # Images a step, over all processes.
     lr: float = setting(1e-3, 0, HIGHEST_LR)
@@ -78,6 +82,8 @@ def check(config: Config) -> None:
         raise ValueError("--teachers names no network: give one or more, as in --teachers tf_efficientnet_lite0.in1k.")
     for source in (*config.teachers, *config.compare):
         check_source(named(source)[1])
+    if len({*config.teachers, *config.compare}) < len(config.teachers) + len(config.compare):
+        raise ValueError("--teachers and --compare name a network twice: name each once.")
     if config.ema:
         check_moving_average("--ema")
     check_batch(config.batch, config.run.accumulate)
@@ -104,7 +110,7 @@ def load(config: Config, images: Unlabelled, precision: Chosen) -> Networks:
         pretrained=False, drop_path=config.drop_path,
     )  # fmt: skip
     check_sees(student, config.image_size)
-    check_training(student.trunk, "trained", config.run)
+    check_training(student.trunk, config.batch_norm, config.run)
 
     def loaded(source: str) -> Network:
         name, where = named(source)
@@ -165,7 +171,7 @@ def learn(config: Config, setup: Setup, images: Unlabelled, networks: Networks) 
 
     from bigtrain.data.protocol import seeded_choice
     from bigtrain.data.views import RandomResizedCrop, Resized
-    from bigtrain.models.dense_features import dense_grid
+    from bigtrain.models.dense_features import dense_grid, freeze_unused
     from bigtrain.objectives.feature_matching import matching_loss
     from bigtrain.training import trunk
     from bigtrain.training.distillation import Student, Targets
@@ -173,21 +179,26 @@ def learn(config: Config, setup: Setup, images: Unlabelled, networks: Networks) 
     from bigtrain.training.stage import Stage
 
     begun, size = networks.student, config.image_size
-    grid, width = dense_grid(begun.trunk.cpu(), size)
+    plan = images.train.plan(images.fitted_N, config.batch, config.seed)
+    plan = trunk.without_padding(plan, begun.trunk, config.batch_norm)
+    grid, widths = dense_grid(begun.trunk.cpu(), size)
+    if unused := freeze_unused(begun.trunk, size):
+        setup.accelerator.print(
+            f"note: {', '.join(unused[:3])}{', ...' if unused[3:] else ''} of the student stay random: "
+            "no patch or pooled feature depends on them"
+        )
     moments_N = seeded_choice(images.fitted_N, MOMENTS_IMAGES, config.seed)
     targets = []
-    for teacher in networks.teachers.values():
+    for number, teacher in enumerate(networks.teachers.values()):
         of_teacher = Targets(setup, teacher, config.teacher_size or size, grid, config.score_batch)
-        of_teacher.standardise(images.train, moments_N, size)
+        of_teacher.standardise(images.train, moments_N, size, setup.run / f"targets-{number}.safetensors")
         if config.cache_targets:
             of_teacher.cache(images.train, images.fitted_N, size)
         targets.append(of_teacher)
     torch.manual_seed(config.seed)
-    student = Student(begun.trunk.requires_grad_(True), width, [each.width for each in targets])
-    student = trunk.prepare_batch_norm(student, "trained").train()
+    student = Student(begun.trunk, widths, targets)
+    student = trunk.prepare_batch_norm(student, config.batch_norm).train()
     trunk.prepare_trunk(student.trunk, config.run, 0.0)
-    plan = images.train.plan(images.fitted_N, config.batch, config.seed)
-    plan = trunk.without_padding(plan, student.trunk, "trained")
     lr = scaled_lr(config.lr, config.batch, config.lr_batch)
     view = Resized(size) if config.cache_targets else RandomResizedCrop(size, config.crop_scale, config.mirror)
     groups = decay_groups(student.named_parameters(), base_lr=lr)

@@ -92,7 +92,7 @@ def tune(config: Config, setup: Setup, images: Unlabelled, given: Network) -> Re
     from bigtrain.models.load_network import load_network
     from bigtrain.models.save_as import save_as
     from bigtrain.training.sanity_line import print_sanity_line
-    from bigtrain.training.tuning_guard import BEST, Guard, in_words
+    from bigtrain.training.tuning_guard import Guard, in_words
     from bigtrain.training.tuning_page import card_of, write_page_of
 
     given.to(setup.accelerator.device)
@@ -108,8 +108,9 @@ def tune(config: Config, setup: Setup, images: Unlabelled, given: Network) -> Re
     )  # fmt: skip
     before, after, best = guard.rows[0], guard.rows[-1], guard.best()
     if guard.problem:
-        tuned = setup.leave(LEAVES["tune"], load_network(setup.run / BEST, attention=config.attention))
+        tuned = setup.leave(LEAVES["tune"], load_network(guard.best_file(best["step"]), attention=config.attention))
         after = best
+    guard.end()
     record = {
         "method": "dense tuning", "network": given.architecture.model, "seed": config.seed, "prototypes": prototypes,
         "images": len(images.fitted_N), "stopped": guard.problem, "kept_step": after["step"], "before": before,
@@ -119,7 +120,7 @@ def tune(config: Config, setup: Setup, images: Unlabelled, given: Network) -> Re
         write_page_of(setup.run / "report.html", config, images, given, tuned, record)
         if config.save_as:
             save_as(config.save_as, tuned, setup.run / "released", card_of(record, images, config))
-    ended = f"stopped, for {guard.problem}; the state of step {after['step']} is kept; " if guard.problem else ""
+    ended = f"stopped, because {guard.problem}; the state of step {after['step']} is kept; " if guard.problem else ""
     return Result(record, f"{ended}before: {in_words(before)}; after: {in_words(after)}")
 
 

@@ -49,6 +49,10 @@ class Attended(TorchFunctionMode):
             subtracted: of differential attention (Ye et al. 2024): gives the share of the second map that is taken
                 from the first; what is left below 0 counts as 0.
         """
+        if not self.calls:
+            raise ValueError(
+                "the attention that guides masks is read from torch's fused kernels: unset TIMM_FUSED_ATTN."
+            )
         maps = []
         with torch.no_grad(), torch.autocast(self.calls[0][0].device.type, enabled=False):  # or products run in half
             for q, k, bias in self.calls:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
 
-from bigtrain.models.transformers_names import from_transformers, has_transformers_names
+from bigtrain.models.transformers_names import from_transformers, has_transformers_names, towers
 
 PATCHES = "patch_embed.proj.weight"
 PREFERRED = ("ema", "teacher")  # of several networks in one file
@@ -43,7 +43,7 @@ def fitted(state: Mapping[str, Tensor], net: nn.Module, source: str) -> tuple[di
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     _check_patch_size(inside, net, source)
     best: tuple[int, dict[str, Tensor], str] = (-1, dict(inside), "")
-    for said, form in _forms(inside, net):
+    for said, form in _forms(inside, net, source):
         form, changed = _adapted(form, net)
         matched = sum(key in form for key in own)
         if matched > best[0]:
@@ -67,28 +67,48 @@ def _prefix(state: Mapping[str, Tensor], own: set[str], source: str) -> str:
     """What stands before the network's own names in a file; "" if nothing does, or the names are others."""
     anchors = sorted(own, key=lambda key: (-key.count("."), key))[:3] + sorted(own)[:3]
     found = {key[: -len(anchor)] for anchor in anchors for key in state if key.endswith(f".{anchor}")} | {""}
-    matches = {prefix: sum(f"{prefix}{key}" in state for key in own) for prefix in found}
+    matches = {prefix: sum(f"{prefix}{key}" in state for key in own) for prefix in sorted(found)}
     most = max(matches.values())
-    likely = [prefix for prefix, count in matches.items() if count == most and most]
-    preferred = [prefix for word in PREFERRED for prefix in likely if word in prefix.lower()]
-    if len(likely) > 1 and not preferred:
-        names = ", ".join(sorted(prefix.rstrip(".") for prefix in likely))
+    return _one_of([prefix for prefix, count in matches.items() if count == most and most], source)
+
+
+def _one_of(prefixes: Sequence[str], source: str) -> str:
+    """The prefix of the network to take: the only one, or the only moving average or teacher; "" where there is none.
+
+    Raises:
+        ValueError: there are several.
+    """
+    for word in PREFERRED if len(prefixes) > 1 else ():
+        if preferred := [prefix for prefix in prefixes if word in re.split(r"[._]", prefix.lower())]:
+            prefixes = preferred
+            break
+    if len(prefixes) > 1:
+        names = ", ".join(sorted(prefix.rstrip(".") for prefix in prefixes))
         raise ValueError(f"{source} holds several such networks ({names}): choose one with --weights-key.")
-    return preferred[0] if preferred else next(iter(likely), "")
+    return next(iter(prefixes), "")
 
 
-def _forms(state: Mapping[str, Tensor], net: nn.Module) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _forms(state: Mapping[str, Tensor], net: nn.Module, source: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The tensors under each kind of names that they may have."""
     if has_transformers_names(state):
-        yield "; in transformers' names", from_transformers(state, net)
+        prefix = _one_of(towers(state), source)
+        inside = {key: value for key, value in state.items() if key.startswith(prefix)}
+        yield (
+            f"; in transformers' names{', below ' + prefix.rstrip('.') if prefix else ''}",
+            from_transformers(inside, net),
+        )
         return
     module: Any = import_module(type(net).__module__)
     form = dict(state)
     if "fc_norm.weight" in net.state_dict() and "mask_token" in form:
         form.pop("mask_token")  # or timm takes a finetuned network's norms for a pretrained one's
+    filtered: dict[str, Tensor] | None = None
     if hasattr(module, "checkpoint_filter_fn"):
+        # of a form that it does not know, which then fails to match; it prints
         with suppress(Exception), redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
-            yield _resampled(state, net), module.checkpoint_filter_fn(form, net)
+            filtered = module.checkpoint_filter_fn(form, net)
+    if filtered is not None:
+        yield _resampled(state, net), filtered
     yield "", dict(state)
 
 

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -17,11 +16,8 @@ from bigtrain.models.timm_names import ALEXNET
 WITHIN_S = 5.0
 
 
-def released_weights(name: str, **options: Any) -> dict[str, Tensor]:
+def released_weights(name: str) -> dict[str, Tensor]:
     """The state_dict of a timm network, or torchvision's AlexNet, with the weights that its name stands for.
-
-    Args:
-        options: of `timm.create_model`.
 
     Raises:
         Exception: they cannot be downloaded; the hub's client, the network and timm each have errors of their own.
@@ -29,7 +25,7 @@ def released_weights(name: str, **options: Any) -> dict[str, Tensor]:
     if name == ALEXNET:
         return torchvision.models.alexnet(weights="DEFAULT").state_dict()
     with from_cache_alone_without_hub():
-        return timm.create_model(name, pretrained=True, num_classes=0, **options).state_dict()
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
 
 
 def downloaded(source: str) -> Path:
@@ -48,8 +44,8 @@ def downloaded(source: str) -> Path:
             return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
     except Exception as error:  # the hub's client and the network have errors of their own
         raise ValueError(
-            f"{name} cannot be had from the hub ({type(error).__name__}): check its name and the connection, or give a "
-            "local folder with its config.json and .safetensors."
+            f"{name} cannot be downloaded from the hub ({type(error).__name__}): check its name and the connection, or "
+            "give a local folder with its config.json and .safetensors."
         ) from error
 
 

@@ -30,6 +30,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUGREG_MEAN = AUGREG_STD = (0.5, 0.5, 0.5)
 
 MODEL_ARGS = {"image_size": "img_size", "patch_size": "patch_size", "depth": "depth"}  # ours: timm's
+NO_DIFFERENCE = {"num_classes", "dynamic_img_size", "global_pool", "drop_rate", "drop_path_rate"}  # in model_args
 
 
 class Known(NamedTuple):
@@ -38,6 +39,7 @@ class Known(NamedTuple):
     architecture: Architecture
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    heads: int = 0  # of attention, where a config says so: no shape would tell
 
 
 def load_network(
@@ -74,6 +76,8 @@ def load_network(
     asked = architecture or Architecture("")
     if is_local(source) or is_hub(source):
         path = Path(source).expanduser() if is_local(source) else downloaded(str(source))
+        if asked.model and not asked.image_size:
+            asked = replace(asked, image_size=_fixed(asked.model, image_size))
         network = _from_file(path, asked, weights_key, drop_path, attention)
     else:
         if asked.model not in ("", source):
@@ -120,6 +124,12 @@ def _from_file(path: Path, asked: Architecture, weights_key: str, drop_path: flo
         if not any(key.startswith("attn_pool.") for key in state) and getattr(backbone, "attn_pool", None) is not None:
             backbone.attn_pool = None  # type: ignore[assignment]  # files of earlier versions lack it
     else:
+        own_heads = getattr(getattr(getattr(backbone, "blocks", [None])[0], "attn", None), "num_heads", known.heads)
+        if known.heads and own_heads != known.heads:
+            raise ValueError(
+                f"{path} has {known.heads} heads of attention, and {architecture.model} {own_heads}: give another "
+                "--arch."
+            )
         state, fits = fitted(state, backbone, str(path))
         said += fits
     trunk = as_vit(backbone, attention, about.get("decoder_blocks", 0), _projections(state))
@@ -140,6 +150,13 @@ def _known(path: Path, asked: Architecture) -> Known:
         architecture = asked
     elif "architecture" in config:
         given = config.get("model_args", {})
+        same = {*MODEL_ARGS.values(), *NO_DIFFERENCE, *(["in_chans"] if given.get("in_chans") == 3 else [])}
+        changed = set(given) - same
+        if changed:
+            raise ValueError(
+                f"{path} holds a {config['architecture']} with other {', '.join(sorted(changed))} than timm defines, "
+                "which bigtrain does not build."
+            )
         sizes = {ours: given.get(theirs) for ours, theirs in MODEL_ARGS.items()}
         sizes = {name: value[0] if isinstance(value, list) else value for name, value in sizes.items() if value}
         architecture = Architecture(str(config["architecture"]), **sizes)
@@ -150,15 +167,23 @@ def _known(path: Path, asked: Architecture) -> Known:
             f"{path} does not say what network it belongs to: name it, as in --arch resnet50 or --arch "
             "vit_base_patch16_224."
         )
-    pixels = config.get("pretrained_cfg", {})
+    heads = int(config.get("vision_config", config).get("num_attention_heads", 0))
+    pixels = config.get("pretrained_cfg", config)  # timm's older folders have no such table
     if path.is_dir() and (path / "preprocessor_config.json").is_file():
         said = _json(path / "preprocessor_config.json")
         pixels = {"mean": said.get("image_mean"), "std": said.get("image_std")}
-    if pixels.get("mean") and pixels.get("std"):
-        return Known(architecture, tuple(pixels["mean"]), tuple(pixels["std"]))
+        if said.get("do_normalize") is False:
+            pixels = {"mean": 0.0, "std": 1.0}
+    if pixels.get("mean") is not None and pixels.get("std") is not None:
+        return Known(architecture, _three(pixels["mean"]), _three(pixels["std"]), heads)
     if path.suffix.lower() == ".npz":
         return Known(architecture, AUGREG_MEAN, AUGREG_STD)
-    return Known(architecture, *_normalisation(architecture.model))
+    return Known(architecture, *_normalisation(architecture.model), heads)
+
+
+def _three(value: Any) -> tuple[float, ...]:
+    """A number for each channel, of a list or of one number."""
+    return tuple(float(each) for each in value) if isinstance(value, list) else (float(value),) * 3
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -39,26 +39,32 @@ def read_file(path: Path, weights_key: str = "") -> Read:
         ValueError: what lies there is no file of weights, is damaged, or cannot be read without running its code.
     """
     if path.is_dir():
-        return read_folder(path)
+        found = read_folder(path)
+        return _chosen({"": found.tensors}, path, weights_key)._replace(said=found.said)
     check_is_weights(path)
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
-        return Read(*read_tensors(path))
+        tensors, about = read_tensors(path)
+        return _chosen({"": tensors}, path, weights_key)._replace(about=about)
     if suffix == ".npz":
-        return Read(from_augreg(path), {})
-    held = _unpickled(path)
-    sets = dict(_sets(held))
+        return _chosen({"": from_augreg(path)}, path, weights_key)
+    sets = dict(_sets(_unpickled(path)))
     most = max(map(len, sets.values()), default=0)
     sets = {key: tensors for key, tensors in sets.items() if len(tensors) * 10 > most}  # not a loss's few buffers
     if not sets:
         raise ValueError(f"{path} holds no state_dict: save the tensors of a network by name.")
+    return _chosen(sets, path, weights_key)
+
+
+def _chosen(sets: Mapping[str, dict[str, Tensor]], path: Path, weights_key: str) -> Read:
+    """The set of weights that a key names; without one the only set, or the moving average."""
     if weights_key:
-        if weights_key not in sets and any(key.startswith(f"{weights_key}.") for key in sets.get("", {})):
-            inside = {k.removeprefix(f"{weights_key}."): v for k, v in sets[""].items() if k.startswith(weights_key)}
-            return Read(inside, {}, f"; of the file's weights, {weights_key}")
-        if weights_key not in sets:
-            raise ValueError(f"{path} has no weights {weights_key!r}; it has {', '.join(filter(None, sets))}.")
-        return Read(sets[weights_key], {}, f"; of the file's weights, {weights_key}")
+        prefix = f"{weights_key}."
+        below = {key.removeprefix(prefix): each for key, each in sets.get("", {}).items() if key.startswith(prefix)}
+        if weights_key not in sets and not below:
+            there = [*filter(None, sets), *sorted({key.split(".")[0] for key in sets.get("", {})})]
+            raise ValueError(f"{path} has no weights {weights_key!r}; it has {', '.join(there[:8])}.")
+        return Read(sets.get(weights_key, below), {}, f"; of the file's weights, {weights_key}")
     averages = [key for average in AVERAGES for key in sets if key.rpartition(".")[2] == average]
     others = [key for key in sets if key not in averages and key]
     if averages and others:
@@ -86,12 +92,12 @@ def read_folder(folder: Path) -> Read:
     """The tensors of a folder in Hugging Face's form: one file, or several that an index lists."""
     if (index := folder / INDEX).is_file():
         try:
-            listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is no index of files of weights ({error}).") from error
         tensors: dict[str, Tensor] = {}
         for name in listed:
-            if Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name:
                 raise ValueError(f"{index} names {name!r}, which lies outside of its folder.")
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} lacks {name}, which {INDEX} lists: download it too.")
@@ -100,7 +106,7 @@ def read_folder(folder: Path) -> Read:
     for name in SINGLE_FILE:
         if (folder / name).is_file():
             return read_file(folder / name)
-    raise ValueError(f"{folder} holds no weights: there is neither {' nor '.join((*SINGLE_FILE, INDEX))}.")
+    raise ValueError(f"{folder} holds no weights: give a folder with one of {', '.join((*SINGLE_FILE, INDEX))}.")
 
 
 def check_is_weights(path: Path) -> None:
@@ -163,9 +169,8 @@ def _sets(held: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, dic
     if not isinstance(held, Mapping):
         return
     own = {key: value for key, value in held.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    if len(own) > 1 or (own and len(own) == len(held)):
+    if own:
         yield place, own
-        return
     for key, value in held.items() if depth else ():
         if isinstance(key, str) and not key.startswith(("optim", "lr_scheduler", "scheduler", "scaler", "rng")):
             yield from _sets(value, f"{place}.{key}" if place else key, depth - 1)

@@ -50,6 +50,12 @@ def has_transformers_names(state: Mapping[str, Tensor]) -> bool:
     return any(re.search(r"(^|\.)embeddings\.patch_embeddings?\.", key) for key in state)
 
 
+def towers(state: Mapping[str, Tensor]) -> list[str]:
+    """What stands before the names of each vision model in a file, such as "vision_model."."""
+    found = (re.fullmatch(r"(.*?)embeddings\.patch_embeddings?\..*", key) for key in state)
+    return sorted({match[1] for match in found if match})
+
+
 def from_transformers(state: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:
     """The tensors of a vision model under the names that timm's network has; what is not known keeps its name."""
     own = net.state_dict()
@@ -106,6 +112,10 @@ def _joined(named: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Te
     return named
 
 
+_ACTS = {  # model_type -> the activations that timm's networks have
+    "vit": ("gelu",), "dinov2": ("gelu",), "dinov2_with_registers": ("gelu",), "dinov3_vit": ("gelu", "silu"),
+    "clip_vision_model": ("quick_gelu", "gelu"), "siglip_vision_model": ("gelu_pytorch_tanh", "gelu"),
+}  # fmt: skip
 _BY_WIDTH: dict[str, dict[int, str]] = {  # model_type -> width -> timm's name; {patch} and {size} are the config's
     "vit": {192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 768: "vit_base_patch16_224",
             1024: "vit_large_patch16_224", 1280: "vit_huge_patch14_224"},
@@ -134,6 +144,8 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
         kind = str(config.get("model_type", ""))
         config = {"model_type": f"{kind}_vision_model", **config["vision_config"]}
     kind, width = str(config.get("model_type", "")).replace("siglip2", "siglip"), int(config.get("hidden_size", 768))
+    if (act := config.get("hidden_act")) and kind in _ACTS and act not in _ACTS[kind]:
+        raise ValueError(f"{where} has the activation {act}, and timm's {kind} has {' or '.join(_ACTS[kind])}.")
     if kind not in _BY_WIDTH:
         what = f"a {kind} model" if kind else "a model of unknown kind"
         raise ValueError(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+WEAKEST = 1e-7  # of the largest eigenvalue
 COSINE_SHARE = 0.9  # of a map's loss; the rest is smooth L1 (RADIO, Ranzinger et al. 2024a, 3.3)
 
 
@@ -28,6 +29,7 @@ class Standardised(nn.Module):
         eigenvalue_D, vectors_DD = torch.linalg.eigh(covariance_DD.double())
         largest = vectors_DD.gather(0, vectors_DD.abs().argmax(dim=0, keepdim=True))
         vectors_DD = vectors_DD * largest.sign()  # which is arbitrary otherwise
+        vectors_DD[:, eigenvalue_D < WEAKEST * eigenvalue_D.max()] = 0  # directions that rounding alone has made
         phi = eigenvalue_D.clamp(min=0).mean().sqrt().clamp(min=1e-12)
         self.mean_D: Tensor
         self.matrix_DD: Tensor

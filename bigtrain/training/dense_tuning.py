@@ -109,7 +109,8 @@ def dense_tuning(
         tuner.vit.recompute = config.run.recompute
         return tuner
 
-    tuner, queue, ema = new_tuner(), TokenQueue(config.queue), new_tuner().requires_grad_(False)
+    tuner, queue = new_tuner(), TokenQueue(config.queue)
+    ema = new_tuner().requires_grad_(False) if config.ema_teacher else tuner
     state = {"tuner": tuner, "queue": queue} | ({"ema": ema} if config.ema_teacher else {})
     lr, head_lr = (scaled_lr(lr, config.tune_batch, config.lr_batch) for lr in (config.tune_lr, config.head_lr))
     groups = decay_groups(tuner.vit.named_parameters(), base_lr=lr, layer_decay=config.layer_decay)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,8 +15,10 @@ from torch import Tensor, nn
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Batch, Stream
 from bigtrain.data.views import Resized
-from bigtrain.models.dense_features import dense_features, on_grid
+from bigtrain.models.dense_features import dense_features, dense_grid, on_grid
 from bigtrain.models.network import Network
+from bigtrain.models.read_weights import read_tensors
+from bigtrain.models.weights import save_tensors
 from bigtrain.objectives.feature_matching import Standardised
 from bigtrain.training.feature_cache import Features, Source, extracted, fingerprint
 from bigtrain.training.run_setup import Setup
@@ -36,7 +40,8 @@ class Targets:
     def __init__(self, setup: Setup, teacher: Network, size: int, grid: tuple[int, int], batch: int) -> None:
         self.setup, self.teacher, self.size, self.grid, self.batch = setup, teacher, size, grid, batch
         self.cached: Features | None = None
-        self.width = 0
+        _, self.widths = dense_grid(teacher.to("cpu").trunk, size)
+        teacher.to(setup.accelerator.device)
         self.patches: nn.Module = nn.Identity()
         self.pooled: nn.Module = nn.Identity()
 
@@ -49,25 +54,32 @@ class Targets:
                 row_BF = torch.zeros(len(real_B), row_NF.shape[1])
                 row_BF[torch.from_numpy(real_B)] = torch.from_numpy(row_NF)
                 row_BF = row_BF.to(self.setup.accelerator.device)
-                patches_BF, pooled_BD = row_BF[:, : -self.width], row_BF[:, -self.width :]
-                return self.patches(patches_BF.unflatten(1, (-1, self.width))), self.pooled(pooled_BD)
+                patches_BF, pooled_BD = row_BF[:, : -self.widths[1]], row_BF[:, -self.widths[1] :]
+                return self.patches(patches_BF.unflatten(1, (-1, self.widths[0]))), self.pooled(pooled_BD)
         patches_BND, pooled_BD = self._raw(batch.views["image"])
         return self.patches(patches_BND), self.pooled(pooled_BD)
 
-    def standardise(self, shard_set: ShardSet, sample_N: NDArray[np.int64], image_size: int) -> None:
-        """Measure mean and covariance of the targets over some pictures.
+    def standardise(self, shard_set: ShardSet, sample_N: NDArray[np.int64], image_size: int, file: Path) -> None:
+        """Measure mean and covariance of the targets over some pictures, or read what an earlier start has measured.
 
-        Each rank looks at all of them in the same batches: weak eigenvectors turn with the last bit, and the targets
-        must be the same at any world size.
+        Weak eigenvectors turn with the last bit, and what a student learns must be the same on all ranks, at any world
+        size and after a restart: each rank looks at all of the pictures in the same batches, and the first one's
+        figures count.
         """
-        for name in ("patches", "pooled"):
+        if not file.is_file():
             plan = shard_set.plan(sample_N, self.batch, shuffle=False)
             stream = Stream(
                 shard_set, plan, Resized(image_size), rank=0, world_size=1, workers=self.setup.settings.workers,
                 mark=self.setup.heartbeat.mark, behind_batch=self.setup.stop.leave_if_asked,
             )  # fmt: skip
-            mean_D, covariance_DD = self._moments(stream, name)
-            setattr(self, name, Standardised(mean_D, covariance_DD).to(self.setup.accelerator.device))
+            measured = self._measured(stream)
+            if self.setup.accelerator.is_main_process:
+                save_tensors(file, measured, {})
+        self.setup.accelerator.wait_for_everyone()
+        tensors, _ = read_tensors(file)
+        for name in ("patches", "pooled"):
+            standardised = Standardised(tensors[f"{name}.mean_D"], tensors[f"{name}.covariance_DD"])
+            setattr(self, name, standardised.to(self.setup.accelerator.device))
 
     def cache(self, shard_set: ShardSet, sample_N: NDArray[np.int64], image_size: int) -> None:
         """Compute the targets of whole pictures once, and keep them in the run folder and in memory.
@@ -80,11 +92,11 @@ class Targets:
             "precision": self.setup.precision,
         }  # fmt: skip
         limit = self.setup.settings.cache_gib
-        needed = 4 * len(sample_N) * self.width * (self.grid[0] * self.grid[1] + 1) / GIB
+        needed = 4 * len(sample_N) * (self.widths[0] * self.grid[0] * self.grid[1] + self.widths[1]) / GIB
         if needed > limit:
             raise ValueError(
-                f"the targets of {len(sample_N)} images need {needed:.1f} GiB, and --cache-gib is {limit:g}: raise it, "
-                "lower --train-limit, or leave --cache-targets out."
+                f"the targets of one teacher for {len(sample_N)} images need {needed:.1f} GiB, and --cache-gib is "
+                f"{limit:g}: raise it, lower --train-limit, or leave --cache-targets out."
             )
         source = Source(self._row, Resized(image_size), self.batch, identity, 16 * self.batch, "the teacher's targets")
         self.cached = extracted(self.setup.run / FOLDER, self.setup, source, shard_set, sample_N)
@@ -98,27 +110,33 @@ class Targets:
             image_B3HW = resized.round().clamp(0, 255).byte()
         with self.setup.autocast():
             map_BDhw, pooled_BD = dense_features(self.teacher.trunk, self.teacher.normalise(image_B3HW))
-        self.width = pooled_BD.shape[1]
         return on_grid(map_BDhw.float(), self.grid).flatten(2).transpose(1, 2), pooled_BD.float()
 
     def _row(self, image_B3HW: Tensor) -> Tensor:
         patches_BND, pooled_BD = self._raw(image_B3HW)
         return torch.cat([patches_BND.flatten(1), pooled_BD], dim=1)
 
-    def _moments(self, stream: Stream, name: str) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of the patches, or of the pooled features, of a stream's pictures."""
-        sums: list[Tensor] = []
+    def _measured(self, stream: Stream) -> dict[str, Tensor]:
+        """Mean and covariance of the patches and of the pooled features of a stream's pictures, float64."""
+        count: dict[str, int] = Counter()
+        sums: dict[str, Tensor] = {}
         for batch in stream.batches():
             batch = batch.to(self.setup.accelerator.device)
             patches_BND, pooled_BD = self._raw(batch.views["image"])
-            rows_BMD = patches_BND if name == "patches" else pooled_BD[:, None]
-            rows_TD = rows_BMD[batch.weight_B > 0].flatten(0, 1).double()
-            of_batch = [torch.tensor(float(len(rows_TD))), rows_TD.sum(dim=0).cpu(), (rows_TD.T @ rows_TD).cpu()]
-            sums = [a.double() + (b if sums else 0) for a, b in zip(of_batch, sums or of_batch, strict=True)]
+            real_B = batch.weight_B > 0
+            for name, rows_TD in (("patches", patches_BND[real_B].flatten(0, 1)), ("pooled", pooled_BD[real_B])):
+                rows_TD = rows_TD.double()
+                count[name] += len(rows_TD)
+                for part, of_batch in (("sum_D", rows_TD.sum(dim=0)), ("sum_DD", rows_TD.T @ rows_TD)):
+                    key = f"{name}.{part}"
+                    sums[key] = sums[key] + of_batch if key in sums else of_batch
             stream.mark(f"measured targets of batch {batch.position.batch}")
-        count, sum_D, sum_DD = sums
-        mean_D = sum_D / count
-        return mean_D, sum_DD / count - mean_D[:, None] * mean_D
+        measured: dict[str, Tensor] = {}
+        for name in count:
+            mean_D = sums[f"{name}.sum_D"] / count[name]
+            covariance_DD = sums[f"{name}.sum_DD"] / count[name] - mean_D[:, None] * mean_D
+            measured |= {f"{name}.mean_D": mean_D.cpu(), f"{name}.covariance_DD": covariance_DD.cpu()}
+        return measured
 
 
 class Student(nn.Module):
@@ -126,14 +144,15 @@ class Student(nn.Module):
     away.
 
     Args:
-        widths: of the teachers' features.
+        widths: of the trunk's own map and pooled features.
+        targets: what it learns.
     """
 
-    def __init__(self, trunk: nn.Module, width: int, widths: Sequence[int]) -> None:
+    def __init__(self, trunk: nn.Module, widths: tuple[int, int], targets: Sequence[Targets]) -> None:
         super().__init__()
         self.trunk = trunk
-        self.patch_heads = nn.ModuleList(nn.Linear(width, of_teacher) for of_teacher in widths)
-        self.pooled_heads = nn.ModuleList(nn.Linear(width, of_teacher) for of_teacher in widths)
+        self.patch_heads = nn.ModuleList(nn.Linear(widths[0], each.widths[0]) for each in targets)
+        self.pooled_heads = nn.ModuleList(nn.Linear(widths[1], each.widths[1]) for each in targets)
 
     def forward(self, image_B3HW: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(B, N, D) and (B, D) for each teacher, of normalised pictures."""

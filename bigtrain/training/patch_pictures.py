@@ -62,7 +62,7 @@ def telling_patch(seen: Seen, picture: int) -> int:
 
 
 def nearest_patches(seen: Seen, picture: int, patch: int, count: int) -> list[tuple[int, int, float]]:
-    """The nearest patch of each of the `count` other pictures that have the nearest: picture, patch, cosine."""
+    """The `count` other pictures with the nearest patches, the nearest first: picture, its patch, cosine."""
     unit_PND = seen.tokens_PND / np.maximum(np.linalg.norm(seen.tokens_PND, axis=-1, keepdims=True), 1e-12)
     cosine_PN = unit_PND @ unit_PND[picture, patch]
     best_P = cosine_PN.argmax(axis=1)

@@ -3,7 +3,7 @@
 Looked at are held-out pictures: before, every so many steps, and at the end. Files in the run folder:
 
     guard.jsonl         a row for each look; a restart continues it
-    best.safetensors    the network as it was at the best look
+    best-000123.safetensors    the network as it was at a look that was the best so far; the best of them stays
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from bigtrain.training.run_setup import Setup
 if TYPE_CHECKING:
     from bigtrain.methods.defend.network import DenseTuner
 
-ROWS, BEST = "guard.jsonl", "best.safetensors"
+ROWS = "guard.jsonl"
 LOOKS = 10  # during a run, where --guard-every is 0
 HALF = 0.5  # of the rank before: below, features have collapsed
 TOKENS = 4  # patch tokens of a picture whose rank is taken
@@ -99,6 +100,16 @@ class Guard:
         """The row of the best look; the latest of those that are equal."""
         return max(self.rows, key=lambda row: (quality(row), row["step"]))
 
+    def best_file(self, step: int) -> Path:
+        return self.setup.run / f"best-{step:06}.safetensors"
+
+    def end(self) -> None:
+        """Remove what was the best once and is no more."""
+        if self.setup.accelerator.is_main_process:
+            for row in self.rows:
+                if row["step"] != self.best()["step"]:
+                    self.best_file(row["step"]).unlink(missing_ok=True)
+
     def _note(self, step: int, network: Network, tuner: DenseTuner | None) -> None:
         before = max((quality(row) for row in self.rows), default=-1.0)
         temperature = self.config.temperature
@@ -106,7 +117,7 @@ class Guard:
         self.rows.append(row)
         if self.setup.accelerator.is_main_process:
             if quality(row) >= before:
-                network.save(self.setup.run / BEST)
+                network.save(self.best_file(step))
             write_text(self.setup.run / ROWS, "".join(json.dumps(each) + "\n" for each in self.rows))
         self.setup.accelerator.print(f"guard at step {step}: {in_words(row)}")
 
@@ -150,6 +161,10 @@ def figures_of(
     if tuner is not None:
         functions["assigned"] = lambda image_B3HW: assigned(tuner, network, autocast, image_B3HW, temperature)
     sample_N, found = collect(setup.accelerator, pictures, functions)
+    if not all(np.isfinite(each).all() for each in found.values()):
+        nothing = {"value": 0.0, "low": 0.0, "high": 0.0}
+        of_labels = {"knn": nothing, "linear_probe": nothing} if class_of else {}
+        return {"images": len(sample_N), "rank": 0.0, "spread": None, "pair_agreement": nothing, **of_labels}
     row: dict[str, Any] = {
         "images": len(sample_N),
         "rank": figures.effective_rank(found["whole"]),
@@ -197,7 +212,9 @@ def collapse(before: Mapping[str, Any], now: Mapping[str, Any], fall: float) -> 
     Args:
         fall: how much of a share of pictures may be lost.
     """
-    if not np.isfinite(now["spread"]) or now["rank"] < HALF * before["rank"]:
+    if now["spread"] is None:
+        return "the features are NaN or infinite"
+    if now["rank"] < HALF * before["rank"]:
         return f"the rank of the features fell from {before['rank']:.1f} to {now['rank']:.1f}"
     for name, words in (
         ("pair_agreement", "pictures that find their other view"),

@@ -52,7 +52,8 @@ def figure_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[lis
     rows = [[f"{words}, %", share(before, name), share(after, name)] for name, words in SHARES.items() if name in after]
     for name, words in NUMBERS.items():
         if name in after:
-            rows.append([words, *(f"{row[name]:.3g}" if name in row else "" for row in (before, after))])
+            values = (row.get(name) for row in (before, after))
+            rows.append([words, *("" if value is None else f"{value:.3g}" for value in values)])
     return rows
 
 
@@ -97,7 +98,7 @@ class Shown:
         return [overlay(picture, each, scale) for picture, each in zip(shown, maps, strict=True)]
 
     def nearest(self) -> list[Group]:
-        """For the patch that each of the first pictures is attended at most, the nearest patches of others."""
+        """For the most attended patch of each of the first pictures, the nearest patches of others."""
         groups, grid = [], self.seen["before"].grid
         for place in self.first[:QUERIES]:
             patch = telling_patch(self.seen["before"], place)
@@ -122,7 +123,7 @@ def write_page_of(
         f"the state of step {after['step']} is kept."
     ]
     if record["stopped"]:
-        lead.append(f"Tuning was stopped, for {record['stopped']}: what is kept is the best state before.")
+        lead.append(f"Tuning was stopped, because {record['stopped']}: what is kept is the best state before.")
     curves = {
         words: np.array([[row["step"], row[name]["value"]] for row in record["looks"]])
         for name, words in SHARES.items()
@@ -171,7 +172,7 @@ def card_of(record: Mapping[str, Any], images: Unlabelled, config: Any) -> str:
         f"bigtrain: {how} of the last {config.tuned_blocks} blocks, {record['prototypes']} prototypes, "
         f"{config.tune_epochs} epochs on {record['images']} pictures of {manifest.dataset} (licence of the pictures: "
         f"{manifest.licence or 'not stated'}), seed {record['seed']}; kept is step {record['kept_step']}."
-        + (f" Tuning was stopped, for {record['stopped']}." if record["stopped"] else ""), "",
+        + (f" Tuning was stopped, because {record['stopped']}." if record["stopped"] else ""), "",
         f"Pixels: {config.image_size} x {config.image_size}, normalised as in the config. Load: `{load}`, or as "
         "`--teacher FOLDER` of bigtrain.", "",
         f"## Figures on {record['after']['images']} held-out pictures, shares in % with 95 % intervals", "", *rows, "",

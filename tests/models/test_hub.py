@@ -94,7 +94,7 @@ def test_model_of_the_hub(hub, tmp_path, name):
 
 def test_no_such_model(hub, tmp_path):
     said, _ = loaded("hf-hub:org/other", hub, tmp_path / "home")
-    assert "error: org/other cannot be had from the hub" in said and "check its name" in said
+    assert "error: org/other cannot be downloaded from the hub" in said and "check its name" in said
 
 
 @pytest.mark.parametrize("name", ["hf-hub:org/model", "vit_small_patch14_dinov2.lvd142m"])

@@ -1,6 +1,7 @@
 """Files of weights as their owners publish them and as trainers leave them: what is taken, and what is said of it."""
 
 import argparse
+import json
 import pathlib
 
 import numpy as np
@@ -133,6 +134,69 @@ def test_weights_key(tmp_path):
     with pytest.raises(ValueError, match=r"several such networks \(encoder_k, encoder_q\)"):
         load_network(path, SMALL)
     assert "of the file's weights, encoder_q" in load_network(path, SMALL, weights_key="encoder_q").report
+
+
+def test_which_of_several(tmp_path):
+    """One of several networks is taken for its name, by whole words, or refused; never by chance."""
+    path = tmp_path / "v.safetensors"
+    for others, taken in (("student.", "teacher."), ("model.", "model_ema."), ("semantic.", "ema.")):
+        save_file(below(others, RAW) | below(taken), path)
+        loaded = load_network(path, SMALL)
+        assert torch.equal(loaded.backbone.state_dict()["cls_token"], WEIGHTS["cls_token"])
+        raw = load_network(path, SMALL, weights_key=others.rstrip("."))
+        assert torch.equal(raw.backbone.state_dict()["cls_token"], RAW["cls_token"])
+    save_file(below("teacher.clip.") | below("teacher.dino.", RAW), path)
+    with pytest.raises(ValueError, match=r"several such networks \(teacher.clip, teacher.dino\)"):
+        load_network(path, SMALL)
+    with pytest.raises(ValueError, match="has no weights 'nope'; it has teacher"):
+        load_network(path, SMALL, weights_key="nope")
+
+
+def test_numbers_beside_weights(tmp_path):
+    """Counters that are tensors hide no state_dict."""
+    torch.save({"state_dict": WEIGHTS, "epoch": torch.tensor(3), "best": torch.tensor(0.5)}, tmp_path / "v.pth")
+    assert load_network(tmp_path / "v.pth", SMALL).report.startswith("30 keys matched")
+
+
+def test_relative_positions_file(tmp_path):
+    """A file of a network with relative positions is built for the pictures to come, as a name is."""
+    weights = timm.create_model("vit_relpos_small_patch16_224", num_classes=0).state_dict()
+    save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / "v.safetensors")
+    arch = Architecture("vit_relpos_small_patch16_224")
+    assert load_network(tmp_path / "v.safetensors", arch, image_size=64).vit.grid_size == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_args": {"img_size": 48, "depth": 2, "num_heads": 6}}, "with other num_heads than timm defines"),
+        ({"model_args": {"img_size": 48, "depth": 2, "in_chans": 3}, "mean": [0.1] * 3, "std": [0.2] * 3}, ""),
+    ],
+)
+def test_timm_folder(tmp_path, config, message):
+    """A folder whose network differs in what no shape tells is refused; older ones keep their pixels at the top."""
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": TINY, **config}))
+    if message:
+        with pytest.raises(ValueError, match=message):
+            load_network(tmp_path)
+    else:
+        assert load_network(tmp_path).mean == (0.1, 0.1, 0.1)
+
+
+def test_broken_index(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": TINY}))
+    with pytest.raises(ValueError, match="names 5, which lies outside of its folder"):
+        load_network(tmp_path)
+
+
+def test_mistyped_folder(tmp_path, monkeypatch):
+    """A path below a folder that is there is no model of the hub."""
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="runs/nope does not exist"):
+        load_network("runs/nope")
 
 
 @pytest.mark.parametrize(

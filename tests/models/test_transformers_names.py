@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from bigtrain.models.architecture import Architecture
 from bigtrain.models.load_network import load_network
 from bigtrain.models.transformers_names import architecture_of
 
@@ -75,6 +77,32 @@ def test_folder(tmp_path, name):
     assert (network.mean, network.std) == ((0.1, 0.2, 0.3), (1, 2, 3))
     assert "in transformers' names" in network.report
     same_tokens(model, network.vit, 3e-3 if name == "siglip" else 2e-4)  # timm's GELU is exact, theirs by tanh
+
+
+def test_student_and_teacher(tmp_path):
+    """Of two networks under transformers' names the teacher is taken; two of a kind are refused."""
+    tensors = {key: value.clone() for key, value in made("dinov2").state_dict().items()}
+    both = {f"student.{key}": value + 1 for key, value in tensors.items()}
+    architecture = Architecture("vit_small_patch14_dinov2", 42, depth=2)
+    save_file(both | {f"teacher.{key}": value for key, value in tensors.items()}, tmp_path / "v.safetensors")
+    loaded = load_network(tmp_path / "v.safetensors", architecture)
+    assert torch.equal(loaded.backbone.state_dict()["norm.weight"], tensors["layernorm.weight"])
+    save_file(both | {f"other.{key}": value for key, value in tensors.items()}, tmp_path / "v.safetensors")
+    with pytest.raises(ValueError, match=r"several such networks \(other, student\)"):
+        load_network(tmp_path / "v.safetensors", architecture)
+
+
+def test_other_heads(tmp_path):
+    """A config whose heads or activation are not those of timm's network is refused: no shape would tell."""
+    model = made("vit")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 6}))
+    with pytest.raises(ValueError, match="has 6 heads of attention, and vit_tiny_patch16_224 3"):
+        load_network(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    with pytest.raises(ValueError, match="has the activation relu, and timm's vit has gelu"):
+        load_network(tmp_path)
 
 
 def test_sharded_folder(tmp_path):

@@ -1,5 +1,6 @@
 """Distilling features from end to end, on a few pictures."""
 
+import shutil
 import threading
 
 import pytest
@@ -26,11 +27,12 @@ def flags(shards, teacher):
 def test_vit_from_vit(flags, teacher, small, tmp_path, capsys):
     """The loss falls, the figures stand side by side, and the student serves as a teacher of DEFEND."""
     out = tmp_path / "run"
-    distil.main([*flags, *VIT, "--compare", str(teacher), "--epochs", "6", "--out", str(out)])
+    other = shutil.copy(teacher, tmp_path / "other.safetensors")
+    distil.main([*flags, *VIT, "--compare", str(other), "--epochs", "6", "--out", str(out)])
     found = losses(out)
     assert len(found) == 24 and sum(found[-4:]) < 0.8 * sum(found[:4])
     figures = results(out)["figures"]
-    assert list(figures) == ["student", "random weights", str(teacher)]
+    assert list(figures) == ["student", "random weights", str(teacher), str(other)]
     assert figures["student"]["images"] == 40 and "knn" in figures["student"]
     network = load_network(out / "network.safetensors")
     assert network.architecture == Architecture("vit_tiny_patch16_224", 32, 8, 2)
@@ -93,8 +95,18 @@ def test_two_processes(flags, tmp_path, config):
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
 
 
+@pytest.mark.parametrize("model", ["test_convnext", "vit_base_patch16_siglip_224"])
+def test_unused_weights(flags, tmp_path, model):
+    """Students with weights that no dense feature depends on train on several processes; it is said which they are."""
+    further = ["--model", model, "--image-size", "64", "--epochs", "1", "--depth", "1" if "vit" in model else "0"]
+    done = run("distil.py", *flags, *further, "--out", tmp_path / "run", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert ("of the student stay random" in done.stdout) == ("siglip" in model)
+
+
 MISTAKES = {
     "no such teacher": (["--teachers", "resnet5000"], "timm has no model 'resnet5000'"),
+    "a network twice": (["--teachers", "resnet18", "--compare", "resnet18"], "name a network twice"),
     "no such file": (["--teachers", "none.safetensors"], "none.safetensors does not exist"),
     "no such student": (["--model", "vit_enormous"], "timm has no model 'vit_enormous'"),
     "no map": (["--teachers", "mixer_s32_224", "--no-pretrained", "--image-size", "224"], "gives no map of features"),

@@ -74,12 +74,13 @@ def test_collapse_is_stopped(flags, tmp_path, capsys):
     out = tmp_path / "run"
     tune.main([*flags, "--tune-lr", "10", "--clip", "1", "--guard-every", "1", "--out", str(out)])
     said, found = capsys.readouterr().out, results(out)
-    assert found["stopped"] and f"stopped, for {found['stopped']}" in said
+    assert found["stopped"] and f"stopped, because {found['stopped']}" in said
     assert len(losses(out)) < 8 and "stopped it" in events(out, "ended")[0]["text"]
     assert found["kept_step"] == max(looks(out), key=lambda row: (row["knn"]["value"], row["step"]))["step"]
     kept = load_network(out / "teacher.safetensors").backbone.state_dict()
-    best = load_network(out / "best.safetensors").backbone.state_dict()
+    best = load_network(out / f"best-{found['kept_step']:06}.safetensors").backbone.state_dict()
     assert all(torch.equal(kept[key], best[key]) for key in kept)
+    assert len(list(out.glob("best-*"))) == 1
     assert "Tuning was stopped" in (out / "report.html").read_text()
 
 
