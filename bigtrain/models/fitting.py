@@ -108,7 +108,9 @@ def _forms(state: Mapping[str, Tensor], net: nn.Module, source: str) -> Iterator
         with suppress(Exception), redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
             filtered = module.checkpoint_filter_fn(form, net)
     if filtered is not None:
-        yield _resampled(state, net), filtered
+        beside = len(state) - len(filtered)
+        left_out = f"; {beside} keys of the release that are not the network's left out" if beside > 0 else ""
+        yield _resampled(state, net) + left_out, filtered
     yield "", dict(state)
 
 

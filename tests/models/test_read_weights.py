@@ -250,3 +250,42 @@ def test_normalisation(tmp_path):
     save_file(theirs, tmp_path / "d.safetensors")
     loaded = load_network(tmp_path / "d.safetensors", Architecture("vit_small_patch14_dinov2", 28, depth=1))
     assert loaded.mean == (0.485, 0.456, 0.406)
+
+
+def test_facebooks_dinov3(tmp_path):
+    """Facebook's DINOv3 has storage tokens, a mask of biases, periods of its rotations, and scales of other names."""
+    net = timm.create_model("vit_small_patch16_dinov3", img_size=48, depth=2, num_classes=0)
+    theirs = {"mask_token": torch.zeros(1, 384), "rope_embed.periods": torch.ones(16)}
+    for key, value in net.state_dict().items():
+        key = key.replace("reg_token", "storage_tokens").replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
+        theirs[key] = value
+    for block in range(2):
+        theirs |= {f"blocks.{block}.attn.qkv.{name}": torch.zeros(1152) for name in ("bias", "bias_mask")}
+    torch.save({"teacher": below("backbone.", theirs)}, tmp_path / "v.pth")
+    loaded = load_network(tmp_path / "v.pth", Architecture("vit_small_patch16_dinov3", 48, depth=2))
+    for key, value in net.state_dict().items():
+        torch.testing.assert_close(loaded.backbone.state_dict()[key], value)
+
+
+def test_openais_clip(tmp_path):
+    """OpenAI's CLIP keeps both towers in one file, under names of its own."""
+    name = "vit_base_patch32_clip_quickgelu_224"
+    net = timm.create_model(name, depth=2, num_classes=0)
+    names = {
+        "attn.qkv.weight": "attn.in_proj_weight", "attn.qkv.bias": "attn.in_proj_bias", "attn.proj.": "attn.out_proj.",
+        "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.", "norm1.": "ln_1.", "norm2.": "ln_2.",
+        "blocks.": "transformer.resblocks.", "norm_pre.": "ln_pre.", "patch_embed.proj.": "conv1.",
+    }  # fmt: skip
+    theirs = {"transformer.resblocks.0.ln_1.weight": torch.zeros(512), "logit_scale": torch.tensor(4.6)}
+    for key, value in net.state_dict().items():
+        for ours, other in names.items():
+            key = key.replace(ours, other)
+        key = f"visual.{'ln_post' + key[4:] if key.startswith('norm.') else key}"
+        theirs[key] = value
+    theirs["visual.class_embedding"] = theirs.pop("visual.cls_token").flatten()
+    theirs["visual.positional_embedding"] = theirs.pop("visual.pos_embed")[0]
+    theirs["visual.proj"] = torch.zeros(768, 512)
+    torch.save(theirs, tmp_path / "v.pt")
+    loaded = load_network(tmp_path / "v.pt", Architecture(name, depth=2))
+    for key, value in net.state_dict().items():
+        torch.testing.assert_close(loaded.backbone.state_dict()[key], value)

@@ -69,3 +69,47 @@ def test_signatures(views, tmp_path):
         assert done.returncode == 0, done.stderr
     means = [bigtrain.load_detector(tmp_path / n / "detector", device="cpu").detector.mean_CD_ for n in ("gpu", "cpu")]
     torch.testing.assert_close(*map(torch.from_numpy, means), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--precision", "fp32"],
+        ["--precision", "bf16", "--lora-rank", "4"],
+        # rotary positions: timm's own blocks on each view
+        ["--precision", "bf16", "--network", "eva02_tiny_patch14_224", "--no-pretrained", "--image-size", "56",
+         "--crop-size", "28", "--lora-rank", "4"],
+        # relative positions: attention with a bias
+        ["--precision", "fp16", "--network", "vit_relpos_small_patch16_224", "--no-pretrained", "--image-size", "64",
+         "--crop-size", "64"],
+    ],
+)  # fmt: skip
+def test_tune(shards, teacher, tmp_path, flags):
+    """Tuning stopped on a GPU goes on to the same bits and looks, for each kind of blocks."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    flags = [
+        "--train", shards / "test", "--network", teacher, "--image-size", "32", "--crop-size", "16", "--crops", "2",
+        "--train-limit", "240", "--tune-epochs", "1", "--tune-batch", "6", "--guard-images", "40",
+        "--checkpoint-every", "5", "--log-every", "1", "--guard-fall", "1", *flags,
+    ]  # fmt: skip
+    assert launched("tune.py", *flags, "--out", whole, environment=ON_GPU).returncode == 0
+    threading.Thread(target=ask_to_stop, args=(run, 6), daemon=True).start()
+    assert launched("tune.py", *flags, "--out", run, environment=ON_GPU).returncode == 85
+    done = launched("tune.py", *flags, "--out", run, environment=ON_GPU)
+    assert done.returncode == 0 and "on cuda" in done.stdout, done.stderr
+    for file in ("teacher.safetensors", "guard.jsonl"):
+        assert (run / file).read_bytes() == (whole / file).read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_distil(shards, teacher, tmp_path, precision):
+    """Distillation of features on a GPU, with cached targets and without, ends with its figures."""
+    flags = [
+        "--train", shards / "test", "--teachers", teacher, "--model", "vit_tiny_patch16_224", "--patch-size", "8",
+        "--depth", "2", "--image-size", "32", "--train-limit", "48", "--epochs", "2", "--batch", "12",
+        "--guard-images", "40", "--precision", precision,
+    ]  # fmt: skip
+    for name, further in (("computed", []), ("cached", ["--cache-targets"])):
+        done = launched("distil.py", *flags, *further, "--out", tmp_path / name, environment=ON_GPU)
+        assert done.returncode == 0 and "on cuda" in done.stdout, done.stderr
+        assert json.loads((tmp_path / name / "results.json").read_text())["figures"]["student"]["images"] == 40
