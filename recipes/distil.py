@@ -132,6 +132,7 @@ def distil(config: Config, setup: Setup, images: Unlabelled, networks: Networks)
     """Learn the teachers' features; then compare what the features are worth."""
     from bigtrain.data.views import Resized
     from bigtrain.evaluation.collect import Kept
+    from bigtrain.training.distillation import remove_targets
     from bigtrain.training.tuning_guard import classes_of, figures_of, in_words
 
     device = setup.accelerator.device
@@ -143,6 +144,7 @@ def distil(config: Config, setup: Setup, images: Unlabelled, networks: Networks)
     for network in (*networks.teachers.values(), *networks.compared.values()):
         network.to(device)
     made = setup.left(LEAVES["distil"]) or learn(config, setup, images, networks)
+    remove_targets(setup)
 
     class_of = classes_of(images.train, images.held_out_N)
     looked: dict[str, dict[str, Any]] = {}

@@ -18,10 +18,20 @@ class Kept:
     """A stream whose batches were read once and stay in memory, to be looked at many times."""
 
     def __init__(self, stream: Stream) -> None:
-        self.stream, self.budget = stream, stream.budget
+        self.stream, self.passes = stream, 0
         self._batches = list(stream.batches())
 
+    @property
+    def budget(self) -> Kept:
+        return self
+
+    def agree(self, epoch: int, bad: int) -> None:
+        """Pictures that could not be decoded count once, however often the others are looked at."""
+        if self.passes == 1:
+            self.stream.budget.agree(epoch, bad)
+
     def batches(self) -> Iterator[Batch]:
+        self.passes += 1
         return iter(self._batches)
 
     def mark(self, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,6 +138,12 @@ class Targets:
             covariance_DD = sums[f"{name}.sum_DD"] / count[name] - mean_D[:, None] * mean_D
             measured |= {f"{name}.mean_D": mean_D.cpu(), f"{name}.covariance_DD": covariance_DD.cpu()}
         return measured
+
+
+def remove_targets(setup: Setup) -> None:
+    """Delete the run folder's copies, once the student is done."""
+    if setup.accelerator.is_main_process:
+        shutil.rmtree(setup.run / FOLDER, ignore_errors=True)
 
 
 class Student(nn.Module):

@@ -16,6 +16,7 @@ from bigtrain.models.architecture import Architecture
 from bigtrain.models.read_weights import read_tensors
 from bigtrain.models.weights import save_tensors
 from recipes.defend import main
+from tests.broken_pictures import with_broken_picture
 from tests.fixtures import shards_made
 from tests.launching import run, start
 from tests.runs import ask_to_stop, judged_images, results, rows, scores
@@ -152,18 +153,6 @@ def test_tuned_blocks(finished, teacher):
     before, after = read_tensors(teacher)[0], read_tensors(finished / "teacher.safetensors")[0]
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed and all(key.startswith(("trunk.blocks.0.", "trunk.blocks.1.")) for key in changed)
-
-
-def with_broken_picture(source, folder, sample):
-    """A copy of a shard set in which a picture cannot be decoded."""
-    shutil.copytree(source, folder)
-    copy = ShardSet(str(folder))
-    shard = folder / copy.manifest.shards[int(copy.shard_N[sample])].file
-    data = bytearray(shard.read_bytes())
-    begin = int(copy._offset_N[sample])
-    data[begin : begin + 8] = b"not a png"[:8]
-    shard.write_bytes(data)
-    return copy
 
 
 FAMILIES = {  # teacher, its flags, whose attention guides the mask

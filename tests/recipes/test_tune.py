@@ -2,14 +2,18 @@
 
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 
+from bigtrain.data.shard_set import ShardSet
 from bigtrain.models.load_network import load_network
+from bigtrain.training.read_unlabelled import read_unlabelled
 from recipes import baselines, tune
 from shards.shards_cli import main as shards_command
+from tests.broken_pictures import with_broken_picture
 from tests.launching import run
 from tests.runs import ask_to_stop, events, losses, results
 
@@ -114,8 +118,6 @@ def test_two_processes(flags, tmp_path, config):
 
 def test_flat_folder(teacher, tmp_path, shards, capsys):
     """Pictures without classes are enough: there are no labelled figures, and prototypes for 32 kinds of objects."""
-    from bigtrain.data.shard_set import ShardSet
-
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number, payload in enumerate(ShardSet(str(shards / "test")).read(range(40))):
@@ -125,6 +127,20 @@ def test_flat_folder(teacher, tmp_path, shards, capsys):
                "--tune-batch", "8", "--tune-epochs", "1", "--out", str(tmp_path / "run")])  # fmt: skip
     assert "64 prototypes" in capsys.readouterr().out
     assert "knn" not in results(tmp_path / "run")["before"] and results(tmp_path / "run")["before"]["images"] == 8
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_broken_held_out_picture(flags, shards, tmp_path, processes):
+    """A broken picture among those that are looked at is left out of every look, counted once, and not shown."""
+    test = ShardSet(str(shards / "test"))
+    config = SimpleNamespace(train=str(shards / "test"), train_limit=48, validation_share=0.05, guard_images=40, seed=0)
+    sample = int(read_unlabelled(config).held_out_N[0])
+    with_broken_picture(shards / "test", tmp_path / "broken", sample)
+    done = run("tune.py", *flags, "--train", tmp_path / "broken", "--guard-every", 1, "--out", tmp_path / "run",
+               processes=processes)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [row["images"] for row in looks(tmp_path / "run")] == [39] * 9
+    assert test.key(sample) not in (tmp_path / "run" / "report.html").read_text()
 
 
 MISTAKES = {
@@ -156,8 +172,6 @@ def test_mistakes(flags, tmp_path, capsys, mistake):
 
 def test_too_few_pictures(teacher, tmp_path, shards, capsys):
     """A set of one picture leaves nothing to look at."""
-    from bigtrain.data.shard_set import ShardSet
-
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.png").write_bytes(ShardSet(str(shards / "test")).read([0])[0])
     assert shards_command(["build", "folder", "--root", str(tmp_path / "one"), "--out", str(tmp_path / "set")]) == 0
