@@ -49,7 +49,7 @@ class Config(RunMixin, OptimMixin):
     pretrained: bool = True  # --no-pretrained: teachers of a name with random weights.
 
     train_limit: int = setting(0, 0)  # Train on a seeded choice of this many images; 0: all.
-    validation_share: float = setting(0.05, 0.001, 0.9)  # Share of the images that is held out.
+    validation_share: float = setting(0.05, 0.001, 0.9)  # Share of the images that is held out; of small sets more.
     guard_images: int = setting(1000, 8)  # At most so many of the held-out images are looked at.
     cache_targets: bool = False
     """Compute the teachers' features of whole pictures once, each within --cache-gib; the student then sees whole

@@ -53,7 +53,7 @@ class GuardMixin:
     guard_fall: float = setting(0.1, 0, 1)
     """Stop, and keep the best state, when the share of pictures that find their other view, or that nearest neighbours
     classify rightly, falls by more than this, or the rank of the features by half."""
-    validation_share: float = setting(0.05, 0.001, 0.9)  # Share of the images that is held out, at least two.
+    validation_share: float = setting(0.05, 0.001, 0.9)  # Share of the images that is held out; of small sets more.
 
 
 class Watch(Interface):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from bigtrain.data.protocol import in_validation, seeded_choice
 from bigtrain.data.shard_set import ShardSet
 
-FEWEST = 8  # held-out images: fewer say nothing
+FEWEST, ENOUGH = 8, 32  # held-out images: fewer say nothing; of small sets a greater share is held out
 
 
 class Unlabelled(NamedTuple):
@@ -35,7 +35,8 @@ def read_unlabelled(config: Any) -> Unlabelled:
     """
     train = ShardSet(config.train)
     every_N = np.arange(len(train))
-    share = max(config.validation_share, min(0.5, FEWEST / max(1, len(train))))
+    few = max(1, len(train))
+    share = max(config.validation_share, min(0.25, ENOUGH / few), min(0.5, FEWEST / few))
     is_held_out = in_validation(train.keys(), train.first_class(train.classes), share=share, seed=config.seed)
     fitted_N = seeded_choice(every_N[~is_held_out], config.train_limit, config.seed)
     held_out_N = seeded_choice(every_N[is_held_out], config.guard_images, config.seed)

@@ -18,8 +18,8 @@ from bigtrain.models.network import Network, as_vit, build_trunk
 from bigtrain.training.run_setup import Setup
 from bigtrain.training.tuning_guard import first_view, pooled_tokens, second_view
 
-MOST, FEWEST = 256, 24  # pictures; with fewer, finding the other view says nothing
-CPU_FLOPS = 2e11  # that the line may cost without a GPU: some seconds
+MOST, MOST_ON_CPU, FEWEST = 256, 64, 24  # pictures; with fewer, finding the other view says nothing
+CPU_FLOPS = 4e11  # that the line may cost without a GPU: some seconds
 LITTLE = 0.02  # deviation of the tokens by their norm: below, they hardly differ
 
 
@@ -33,10 +33,11 @@ def print_sanity_line(
     """
     if (setup.run / "checkpoints").exists() or network.report.startswith("random weights"):
         return
-    affordable = int(CPU_FLOPS / (5 * network.flops(size))) if setup.accelerator.device.type == "cpu" else MOST
-    chosen_N = seeded_choice(sample_N, min(MOST, affordable), 0) if affordable else sample_N[:0]
-    if len(chosen_N) < FEWEST:
+    on_cpu = setup.accelerator.device.type == "cpu"
+    affordable = min(MOST_ON_CPU, int(CPU_FLOPS / (5 * network.flops(size)))) if on_cpu else MOST
+    if min(affordable, len(sample_N)) < FEWEST:
         return
+    chosen_N = seeded_choice(sample_N, affordable, 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         random = replace(network, trunk=as_vit(build_trunk(network.architecture), "auto")).to(network.device)

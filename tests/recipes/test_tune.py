@@ -126,7 +126,7 @@ def test_flat_folder(teacher, tmp_path, shards, capsys):
     tune.main(["--train", str(tmp_path / "flat"), "--network", str(teacher), "--image-size", "32", "--crop-size", "16",
                "--tune-batch", "8", "--tune-epochs", "1", "--out", str(tmp_path / "run")])  # fmt: skip
     assert "64 prototypes" in capsys.readouterr().out
-    assert "knn" not in results(tmp_path / "run")["before"] and results(tmp_path / "run")["before"]["images"] == 8
+    assert "knn" not in results(tmp_path / "run")["before"] and results(tmp_path / "run")["before"]["images"] == 10
 
 
 @pytest.mark.parametrize("processes", [1, 2])
