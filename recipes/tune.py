@@ -121,6 +121,8 @@ def tune(config: Config, setup: Setup, images: Unlabelled, given: Network) -> Re
         if config.save_as:
             save_as(config.save_as, tuned, setup.run / "released", card_of(record, images, config))
     ended = f"stopped, because {guard.problem}; the state of step {after['step']} is kept; " if guard.problem else ""
+    if not guard.problem and best["step"] != after["step"]:
+        ended = f"the best look was at step {best['step']}, {guard.best_file(best['step']).name}; "
     return Result(record, f"{ended}before: {in_words(before)}; after: {in_words(after)}")
 
 

@@ -50,7 +50,7 @@ class DenseTuningMixin:
 class GuardMixin:
     guard_images: int = setting(512, 8)  # Held-out images that the features are looked at on.
     guard_every: int = setting(0, 0)  # Look every so many steps; 0: ten times in a run.
-    guard_fall: float = setting(0.1, 0, 1)
+    guard_fall: float = setting(0.05, 0, 1)
     """Stop, and keep the best state, when the share of pictures that find their other view, or that nearest neighbours
     classify rightly, falls by more than this, or the rank of the features by half."""
     validation_share: float = setting(0.05, 0.001, 0.9)  # Share of the images that is held out; of small sets more.
