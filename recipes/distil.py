@@ -133,7 +133,7 @@ def distil(config: Config, setup: Setup, images: Unlabelled, networks: Networks)
     from bigtrain.data.views import Resized
     from bigtrain.evaluation.collect import Kept
     from bigtrain.training.distillation import remove_targets
-    from bigtrain.training.tuning_guard import classes_of, figures_of, in_words
+    from bigtrain.training.feature_look import classes_of, figures_of, in_words
 
     device = setup.accelerator.device
     begun = networks.student

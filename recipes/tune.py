@@ -91,8 +91,9 @@ def tune(config: Config, setup: Setup, images: Unlabelled, given: Network) -> Re
     """Tune, watched by a guard; then look at what has changed."""
     from bigtrain.models.load_network import load_network
     from bigtrain.models.save_as import save_as
+    from bigtrain.training.feature_look import in_words
     from bigtrain.training.sanity_line import print_sanity_line
-    from bigtrain.training.tuning_guard import Guard, in_words
+    from bigtrain.training.tuning_guard import Guard
     from bigtrain.training.tuning_page import card_of, write_page_of
 
     given.to(setup.accelerator.device)

@@ -109,7 +109,7 @@ def _forms(state: Mapping[str, Tensor], net: nn.Module, source: str) -> Iterator
             filtered = module.checkpoint_filter_fn(form, net)
     if filtered is not None:
         beside = len(state) - len(filtered)
-        left_out = f"; {beside} keys of the release that are not the network's left out" if beside > 0 else ""
+        left_out = f"; left out: {beside} further keys of the release" if beside > 0 else ""
         yield _resampled(state, net) + left_out, filtered
     yield "", dict(state)
 

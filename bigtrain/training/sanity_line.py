@@ -15,8 +15,8 @@ from bigtrain.data.views import Resized
 from bigtrain.evaluation.collect import Kept, collect
 from bigtrain.evaluation.feature_figures import pair_agreement
 from bigtrain.models.network import Network, as_vit, build_trunk
+from bigtrain.training.feature_look import first_view, pooled_tokens, second_view
 from bigtrain.training.run_setup import Setup
-from bigtrain.training.tuning_guard import first_view, pooled_tokens, second_view
 
 MOST, MOST_ON_CPU, FEWEST = 256, 64, 24  # pictures; with fewer, finding the other view says nothing
 CPU_FLOPS = 4e11  # that the line may cost without a GPU: some seconds

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from bigtrain.training.feature_look import first_view, second_view
 from bigtrain.training.patch_pictures import Seen, component_pictures, nearest_patches
-from bigtrain.training.tuning_guard import collapse, first_view, second_view
+from bigtrain.training.tuning_guard import collapse
 
 
 def row(rank=10.0, pairs=0.5, knn=None, spread=-1.0):
