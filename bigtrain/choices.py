@@ -38,6 +38,7 @@ Schedule = Literal["constant", "cosine"]
 SaveAs = Literal["", "timm", "hf"]
 """In which library's form a network is written beside bigtrain's: models/save_as.py."""
 Tracker = Literal["wandb", "mlflow", "trackio"]
+CacheDtype = Literal["auto", "fp32", "bf16", "int8"]
 """Experiment trackers: runtime/trackers.py; each is an extra of pyproject.toml of the same name."""
 
 HIGHEST_LR = 1e30

@@ -169,7 +169,8 @@ def train(config: Config, setup: Setup, data: Data, given: Network) -> Network:
     lr = scaled_lr(config.lr, config.batch, config.lr_batch)
     stage = Stage(
         "train", setup,
-        trained=model, clip=config.clip, optimizer=sgd(model, lr=lr, momentum=config.momentum),
+        trained=model, optimizer=sgd(model, setup.accelerator.device, lr=lr, momentum=config.momentum),
+        clip=config.clip,
         stream=Mixture(streams), steps=config.epochs * plans["known"].batches_per_epoch or config.steps,
         flops_per_image=3 * given.flops(config.image_size),
     )  # fmt: skip

@@ -130,7 +130,6 @@ def defend(config: Config, setup: Setup, split: Split, given: Network) -> Result
     from bigtrain.models.attention import resolve_backend, torch_dtype
     from bigtrain.training.judging import judged
     from bigtrain.training.sanity_line import print_sanity_line
-    from bigtrain.training.teacher_tokens import remove_tokens
 
     given.to(setup.accelerator.device)
     backend = resolve_backend(config.attention, setup.accelerator.device, torch_dtype(setup.precision))
@@ -142,7 +141,6 @@ def defend(config: Config, setup: Setup, split: Split, given: Network) -> Result
     if not config.distil:
         return Result({"leaves": LEAVES["tune"]}, "the teacher is tuned", LEAVES["tune"])
     student = masked_distillation(config, setup, split, teacher)
-    remove_tokens(setup)
     scoring = scoring_of(config, setup.precision)
     detector, plain, floors = compared(given, teacher, student, scoring, is_tuned=config.tune)
     method = "DEFEND" if config.tune else "masked distillation"
@@ -185,15 +183,16 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
     keep, plan = kept(config), split.train.plan(split.fitted_N, config.distil_batch, config.seed)
     steps = config.distil_steps or config.distil_epochs * plan.batches_per_epoch
     tokens = TeacherTokens(
-        setup, teacher, split.train, plan, steps=steps, batch=config.score_batch, image_size=config.image_size,
-        layers=config.distilled_blocks, with_attention=keep != "random" and config.mask_ratio > 0,
+        setup, teacher, split.train, plan, steps=steps, image_size=config.image_size, layers=config.distilled_blocks,
+        with_attention=keep != "random" and config.mask_ratio > 0,
     )  # fmt: skip
     groups = decay_groups(student.named_parameters(), base_lr=lr)
     stage = Stage(
         "distil", setup,
         trained=student, optimizer=adamw(groups, setup.accelerator.device, lr=lr, betas=(0.9, 0.95)),
         state={"student": student}, ema=config.ema_student,
-        stream=setup.stream(split.train, plan, Resized(config.image_size)), steps=steps, clip=config.clip,
+        stream=setup.stream(split.train, plan, Resized(config.image_size), steps=steps), steps=steps,
+        clip=config.clip,
         flops_per_image=trained_flops(student, config.image_size, visible) + tokens.flops_per_image,
     )  # fmt: skip
     warmup = round(config.warmup_epochs * plan.batches_per_epoch)
@@ -207,7 +206,9 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
                 seen = tokens.of(part, image_B3HW)  # eq. 2: the teacher sees every patch ...
                 visible_BN = visible_patches(seen.guide_BN, part.seed_B, keep=keep, mask_ratio=config.mask_ratio)
                 # ... the student a part of them, and it predicts the tokens of these, of the others or of all
-                (predicted,) = stage.module(image_B3HW, visible_BN=visible_BN, last=config.distilled_blocks)
+                (predicted,) = stage.module(
+                    image_B3HW, visible_BN=visible_BN, visible_count=visible, last=config.distilled_blocks
+                )
             loss_B = distillation_loss(  # eq. 3, 4
                 predicted.blocks_LBND, seen.blocks_LBND, visible_BN, predict=config.predict, distance=config.distance,
                 normalisation=config.normalisation, normalise_student=config.normalise_student,

@@ -203,12 +203,13 @@ def learn(config: Config, setup: Setup, images: Unlabelled, networks: Networks) 
     trunk.prepare_trunk(student.trunk, config.run, 0.0)
     lr = scaled_lr(config.lr, config.batch, config.lr_batch)
     view = Resized(size) if config.cache_targets else RandomResizedCrop(size, config.crop_scale, config.mirror)
-    groups = decay_groups(student.named_parameters(), base_lr=lr)
+    groups, steps = decay_groups(student.named_parameters(), base_lr=lr), config.epochs * plan.batches_per_epoch
     stage = Stage(
         "distil", setup,
         trained=student, optimizer=adamw(groups, setup.accelerator.device, lr=lr),
-        state={"student": student}, ema=config.ema, clip=config.clip, stream=setup.stream(images.train, plan, view),
-        steps=config.epochs * plan.batches_per_epoch, flops_per_image=begun.training_flops(size),
+        state={"student": student}, ema=config.ema, clip=config.clip,
+        stream=setup.stream(images.train, plan, view, steps=steps), steps=steps,
+        flops_per_image=begun.training_flops(size),
     )  # fmt: skip
     warmup = round(config.warmup_epochs * plan.batches_per_epoch)
 

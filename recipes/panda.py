@@ -103,8 +103,8 @@ def adapt(config: Config, setup: Setup, split: Split, given: Network) -> Network
     plan = split.train.plan(split.fitted_N, config.batch, config.seed)
     stage = Stage(
         "adapt", setup,
-        trained=model, optimizer=sgd(model, lr=lr, momentum=config.momentum), clip=config.clip,
-        stream=setup.stream(split.train, plan, view),
+        trained=model, optimizer=sgd(model, setup.accelerator.device, lr=lr, momentum=config.momentum),
+        clip=config.clip, stream=setup.stream(split.train, plan, view),
         steps=config.epochs * plan.batches_per_epoch, flops_per_image=3 * given.flops(config.image_size),
     )  # fmt: skip
 

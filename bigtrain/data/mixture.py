@@ -28,6 +28,9 @@ class Batches(dict[str, Batch]):
     def part(self, number: int, parts: int) -> Batches:
         return Batches((name, batch.part(number, parts)) for name, batch in self.items())
 
+    def without_views(self) -> Batches:
+        return Batches((name, batch.without_views()) for name, batch in self.items())
+
     def to(self, device: torch.device) -> Batches:
         return Batches((name, batch.to(device)) for name, batch in self.items())
 

@@ -21,15 +21,14 @@ import webdataset as wds
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigtrain.data.decode import Picture, jpeg_decoder
 from bigtrain.data.error_budget import ErrorBudget
 from bigtrain.data.memory import has_little_shared_memory, keep_freed_memory
 from bigtrain.data.plan import PADDING, Plan, Position, check_divides, sample_seeds
-from bigtrain.data.reader import Places, Reader
+from bigtrain.data.row_cache import RowCache
 from bigtrain.data.shard_set import ShardSet
-from bigtrain.data.views import Transform, Views
+from bigtrain.data.views import Transform
+from bigtrain.data.work import Done, Piece, Work, joined
 from bigtrain.data.workers import start_worker, worker_context
-from bigtrain.images import UnreadableError
 
 log = logging.getLogger(__name__)
 START = Position()
@@ -69,6 +68,10 @@ class Batch:
             views={name: view[places] for name, view in self.views.items()},
         )
 
+    def without_views(self) -> Batch:
+        """What is needed to name its pictures."""
+        return replace(self, views={})
+
     def to(self, device: torch.device) -> Batch:
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)  # a copy that waits would empty the device's queue
@@ -87,6 +90,7 @@ class Stream:
         rank, world_size: this process among all; the world size must divide the plan's global batch.
         workers: processes that read and decode; 0 does it in this one. Each has some of the places of every batch, so
             there are never more than this rank has places.
+        cache: of the transform's view, where that is always the same (`views.is_fixed`).
         mark: called with what this rank is doing, twice a batch.
         behind_batch: called after each batch.
     """
@@ -100,12 +104,14 @@ class Stream:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        cache: RowCache | None = None,
         mark: Callable[[str], None] = lambda doing: None,
         behind_batch: Callable[[], None] = lambda: None,
     ) -> None:
         self.mark, self.behind_batch = mark, behind_batch
         share = plan.global_batch // check_divides(plan.global_batch, world_size)
-        self.shard_set, self.plan, self.transform = shard_set, plan, transform
+        self.shard_set, self.plan, self.transform, self.cache = shard_set, plan, transform, cache
+        self._news: set[str] = set()  # of the cache
         self.workers = min(workers, share)
         edges = rank * share + np.linspace(0, share, max(self.workers, 1) + 1).astype(int)
         self._lanes = [slice(int(low), int(high)) for low, high in pairwise(edges)]
@@ -120,7 +126,7 @@ class Stream:
         """
         keep_freed_memory()
         loader = wds.WebLoader(
-            _Work(self.shard_set.reader(), self.transform),
+            Work(self.shard_set.reader(), self.transform, self.cache),
             sampler=self._pieces(start, epochs),
             batch_size=None,
             num_workers=self.workers,
@@ -174,7 +180,7 @@ class Stream:
         """The keys of this rank's slice of a batch."""
         return [self.shard_set.key(sample) for sample in batch.sample_B.tolist() if sample != PADDING]
 
-    def _pieces(self, start: Position, epochs: int | None) -> Iterator[_Piece]:
+    def _pieces(self, start: Position, epochs: int | None) -> Iterator[Piece]:
         """What each worker is to do, one piece after the other; a loader gives them to its workers in turn."""
         for position in self.plan.positions(start, epochs):
             sample_G = self.plan.batch(position)
@@ -184,9 +190,9 @@ class Stream:
                 rest = self.plan.rest_of_spans(position, lanes, since)
                 read_N = np.concatenate([sample_B[sample_B != PADDING], rest])
                 seed_B = sample_seeds(self.plan.seed, position.epoch, sample_B)
-                yield _Piece(position, sample_B, seed_B, read_N, self.shard_set.places(read_N))
+                yield Piece(position, sample_B, seed_B, read_N, self.shard_set.places(read_N))
 
-    def _received(self, loader: Iterable[_Done]) -> Iterator[_Done]:
+    def _received(self, loader: Iterable[Done]) -> Iterator[Done]:
         """The workers' results; a killed worker stops the run with a clear error."""
         has_begun = False
         try:
@@ -206,11 +212,14 @@ class Stream:
                 why += '. Or did it never start? A script must stream inside `if __name__ == "__main__":`'
             raise OSError(f"a process that reads {self.shard_set.url} has ended; {why}.") from error
 
-    def _joined(self, done: Iterable[_Done]) -> Iterator[Batch]:
+    def _joined(self, done: Iterable[Done]) -> Iterator[Batch]:
         for parts in zip(*[iter(done)] * len(self._lanes), strict=True):
             for part in parts:
                 if part.failure is not None:
                     raise self.shard_set.naming_keys(part.failure, part.sample_B[part.sample_B != PADDING])
+            for sentence in {s for part in parts for s in part.news} - self._news:
+                self._news.add(sentence)
+                log.warning(sentence)
             position = parts[0].position
             yield Batch(
                 position=position,
@@ -222,78 +231,3 @@ class Stream:
                 bad={sample: why for part in parts for sample, why in part.bad.items()},
                 read_bytes=sum(part.read_bytes for part in parts),
             )
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A worker's places of one batch, and the samples to read for it, then those of later batches."""
-
-    position: Position
-    sample_B: NDArray[np.int64]
-    seed_B: NDArray[np.int64]
-    read_N: NDArray[np.int64]
-    places: Places
-
-
-@dataclass(frozen=True)
-class _Done:
-    position: Position
-    sample_B: NDArray[np.int64]
-    seed_B: Tensor
-    weight_B: Tensor
-    views: dict[str, Tensor]
-    bad: dict[int, str]
-    read_bytes: int
-    failure: OSError | None = None  # a shard that cannot be read, passed on without the worker's traceback
-
-
-class _Work(torch.utils.data.Dataset[_Done]):
-    """What a worker does: a piece's bytes, pictures and views."""
-
-    def __init__(self, reader: Reader, transform: Transform) -> None:
-        self.reader, self.transform, self.decoder = reader, transform, jpeg_decoder()
-        self._ahead: dict[int, bytes] = {}  # read and not yet needed
-
-    def __getitem__(self, piece: _Piece) -> _Done:
-        before, blank = self.reader.bytes_read, self.transform.blank()
-        weight_B = np.zeros(len(piece.sample_B), np.float32)
-        made, bad, failure = list[Views](), dict[int, str](), None
-        try:
-            self._read(piece)
-        except OSError as error:
-            failure = type(error)(str(error))
-        for place, (sample, seed) in enumerate(zip(piece.sample_B.tolist(), piece.seed_B.tolist(), strict=True)):
-            views = blank
-            if sample != PADDING and failure is None:
-                try:
-                    picture = Picture(self._ahead.pop(sample), self.decoder)
-                    views = self.transform(picture, np.random.Generator(np.random.Philox(key=seed % 2**64)))
-                    weight_B[place] = 1
-                except UnreadableError as reason:
-                    bad[sample] = str(reason)
-            made.append(views)
-        return _Done(
-            position=piece.position,
-            sample_B=piece.sample_B,
-            seed_B=torch.from_numpy(piece.seed_B),
-            weight_B=torch.from_numpy(weight_B),
-            views={name: torch.from_numpy(np.stack([views[name] for views in made])) for name in blank},
-            bad=bad,
-            read_bytes=self.reader.bytes_read - before,
-            failure=failure,
-        )
-
-    def _read(self, piece: _Piece) -> None:
-        lacking = np.array([sample not in self._ahead for sample in piece.read_N.tolist()], bool)
-        if lacking.any():
-            payloads = self.reader.read(*piece.places.those(lacking))
-            self._ahead |= zip(piece.read_N[lacking].tolist(), payloads, strict=True)
-
-
-def joined(parts: list[Tensor]) -> Tensor:
-    """Tensors concatenated; in pinned memory where there is a GPU, so that copies overlap its work."""
-    if len(parts) == 1 and not torch.cuda.is_available():
-        return parts[0]
-    shape = (sum(map(len, parts)), *parts[0].shape[1:])
-    whole = parts[0].new_empty(shape, pin_memory=torch.cuda.is_available())
-    return torch.cat(parts, out=whole)

@@ -117,6 +117,11 @@ class CentreCrop(Resized):
         return image
 
 
+def is_fixed(transform: Transform) -> bool:
+    """Whether a picture's view is always the same: one uint8 `image`."""
+    return type(transform) in (Resized, CentreCrop)
+
+
 @dataclass(frozen=True)
 class RandomCrop(CentreCrop):
     """`image`: a crop anywhere in the resized picture, mirrored half of the time (Krizhevsky et al. 2012)."""

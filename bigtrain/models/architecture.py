@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,3 +87,20 @@ def asked_for(source: str, arch: str, image_size: int = 0, patch_size: int = 0, 
     if is_local(source) or is_hub(source):
         return Architecture(arch, image_size) if arch else None
     return Architecture(arch or source, image_size, patch_size, depth)
+
+
+def check_blocks(what: str, count: int, backbone: Any, of: str = "network") -> None:
+    """Refuse a number of blocks that a network does not have."""
+    depth = len(backbone.blocks)
+    if not 1 <= count <= depth:
+        raise ValueError(f"{what} is {count}, and the {of} has {depth} blocks: use 1 to {depth}.")
+
+
+def check_image_size(size: Sequence[int], patch_size: int) -> None:
+    """Refuse images whose sides are no multiples of the patch."""
+    if any(side % patch_size for side in size):
+        lower = max(patch_size, max(size) // patch_size * patch_size)
+        raise ValueError(
+            f"patch size {patch_size} does not divide a picture or crop of {size[0]} x {size[1]} pixels: "
+            f"use {lower} or {lower + patch_size}."
+        )

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from bigtrain.models.vit import ViT, check_image_size
+from bigtrain.models.architecture import check_image_size
+from bigtrain.models.vit import ViT
 
 ImageSize = int | tuple[int, int]
 

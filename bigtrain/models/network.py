@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,14 @@ def as_vit(backbone: Any, attention: Backend, decoder_blocks: int = 0, projectio
 
 def normalised(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 (..., 3, H, W) to float32: (x / 255 - mean) / std for each channel."""
-    mean_311 = torch.tensor(mean, device=image.device).view(3, 1, 1)
-    std_311 = torch.tensor(std, device=image.device).view(3, 1, 1)
-    return (image.float() / 255 - mean_311) / std_311
+    mean_311, std_311 = (of_channels(tuple(values), image.device) for values in (mean, std))
+    return image.to(torch.float32, copy=True).div_(255).sub_(mean_311).div_(std_311)  # in place: half of the time
+
+
+@lru_cache(maxsize=32)  # a copy to the device that would be waited for in each step
+def of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One number a channel, (3, 1, 1)."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def build_trunk(architecture: Architecture, *, drop_path: float = 0.0) -> nn.Module:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bigtrain.choices import Backend
-from bigtrain.models.attended import Attended
+from bigtrain.models.architecture import check_blocks, check_image_size
 from bigtrain.models.attention import Sequences, attention
 from bigtrain.models.families import Place, family_of
+from bigtrain.models.guide import last_attention, pooling_attention
+from bigtrain.models.masking import Visible, put, take, visible_numbers
 
 
 def is_packed(net: Any) -> bool:
@@ -44,6 +46,20 @@ class Encoded(NamedTuple):
     def guide_BN(self) -> Tensor:
         """What guides a mask: the attention of `ViT.guide`, or ones where it was not asked for."""
         return self.tokens_BND.new_ones(self.tokens_BND.shape[:2]) if self.attention_BN is None else self.attention_BN
+
+
+class Packed(NamedTuple):
+    """Tokens of several views, one after another, before the block at `depth`."""
+
+    x_TD: Tensor
+    sequences: Sequences
+    places: tuple[Place, ...]
+    depth: int
+
+    def only(self, views: slice) -> Packed:
+        """Of some of the views."""
+        split = self.x_TD.split([count * length for count, length in self.sequences])[views]
+        return Packed(torch.cat(split), self.sequences[views], self.places[views], self.depth)
 
 
 class ViT(nn.Module):
@@ -108,47 +124,46 @@ class ViT(nn.Module):
         return "the pooling query" if getattr(self.backbone, "attn_pool", None) is not None else "the mean token"
 
     def forward(
-        self, *views: Tensor, visible_BN: Tensor | None = None, last: int = 1, with_attention: bool = False
+        self,
+        *views: Tensor | Packed,
+        visible_BN: Tensor | None = None,
+        visible_count: int | None = None,
+        last: int = 1,
+        with_attention: bool = False,
     ) -> tuple[Encoded, ...]:
         """Encode images of one or more sizes in one packed pass.
 
         Args:
-            views: images (B, 3, H, W), each with its own B, H and W; sides are multiples of the patch size.
+            views: images (B, 3, H, W), each with its own B, H and W; sides are multiples of the patch size. Or what
+                `begin` has made of them.
             visible_BN: with a single view: the patches to see, equally many in each image; the others are dropped,
                 and completed by a network with decoder blocks, which then returns all patches.
+            visible_count: how many that are in each image; None: they are counted, for which the device is waited for.
             last: how many blocks' tokens to return; where patches are completed, no more than the decoder has.
             with_attention: also return the attention of `guide`: that of the pooling layer, else of the last block.
 
         Returns:
             One `Encoded` for each view.
         """
-        tokens, places = map(list, zip(*(self._embed(view) for view in views), strict=True))
-        if visible_BN is not None:
-            tokens[0], places[0] = self._keep(tokens[0], places[0], visible_BN)
-        sequences: Sequences = tuple((x.shape[0], x.shape[1]) for x in tokens)
-        x_TD = torch.cat([x.flatten(0, 1) for x in tokens])
-
+        where = None if visible_BN is None else visible_numbers(visible_BN, visible_count)
+        x_TD, sequences, places, begun = views[0] if isinstance(views[0], Packed) else self._packed(views, where)
         blocks: list[Any] = list(self.backbone.blocks)
         kept: list[Tensor] = []
         attended: list[Tensor] | None = None
-        completed_from = self._check_last(last, is_masked=visible_BN is not None)
-        for depth, block in enumerate(blocks):
-            if visible_BN is not None and depth == completed_from:
-                x_BTD = self._complete(x_TD.unflatten(0, sequences[0]), visible_BN, places[0].grid)
-                places[0] = places[0]._replace(kept_Bn=None)
+        completed_from = self._check_last(last, is_masked=where is not None)
+        for depth in range(begun, len(blocks)):
+            if where is not None and depth == completed_from:
+                x_BTD = self._complete(x_TD.unflatten(0, sequences[0]), where, places[0].grid)
+                places = (places[0]._replace(kept_Bn=None),)
                 sequences, x_TD = ((x_BTD.shape[0], x_BTD.shape[1]),), x_BTD.flatten(0, 1)
             if with_attention and depth == len(blocks) - 1 and self.guide != "the pooling query":
-                attended = self._attention(block, x_TD, sequences, places)
-            run = partial(self._block, block) if self.is_packed else partial(self._timm_block, depth, places)
-            if self.recompute and torch.is_grad_enabled():  # a block without gradient keeps and repeats nothing
-                x_TD = checkpoint(run, x_TD, sequences, use_reentrant=False)
-            else:
-                x_TD = run(x_TD, sequences)
+                attended = last_attention(self, x_TD, sequences, places)
+            x_TD = self._run(depth, x_TD, sequences, places)
             if depth >= len(blocks) - last:
                 kept.append(x_TD)
         kept[-1] = self._normed(kept[-1])
         if with_attention and attended is None:
-            attended = self._pooling_attention(kept[-1], sequences)
+            attended = pooling_attention(self, kept[-1], sequences)
         if len(self.projections):
             kept = [project(x_TD) for project, x_TD in zip(self.projections[-last:], kept, strict=True)]
 
@@ -167,6 +182,31 @@ class ViT(nn.Module):
                 )
             )
         return tuple(encoded)
+
+    @torch.no_grad()
+    def begin(self, *views: Tensor, blocks: int) -> Packed:
+        """All views after the first `blocks` blocks, in one packed pass without a graph: where these are frozen, views
+        of several networks that share them need no second one."""
+        x_TD, sequences, places, _ = self._packed(views, None)
+        for depth in range(blocks):
+            x_TD = self._run(depth, x_TD, sequences, places)
+        return Packed(x_TD, sequences, places, blocks)
+
+    def _packed(self, views: Sequence[Any], where: Visible | None) -> Packed:
+        """The tokens of all views before the first block."""
+        tokens, places = map(list, zip(*(self._embed(view) for view in views), strict=True))
+        if where is not None:
+            tokens[0], places[0] = self._keep(tokens[0], places[0], where)
+        sequences: Sequences = tuple((x.shape[0], x.shape[1]) for x in tokens)
+        return Packed(torch.cat([x.flatten(0, 1) for x in tokens]), sequences, tuple(places), 0)
+
+    def _run(self, depth: int, x_TD: Tensor, sequences: Sequences, places: tuple[Place, ...]) -> Tensor:
+        """One block."""
+        block = self.backbone.blocks[depth]
+        run = partial(self._block, block) if self.is_packed else partial(self._timm_block, depth, places)
+        if self.recompute and torch.is_grad_enabled():  # a block without gradient keeps and repeats nothing
+            return checkpoint(run, x_TD, sequences, use_reentrant=False)
+        return run(x_TD, sequences)
 
     def _check_last(self, last: int, *, is_masked: bool) -> int | None:
         """Refuse a `last` beyond the blocks; return the one before which hidden patches come back, if any."""
@@ -200,7 +240,7 @@ class ViT(nn.Module):
         norms = [norm for name in ("norm", "fc_norm") if (norm := getattr(self.backbone, name, None)) is not None]
         return nn.Sequential(*norms)(x_TD)
 
-    def _keep(self, tokens_BTD: Tensor, place: Place, visible_BN: Tensor) -> tuple[Tensor, Place]:
+    def _keep(self, tokens_BTD: Tensor, place: Place, where: Visible) -> tuple[Tensor, Place]:
         """The tokens of the visible patches, and their places."""
         if self.family.why_unmasked:
             raise ValueError(
@@ -208,17 +248,16 @@ class ViT(nn.Module):
                 "--student, or --mask-ratio 0."
             )
         prefix = self.prefix_tokens
-        kept_Bn = visible_BN.nonzero()[:, 1].unflatten(0, (len(visible_BN), -1))
-        visible_BnD = tokens_BTD[:, prefix:].gather(1, kept_Bn[:, :, None].expand(-1, -1, tokens_BTD.shape[-1]))
-        return torch.cat([tokens_BTD[:, :prefix], visible_BnD], dim=1), place._replace(kept_Bn=kept_Bn)
+        visible_BnD = take(tokens_BTD[:, prefix:], where)
+        return torch.cat([tokens_BTD[:, :prefix], visible_BnD], dim=1), place._replace(kept_Bn=where.kept_Bn)
 
-    def _complete(self, x_BTD: Tensor, visible_BN: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _complete(self, x_BTD: Tensor, where: Visible, grid: tuple[int, int]) -> Tensor:
         """Put the visible patches back in their places, and mask tokens with their positions in the others."""
         prefix = self.prefix_tokens
         position_1ND = self.family.positions(self.backbone, grid, x_BTD)
         assert self.mask_token_D is not None
         masked_BND = (self.mask_token_D + position_1ND).to(x_BTD.dtype).expand(len(x_BTD), -1, -1)
-        patches_BND = masked_BND.masked_scatter(visible_BN[:, :, None], x_BTD[:, prefix:])
+        patches_BND = put(x_BTD[:, prefix:], masked_BND, where)
         return torch.cat([x_BTD[:, :prefix], patches_BND], dim=1)
 
     def _timm_block(self, depth: int, places: Sequence[Place], x_TD: Tensor, sequences: Sequences) -> Tensor:
@@ -229,47 +268,16 @@ class ViT(nn.Module):
         return torch.cat([run(part.unflatten(0, shape), place).flatten(0, 1) for part, shape, place in views])
 
     def _block(self, block: Any, x_TD: Tensor, sequences: Sequences) -> Tensor:
-        q_THd, k_THd, v_THd = self._qkv(block, x_TD)
+        q_THd, k_THd, v_THd = self.qkv(block, x_TD)
         mixed_TD = attention(q_THd, k_THd, v_THd, sequences, backend=self.attention_backend).flatten(1)
         mixed_TD = block.attn.proj_drop(block.attn.proj(block.attn.norm(mixed_TD)))
         x_TD = x_TD + _drop_path(block.ls1(mixed_TD), block.drop_path1, sequences)
         return x_TD + _drop_path(block.ls2(block.mlp(block.norm2(x_TD))), block.drop_path2, sequences)
 
-    def _qkv(self, block: Any, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: Any, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attn = block.attn
         q_THd, k_THd, v_THd = attn.qkv(block.norm1(x_TD)).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
         return attn.q_norm(q_THd), attn.k_norm(k_THd), v_THd
-
-    def _attention(self, block: Any, x_TD: Tensor, sequences: Sequences, places: Sequence[Place]) -> list[Tensor]:
-        """The attention of [CLS], or of the mean token, to the patches in the last block; one tensor a view."""
-        if getattr(block, "window_size", 0):
-            raise ValueError("the last block attends within windows, which guides no mask: use --keep random.")
-        prefix, result = self.prefix_tokens, []
-        queries = slice(0, 1) if self.guide == "[CLS]" else slice(prefix, None)
-        depth = len(self.backbone.blocks) - 1
-        split = [count * length for count, length in sequences]
-        for shape, place, part in zip(sequences, places, x_TD.split(split), strict=True):
-            with torch.no_grad(), Attended() as attended:
-                if self.is_packed:
-                    q_THd, k_THd, _ = self._qkv(block, part)
-                    attended.note(*(x.unflatten(0, shape).transpose(1, 2) for x in (q_THd, k_THd)))
-                else:
-                    self.family.block(self.backbone, depth, part.unflatten(0, shape), place)
-            subtracted = getattr(
-                block, "_compute_lambda", getattr(getattr(block, "attn", None), "_compute_lambda", None)
-            )
-            result.append(attended.to_patches(queries, slice(prefix, None), shape[0], subtracted))
-        return result
-
-    def _pooling_attention(self, x_TD: Tensor, sequences: Sequences) -> list[Tensor]:
-        """The attention of the pooling layer's query to the patches; one tensor a view."""
-        net, prefix, result = self.backbone, self.prefix_tokens, []
-        skipped = 0 if net.pool_include_prefix else prefix
-        for shape, part in zip(sequences, x_TD.split([count * length for count, length in sequences]), strict=True):
-            with torch.no_grad(), Attended() as attended:
-                net.attn_pool(part.unflatten(0, shape)[:, skipped:])
-            result.append(attended.to_patches(slice(None), slice(prefix - skipped, None), shape[0]))
-        return result
 
 
 def _drop_path(x_TD: Tensor, drop: nn.Module, sequences: Sequences) -> Tensor:
@@ -281,20 +289,3 @@ def _drop_path(x_TD: Tensor, drop: nn.Module, sequences: Sequences) -> Tensor:
     parts = zip(keep_S.split([count for count, _ in sequences]), sequences, strict=True)
     keep_T = torch.cat([keep.repeat_interleave(length) for keep, (_, length) in parts])
     return x_TD * (keep_T[:, None].to(x_TD.dtype) / (1 - probability))
-
-
-def check_blocks(what: str, count: int, backbone: Any, of: str = "network") -> None:
-    """Refuse a number of blocks that a network does not have."""
-    depth = len(backbone.blocks)
-    if not 1 <= count <= depth:
-        raise ValueError(f"{what} is {count}, and the {of} has {depth} blocks: use 1 to {depth}.")
-
-
-def check_image_size(size: Sequence[int], patch_size: int) -> None:
-    """Refuse images whose sides are no multiples of the patch."""
-    if any(side % patch_size for side in size):
-        lower = max(patch_size, max(size) // patch_size * patch_size)
-        raise ValueError(
-            f"patch size {patch_size} does not divide a picture or crop of {size[0]} x {size[1]} pixels: "
-            f"use {lower} or {lower + patch_size}."
-        )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
-from bigtrain.choices import RANGE, Tracker, check_ranges, checked_values, reach, setting
+from bigtrain.choices import RANGE, CacheDtype, Tracker, check_ranges, checked_values, reach, setting
 from bigtrain.files import read_toml
 
 PRINT_CONFIG = "--print-config"
@@ -27,9 +27,12 @@ class RunSettings:
     threads: int = setting(0, 0)
     """CPU threads of each process; 0: OMP_NUM_THREADS, which `accelerate launch` sets to 1 by default, else the cores
     that this process may use, by affinity and control group, divided among the processes of this machine."""
-    cache_gib: float = setting(2.0, 0)
-    """On CPUs, GiB of memory of each process, and of the run folder, for what each epoch would compute again (DEFEND's
-    teacher tokens); 0: compute it in each step."""
+    cache_dir: str = ""
+    """Where resized views and DEFEND's teacher tokens are kept for later epochs: a folder that runs share, on a fast
+    disk of each machine; empty: in the run folder until it is finished, tokens on CPUs only."""
+    cache_gib: float = setting(16.0, 0)  # The most GiB that each of these caches takes; 0: none is made.
+    cache_dtype: CacheDtype = "auto"
+    """How tokens are kept; auto: exactly with --precision fp32, else in bf16. int8 takes half of it again."""
     log_every: int = setting(20, 1)  # Steps between two lines of the log.
     checkpoint_every: int = setting(200, 1)  # Steps between two checkpoints.
     keep_checkpoints: int = setting(2, 1)  # How many of the newest checkpoints are kept.

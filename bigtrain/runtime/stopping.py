@@ -13,12 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from bigtrain.files import write_json
 from bigtrain.runtime.exit import at_end
 from bigtrain.runtime.exit_codes import INTERRUPTED, STOPPED
+from bigtrain.runtime.later import on_device
 from bigtrain.runtime.run_folder import STOPPED_FILE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -64,16 +65,15 @@ class Stop:
             self._may_interrupt = False
 
     def agreed(self) -> bool:
-        return self.agreed_and_sums([])[0]
+        return int(self.sums([])[0]) > 0
 
-    def agreed_and_sums(self, counts: Sequence[int]) -> tuple[bool, list[int]]:
-        """Whether any rank was asked to stop and, since the ranks talk anyway, the sums of their counts."""
-        asked = self.asked or self.file.exists()
+    def sums(self, counts: Sequence[int]) -> list[int] | Tensor:
+        """On how many ranks the run was asked to stop and, since the ranks talk anyway, the sums of their counts; of
+        several ranks as a tensor, which may still be under way on its device."""
+        own = [int(self.asked or self.file.exists()), *counts]
         if self.accelerator.num_processes == 1:
-            return asked, list(counts)
-        all_counts = torch.tensor([int(asked), *counts], device=self.accelerator.device)
-        asked_sum, *sums = self.accelerator.reduce(all_counts, reduction="sum").tolist()
-        return asked_sum > 0, sums
+            return own
+        return self.accelerator.reduce(on_device(own, self.accelerator.device), reduction="sum")
 
     def leave_if_asked(self) -> None:
         """Where there is nothing to save (while images are judged, say): call on all ranks, equally often on each."""

@@ -15,8 +15,10 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used
     from numpy.typing import NDArray
 
     from bigtrain.data.shard_set import ShardSet
+    from bigtrain.data.stream import Batch
     from bigtrain.methods.defend.network import DenseTuner
     from bigtrain.models.network import Network
+    from bigtrain.models.vit import Packed
     from bigtrain.training.run_setup import Setup
 
 STAGE = "tune"
@@ -98,7 +100,7 @@ def dense_tuning(
     from bigtrain.methods.defend.network import DenseTuner, TokenQueue, unit_rows
     from bigtrain.models.flops import trained_flops, vit_forward_flops
     from bigtrain.models.lora import add_low_rank, merge_low_rank
-    from bigtrain.training.optim import adamw, cosine, decay_groups, follow, scaled_lr, set_schedule
+    from bigtrain.training.optim import adamw, cosine, decay_groups, scaled_lr, set_schedule
     from bigtrain.training.stage import Stage
 
     def new_tuner() -> DenseTuner:
@@ -127,6 +129,13 @@ def dense_tuning(
     )  # fmt: skip
     source, patch = ema if config.ema_teacher else stage.module, given.vit.patch_size
 
+    @torch.no_grad()
+    def frozen(part: Batch) -> Packed:
+        """A part's images and crops behind the blocks that do not learn."""
+        pictures = [part.views["image"], *(crop_BV3HW.flatten(0, 1) for crop_BV3HW in views.crops_of(part.views)[0])]
+        with setup.autocast():
+            return stage.module(*map(given.normalise, pictures), frozen=True)
+
     def tuned() -> DenseTuner:
         """The tuner as it is now, an ordinary module; called on all ranks."""
         with torch.random.fork_rng():
@@ -140,22 +149,22 @@ def dense_tuning(
         factor = cosine(stage.step, total=stage.steps, start=1.0, end=0.0)
         decay = cosine(stage.step, total=stage.steps, start=config.tune_decay[0], end=config.tune_decay[1])
         set_schedule(stage.optimizer, lr_factor=factor, weight_decay=decay)
-        images = [given.normalise(b3HW) for b3HW in step.batch.views["image"].chunk(config.run.accumulate)]
+        begun = [frozen(step.batch.part(number, config.run.accumulate)) for number in range(config.run.accumulate)]
         q_BhwK = cluster_map(
-            source, queue, images, step.batch.weight_B, setup.accelerator, setup.autocast(), patch_size=patch,
-            epsilon=config.epsilon, iterations=config.sinkhorn_iterations,
+            source, queue, [seen.only(slice(0, 1)) for seen in begun], step.batch.weight_B, setup.accelerator,
+            setup.autocast(), epsilon=config.epsilon, iterations=config.sinkhorn_iterations,
         )  # fmt: skip
-        for part, q_bhwK in zip(step.parts(), q_BhwK.chunk(config.run.accumulate), strict=True):
+        for part, seen, q_bhwK in zip(step.parts(), begun, q_BhwK.chunk(config.run.accumulate), strict=True):
             crops, boxes = views.crops_of(part.views)
             with setup.autocast():
-                _, cosines = stage.module(*(given.normalise(crop_BV3HW.flatten(0, 1)) for crop_BV3HW in crops))  # z' p
+                _, cosines = stage.module(seen.only(slice(1, None)))  # z' p
             loss_B = multi_crop_loss(cosines, q_bhwK, crops, boxes, patch_size=patch, temperature=config.temperature)
             step.backward(setup.mean(part, loss_B))
-        if step.update(lr=factor * lr):
-            stage.constrain("prototypes.weight_KD", unit_rows)
-            if config.ema_teacher:
-                follow(ema, tuner, cosine(stage.step, total=stage.steps, start=config.ema_momentum, end=1.0))
-                ema.prototypes.weight_KD.copy_(unit_rows(ema.prototypes.weight_KD))
+        step.update(lr=factor * lr)
+        stage.constrain(tuner, "prototypes.weight_KD", unit_rows)
+        if config.ema_teacher:
+            stage.follow(ema, tuner, cosine(stage.step, total=stage.steps, start=config.ema_momentum, end=1.0))
+            stage.constrain(ema, "prototypes.weight_KD", unit_rows)
         if guard and not guard(stage.step + 1, stage.steps, tuned):
             stage.end("the guard has stopped it")
             break

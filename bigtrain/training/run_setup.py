@@ -97,8 +97,10 @@ class Setup:
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write results.json, which makes the run a finished one, and close the trackers."""
         from bigtrain.runtime.trackers import end_trackers
+        from bigtrain.training.caches import remove_caches
 
         if self.accelerator.is_main_process:
+            remove_caches(self.run.path)
             self.run.finish(results)
         end_trackers(self.accelerator)
 
@@ -131,11 +133,21 @@ class Setup:
         """The mean over a step's images on all ranks, of this rank's values; see `Batch.mean`."""
         return batch.mean(value_B, self.accelerator.num_processes)
 
-    def stream(self, shard_set: ShardSet, plan: Plan, transform: Transform, **further: Any) -> Stream:
-        """This process's share of a plan."""
+    def stream(
+        self, shard_set: ShardSet, plan: Plan, transform: Transform, *, steps: int = 0, **further: Any
+    ) -> Stream:
+        """This process's share of a plan.
+
+        Args:
+            steps: that are taken of it; where that is more than an epoch, views that are always the same are kept.
+        """
+        from bigtrain.training.caches import view_cache
+
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        is_repeated = steps > plan.batches_per_epoch
+        cache = view_cache(self, shard_set, transform, len(plan.sample_N), is_repeated=is_repeated)
         return Stream(
-            shard_set, plan, transform,
+            shard_set, plan, transform, cache=cache,
             rank=rank, world_size=world_size, workers=self.settings.workers, mark=self.heartbeat.mark, **further,
         )  # fmt: skip
 

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 from typing import Protocol as Interface
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from bigtrain.data.mixture import Batches
-from bigtrain.data.stream import Batch
-from bigtrain.runtime import start, zero
+from bigtrain.runtime import later, start, zero
 from bigtrain.runtime.checkpoint import Checkpoints
 from bigtrain.runtime.log import StageLog
 from bigtrain.runtime.stopping import AskedWhileWaiting
 from bigtrain.runtime.trackers import end_trackers
 from bigtrain.training.optim import follow
 from bigtrain.training.run_setup import Setup
-from bigtrain.training.update import Update
+from bigtrain.training.step import PROBLEM, B, Step
+from bigtrain.training.update import PROBLEMS, Update
 
 M = TypeVar("M", bound=nn.Module)
-B = TypeVar("B", Batch, Batches)
+AGREED = "agreed_"  # names of numbers that are no figures of the log
+
+
+class Outcome(NamedTuple, Generic[B]):
+    """A step that was taken or skipped, and its numbers, which may still be under way."""
+
+    step: int
+    batch: B
+    numbers: later.Later
 
 
 class Source(Interface[B]):
@@ -43,53 +49,6 @@ class Source(Interface[B]):
     def keys(self, batch: B) -> list[str]: ...
 
 
-class Step(Generic[B]):
-    """One step of a stage: parts, each with a backward pass, then one update. Any other order is an error."""
-
-    def __init__(self, stage: Stage[B], batch: B) -> None:
-        self.stage: Stage[B] = stage
-        self.batch: B = batch
-        self.problem: str | None = None  # after the update: why the step was skipped, "" if it was not
-        self.figures: dict[str, Tensor | float] = {}
-        self._parts_open, self._is_last_part = 0, False
-
-    def parts(self) -> Iterator[B]:
-        """The batch's parts of --accumulate; gradients are averaged over the processes with the last of them."""
-        accelerator, parts = self.stage.setup.accelerator, self.stage.setup.settings.accumulate
-        for number in range(parts):
-            self._parts_open, self._is_last_part = self._parts_open + 1, number + 1 == parts
-            alone = not self._is_last_part and not zero.is_used(accelerator)
-            with accelerator.no_sync(self.stage.module) if alone else nullcontext():
-                yield self.batch.part(number, parts)
-            self._check(not self._parts_open, "a part went by without step.backward(loss)")
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a part's loss, this process's share of it: see `Batch.mean`."""
-        self._check(self._parts_open == 1, "step.backward(loss) belongs inside `for part in step.parts()`, once a part")
-        self._parts_open = 0
-        self.stage.setup.heartbeat.mark(f"computed a loss of step {self.stage.step + 1}")
-        self.stage.updates.backward(loss, last=self._is_last_part)
-
-    def update(self, **figures: Tensor | float) -> bool:
-        """Change the weights; False where loss or gradient were not finite and the step is skipped.
-
-        Args:
-            figures: of this step for the log, beside loss and norm of the gradient.
-        """
-        self._check(self._is_last_part and not self._parts_open, "step.update() comes after all parts")
-        self._check(self.problem is None, "step.update() was called twice")
-        self.stage.setup.heartbeat.mark(f"computed the gradient of step {self.stage.step + 1}")
-        taken, self.problem = self.stage.updates.take()
-        self.figures = {**taken, **figures}
-        if self.stage.average is not None and not self.problem:
-            follow(self.stage.average, self.stage.trained, self.stage.ema)
-        return not self.problem
-
-    def _check(self, is_right: bool, what: str) -> None:
-        if not is_right:
-            raise RuntimeError(f"stage {self.stage.name!r}, step {self.stage.step + 1}: {what}.")
-
-
 class Stage(Generic[B]):
     """One training stage of a run; a restart continues it from its newest checkpoint.
 
@@ -99,7 +58,9 @@ class Stage(Generic[B]):
                 step.backward(loss)
             step.update(lr=...)
 
-    Between two steps the stage counts, logs, saves when it is due, and leaves when any rank was asked to stop.
+    Between two steps the stage counts, logs, saves when it is due, and leaves when any rank was asked to stop. On a GPU
+    it reads a step's figures, whether it was skipped, and what the ranks agree on, `later.STEPS` steps behind, so that
+    the device never waits for this process; before it saves, it waits for all of them.
 
     Args:
         name: of its folder of checkpoints and of its rows in the log.
@@ -144,6 +105,9 @@ class Stage(Generic[B]):
         found = self.checkpoints.load()
         self.step = found.get("step", 0)
         self.skipped_in_a_row = found.get("skipped_in_a_row", 0)
+        self.taken: Tensor | bool = True  # Whether the newest update has changed the weights.
+        self._outcomes: deque[Outcome[B]] = deque()
+        self._problem, self._asked = "", False  # of the newest step whose outcome is known
         if settings.compile:
             trained.compile()
         if zero.is_used(accelerator):
@@ -156,6 +120,7 @@ class Stage(Generic[B]):
         self.updates = Update(accelerator, self.module, self.optimizer, clip=clip, precision=setup.precision)
         if self.updates.scaler and "scaler" in found:
             self.updates.scaler.load_state_dict(found["scaler"])
+        self._behind = later.STEPS if self.updates.skips_on_device and accelerator.device.type == "cuda" else 0
         self._save_is_due = False
         self.log = StageLog(
             setup.run.path, accelerator, name,
@@ -171,14 +136,14 @@ class Stage(Generic[B]):
             start.seed_step(self.stream.seed, self.step, self.setup.accelerator.process_index)
             step = Step(self, batch.to(self.setup.accelerator.device))
             yield step
-            step._check(step.problem is not None, "the step ended without step.update()")
+            step._check(step.figures is not None, "the step ended without step.update()")
             self._end(step)
-        self.log.close()
+        self._close()
 
     def end(self, why: str) -> None:
         """End the stage before its last step; the loop is left at once."""
         self.log.event("ended", f"at step {self.step + 1} of {self.steps}: {why}")
-        self.log.close()
+        self._close()
 
     def _next(self, batches: Iterator[B]) -> B | None:
         """The next batch; None at the end."""
@@ -186,45 +151,73 @@ class Stage(Generic[B]):
             with self.setup.stop.waiting():
                 return next(batches, None)
         except AskedWhileWaiting:
+            self._learn(0)
             if not self.skipped_in_a_row:  # else the weights may be bad
                 self._save()
             self._leave()
 
     def _leave(self) -> NoReturn:
         self.log.event("stopped", "when asked")
-        self.log.close()
+        self._close()
         end_trackers(self.setup.accelerator)
         self.setup.stop.leave(self.step, self.name)
 
     def _end(self, step: Step[B]) -> None:
-        """Count the step, log its figures, save when it is due; leave when any rank was asked to."""
-        batch, problem = step.batch, step.problem or ""
+        """Count the step, learn what came of it or of earlier ones, save when it is due; leave when any rank was asked
+        to."""
         self.step += 1
-        self.log.step(wait_s=batch.wait_s, read_bytes=batch.read_bytes, skipped=self.stream.skipped, **step.figures)
-        if problem:
-            self._skipped(batch, problem)
-        else:
-            self.skipped_in_a_row = 0
-        # after a skipped step the weights may be bad: saving, and so stopping, waits for the next
-        asked, bad = self.setup.stop.agreed_and_sums(self.stream.bad(batch))
-        if self.setup.accelerator.num_processes > 1:  # a stream alone has counted them itself
-            self.stream.agree(batch, bad)
-        if asked and not problem:
-            self._save()
-            self._leave()
+        sums = self.setup.stop.sums(self.stream.bad(step.batch))
+        agreed = {f"{AGREED}{number}": value for number, value in enumerate(sums)}
+        self._outcomes.append(
+            Outcome(self.step, step.batch.without_views(), later.Later({**(step.figures or {}), **agreed}))
+        )
+        self._learn(self._behind)
         self._save_is_due |= self.step % self.setup.settings.checkpoint_every == 0
-        if self._save_is_due and not problem:
+        if self._asked or self._save_is_due:
+            self._learn(0)
+            if self._problem:  # the weights may be bad: saving, and so stopping, waits for the next step
+                return
             self._save()
             self._save_is_due = False
+            if self._asked:
+                self._leave()
+
+    def _learn(self, behind: int) -> None:
+        """Log what came of the steps but for the newest `behind`; those that were skipped are named."""
+        while len(self._outcomes) > behind:
+            step, batch, numbers = self._outcomes.popleft()
+            figures = numbers.read()
+            asked, *bad = (int(figures.pop(name)) for name in list(figures) if name.startswith(AGREED))
+            self._problem, self._asked = PROBLEMS[int(figures.pop(PROBLEM))], asked > 0
+            self.log.step(wait_s=batch.wait_s, read_bytes=batch.read_bytes, skipped=self.stream.skipped, **figures)
+            if self._problem:
+                self._skipped(step, batch, self._problem)
+            else:
+                self.skipped_in_a_row = 0
+            if self.setup.accelerator.num_processes > 1:  # a stream alone has counted them itself
+                self.stream.agree(batch, bad)
+
+    def _close(self) -> None:
+        """All steps are in the log."""
+        self._learn(0)
+        self.log.close()
 
     @torch.no_grad()
-    def constrain(self, name: str, function: Callable[[Tensor], Tensor]) -> None:
-        """Put a trained weight back where it belongs (on a sphere, say), after an update."""
-        if zero.is_used(self.setup.accelerator):
+    def constrain(self, module: nn.Module, name: str, function: Callable[[Tensor], Tensor]) -> None:
+        """Put a weight of what is trained, or of its moving average, back where it belongs (on a sphere, say), after an
+        update; a step that was skipped leaves it as it is."""
+        if self.taken is False:
+            return
+        if module is self.trained and zero.is_used(self.setup.accelerator):
             zero.set_weight(self.module, name, function(zero.whole_weight(self.module, name)))
-        else:
-            weight = self.trained.get_parameter(name)
-            weight.copy_(function(weight))
+            return
+        weight = module.get_parameter(name)
+        moved = function(weight)
+        weight.copy_(torch.where(self.taken, moved, weight) if isinstance(self.taken, Tensor) else moved)
+
+    def follow(self, average: nn.Module, network: nn.Module, momentum: float) -> None:
+        """Move a moving average of a network one step, unless the step was skipped."""
+        follow(average, network, momentum, self.taken)
 
     def into(self, module: M, prefix: str = "") -> M:
         """Load what was trained, or its moving average, into a module that is not prepared; of it the part whose names
@@ -242,18 +235,18 @@ class Stage(Generic[B]):
             state["scaler"] = self.updates.scaler.state_dict()
         self.log.saved(self.checkpoints.save(self.step, state, self.module), self.step)
 
-    def _skipped(self, batch: B, problem: str) -> None:
+    def _skipped(self, step: int, batch: B, problem: str) -> None:
         """Log a step whose loss or gradient was not finite with its samples; too many in a row stop the run."""
         self.log.skipped(problem, gather_object(self.stream.keys(batch)))
         if self.updates.searches_scale(problem):
             return
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.setup.settings.max_skipped_steps:
-            first, newest = self.step - self.skipped_in_a_row + 1, self.checkpoints.newest
+            first, newest = step - self.skipped_in_a_row + 1, self.checkpoints.newest
             self.log.event("failed", problem)
             self.log.close()
             raise FloatingPointError(
-                f"{problem} in {self.skipped_in_a_row} steps in a row, {first} to {self.step} of {self.name}; "
+                f"{problem} in {self.skipped_in_a_row} steps in a row, {first} to {step} of {self.name}; "
                 f"their pictures are in {self.setup.run / 'log.jsonl'}, and the last good checkpoint is "
                 f"{newest or 'none yet'}. Lower the learning rate, clip, or use --precision fp32."
             )

@@ -1,39 +1,50 @@
-"""The teacher's tokens of the training pictures, computed once on CPUs: distillation does not augment pictures."""
+"""The teacher's tokens of the training pictures, computed in the first epoch and kept: nothing is augmented."""
 
 from __future__ import annotations
 
-import errno
-import shutil
+from collections import deque
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from bigtrain.data.plan import Plan
+from bigtrain.data.plan import PADDING, Plan
+from bigtrain.data.row_cache import RowCache
 from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Batch
-from bigtrain.data.views import Resized
 from bigtrain.models.flops import vit_forward_flops
 from bigtrain.models.network import Network
 from bigtrain.models.vit import Encoded
-from bigtrain.training.feature_cache import Features, Source, extracted, fingerprint
+from bigtrain.runtime.later import STEPS
+from bigtrain.training.caches import data_of, decoder, folder_of, prepared
+from bigtrain.training.feature_cache import fingerprint
 from bigtrain.training.run_setup import Setup
+from bigtrain.training.token_rows import TokenRows
 
-GIB = 2**30
-FOLDER = "teacher_tokens"  # in the run folder
+
+class Computed(NamedTuple):
+    """Rows on their way from the device to the cache."""
+
+    sample_B: NDArray[np.int64]
+    row_B: Tensor
+    event: torch.cuda.Event | None
 
 
 class TeacherTokens:
-    """The teacher's tokens of any training batch, from memory if they fit there, else computed each time.
+    """The teacher's tokens of any training batch: read, where all of its pictures were seen before, else computed, and
+    kept for later epochs.
 
-    Kept in the run folder until the student is done, so that a restart trains on the same bits. On a GPU they are
-    always computed.
+    Tokens that are just computed are rounded as they would be read, so that a run gets the same tokens however much of
+    the cache there is. On a GPU the rows are copied beside its work and written some steps later. There they are kept
+    only where --cache-dir names a disk: to read them takes 300 kB an image, and a slow disk costs more than computing.
 
     Args:
         plan: of the distillation.
         steps: of the distillation; within one epoch no picture comes twice, and nothing is kept.
         layers: so many of the teacher's last blocks.
-        with_attention: the attention of [CLS] too.
-        batch: images per forward pass, when computed in advance.
+        with_attention: the attention of the teacher's guide too.
     """
 
     def __init__(
@@ -47,78 +58,91 @@ class TeacherTokens:
         image_size: int,
         layers: int,
         with_attention: bool,
-        batch: int,
     ) -> None:
         self.setup, self.teacher, self.layers, self.with_attention = setup, teacher, layers, with_attention
         self.image_size = image_size
-        self.features: Features | None = None
-        if setup.accelerator.device.type != "cpu" or steps <= plan.batches_per_epoch or not setup.settings.cache_gib:
+        self.cache: RowCache | None = None
+        self._under_way: deque[Computed] = deque()
+        settings, on_gpu = setup.settings, setup.accelerator.device.type == "cuda"
+        if steps <= plan.batches_per_epoch or not settings.cache_gib or (on_gpu and not settings.cache_dir):
             return
-        patches, width = (image_size // teacher.vit.patch_size) ** 2, teacher.vit.width
-        needed = 4 * len(plan.sample_N) * patches * (layers * width + with_attention)
-        if needed > setup.settings.cache_gib * GIB:
-            setup.accelerator.print(
-                f"distil: the teacher's tokens of {len(plan.sample_N)} images need {needed / GIB:.1f} GiB, more than "
-                f"--cache-gib {setup.settings.cache_gib:g}: they are computed in each step."
-            )
-            return
-        identity = {
-            "network": fingerprint(teacher),
-            "layers": layers,
-            "with_attention": with_attention,
-            "view": image_size,
-            "precision": setup.precision,
-            "batch": batch,
-        }
-        source = Source(self._row, Resized(image_size), batch, identity, part=4 * batch, name="the teacher's tokens")
-        try:
-            self.features = extracted(setup.run / FOLDER, setup, source, shard_set, plan.sample_N)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise OSError(
-                f"there is no room in {setup.run / FOLDER} for the teacher's tokens ({needed / GIB:.1f} GiB): free "
-                "some, or have them computed in each step by --cache-gib 0."
-            ) from error
+        kept = (
+            ("fp32" if setup.precision == "fp32" else "bf16")
+            if settings.cache_dtype == "auto"
+            else settings.cache_dtype
+        )
+        patches = (image_size // teacher.vit.patch_size) ** 2
+        self.rows = TokenRows(kept, layers, patches, teacher.vit.width, with_attention)
+        cache = RowCache(
+            folder_of(setup), "tokens",
+            {
+                "teacher": fingerprint(teacher), "data set": data_of(shard_set), "view": [image_size, decoder()],
+                "precision": setup.precision, "device": setup.accelerator.device.type, "blocks": layers,
+                "attention": with_attention, "dtype": kept,
+            },
+            rows=len(shard_set), row_bytes=self.rows.row_bytes,
+        )  # fmt: skip
+        images = len(plan.sample_N)
+        self.cache = prepared(setup, cache, images, f"the teacher's tokens of {images} images in {kept}")
 
     @property
     def flops_per_image(self) -> int:
         """Of a training step: the teacher's forward pass, unless its tokens are read."""
-        return vit_forward_flops(self.teacher.vit, self.image_size) if self.features is None else 0
+        return vit_forward_flops(self.teacher.vit, self.image_size) if self.cache is None else 0
 
     def of(self, batch: Batch, image_B3HW: Tensor) -> Encoded:
         """The tokens of a batch, whose normalised pictures are given in case they must be computed."""
-        if self.features is not None:
-            real_B = (batch.weight_B > 0).numpy()
-            found_N, row_NF = self.features.of(batch.sample_B[real_B])
-            if len(found_N) == real_B.sum():  # else a picture that failed before was decoded now
-                row_BF = torch.zeros(len(real_B), row_NF.shape[1])
-                row_BF[torch.from_numpy(real_B)] = torch.from_numpy(row_NF)
-                return self._encoded(row_BF)
-        with torch.no_grad():
-            (seen,) = self.teacher.vit(image_B3HW, last=self.layers, with_attention=self.with_attention)
-        return seen
+        if self.cache is None:
+            return self._computed(image_B3HW)
+        self._write(STEPS if image_B3HW.is_cuda else 0)
+        sample_B = np.where(np.isin(batch.sample_B, list(batch.bad)), PADDING, batch.sample_B)
+        if (row_B := self._read(sample_B)) is None:
+            row_B = self.rows.pack(self._computed(image_B3HW))
+            self._keep(sample_B, row_B)
+        return self.rows.unpack(row_B.to(image_B3HW.device, non_blocking=True))
 
     @torch.no_grad()
-    def _row(self, image_B3HW: Tensor) -> Tensor:
-        """Tokens and attention of each uint8 image in one row, float32 (B, L N D) or (B, L N D + N)."""
-        with self.setup.autocast():
-            image_B3HW = self.teacher.normalise(image_B3HW)
-            (seen,) = self.teacher.vit(image_B3HW, last=self.layers, with_attention=self.with_attention)
-        parts = [seen.blocks_LBND.transpose(0, 1).flatten(1).float()]
-        if seen.attention_BN is not None:
-            parts.append(seen.attention_BN)
-        return torch.cat(parts, dim=1)
+    def _computed(self, image_B3HW: Tensor) -> Encoded:
+        (seen,) = self.teacher.vit(image_B3HW, last=self.layers, with_attention=self.with_attention)
+        return seen
 
-    def _encoded(self, row_BF: Tensor) -> Encoded:
-        width = self.teacher.vit.width
-        patches = row_BF.shape[1] // (self.layers * width + self.with_attention)
-        tokens_BF = row_BF[:, : self.layers * patches * width]
-        blocks_LBND = tokens_BF.unflatten(1, (self.layers, patches, width)).transpose(0, 1)
-        return Encoded(blocks_LBND, None, row_BF[:, -patches:] if self.with_attention else None)
+    def _read(self, sample_B: NDArray[np.int64]) -> Tensor | None:
+        """The rows of a batch; None if any is lacking. Rows that are under way are waited for, so that what is read
+        does not depend on time."""
+        assert self.cache is not None
+        samples = set(sample_B.tolist()) - {PADDING}
+        if any(samples.intersection(computed.sample_B.tolist()) for computed in self._under_way):
+            self._write(0)
+        on_gpu = self.setup.accelerator.device.type == "cuda"
+        row_B = torch.empty(len(sample_B), self.rows.row_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        into_B = row_B.numpy()
+        for place, sample in enumerate(sample_B.tolist()):
+            if sample == PADDING:
+                into_B[place] = 0
+            elif not self.cache.read(sample, into_B[place]):
+                return None
+        return row_B
 
+    def _keep(self, sample_B: NDArray[np.int64], row_B: Tensor) -> None:
+        event = None
+        if row_B.is_cuda:
+            device_row_B, row_B = row_B, torch.empty(row_B.shape, dtype=torch.uint8, pin_memory=True)
+            row_B.copy_(device_row_B, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._under_way.append(Computed(sample_B, row_B, event))
+        if event is None:
+            self._write(0)
 
-def remove_tokens(setup: Setup) -> None:
-    """Delete the run folder's copy, once the student is done."""
-    if setup.accelerator.is_main_process:
-        shutil.rmtree(setup.run / FOLDER, ignore_errors=True)
+    def _write(self, behind: int) -> None:
+        """Write the rows that have come, but for the newest `behind` batches."""
+        assert self.cache is not None
+        while len(self._under_way) > behind:
+            sample_B, row_B, event = self._under_way.popleft()
+            if event is not None:
+                event.synchronize()
+            for sample, row in zip(sample_B.tolist(), row_B.numpy(), strict=True):
+                if sample != PADDING:
+                    self.cache.write(sample, row)
+        for sentence in self.cache.news():
+            self.setup.accelerator.print(f"note: {sentence}")

@@ -21,6 +21,7 @@ from bigtrain.models.load_network import load_network
 from bigtrain.models.network import Network, dropouts_of_fc, has_batch_norm
 from bigtrain.models.sanity import check_sees
 from bigtrain.models.vit import ViT
+from bigtrain.runtime.later import on_device
 from bigtrain.runtime.launch import world_size_of_launch
 from bigtrain.runtime.precision import device_type
 from bigtrain.runtime.settings import RunSettings
@@ -99,4 +100,4 @@ def with_batch_norm(module: M) -> M:
 def class_numbers(shard_set: ShardSet, batch: Batch, label_of: dict[str, int]) -> Tensor:
     """The class of each image of a batch, (B,); 0 for padding, whose weight is 0."""
     labels = [0 if s == PADDING else only_label(shard_set, s, label_of) for s in batch.sample_B.tolist()]
-    return torch.tensor(labels).to(batch.weight_B.device, non_blocking=True)
+    return on_device(labels, batch.weight_B.device)

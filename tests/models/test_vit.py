@@ -10,8 +10,8 @@ from torch import nn
 
 from bigtrain.methods.defend.checks import check_pair
 from bigtrain.methods.defend.network import masked_student, sincos_positions
-from bigtrain.models.architecture import Architecture
-from bigtrain.models.vit import ViT, check_image_size
+from bigtrain.models.architecture import Architecture, check_image_size
+from bigtrain.models.vit import ViT
 
 KINDS = {  # model: image and patch size that keep it small
     "vit_tiny_patch16_224": (32, 8),

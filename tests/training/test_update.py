@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from bigtrain.training.update import NO_GRADIENT, NO_LOSS, Update
+from bigtrain.training.update import NO_GRADIENT, NO_LOSS, PROBLEMS, Update
 
 
 @pytest.fixture(scope="module")
@@ -16,34 +16,46 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
-def one_weight(accelerator, value=1.0, **options):
+@pytest.fixture(params=["looks here", "on the device"])
+def fused(request):
+    """Whether a fused optimizer skips a step by a flag on the device, or this process looks before it."""
+    return request.param == "on the device"
+
+
+def one_weight(accelerator, value=1.0, fused=False, **options):
     module = nn.Linear(1, 1, bias=False)
     nn.init.constant_(module.weight, value)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-    return module.weight, Update(accelerator, module, optimizer, **options)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5, fused=fused or None)
+    update = Update(accelerator, module, optimizer, **options)
+    assert update.skips_on_device == fused
+    return module.weight, update
 
 
-def test_step_down_gradient(accelerator):
+def problem_of(taken):
+    return PROBLEMS[int(taken.problem)]
+
+
+def test_step_down_gradient(accelerator, fused):
     """An update is a step down the gradient, and gradients of two updates do not add up."""
-    weight, update = one_weight(accelerator)
+    weight, update = one_weight(accelerator, fused=fused)
     for expected in (1 - 0.5 * 3, -0.5 - 0.5 * 3):  # twice: gradients do not add up
         update.backward(weight.sum() * 3)
         figures, problem = update.take()
         assert weight.item() == pytest.approx(expected)
-        assert (figures["gradient_norm"].item(), problem) == (3, "")
+        assert (figures["gradient_norm"].item(), PROBLEMS[int(problem)]) == (3, "")
     assert figures["loss"].item() == pytest.approx(-1.5)
 
 
-def test_clip(accelerator):
+def test_clip(accelerator, fused):
     """Gradients are clipped to a norm, and the norm before clipping is reported."""
-    weight, update = one_weight(accelerator, clip=1.0)
+    weight, update = one_weight(accelerator, fused=fused, clip=1.0)
     update.backward(weight.sum() * 30)
     figures, _ = update.take()
     assert weight.item() == pytest.approx(0.5, abs=1e-4) and figures["gradient_norm"].item() == 30
 
 
-def test_the_parts_of_a_step_add_up(accelerator):
-    weight, update = one_weight(accelerator)
+def test_the_parts_of_a_step_add_up(accelerator, fused):
+    weight, update = one_weight(accelerator, fused=fused)
     for part in range(3):
         update.backward(weight.sum() * 2, last=part == 2)
     figures, _ = update.take()
@@ -52,16 +64,16 @@ def test_the_parts_of_a_step_add_up(accelerator):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("at", [0, 1])
-def test_loss_not_finite(accelerator, bad, at):
+def test_loss_not_finite(accelerator, fused, bad, at):
     """A loss that is not finite skips the step before it reaches a gradient."""
-    weight, update = one_weight(accelerator)
+    weight, update = one_weight(accelerator, fused=fused)
     for part in range(2):
         update.backward(weight.sum() * (bad if part == at else 3), last=part == 1)
-    assert weight.grad is None or weight.grad.isfinite().all()
-    assert update.take()[1] == NO_LOSS
+    assert fused or weight.grad is None or weight.grad.isfinite().all()
+    assert problem_of(update.take()) == NO_LOSS
     assert weight.item() == 1
     update.backward(weight.sum() * 3)
-    assert update.take()[1] == "" and weight.item() == pytest.approx(-0.5)  # nothing of it is left
+    assert problem_of(update.take()) == "" and weight.item() == pytest.approx(-0.5)  # nothing of it is left
 
 
 class FiniteLossInfiniteGradient(torch.autograd.Function):
@@ -74,22 +86,22 @@ class FiniteLossInfiniteGradient(torch.autograd.Function):
         return gradient * float("inf")
 
 
-def test_gradient_not_finite(accelerator):
+def test_gradient_not_finite(accelerator, fused):
     """A gradient that is not finite skips the step."""
-    weight, update = one_weight(accelerator, clip=1.0)
+    weight, update = one_weight(accelerator, fused=fused, clip=1.0)
     update.backward(FiniteLossInfiniteGradient.apply(weight).sum())
     figures, problem = update.take()
-    assert problem == NO_GRADIENT and figures["loss"].item() == 1 and weight.item() == 1
+    assert PROBLEMS[int(problem)] == NO_GRADIENT and figures["loss"].item() == 1 and weight.item() == 1
     assert weight.grad is None
 
 
-def test_moments_after_skip(accelerator):
+def test_moments_after_skip(accelerator, fused):
     """The optimizer's step count and weights are those of the steps that were taken."""
     weights = []
     for losses in ((3, float("nan"), 2), (3, 2)):
         module = nn.Linear(1, 1, bias=False)
         nn.init.constant_(module.weight, 1)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=fused or None)
         update = Update(accelerator, module, optimizer)
         for factor in losses:
             update.backward(module.weight.sum() * factor)
@@ -114,11 +126,15 @@ def test_fp16_overflow(scaled):
     weight, update = scaled
     before = update.scaler.get_scale()
     update.backward(FiniteLossInfiniteGradient.apply(weight).sum())
-    assert update.take()[1] == NO_GRADIENT and weight.item() == 1
+    assert problem_of(update.take()) == NO_GRADIENT and weight.item() == 1
     assert update.scaler.get_scale() == before / 2 and update.searches_scale(NO_GRADIENT)
     update.backward(weight.sum() * 3)
     figures, problem = update.take()
-    assert (problem, weight.item(), figures["gradient_norm"].item()) == ("", pytest.approx(-0.5), pytest.approx(3))
+    assert (PROBLEMS[int(problem)], weight.item(), figures["gradient_norm"].item()) == (
+        "",
+        pytest.approx(-0.5),
+        pytest.approx(3),
+    )
 
 
 def test_fp16_scale_search(scaled):
@@ -133,11 +149,12 @@ def test_fp16_scale_search(scaled):
 
 def test_norm_of_a_first_step_skipped(accelerator):
     """No gradient was measured, so its norm is the number 0, at the first step as at the next."""
-    weight, update = one_weight(accelerator)
+    weight, update = one_weight(accelerator, fused=fused)
     for _ in range(2):
         update.backward(weight.sum() * torch.nan)
         figures, problem = update.take()
-        assert (figures["gradient_norm"], problem) == (0, NO_LOSS)
+        assert PROBLEMS[int(problem)] == NO_LOSS
+        assert figures["gradient_norm"].isnan() if fused else figures["gradient_norm"] == 0
 
 
 class Engine:
@@ -180,5 +197,20 @@ def test_what_deepspeed_is_asked(losses, overflow, asked, problem):
         update.backward(loss, last=False)
     update.backward(last)
     figures, why = update.take()
-    assert (repr(engine.asked), why) == (asked, problem)
+    assert (repr(engine.asked), PROBLEMS[int(why)]) == (asked, problem)
     assert figures["gradient_norm"] == (3 if engine.asked else 0)
+
+
+def test_momentum_after_first_skip(accelerator, fused):
+    """A very first step that is skipped leaves no momentum behind."""
+    weights = []
+    for losses in ((float("nan"), 3, 2), (3, 2)):
+        module = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(module.weight, 1)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, fused=fused or None)
+        update = Update(accelerator, module, optimizer)
+        for factor in losses:
+            update.backward(module.weight.sum() * factor)
+            update.take()
+        weights.append(module.weight.item())
+    assert weights[0] == weights[1]

@@ -47,9 +47,9 @@ def check_networks(config: Any, given: Network, precision: Chosen, device_type: 
 
     from bigtrain.methods.defend.masks import visible_count
     from bigtrain.methods.defend.network import masked_student
+    from bigtrain.models.architecture import check_blocks, check_image_size
     from bigtrain.models.attention import resolve_backend, torch_dtype
     from bigtrain.models.sanity import check_sees
-    from bigtrain.models.vit import check_blocks, check_image_size
 
     if config.tune:
         check_tuning(config, given)
@@ -79,7 +79,7 @@ def check_networks(config: Any, given: Network, precision: Chosen, device_type: 
 
 def check_tuning(config: Any, given: Network) -> None:
     """Refuse sizes and blocks of dense tuning that do not fit the network."""
-    from bigtrain.models.vit import check_blocks, check_image_size
+    from bigtrain.models.architecture import check_blocks, check_image_size
 
     for side in (config.image_size, config.crop_size):
         check_image_size((side, side), given.vit.patch_size)
@@ -103,7 +103,7 @@ def check_attention(config: Any, given: Network) -> None:
 
 def check_pair(teacher: ViT, student: ViT, last: int) -> None:
     """Refuse a student whose tokens cannot be compared with the teacher's, block by block."""
-    from bigtrain.models.vit import check_blocks
+    from bigtrain.models.architecture import check_blocks
 
     if teacher.patch_size != student.patch_size:
         raise ValueError(

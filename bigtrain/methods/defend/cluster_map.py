@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bigtrain.methods.defend.network import TokenQueue
+from bigtrain.models.vit import Packed
 from bigtrain.objectives.sinkhorn import sinkhorn
 
 if TYPE_CHECKING:
@@ -18,12 +19,11 @@ if TYPE_CHECKING:
 def cluster_map(
     source: nn.Module,
     queue: TokenQueue,
-    images: Sequence[Tensor],
+    images: Sequence[Packed],
     weight_B: Tensor,
     accelerator: Accelerator,
     autocast: torch.autocast,
     *,
-    patch_size: int,
     epsilon: float,
     iterations: int,
 ) -> Tensor:
@@ -32,14 +32,14 @@ def cluster_map(
     Args:
         source: the tuner, or its moving average.
         queue: tokens of earlier batches that join Sinkhorn once it is full; this batch's are appended.
-        images: a step's normalised images (b, 3, H, W), in the parts that go through the network at once.
+        images: a step's images behind the tuner's frozen blocks, in the parts that go through the network at once.
         weight_B: 0 where an image is padding.
 
     Returns:
         Soft assignments (B, h, w, K), float32, without gradient.
     """
     with torch.no_grad(), autocast:
-        seen = [source(image_b3HW) for image_b3HW in images]
+        seen = [source(image) for image in images]
         z_TD = torch.cat([z_bND.flatten(0, 1) for (z_bND,), _ in seen]).float()
         scores = [cosines_bNK.flatten(0, 1).float() for _, (cosines_bNK,) in seen]
         valid_T = (weight_B > 0).repeat_interleave(len(z_TD) // len(weight_B))
@@ -53,5 +53,4 @@ def cluster_map(
     if len(queue.z_QD):
         z_TD, valid_T = accelerator.gather(z_TD), accelerator.gather(valid_T)
         queue.push(z_TD[valid_T & z_TD.isfinite().all(dim=1)])  # a non-finite one would spoil every later step
-    grid = [side // patch_size for side in images[0].shape[-2:]]
-    return q_TK.unflatten(0, (len(weight_B), *grid))
+    return q_TK.unflatten(0, (len(weight_B), *images[0].places[0].grid))

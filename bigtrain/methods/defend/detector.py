@@ -18,7 +18,7 @@ from bigtrain.detectors import image_detector
 from bigtrain.detectors.classical.nearest import token_features
 from bigtrain.detectors.image_detector import Given, ImageDetector, Scored, chosen_device, read_record, read_scoring
 from bigtrain.methods.defend.equations import picture_score
-from bigtrain.methods.defend.masks import complementary_halves
+from bigtrain.methods.defend.masks import complementary_halves, visible_count
 from bigtrain.models.load_network import load_network
 from bigtrain.models.network import Network
 from bigtrain.models.vit import Encoded
@@ -87,10 +87,15 @@ class DistillationDetector(ImageDetector):
             return self._scored(self._distance(student.blocks_LBND, teacher.blocks_LBND), teacher)
         images, patches = teacher.tokens_BND.shape[:2]
         total_BN = torch.zeros(images, patches, device=image_B3HW.device)
-        for visible_N in complementary_halves(patches, self.scoring.score_pairs, image_B3HW.device):
+        half = visible_count(patches, 0.5)
+        counts = half, patches - half
+        for number, visible_N in enumerate(complementary_halves(patches, self.scoring.score_pairs, image_B3HW.device)):
             with self.autocast():
                 (student,) = self.student.vit(
-                    image_B3HW, visible_BN=visible_N.expand(images, -1), last=self.scoring.distilled_blocks
+                    image_B3HW,
+                    visible_BN=visible_N.expand(images, -1),
+                    visible_count=counts[number % 2],
+                    last=self.scoring.distilled_blocks,
                 )
             total_BN += self._distance(student.blocks_LBND, teacher.blocks_LBND) * ~visible_N
         return self._scored(total_BN / self.scoring.score_pairs, teacher)

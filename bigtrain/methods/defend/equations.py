@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigtrain.choices import Distance, Normalisation, Predict, ScoreOver
+from bigtrain.models.masking import take, visible_numbers
 from bigtrain.objectives.token_distances import patch_distance
 
 
@@ -118,15 +119,14 @@ def distillation_loss(
         loss_B: float32, >= 0.
     """
     if visible_BN is not None and predict == "visible":
-        target_LBND = target_LBND[:, visible_BN].unflatten(1, (visible_BN.shape[0], -1))
-    elif visible_BN is not None and predict == "hidden":
-        hidden_BN = ~visible_BN
-        predicted_LBMD, target_LBND = (
-            tokens[:, hidden_BN].unflatten(1, (hidden_BN.shape[0], -1)) for tokens in (predicted_LBMD, target_LBND)
-        )
-    return patch_distance(
+        where = visible_numbers(visible_BN, predicted_LBMD.shape[2])
+        target_LBND = torch.stack([take(target_BND, where) for target_BND in target_LBND])
+    distance_BM = patch_distance(
         predicted_LBMD, target_LBND, normalisation=normalisation, normalise_student=normalise_student, distance=distance
-    ).mean(dim=1)
+    )
+    if visible_BN is not None and predict == "hidden":
+        return (distance_BM * ~visible_BN).sum(dim=1) / (~visible_BN).sum(dim=1)
+    return distance_BM.mean(dim=1)
 
 
 def picture_score(

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtrain.choices import Backend
-from bigtrain.models.architecture import Architecture
+from bigtrain.models.architecture import Architecture, check_blocks
 from bigtrain.models.network import Network
-from bigtrain.models.vit import ViT, check_blocks
+from bigtrain.models.vit import ViT
 
 
 class ProjectionHead(nn.Sequential):
@@ -45,28 +45,34 @@ class Prototypes(nn.Module):
 class DenseTuner(nn.Module):
     """The trained part of dense tuning (DEFEND 3.1) as one module: a trunk, the projection head g, the prototypes p.
 
-    Only the last `tuned_blocks` blocks of the trunk learn, beside head and prototypes.
+    Only the last `tuned_blocks` blocks of the trunk learn, beside head and prototypes. The others are the same for all
+    views and for a moving average: `frozen=True` runs them once for all.
     """
 
     def __init__(self, vit: ViT, prototypes: int, tuned_blocks: int) -> None:
         super().__init__()
         check_blocks("tuned_blocks", tuned_blocks, vit.backbone)
         self.vit, self.head, self.prototypes = vit, ProjectionHead(vit.width), Prototypes(prototypes)
+        self.frozen_blocks = len(vit.backbone.blocks) - tuned_blocks
         vit.requires_grad_(False)
         vit.backbone.blocks[-tuned_blocks:].requires_grad_(True)
 
-    def forward(self, *views: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, *views: Any, frozen: bool = False) -> Any:
         """Project patch tokens and compare them with the prototypes; all views are encoded in one packed pass.
 
         Args:
-            views: whole images (B, 3, H, W), or kinds of crops of them (B V, 3, h, w). A single view with two axes is
-                one of projected tokens, z_TD, to be compared only.
+            views: whole images (B, 3, H, W), or kinds of crops of them (B V, 3, h, w); or what `frozen` has given for
+                them. A single view with two axes is one of projected tokens, z_TD, to be compared only.
+            frozen: run the frozen blocks only, without a graph.
 
         Returns:
-            z of each view, (B, N, D), and the cosines z' p, (B, N, K).
+            z of each view, (B, N, D), and the cosines z' p, (B, N, K); with `frozen` a `vit.Packed`, which may be cut
+            into views.
         """
-        projected = views[0].ndim == 2
-        z = list(views) if projected else [self.head(view.tokens_BND) for view in self.vit(*views)]
+        if frozen:
+            return self.vit.begin(*views, blocks=self.frozen_blocks)
+        is_projected = isinstance(views[0], Tensor) and views[0].ndim == 2
+        z = list(views) if is_projected else [self.head(view.tokens_BND) for view in self.vit(*views)]
         return z, [self.prototypes(z_TD) for z_TD in z]
 
 
