@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 LOCAL = (".safetensors", ".pth", ".pt", ".npz", ".bin", ".ckpt", ".pth.tar")  # what files of weights end with
 HUB = ("hf-hub:", "hf_hub:")
@@ -37,6 +37,8 @@ Schedule = Literal["constant", "cosine"]
 
 SaveAs = Literal["", "timm", "hf"]
 """In which library's form a network is written beside bigtrain's: models/save_as.py."""
+Compile = Literal["auto", "on", "off"]
+Workers = Literal["auto"] | int  # of a process; auto: by its share of the machine
 Tracker = Literal["wandb", "mlflow", "trackio"]
 CacheDtype = Literal["auto", "fp32", "bf16", "int8"]
 """Experiment trackers: runtime/trackers.py; each is an extra of pyproject.toml of the same name."""
@@ -90,7 +92,7 @@ def check_ranges(config: Any, called: Callable[[str], str] = flag) -> None:
             continue
         low, high = field.metadata[RANGE]
         values = value if isinstance(value, tuple) else (value,)
-        if not all(low <= v <= high for v in values):
+        if not all(low <= v <= high for v in values if not isinstance(v, str)):
             raise ValueError(f"{called(field.name)} is {value}; it must be {reach(low, high)}.")
         if isinstance(value, tuple) and value[0] > value[1]:
             raise ValueError(f"{called(field.name)} is {value}; the first must not be above the second.")
@@ -123,7 +125,7 @@ def fits(value: Any, kind: Any) -> bool:
     """Whether a value of a TOML file is what a setting's type allows; a whole number serves as a float."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    if isinstance(kind, UnionType):
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
         return any(fits(value, one) for one in get_args(kind))
     if get_origin(kind) is tuple:
         one, *others = get_args(kind)
@@ -138,7 +140,7 @@ def in_words(kind: Any) -> str:
         return "true or false"
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
-    if isinstance(kind, UnionType):
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
         return " or ".join(map(in_words, get_args(kind)))
     if get_origin(kind) is tuple:
         one, *others = get_args(kind)

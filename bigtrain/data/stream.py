@@ -21,6 +21,7 @@ import webdataset as wds
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bigtrain.data.ahead import ahead
 from bigtrain.data.error_budget import ErrorBudget
 from bigtrain.data.memory import has_little_shared_memory, keep_freed_memory
 from bigtrain.data.plan import PADDING, Plan, Position, check_divides, sample_seeds
@@ -30,6 +31,7 @@ from bigtrain.data.views import Transform
 from bigtrain.data.work import Done, Piece, Work, joined
 from bigtrain.data.workers import start_worker, worker_context
 
+AHEAD = 2  # batches that are joined, and pinned where there is a GPU, while others are used
 log = logging.getLogger(__name__)
 START = Position()
 
@@ -135,7 +137,8 @@ class Stream:
         )
         began = time.perf_counter()
         self.mark(f"began to read {self.shard_set.url}")
-        for batch in wds.DataPipeline(loader, self._received, self._joined):
+        joined_batches = wds.DataPipeline(loader, self._received, self._joined)
+        for batch in ahead(joined_batches, AHEAD) if self.workers else joined_batches:
             place = f"batch {batch.position.batch} of epoch {batch.position.epoch}"
             self.mark(f"got {place}")
             batch = replace(batch, wait_s=time.perf_counter() - began)

@@ -6,6 +6,7 @@ after another; T is the sum of count x length. A multi-crop pass is ((B, 197), (
 
 Backends, equal in result:
     xformers  `memory_efficient_attention` with a `BlockDiagonalMask`; CUDA in half precision only, the default there
+              where lengths differ
     sdpa      PyTorch's own, one batched call for each kind of sequence; the default elsewhere
     dense     the definition, with a T x T mask; the oracle of the tests
 """
@@ -46,6 +47,8 @@ def attention(
     """
     if sum(count * length for count, length in sequences) != q_THd.shape[0]:
         raise ValueError(f"sequences {sequences} do not add up to the {q_THd.shape[0]} packed tokens.")
+    if backend == "auto" and len(sequences) == 1:  # nothing to pack: torch's own kernels, which it can compile
+        backend = "sdpa"
     backend = resolve_backend(backend, q_THd.device, q_THd.dtype)
     return {"xformers": _xformers, "sdpa": _sdpa, "dense": _dense}[backend](q_THd, k_THd, v_THd, sequences)
 

@@ -27,12 +27,14 @@ def last_attention(vit: ViT, x_TD: Tensor, sequences: Sequences, places: Sequenc
     split = [count * length for count, length in sequences]
     subtracted = getattr(block, "_compute_lambda", getattr(getattr(block, "attn", None), "_compute_lambda", None))
     for shape, place, part in zip(sequences, places, x_TD.split(split), strict=True):
-        with torch.no_grad(), Attended() as attended:
+        attended = Attended()
+        with torch.no_grad():
             if vit.is_packed:
                 q_THd, k_THd, _ = vit.qkv(block, part)
                 attended.note(*(x.unflatten(0, shape).transpose(1, 2) for x in (q_THd, k_THd)))
             else:
-                vit.family.block(vit.backbone, depth, part.unflatten(0, shape), place)
+                with attended:
+                    vit.family.block(vit.backbone, depth, part.unflatten(0, shape), place)
         result.append(attended.to_patches(queries, slice(prefix, None), shape[0], subtracted))
     return result
 

@@ -10,8 +10,10 @@ import json
 import shutil
 import time
 import zlib
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -58,6 +60,10 @@ class Checkpoints:
         name_of = {parameter: self._prefix + name for name, parameter in trained.named_parameters()}
         self._names = [name_of[p] for group in optimizer.param_groups for p in group["params"]]
         self._moments: Tensors = {}
+        self._copies: dict[str, Tensors] = {}
+        self._writer: Thread | None = None
+        self._whole: deque[tuple[int, float]] = deque()
+        self._problem = ""
 
     @property
     def newest(self) -> Path | None:
@@ -117,42 +123,81 @@ class Checkpoints:
         others = self.state.state_dict() if self._prefix else {}
         return trained | {key: value for key, value in others.items() if not key.startswith(self._prefix)}
 
-    def save(self, step: int, state: Mapping[str, Any], prepared: nn.Module) -> float:
-        """Write, flush, rename, then remove the oldest; rank 0 does it, the others wait.
-
-        Returns:
-            The seconds it took.
+    def save(self, step: int, state: Mapping[str, Any], prepared: nn.Module) -> None:
+        """Copy everything to memory of rank 0, where a thread writes, flushes and renames it, then removes the oldest.
 
         Raises:
-            OSError: it could not be written; the checkpoints before it are as they were.
+            OSError: an earlier one could not be written; the checkpoints before it are as they were.
         """
         began = time.monotonic()
+        self.settle()
         weights, moments = self.weights(prepared), self._all_moments(prepared)
-        problem: list[str | None] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                self._write(step, state, weights, moments)
-            except (OSError, SafetensorError) as error:
-                before = f"{self.newest} is as it was" if self.newest else "there is none before it"
-                problem = [
-                    f"the checkpoint of step {step} cannot be written ({error}); {before}. Make room in "
-                    f"{self.folder}, and run the same command: it continues."
-                ]
+        if not self.accelerator.is_main_process:
+            return
+        files = {MODEL_FILE: self._copied(MODEL_FILE, weights), OPTIMIZER_FILE: self._copied(OPTIMIZER_FILE, moments)}
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        waited_s = time.monotonic() - began
+        self._writer = Thread(target=self._write, args=(step, dict(state), files, waited_s), name="checkpoint")
+        self._writer.start()  # no daemon: a process that ends in good order waits for it
+
+    def settle(self) -> None:
+        """Wait until the checkpoint under way is whole. Called on all ranks.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        problem, self._problem = [self._problem], ""
         broadcast_object_list(problem)  # the others wait here
         if problem[0]:
             raise OSError(problem[0])
-        return time.monotonic() - began
 
-    def _write(self, step: int, state: Mapping[str, Any], weights: Tensors, moments: Tensors) -> None:
+    def newly_whole(self) -> list[tuple[int, float]]:
+        """The checkpoints that have been written since this was last asked: their steps, and how many seconds training
+        waited for each."""
+        found = []
+        while self._whole:
+            found.append(self._whole.popleft())
+        return found
+
+    def _copied(self, file: str, tensors: Tensors) -> Tensors:
+        """Copies in memory that is used again by each save: training changes the originals meanwhile."""
+        on_gpu = self.accelerator.device.type == "cuda"
+        copies = self._copies.setdefault(file, {})
+        for name in copies.keys() - tensors.keys():
+            del copies[name]
+        for name, tensor in tensors.items():
+            copy = copies.get(name)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copies[name] = copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+            copy.copy_(tensor.detach(), non_blocking=True)
+        return copies
+
+    def _write(self, step: int, state: Mapping[str, Any], files: Mapping[str, Tensors], waited_s: float) -> None:
+        """In the thread."""
+        try:
+            self._write_whole(step, state, files)
+            self._whole.append((step, waited_s))
+        except Exception as error:  # of a thread, whose traceback nobody would see
+            before = f"{self.newest} is as it was" if self.newest else "there is none before it"
+            self._problem = (
+                f"the checkpoint of step {step} cannot be written ({error}); {before}. Make room in "
+                f"{self.folder}, and run the same command: it continues."
+            )
+
+    def _write_whole(self, step: int, state: Mapping[str, Any], files: Mapping[str, Tensors]) -> None:
         final = self.folder / f"step-{step:06d}"
         if final.exists():
             if not damage(final):
                 return
             self._remove(final)  # it was passed over, and now the step comes again
         with whole_folder(final, "durable") as folder:
-            for name, tensors in ((MODEL_FILE, weights), (OPTIMIZER_FILE, moments)):
-                save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, folder / name)
-            checksums = {name: checksum(folder / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+            for name, tensors in files.items():
+                save_file(dict(tensors), folder / name)
+            checksums = {name: checksum(folder / name) for name in files}
             (folder / STATE_FILE).write_text(json.dumps({"step": step, **state, "checksums": checksums}))
         older = [path for path in self._complete() if step_of(path) < step]  # a newer one was passed over as damaged
         for old in older[: max(0, len(older) + 1 - self.keep)]:

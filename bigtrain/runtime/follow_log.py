@@ -19,7 +19,7 @@ SHOWN = {  # figures in readable units; the rest as "loss 0.1234"
     "read_mb_per_s": "reads {:.1f} MB/s",
     "memory_gib": "{:.1f} GiB",
     "mfu_percent": "MFU {:.1f} %",
-    "checkpoint_s": "saved in {:.1f} s",
+    "checkpoint_s": "waited {:.1f} s to save",
 }
 
 

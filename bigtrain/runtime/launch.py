@@ -9,6 +9,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+from bigtrain.choices import Workers
 from bigtrain.data.plan import check_divides
 
 PARENT = os.getppid()
@@ -81,6 +82,14 @@ def threads_of_process() -> int:
     if given := os.environ.get("OMP_NUM_THREADS", ""):
         return int(given) if given.isdigit() and int(given) else 1
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def workers_of_process(asked: Workers, *, on_gpu: bool) -> int:
+    """How many processes read and decode for each process of this machine."""
+    if asked != "auto":
+        return int(asked)
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(16, share - 1)) if on_gpu else min(4, share // 4)
 
 
 def cores() -> int:

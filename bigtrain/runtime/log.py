@@ -26,7 +26,7 @@ from bigtrain.text import clean, clock
 
 LINE_EVERY_S = 10.0  # without a terminal
 TELL_EVERY_S = 1.0  # PROGRESS_FILE
-EVENTS = ("started", "ended", "saved", "stopped", "step skipped", "failed", "finished")
+EVENTS = ("started", "ended", "compiled", "saved", "stopped", "step skipped", "failed", "finished")
 
 
 class StageLog:
@@ -130,9 +130,10 @@ class StageLog:
             self._write({"event": event, "text": text, **further})
 
     def saved(self, seconds: float, step: int) -> None:
-        """Log a checkpoint and the seconds it took."""
+        """Log a checkpoint that is whole now, and the seconds that training waited for it."""
         self.saving_s += seconds
-        self.event("saved", f"checkpoint of step {step} in {seconds:.2f} s", checkpoint_s=round(seconds, 3))
+        what = f"checkpoint of step {step}; training waited {seconds:.2f} s"
+        self.event("saved", what, checkpoint_s=round(seconds, 3))
 
     def skipped(self, why: str, keys: Sequence[str]) -> None:
         """Log a skipped step and its samples."""

@@ -8,9 +8,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
-from bigtrain.choices import RANGE, CacheDtype, Tracker, check_ranges, checked_values, reach, setting
+from bigtrain.choices import RANGE, CacheDtype, Compile, Tracker, Workers, check_ranges, checked_values, reach, setting
 from bigtrain.files import read_toml
 
 PRINT_CONFIG = "--print-config"
@@ -23,7 +23,9 @@ class RunSettings:
     """Settings that change the result by rounding at most; every recipe has them as its field `run`."""
 
     out: str = ""  # Run folder; the same command again continues in it.
-    workers: int = setting(0, 0)  # Processes of each rank that read and decode; 0: the training process does.
+    workers: Literal["auto"] | int = setting("auto", 0)
+    """Processes of each rank that read and decode; 0: the training process does. auto: on GPUs all but one of the cores
+    that are this rank's, at most 16; on CPUs a quarter of them, at most 4."""
     threads: int = setting(0, 0)
     """CPU threads of each process; 0: OMP_NUM_THREADS, which `accelerate launch` sets to 1 by default, else the cores
     that this process may use, by affinity and control group, divided among the processes of this machine."""
@@ -43,7 +45,9 @@ class RunSettings:
     accumulate: int = setting(1, 1)  # Each process computes its slice of a batch in this many parts, to save memory.
     recompute: bool = False
     """Activation checkpointing: compute activations again in the backward pass instead of keeping them."""
-    compile: bool = False  # torch.compile the trained network.
+    compile: Compile = "auto"
+    """torch.compile the networks of a stage. auto: on a GPU, for stages of 1000 steps or more; the first steps then
+    take up to some minutes, and less when they were compiled before."""
     deterministic: bool = True
     """On a GPU: kernels that add up in a fixed order, so that a repeated run has the same bits."""
     max_skipped_steps: int = setting(3, 1)
@@ -101,7 +105,7 @@ def show_ranges(config_class: type) -> None:
             field = owner.__dict__.get("__dataclass_fields__", {}).get(name)
             if field is not None and RANGE in field.metadata:
                 kind = get_type_hints(owner)[name]
-                words = [k.__name__.upper() for k in (get_args(kind) or (kind,))]
+                words = ["AUTO|INT"] if kind == Workers else [k.__name__.upper() for k in (get_args(kind) or (kind,))]
                 metavar = f"{' '.join(words)}, {reach(*field.metadata[RANGE])}"
                 owner.__annotations__[name] = Annotated[kind, tyro.conf.arg(metavar=metavar)]
 

@@ -70,7 +70,7 @@ class Targets:
         if not file.is_file():
             plan = shard_set.plan(sample_N, self.batch, shuffle=False)
             stream = Stream(
-                shard_set, plan, Resized(image_size), rank=0, world_size=1, workers=self.setup.settings.workers,
+                shard_set, plan, Resized(image_size), rank=0, world_size=1, workers=self.setup.workers,
                 mark=self.setup.heartbeat.mark, behind_batch=self.setup.stop.leave_if_asked,
             )  # fmt: skip
             measured = self._measured(stream)

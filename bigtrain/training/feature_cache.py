@@ -124,7 +124,7 @@ def compute_part(
 ) -> None:
     """Compute the features of some images, on this rank alone, and write them."""
     plan = shard_set.plan(sample_N, source.batch, shuffle=False)
-    workers, mark = setup.settings.workers, setup.heartbeat.mark
+    workers, mark = setup.workers, setup.heartbeat.mark
     stream = Stream(shard_set, plan, source.view, workers=workers, mark=mark)
     stream.budget = budget  # shared: two bad pictures may be too many for one part
     samples, features = [], []

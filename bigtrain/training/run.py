@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from bigtrain.data.workers import prepare_workers
 from bigtrain.runtime.exit import user_errors
-from bigtrain.runtime.launch import check_launch
+from bigtrain.runtime.launch import check_launch, has_gpu, workers_of_process
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import print_if_asked, read_settings
 from bigtrain.text import clock
@@ -70,7 +70,7 @@ def run_recipe(recipe: Recipe[C, D, N], argv: Sequence[str] | None = None) -> No
         recipe.check(config)
         data = recipe.read(config)
         began = time.monotonic()
-        prepare_workers(config.run.workers)
+        prepare_workers(workers_of_process(config.run.workers, on_gpu=has_gpu()))
         from bigtrain.runtime.precision import choose_precision
 
         precision = run.resolved("precision") or choose_precision(config.precision)

@@ -23,7 +23,7 @@ from bigtrain.models.flops import peak_flops
 from bigtrain.models.load_network import load_network
 from bigtrain.models.network import Network
 from bigtrain.runtime.heartbeat import Heartbeat
-from bigtrain.runtime.launch import threads_of_process
+from bigtrain.runtime.launch import threads_of_process, workers_of_process
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import RunSettings
 from bigtrain.text import clean, counted
@@ -94,6 +94,11 @@ class Setup:
         heartbeat = Heartbeat(accelerator, 60 * settings.hang_timeout_min)
         return cls(run, accelerator, Stop(accelerator, run.path), settings, precision, heartbeat)
 
+    @property
+    def workers(self) -> int:
+        """How many processes read and decode for this one."""
+        return workers_of_process(self.settings.workers, on_gpu=self.accelerator.device.type == "cuda")
+
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write results.json, which makes the run a finished one, and close the trackers."""
         from bigtrain.runtime.trackers import end_trackers
@@ -148,7 +153,7 @@ class Setup:
         cache = view_cache(self, shard_set, transform, len(plan.sample_N), is_repeated=is_repeated)
         return Stream(
             shard_set, plan, transform, cache=cache,
-            rank=rank, world_size=world_size, workers=self.settings.workers, mark=self.heartbeat.mark, **further,
+            rank=rank, world_size=world_size, workers=self.workers, mark=self.heartbeat.mark, **further,
         )  # fmt: skip
 
     def in_order(self, shard_set: ShardSet, sample_N: NDArray[np.int64], transform: Transform, batch: int) -> Stream:

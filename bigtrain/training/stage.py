@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
@@ -17,6 +18,7 @@ from bigtrain.runtime.checkpoint import Checkpoints
 from bigtrain.runtime.log import StageLog
 from bigtrain.runtime.stopping import AskedWhileWaiting
 from bigtrain.runtime.trackers import end_trackers
+from bigtrain.training.compiling import compile_pays, prepare_compiling
 from bigtrain.training.optim import follow
 from bigtrain.training.run_setup import Setup
 from bigtrain.training.step import PROBLEM, B, Step
@@ -108,8 +110,10 @@ class Stage(Generic[B]):
         self.taken: Tensor | bool = True  # Whether the newest update has changed the weights.
         self._outcomes: deque[Outcome[B]] = deque()
         self._problem, self._asked = "", False  # of the newest step whose outcome is known
-        if settings.compile:
-            trained.compile()
+        self._is_compiled = compile_pays(settings.compile, accelerator.device, steps - self.step)
+        if self._is_compiled:
+            prepare_compiling(settings.compile)
+            trained.compile(dynamic=False)
         if zero.is_used(accelerator):
             accelerator.free_memory()  # of the stage before
             accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = clip
@@ -134,8 +138,11 @@ class Stage(Generic[B]):
         batches = self.stream.from_step(self.step, self.steps)
         while (batch := self._next(batches)) is not None:
             start.seed_step(self.stream.seed, self.step, self.setup.accelerator.process_index)
-            step = Step(self, batch.to(self.setup.accelerator.device))
+            began, step = time.monotonic(), Step(self, batch.to(self.setup.accelerator.device))
             yield step
+            if self._is_compiled:
+                self.log.event("compiled", f"the first step took {time.monotonic() - began:.1f} s, with compiling")
+                self._is_compiled = False
             step._check(step.figures is not None, "the step ended without step.update()")
             self._end(step)
         self._close()
@@ -196,11 +203,18 @@ class Stage(Generic[B]):
                 self.skipped_in_a_row = 0
             if self.setup.accelerator.num_processes > 1:  # a stream alone has counted them itself
                 self.stream.agree(batch, bad)
+        self._log_saved()
 
     def _close(self) -> None:
-        """All steps are in the log."""
+        """All steps are in the log, and the newest checkpoint is whole."""
         self._learn(0)
+        self.checkpoints.settle()
+        self._log_saved()
         self.log.close()
+
+    def _log_saved(self) -> None:
+        for step, waited_s in self.checkpoints.newly_whole():
+            self.log.saved(waited_s, step)
 
     @torch.no_grad()
     def constrain(self, module: nn.Module, name: str, function: Callable[[Tensor], Tensor]) -> None:
@@ -233,7 +247,7 @@ class Stage(Generic[B]):
         state: dict[str, Any] = {"skipped_in_a_row": self.skipped_in_a_row}
         if self.updates.scaler:
             state["scaler"] = self.updates.scaler.state_dict()
-        self.log.saved(self.checkpoints.save(self.step, state, self.module), self.step)
+        self.checkpoints.save(self.step, state, self.module)
 
     def _skipped(self, step: int, batch: B, problem: str) -> None:
         """Log a step whose loss or gradient was not finite with its samples; too many in a row stop the run."""
@@ -242,6 +256,7 @@ class Stage(Generic[B]):
             return
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.setup.settings.max_skipped_steps:
+            self.checkpoints.settle()
             first, newest = step - self.skipped_in_a_row + 1, self.checkpoints.newest
             self.log.event("failed", problem)
             self.log.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from bigtrain.models.network import Network
 from bigtrain.models.vit import Encoded
 from bigtrain.runtime.later import STEPS
 from bigtrain.training.caches import data_of, decoder, folder_of, prepared
+from bigtrain.training.compiling import compile_pays, prepare_compiling
 from bigtrain.training.feature_cache import fingerprint
 from bigtrain.training.run_setup import Setup
 from bigtrain.training.token_rows import TokenRows
@@ -63,6 +64,10 @@ class TeacherTokens:
         self.image_size = image_size
         self.cache: RowCache | None = None
         self._under_way: deque[Computed] = deque()
+        self._encode: Any = teacher.vit
+        if compile_pays(setup.settings.compile, setup.accelerator.device, steps):
+            prepare_compiling(setup.settings.compile)
+            self._encode = torch.compile(teacher.vit, dynamic=False)  # not in place: it is judged as it is
         settings, on_gpu = setup.settings, setup.accelerator.device.type == "cuda"
         if steps <= plan.batches_per_epoch or not settings.cache_gib or (on_gpu and not settings.cache_dir):
             return
@@ -103,7 +108,7 @@ class TeacherTokens:
 
     @torch.no_grad()
     def _computed(self, image_B3HW: Tensor) -> Encoded:
-        (seen,) = self.teacher.vit(image_B3HW, last=self.layers, with_attention=self.with_attention)
+        (seen,) = self._encode(image_B3HW, last=self.layers, with_attention=self.with_attention)
         return seen
 
     def _read(self, sample_B: NDArray[np.int64]) -> Tensor | None:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import resource
+import threading
 import zlib
 from contextlib import contextmanager
 
@@ -25,6 +26,11 @@ OPTIMIZERS = {
     "sgd with momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=1e-3),
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
 }
+
+
+def save_whole(checkpoints, *what):
+    checkpoints.save(*what)
+    checkpoints.settle()
 
 
 def a_network(seed=0):
@@ -60,7 +66,7 @@ def test_resume_is_exact(tmp_path, accelerator, kind):
     net = a_network()
     optimizer = OPTIMIZERS[kind](groups(net))
     train(net, optimizer, range(5))
-    Checkpoints(tmp_path, accelerator, net, optimizer).save(5, {"epoch": 1, "batch": 2}, net)
+    save_whole(Checkpoints(tmp_path, accelerator, net, optimizer), 5, {"epoch": 1, "batch": 2}, net)
     saved = copy.deepcopy(state_of(net, optimizer))
     train(net, optimizer, range(5, 10))
 
@@ -82,7 +88,7 @@ def test_learning_rate(tmp_path, accelerator):
     net = a_network()
     optimizer = OPTIMIZERS["adamw"](groups(net))
     train(net, optimizer, range(1))
-    Checkpoints(tmp_path, accelerator, net, optimizer).save(1, {}, net)
+    save_whole(Checkpoints(tmp_path, accelerator, net, optimizer), 1, {}, net)
     again = torch.optim.AdamW(groups(net), lr=7.0)
     checkpoints = Checkpoints(tmp_path, accelerator, net, again)
     checkpoints.load()
@@ -103,7 +109,8 @@ def checkpoints(tmp_path, accelerator):
         def save(step):
             nn.init.constant_(net[0].bias, step)
             made.save(step, {"batch": step}, net)
-            nn.init.zeros_(net[0].bias)
+            nn.init.zeros_(net[0].bias)  # as training would go on: what is written are copies
+            made.settle()
 
         def load():
             state = made.load()
@@ -297,7 +304,7 @@ def test_folder_that_cannot_be_made(tmp_path, accelerator):
     (tmp_path / "file").touch()
     checkpoints = Checkpoints(tmp_path / "file", accelerator, net, torch.optim.SGD(net.parameters()))
     with pytest.raises(OSError, match=r"checkpoint of step 10 cannot be written .*; there is none before it"):
-        checkpoints.save(10, {}, net)
+        save_whole(checkpoints, 10, {}, net)
 
 
 def test_part_under_zero(tmp_path, accelerator, monkeypatch):
@@ -308,7 +315,7 @@ def test_part_under_zero(tmp_path, accelerator, monkeypatch):
     monkeypatch.setattr(zero, "is_used", lambda accelerator: True)
     monkeypatch.setattr(zero, "whole_weights", lambda prepared: {"weight": torch.tensor([[5.0]])})
     monkeypatch.setattr(zero, "moments", lambda prepared: {"weight/exp_avg": torch.tensor([[7.0]])})
-    Checkpoints(tmp_path, accelerator, whole[1], optimizer, state=whole).save(1, {}, whole[1])
+    save_whole(Checkpoints(tmp_path, accelerator, whole[1], optimizer, state=whole), 1, {}, whole[1])
 
     monkeypatch.undo()
     again = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
@@ -332,3 +339,19 @@ def test_damage_names_the_error(tmp_path):
     assert damage(tmp_path).startswith("FileNotFoundError: ")
     (tmp_path / "state.json").write_text("{")
     assert damage(tmp_path).startswith("JSONDecodeError: ")
+
+
+def test_slow_disk(tmp_path, accelerator, monkeypatch):
+    """Training goes on while a checkpoint is written; the next one waits for it, and both are whole."""
+    net = a_network()
+    checkpoints = Checkpoints(tmp_path, accelerator, net, OPTIMIZERS["sgd"](groups(net)))
+    may_write = threading.Event()
+    write = checkpoints._write_whole
+    monkeypatch.setattr(checkpoints, "_write_whole", lambda *what: may_write.wait() and write(*what))
+    checkpoints.save(1, {}, net)
+    assert names(tmp_path) == [] and checkpoints.newly_whole() == []
+    threading.Timer(0.2, may_write.set).start()
+    checkpoints.save(2, {}, net)
+    assert names(tmp_path)[0] == "step-000001"
+    checkpoints.settle()
+    assert [step for step, _ in checkpoints.newly_whole()] == [1, 2] and checkpoints.newest.name == "step-000002"

@@ -63,6 +63,7 @@ def main():  # the model is freed before the process group is destroyed, as in t
     if mode == "first":
         rows = [step(module, update, number) for number in range(5)]
         checkpoints.save(5, {"batch": 5}, module)
+        checkpoints.settle()
     for number in range(5, 9):
         rows.append(step(module, update, number))
     if mode == "first":

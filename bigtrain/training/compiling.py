@@ -1,0 +1,48 @@
+"""Whether torch.compile pays, and how it is set: the same random numbers as without it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import torch
+
+from bigtrain.choices import Compile
+
+FEWEST_STEPS = 1000  # that make up for some minutes of compiling
+log = logging.getLogger(__name__)
+
+
+def compile_pays(asked: Compile, device: torch.device, steps: int) -> bool:
+    """Whether the networks of a stage are compiled.
+
+    Args:
+        steps: that are left.
+    """
+    if asked == "auto":
+        return device.type == "cuda" and steps >= FEWEST_STEPS and why_not(device) == ""
+    if asked == "on" and (why := why_not(device)):
+        raise ValueError(f"--compile on was asked for, and {why}: use --compile auto, or off.")
+    return asked == "on"
+
+
+def why_not(device: torch.device) -> str:
+    """What compiling lacks here; empty if nothing."""
+    if not any(map(shutil.which, ("cc", "gcc", "g++", "clang"))):
+        return "there is no C compiler on the PATH"
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "Triton does not work with this GPU"
+    return ""
+
+
+def prepare_compiling(asked: Compile) -> None:
+    """Drops of paths come from the same generator as without compiling; where nobody asked for it, what cannot be
+    compiled runs as it is."""
+    import torch._dynamo
+    import torch._inductor.config
+
+    torch._inductor.config.fallback_random = True
+    torch._dynamo.config.suppress_errors = asked == "auto"
