@@ -125,6 +125,18 @@ class ImageDetector:
         self, images: Iterable[Given], unreadable: Unreadable = "nan", batch: int | None = None, reduced: bool = True
     ) -> Iterator[tuple[Scored, NDArray[np.bool_]]]:
         """The scores of the readable images of each batch, and which of the batch these are."""
+        for image_B3HW, is_read_b in self.batches(images, unreadable, batch, reduced):
+            if image_B3HW is None:
+                yield Scored(torch.zeros(0)), is_read_b
+                continue
+            found, count = self.score_tensor(image_B3HW), int(is_read_b.sum())
+            yield Scored(*(None if part is None else part[:count] for part in found)), is_read_b  # type: ignore[arg-type]
+
+    def batches(
+        self, images: Iterable[Given], unreadable: Unreadable = "nan", batch: int | None = None, reduced: bool = True
+    ) -> Iterator[tuple[Tensor | None, NDArray[np.bool_]]]:
+        """The views of the readable images of each batch, on the detector's device and filled up with black ones; None
+        where there are none; and which of the batch these are. See `score`."""
         check_several(images)
         view, size = self.view(), self.scoring.batch if batch is None else batch
         if size < 1 or unreadable not in ("nan", "raise"):
@@ -142,12 +154,11 @@ class ImageDetector:
                         raise UnreadableError(f"{named} cannot be scored: {error}") from error
                     log.warning("%s cannot be scored, and its score is NaN: %s", named, error)
             if not views:
-                yield Scored(torch.zeros(0)), is_read_b
+                yield None, is_read_b
                 continue
             image_B3HW = torch.zeros(size, *views[0].shape, dtype=torch.uint8)
             image_B3HW[: len(views)] = torch.from_numpy(np.stack(views))
-            found = self.score_tensor(image_B3HW.to(self.device))
-            yield Scored(*(None if part is None else part[: len(views)] for part in found)), is_read_b  # type: ignore[arg-type]
+            yield image_B3HW.to(self.device), is_read_b
 
     def autocast(self) -> torch.autocast:
         precision = self.scoring.precision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -10,8 +11,11 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bigtrain.data.later import Arriving, on_device
 from bigtrain.data.protocol import only_label
 from bigtrain.data.stream import Batch, Stream
+
+BEHIND = 2  # batches
 
 
 class Kept:
@@ -53,18 +57,29 @@ def collect(
     """
     samples: list[NDArray[np.int64]] = []
     values: dict[str, list[NDArray[np.float64]]] = {name: [] for name in functions}
+    under_way: deque[tuple[Batch, Arriving]] = deque()
+
+    def learn(behind: int) -> None:
+        """Read what has been computed, but of the newest batches, for which a GPU would be waited for."""
+        while len(under_way) > behind:
+            batch, arriving = under_way.popleft()
+            gathered = arriving.read()
+            real_B = (gathered["weight"] > 0).numpy()
+            if accelerator.num_processes > 1:  # a stream alone has counted them itself
+                stream.budget.agree(batch.position.epoch, batch.samples_in_step - int(real_B.sum()))
+            samples.append(gathered["sample"].numpy()[real_B])
+            for name in functions:
+                values[name].append(gathered[name].double().numpy()[real_B])
+
     for batch in stream.batches():
         batch = batch.to(accelerator.device)
         here = {name: function(batch.views["image"]) for name, function in functions.items()}
         stream.mark(f"computed {', '.join(functions)} of batch {batch.position.batch}")
-        sample_B = torch.from_numpy(batch.sample_B).to(accelerator.device)
+        sample_B = on_device(batch.sample_B.tolist(), accelerator.device)
         gathered = accelerator.gather({"sample": sample_B, "weight": batch.weight_B, **here})
-        real_B = (gathered["weight"] > 0).cpu().numpy()
-        if accelerator.num_processes > 1:  # a stream alone has counted them itself
-            stream.budget.agree(batch.position.epoch, batch.samples_in_step - int(real_B.sum()))
-        samples.append(gathered["sample"].cpu().numpy()[real_B])
-        for name in functions:
-            values[name].append(gathered[name].double().cpu().numpy()[real_B])
+        under_way.append((batch.without_views(), Arriving(gathered)))
+        learn(BEHIND if accelerator.device.type == "cuda" else 0)
+    learn(0)
     sample_N = np.concatenate(samples)
     order = np.argsort(sample_N)
     return sample_N[order], {name: np.concatenate(parts)[order] for name, parts in values.items()}

@@ -16,10 +16,10 @@ from typing import NoReturn
 from accelerate import Accelerator
 from torch import Tensor
 
+from bigtrain.data.later import on_device
 from bigtrain.files import write_json
 from bigtrain.runtime.exit import at_end
 from bigtrain.runtime.exit_codes import INTERRUPTED, STOPPED
-from bigtrain.runtime.later import on_device
 from bigtrain.runtime.run_folder import STOPPED_FILE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)

@@ -13,7 +13,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from bigtrain.runtime import later, start, zero
+from bigtrain.data import later
+from bigtrain.runtime import start, zero
 from bigtrain.runtime.checkpoint import Checkpoints
 from bigtrain.runtime.log import StageLog
 from bigtrain.runtime.stopping import AskedWhileWaiting

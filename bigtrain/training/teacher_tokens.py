@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bigtrain.data.later import STEPS, Arriving
 from bigtrain.data.plan import PADDING, Plan
 from bigtrain.data.row_cache import RowCache
 from bigtrain.data.shard_set import ShardSet
@@ -17,7 +18,6 @@ from bigtrain.data.stream import Batch
 from bigtrain.models.flops import vit_forward_flops
 from bigtrain.models.network import Network
 from bigtrain.models.vit import Encoded
-from bigtrain.runtime.later import STEPS
 from bigtrain.training.caches import data_of, decoder, folder_of, prepared
 from bigtrain.training.compiling import compile_pays, prepare_compiling
 from bigtrain.training.feature_cache import fingerprint
@@ -29,8 +29,7 @@ class Computed(NamedTuple):
     """Rows on their way from the device to the cache."""
 
     sample_B: NDArray[np.int64]
-    row_B: Tensor
-    event: torch.cuda.Event | None
+    rows: Arriving
 
 
 class TeacherTokens:
@@ -129,24 +128,16 @@ class TeacherTokens:
         return row_B
 
     def _keep(self, sample_B: NDArray[np.int64], row_B: Tensor) -> None:
-        event = None
-        if row_B.is_cuda:
-            device_row_B, row_B = row_B, torch.empty(row_B.shape, dtype=torch.uint8, pin_memory=True)
-            row_B.copy_(device_row_B, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._under_way.append(Computed(sample_B, row_B, event))
-        if event is None:
+        self._under_way.append(Computed(sample_B, Arriving({"row_B": row_B})))
+        if not row_B.is_cuda:
             self._write(0)
 
     def _write(self, behind: int) -> None:
         """Write the rows that have come, but for the newest `behind` batches."""
         assert self.cache is not None
         while len(self._under_way) > behind:
-            sample_B, row_B, event = self._under_way.popleft()
-            if event is not None:
-                event.synchronize()
-            for sample, row in zip(sample_B.tolist(), row_B.numpy(), strict=True):
+            sample_B, rows = self._under_way.popleft()
+            for sample, row in zip(sample_B.tolist(), rows.read()["row_B"].numpy(), strict=True):
                 if sample != PADDING:
                     self.cache.write(sample, row)
         for sentence in self.cache.news():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bigtrain.choices import BatchNorm, Chosen
+from bigtrain.data.later import on_device
 from bigtrain.data.plan import PADDING, Plan
 from bigtrain.data.protocol import only_label
 from bigtrain.data.shard_set import ShardSet
@@ -21,7 +22,6 @@ from bigtrain.models.load_network import load_network
 from bigtrain.models.network import Network, dropouts_of_fc, has_batch_norm
 from bigtrain.models.sanity import check_sees
 from bigtrain.models.vit import ViT
-from bigtrain.runtime.later import on_device
 from bigtrain.runtime.launch import world_size_of_launch
 from bigtrain.runtime.precision import device_type
 from bigtrain.runtime.settings import RunSettings

@@ -15,15 +15,23 @@ from bigtrain.models.vit import Encoded
 
 
 class CachedTeacherDetector(DistillationDetector):
-    """Keeps the teacher's tokens of the latest batch: while a run is judged, several figures need them."""
+    """Keeps the teacher's tokens of the latest batch: several figures need them, or several students of one teacher.
 
-    latest: tuple[Tensor, Encoded] | None = None
+    Args:
+        sharing: another one with the same teacher, whose tokens serve this one too.
+    """
+
+    def __init__(
+        self, teacher: Network, student: Network, scoring: Scoring, sharing: CachedTeacherDetector | None = None
+    ) -> None:
+        super().__init__(sharing.teacher if sharing else teacher, student, scoring)
+        self.latest: list[tuple[Tensor, Encoded]] = sharing.latest if sharing else []
 
     def encode_by_teacher(self, image_B3HW: Tensor) -> Encoded:
         """As the detector's, of uint8 images (B, 3, H, W)."""
-        if self.latest is None or self.latest[0] is not image_B3HW:
-            self.latest = image_B3HW, super().encode_by_teacher(image_B3HW)
-        return self.latest[1]
+        if not self.latest or self.latest[0][0] is not image_B3HW:
+            self.latest[:] = [(image_B3HW, super().encode_by_teacher(image_B3HW))]
+        return self.latest[0][1]
 
 
 class Compared(NamedTuple):
