@@ -41,8 +41,8 @@ from bigtrain.data.stream import Stream
 from bigtrain.data.views import RandomResizedCrop
 from bigtrain.models.architecture import Architecture
 from bigtrain.models.classifier import Classifier
-from bigtrain.models.network import AUGREG_MEAN as MEAN
-from bigtrain.models.network import AUGREG_STD as STD
+from bigtrain.models.load_network import AUGREG_MEAN as MEAN
+from bigtrain.models.load_network import AUGREG_STD as STD
 from bigtrain.models.network import normalised
 from bigtrain.models.vit import ViT
 from bigtrain.runtime.checkpoint import Checkpoints
