@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from bigtrain.data.schema import MASK_SUFFIX, Box, Object, Sample, Shard
 from bigtrain.images import IMAGE_EXTENSIONS, UnreadableError, open_image
 from bigtrain.retry import RetryPolicy, is_permanent, retried
-from shards.disk import start_writing
-from shards.duplicates import content_digest
 from shards.location import Location
 from shards.mask_codec import checked_mask
+from shards.tar_writer import TarWriter
 from shards.treatment import Treated, Treatment, checked, displayed_size
 
-RECORD = 10240  # a tar ends on a multiple of this
 RETRY = RetryPolicy(attempts=4)
-AHEAD_BYTES = 16 << 20  # written by the program before the disk is asked to begin
 STORED_AS = {"jpe": "jpg", "jfif": "jpg"}  # names of JPEGs that readers of WebDataset do not know
 
 
@@ -45,41 +41,6 @@ class Part:
     rows: list[dict[str, Any]]  # WRITTEN_SCHEMA without "shard"
     skipped: list[dict[str, Any]]  # position, key, source, reason
     outside: list[str]  # sources of the samples with a box of which nothing lies in the picture
-
-
-class TarWriter:
-    """A tar with fixed time, owner and mode, which knows where it puts each member's bytes."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.bytes = 0
-        self._given_bytes = 0  # to the disk
-        self.sha256 = hashlib.sha256()
-
-    def _write(self, data: bytes) -> None:
-        self.file.write(data)
-        self.sha256.update(data)
-        self.bytes += len(data)
-
-    def add(self, name: str, data: bytes) -> int:
-        """Append a member and return the offset of its bytes."""
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        member.mode = 0o644
-        # where the name is short, both give the same bytes, and the plain header takes half the time
-        plain = len(name) <= tarfile.LENGTH_NAME
-        self._write(member.tobuf(tarfile.USTAR_FORMAT if plain else tarfile.PAX_FORMAT))
-        offset = self.bytes
-        self._write(data)
-        self._write(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
-        if self.bytes - self._given_bytes >= AHEAD_BYTES:
-            start_writing(self.file)
-            self._given_bytes = self.bytes
-        return offset
-
-    def close(self) -> None:
-        self._write(b"\0" * (2 * tarfile.BLOCKSIZE))
-        self._write(b"\0" * (-self.bytes % RECORD))
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
@@ -114,8 +75,7 @@ def write_shard(task: Task) -> Part:
     outside: list[str] = []
     name = shard_name(task.number)
     try:
-        with task.out.written(name) as file:
-            tar = TarWriter(file)
+        with task.out.written(name) as file, TarWriter(file) as tar:
             for position, sample in enumerate(task.samples):
                 try:
                     picture, members, boxes_lost = prepare(sample, task.treatment)
@@ -124,7 +84,7 @@ def write_shard(task: Task) -> Part:
                         {"position": position, "key": sample.key, "source": sample.source, "reason": str(reason)}
                     )
                     continue
-                offset = tar.add(f"{sample.key}.{picture.ext}", picture.encoded)
+                offset = tar.add(f"{sample.key}.{picture.ext}", picture.encoded, is_picture=True)
                 for ext, data in members:
                     tar.add(f"{sample.key}.{ext}", data)
                 rows.append(
@@ -136,7 +96,6 @@ def write_shard(task: Task) -> Part:
                         "width": picture.width,
                         "height": picture.height,
                         "classes": sample.classes,
-                        "digest": content_digest(picture.encoded),
                     }
                 )
                 if boxes_lost:
@@ -144,7 +103,10 @@ def write_shard(task: Task) -> Part:
             tar.close()
             if not rows:
                 raise NothingToWrite
-        shard = Shard(name, len(rows), tar.bytes, tar.sha256.hexdigest())
+        hashes = tar.hashes()
+        for row, digest in zip(rows, hashes.pictures, strict=True):
+            row["digest"] = digest
+        shard = Shard(name, len(rows), tar.bytes, hashes.tar.hexdigest())
     except NothingToWrite:
         shard = None
     return Part(task.number, len(task.samples), fingerprint(task.samples), shard, rows, skipped, outside)

@@ -237,8 +237,10 @@ class ViT(nn.Module):
 
     def _normed(self, x_TD: Tensor) -> Tensor:
         """The final norms; SAM has a neck instead, which is no part of this pass."""
-        norms = [norm for name in ("norm", "fc_norm") if (norm := getattr(self.backbone, name, None)) is not None]
-        return nn.Sequential(*norms)(x_TD)
+        for name in ("norm", "fc_norm"):
+            norm = getattr(self.backbone, name, None)
+            x_TD = x_TD if norm is None else norm(x_TD)
+        return x_TD
 
     def _keep(self, tokens_BTD: Tensor, place: Place, where: Visible) -> tuple[Tensor, Place]:
         """The tokens of the visible patches, and their places."""

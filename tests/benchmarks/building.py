@@ -12,6 +12,7 @@ Made smaller, all call the same code of shards/treatment.py: libjpeg's scaled de
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -146,6 +147,9 @@ def run_one(name: str, pictures: Path, out: Path) -> None:
     """In the contender's process: its imports, then its work, timed."""
     if name.startswith("build"):
         import shards.build  # noqa: F401
+
+        with contextlib.suppress(ImportError):  # where it is installed, pyarrow imports it at the first table
+            import pandas  # noqa: F401
     elif name.startswith("litdata"):
         import litdata  # noqa: F401
     elif name.startswith("MDS"):

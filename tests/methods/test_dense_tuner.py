@@ -52,6 +52,23 @@ def test_tuner_views(tuner):
         torch.testing.assert_close(cosines_RMK, expected @ prototype_KD.T, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_frozen_blocks_once(network, model):
+    """Behind frozen blocks that all views went through together come the same projections and gradients."""
+    tuner = DenseTuner(network(model, depth=4)[1], prototypes=5, tuned_blocks=2)
+    views = images(2, 32), images(6, 16, seed=1)
+    begun = tuner(*views, frozen=True)
+    assert not begun.x_TD.requires_grad and begun.depth == 2
+    found = []
+    for first, second in (views, (begun.only(slice(0, 1)), begun.only(slice(1, 2)))):
+        tuner.zero_grad()
+        (whole_RNK,), (crops_RNK,) = tuner(first)[1], tuner(second)[1]
+        crops_RNK.square().sum().backward()
+        found.append([whole_RNK, crops_RNK, *(p.grad for p in tuner.parameters() if p.grad is not None)])
+    for plain, once in zip(*found, strict=True):
+        torch.testing.assert_close(plain, once, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_tuner_projected_tokens(tuner):
     """Tokens that are projected already are only compared with the prototypes."""

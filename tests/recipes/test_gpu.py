@@ -2,13 +2,14 @@
 
 import json
 import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
 import bigtrain
-from tests.launching import ENVIRONMENT, ON_GPU, command
+from tests.launching import ENVIRONMENT, ON_GPU, ROOT, command
 from tests.runs import ask_to_stop, judged_images
 
 
@@ -113,3 +114,72 @@ def test_distil(shards, teacher, tmp_path, precision):
         done = launched("distil.py", *flags, *further, "--out", tmp_path / name, environment=ON_GPU)
         assert done.returncode == 0 and "on cuda" in done.stdout, done.stderr
         assert json.loads((tmp_path / name / "results.json").read_text())["figures"]["student"]["images"] == 40
+
+
+WATCHED = """
+import sys, torch
+from importlib import import_module
+from bigtrain.training.stage import Stage
+
+steps_of = Stage.__iter__
+
+def watched(self):
+    for number, step in enumerate(steps_of(self)):  # the first ones set up kernels and masks
+        torch.cuda.set_sync_debug_mode("error" if number >= 3 else "default")
+        yield step
+        self.watched = number
+    torch.cuda.set_sync_debug_mode("default")
+    print(f"watched {self.name} to step {self.step}", flush=True)
+
+Stage.__iter__ = watched
+if __name__ == "__main__":
+    import_module(f"recipes.{sys.argv.pop(1)}").main()
+"""
+
+
+@pytest.mark.parametrize("recipe", ["defend", "tune", "pretrain", "deep_novelty", "panda", "distil"])
+def test_steps_do_not_wait(recipe, small, views, shards, teacher, tmp_path, recipe_flags):
+    """From the fourth step on no step of a recipe waits for the device."""
+    script = tmp_path / "watched.py"
+    script.write_text(WATCHED)
+    flags = recipe_flags[recipe]
+    line = [sys.executable, script, recipe, *flags, "--precision", "bf16", "--workers", "1", "--log-every", "2"]
+    line += ["--checkpoint-every", "1000", "--compile", "off", "--out", tmp_path / "run"]
+    environment = {**ON_GPU, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0 and "watched" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.fixture
+def recipe_flags(small, views, shards, teacher):
+    """Short runs of every recipe that trains."""
+    network = ["--network", "resnet18", "--no-pretrained", "--image-size", "64", "--resize", "72"]
+    known = ["--train", views / "train", "--test", views / "test", "--test-limit", "60"]
+    tuned = ["--image-size", "32", "--crop-size", "16", "--crops", "2", "--train-limit", "120", "--tune-batch", "6"]
+    vit = ["--model", "vit_tiny_patch16_224", "--patch-size", "8", "--depth", "2", "--image-size", "32"]
+    return {
+        "defend": [*small, "--distil-epochs", "4"],
+        "tune": ["--train", shards / "test", "--network", teacher, *tuned, "--tune-epochs", "1", "--guard-images", "40",
+                 "--guard-every", "1000", "--guard-fall", "1"],
+        "pretrain": ["--train", shards / "train", "--val", shards / "test", *vit, "--epochs", "1", "--batch", "100"],
+        "deep_novelty": [*known, *network, "--known", "bag", "coat", "--branches", "one", "--steps", "12"],
+        "panda": [*known, *network, "--known", "bag", "--epochs", "6", "--batch", "8"],
+        "distil": ["--train", shards / "test", "--teachers", teacher, *vit, "--train-limit", "96", "--epochs", "1",
+                   "--batch", "12", "--guard-images", "40"],
+    }  # fmt: skip
+
+
+def test_compiled(small, tmp_path):
+    """Compiled networks train to the same losses but for rounding, and are judged as they were saved."""
+    rows = []
+    for name in ("off", "on"):
+        flags = [*small, "--precision", "fp32", "--distil-epochs", "2", "--compile", name, "--out", tmp_path / name]
+        done = launched("defend.py", *flags, environment=ON_GPU)
+        assert done.returncode == 0, done.stderr
+        rows.append([json.loads(row) for row in (tmp_path / name / "log.jsonl").read_text().splitlines()])
+    plain, compiled = ([row["loss"] for row in part if "loss" in row] for part in rows)
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert any(row.get("event") == "compiled" for row in rows[1])
+    judged, images = judged_images(tmp_path / "on")
+    detector = bigtrain.load_detector(tmp_path / "on" / "detector", device="cuda")
+    assert detector.score(images).tolist() == judged["score"].tolist()
