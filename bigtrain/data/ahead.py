@@ -9,6 +9,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 POLL_S = 0.2
+LONGEST_S = 5.0  # that the end waits for an item that is being made: what makes it may be stuck for ever
 
 
 class _Failed:
@@ -48,4 +49,4 @@ def ahead(items: Iterable[T], depth: int) -> Generator[T]:
             yield item
     finally:
         is_over.set()
-        thread.join()
+        thread.join(LONGEST_S)
