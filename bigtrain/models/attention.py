@@ -28,6 +28,7 @@ from torch import Tensor
 from bigtrain.choices import Backend, Chosen
 
 Sequences = tuple[tuple[int, int], ...]
+SHORT, LONG = 64, 1024  # tokens; plain products keep T x T numbers a head
 
 
 log = logging.getLogger(__name__)
@@ -78,8 +79,24 @@ def _sdpa(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, sequences: Sequences) -> 
         sequences, q_THd.split(split), k_THd.split(split), v_THd.split(split), strict=True
     ):
         q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
-        parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts)
+        needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if q.device.type == "cpu" and q.dtype != torch.float32 and needs_gradient:
+            mixed = _half_on_cpu(q, k, v)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        parts.append(mixed.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _half_on_cpu(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor) -> Tensor:
+    """For training: the backward pass of torch's fused kernel takes two to six times as long in bf16 as in fp32. Short
+    sequences go through it in fp32, longer ones through plain products, which such CPUs have instructions for."""
+    if not SHORT <= q_BHTd.shape[2] <= LONG:
+        with torch.autocast("cpu", enabled=False):  # which would take them back
+            mixed_BHTd = F.scaled_dot_product_attention(q_BHTd.float(), k_BHTd.float(), v_BHTd.float())
+        return mixed_BHTd.to(v_BHTd.dtype)
+    logits_BHTT = (q_BHTd * q_BHTd.shape[-1] ** -0.5) @ k_BHTd.transpose(-1, -2)
+    return logits_BHTT.softmax(dim=-1, dtype=torch.float32).to(v_BHTd.dtype) @ v_BHTd
 
 
 def _dense(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, sequences: Sequences) -> Tensor:
