@@ -171,10 +171,10 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
     if trained := setup.left(LEAVES["distil"], attention=config.attention):
         return trained
     torch.manual_seed(config.seed)
-    decoder = 0 if config.predict == "visible" else config.decoder_blocks
+    decoder, last = 0 if config.predict == "visible" else config.decoder_blocks, config.distilled_blocks
     new_student = partial(
         student_network, teacher, student_architecture(config, teacher), config.drop_path, attention=config.attention,
-        decoder_blocks=decoder, distilled_blocks=config.distilled_blocks,
+        decoder_blocks=decoder, distilled_blocks=last,
     )  # fmt: skip
     student = new_student().vit.train()
     student.recompute = config.run.recompute
@@ -183,7 +183,7 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
     keep, plan = kept(config), split.train.plan(split.fitted_N, config.distil_batch, config.seed)
     steps = config.distil_steps or config.distil_epochs * plan.batches_per_epoch
     tokens = TeacherTokens(
-        setup, teacher, split.train, plan, steps=steps, image_size=config.image_size, layers=config.distilled_blocks,
+        setup, teacher, split.train, plan, steps=steps, image_size=config.image_size, layers=last,
         with_attention=keep != "random" and config.mask_ratio > 0,
     )  # fmt: skip
     groups = decay_groups(student.named_parameters(), base_lr=lr)
@@ -191,8 +191,7 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
         "distil", setup,
         trained=student, optimizer=adamw(groups, setup.accelerator.device, lr=lr, betas=(0.9, 0.95)),
         state={"student": student}, ema=config.ema_student,
-        stream=setup.stream(split.train, plan, Resized(config.image_size), steps=steps), steps=steps,
-        clip=config.clip,
+        stream=setup.stream(split.train, plan, Resized(config.image_size), steps=steps), steps=steps, clip=config.clip,
         flops_per_image=trained_flops(student, config.image_size, visible) + tokens.flops_per_image,
     )  # fmt: skip
     warmup = round(config.warmup_epochs * plan.batches_per_epoch)
@@ -206,9 +205,7 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
                 seen = tokens.of(part, image_B3HW)  # eq. 2: the teacher sees every patch ...
                 visible_BN = visible_patches(seen.guide_BN, part.seed_B, keep=keep, mask_ratio=config.mask_ratio)
                 # ... the student a part of them, and it predicts the tokens of these, of the others or of all
-                (predicted,) = stage.module(
-                    image_B3HW, visible_BN=visible_BN, visible_count=visible, last=config.distilled_blocks
-                )
+                (predicted,) = stage.module(image_B3HW, visible_BN=visible_BN, visible_count=visible, last=last)
             loss_B = distillation_loss(  # eq. 3, 4
                 predicted.blocks_LBND, seen.blocks_LBND, visible_BN, predict=config.predict, distance=config.distance,
                 normalisation=config.normalisation, normalise_student=config.normalise_student,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ def judge(
         write_scores(folder / "scores.parquet", [scored, known_scored] if held_out else [scored])
         for_report = {**results, "metrics": figures, "detector": method, "threshold": threshold, "settings": settings}
         telling = most_telling(scored.novel_N, scored.score_N)
+        every = iter(shown(scored, [place for places in telling.values() for place in places], detector))
+        pictures = [list(islice(every, len(places))) for places in telling.values()]  # one pass for the maps of all
         write_report(
             folder / "report.html",
             title=f"{method}: {', '.join(results['known'][:3])}{' ...' if len(results['known']) > 3 else ''}",
@@ -114,7 +117,7 @@ def judge(
             novel_N=scored.novel_N,
             score_N=scored.score_N,
             comparisons=comparisons,
-            pictures={title: shown(scored, places, detector) for title, places in telling.items()},
+            pictures=dict(zip(telling, pictures, strict=True)),
         )
     accelerator.wait_for_everyone()
     return results

@@ -54,6 +54,7 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_BnD: Tensor) -> tuple[Tensor | None, ...]:
+        """(B, n, D) to (B, N, D): nothing reaches the hidden ones."""
         visible_BN, rank_BN = ctx.saved_tensors
         return torch.where(visible_BN[:, :, None], _at(gradient_BnD, rank_BN), 0), None, None, None
 
@@ -68,5 +69,6 @@ class _Put(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_BND: Tensor) -> tuple[Tensor | None, ...]:
+        """(B, N, D) to (B, n, D) of the visible ones and (B, N, D) of the others."""
         visible_BN, kept_Bn = ctx.saved_tensors
         return _at(gradient_BND, kept_Bn), gradient_BND.masked_fill(visible_BN[:, :, None], 0), None, None, None

@@ -277,6 +277,7 @@ class ViT(nn.Module):
         return x_TD + _drop_path(block.ls2(block.mlp(block.norm2(x_TD))), block.drop_path2, sequences)
 
     def qkv(self, block: Any, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a block, each (T, H, d)."""
         attn = block.attn
         q_THd, k_THd, v_THd = attn.qkv(block.norm1(x_TD)).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
         return attn.q_norm(q_THd), attn.k_norm(k_THd), v_THd

@@ -1,5 +1,6 @@
 """A saved detector: the same bits after loading, in any order and grouping, from any kind of picture."""
 
+import copy
 import json
 from dataclasses import asdict, replace
 
@@ -15,6 +16,7 @@ from bigtrain.data.views import Resized
 from bigtrain.methods.defend.detector import DistillationDetector, Scoring
 from bigtrain.methods.defend.masks import complementary_halves
 from bigtrain.methods.defend.network import masked_student
+from bigtrain.methods.defend.together import score_together
 from bigtrain.models.architecture import Architecture
 from bigtrain.models.network import Network
 from bigtrain.models.vit import ViT
@@ -258,3 +260,35 @@ def test_unreadable_pictures(detector, pictures, tmp_path, caplog):
     with pytest.raises(ValueError, match=r"frame_17\.jpg cannot be scored: not a picture"):
         detector.score([tmp_path / "frame_17.jpg"], unreadable="raise")
     np.testing.assert_allclose(detector.score(pictures[:2], batch=1), scores[[0, 2]], rtol=1e-4)
+
+
+def test_score_together():
+    """Scores of many students are those of each alone, bit for bit, and each teacher sees a batch once."""
+    first = a_detector()
+    students = [first]
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        student = copy.deepcopy(first.student)
+        for parameter in student.vit.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        students.append(DistillationDetector(copy.deepcopy(first.teacher), student, first.scoring))
+    other_teacher = copy.deepcopy(first.teacher)
+    next(other_teacher.vit.parameters()).data.add_(0.1)
+    students.append(DistillationDetector(other_teacher, first.student, first.scoring))
+    images = [np.random.default_rng(n).integers(0, 256, (40, 30, 3), dtype=np.uint8) for n in range(7)]
+    calls = []
+    for detector in students:
+        detector.teacher.vit.register_forward_hook(lambda module, *given: calls.append(module))
+    alone = np.stack([detector.score(images) for detector in students])
+    calls.clear()
+    assert score_together(students, images).tolist() == alone.tolist()
+    batches = -(-len(images) // first.scoring.batch)
+    assert len(calls) == 2 * batches and len(set(map(id, calls))) == 2
+
+
+def test_together_different_views():
+    """Detectors that see their pictures at different sizes are refused."""
+    one = a_detector()
+    other = DistillationDetector(one.teacher, one.student, replace(one.scoring, image_size=64))
+    with pytest.raises(ValueError, match="must see the same pictures, and these see: Resized"):
+        score_together([one, other], [])
