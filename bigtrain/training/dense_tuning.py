@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from typing import Protocol as Interface
 
 from bigtrain.choices import HIGHEST_LR, setting
@@ -13,6 +13,7 @@ from bigtrain.choices import HIGHEST_LR, setting
 if TYPE_CHECKING:  # what needs torch is imported where it is used
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from bigtrain.data.shard_set import ShardSet
     from bigtrain.data.stream import Batch
@@ -33,6 +34,9 @@ class DenseTuningMixin:
     tuned_blocks: int = setting(2, 1)
     crops: int = setting(4, 1)
     crop_scale: tuple[float, float] = setting((0.1, 0.3), 0.001, 1)
+    crop_from: Literal["picture", "view"] = "picture"
+    """What crops are cut from: the original picture, which is decoded in each epoch; or, on the device, the picture as
+    it was resized to --image-size, which is decoded once and less sharp."""
     global_crops: int = setting(0, 0)  # Further crops of scale .3-1 at the image's size; the authors' code has one.
     prototypes: int = setting(0, 0)  # K; 0: twice the number of classes that the training images show (4.3).
     temperature: float = setting(0.1, 1e-4)
@@ -94,8 +98,9 @@ def dense_tuning(
     """
     import torch
 
-    from bigtrain.data.views import MultiCrop
+    from bigtrain.data.views import MultiCrop, Resized
     from bigtrain.methods.defend.cluster_map import cluster_map
+    from bigtrain.methods.defend.device_crops import DeviceCrops
     from bigtrain.methods.defend.equations import multi_crop_loss
     from bigtrain.methods.defend.network import DenseTuner, TokenQueue, unit_rows
     from bigtrain.models.flops import trained_flops, vit_forward_flops
@@ -119,22 +124,27 @@ def dense_tuning(
     groups += decay_groups([*tuner.head.named_parameters(), *tuner.prototypes.named_parameters()], base_lr=head_lr)
     sizes = [config.crop_size] * config.crops + [config.image_size] * config.global_crops
     flops = vit_forward_flops(tuner.vit, config.image_size) + sum(trained_flops(tuner.vit, size) for size in sizes)
-    views = MultiCrop(config.image_size, config.crop_size, config.crops, config.crop_scale, config.global_crops)
+    crops_like = config.image_size, config.crop_size, config.crops, config.crop_scale, config.global_crops
+    on_device = DeviceCrops(*crops_like) if config.crop_from == "view" else None
+    views = MultiCrop(*crops_like)
     plan = train.plan(fitted_N, config.tune_batch, config.seed)
+    steps = config.tune_epochs * plan.batches_per_epoch
+    stream = setup.stream(train, plan, Resized(config.image_size) if on_device else views, steps=steps)
     stage = Stage(
         STAGE, setup,
         trained=tuner, optimizer=adamw(groups, setup.accelerator.device, lr=head_lr), state=state, clip=config.clip,
-        stream=setup.stream(train, plan, views), steps=config.tune_epochs * plan.batches_per_epoch,
-        flops_per_image=flops,
+        stream=stream, steps=steps, flops_per_image=flops,
     )  # fmt: skip
     source, patch = ema if config.ema_teacher else stage.module, given.vit.patch_size
 
     @torch.no_grad()
-    def frozen(part: Batch) -> Packed:
-        """A part's images and crops behind the blocks that do not learn."""
-        pictures = [part.views["image"], *(crop_BV3HW.flatten(0, 1) for crop_BV3HW in views.crops_of(part.views)[0])]
+    def frozen(part: Batch) -> tuple[Packed, list[Tensor], list[Tensor]]:
+        """A part's images and crops behind the blocks that do not learn; the crops and their boxes."""
+        image_B3HW = part.views["image"]
+        crops, boxes = on_device.crops_of(image_B3HW, part.seed_B) if on_device else views.crops_of(part.views)
+        pictures = [image_B3HW, *(crop_BV3HW.flatten(0, 1) for crop_BV3HW in crops)]
         with setup.autocast():
-            return stage.module(*map(given.normalise, pictures), frozen=True)
+            return stage.module(*map(given.normalise, pictures), frozen=True), crops, boxes
 
     def tuned() -> DenseTuner:
         """The tuner as it is now, an ordinary module; called on all ranks."""
@@ -151,11 +161,12 @@ def dense_tuning(
         set_schedule(stage.optimizer, lr_factor=factor, weight_decay=decay)
         begun = [frozen(step.batch.part(number, config.run.accumulate)) for number in range(config.run.accumulate)]
         q_BhwK = cluster_map(
-            source, queue, [seen.only(slice(0, 1)) for seen in begun], step.batch.weight_B, setup.accelerator,
+            source, queue, [seen.only(slice(0, 1)) for seen, *_ in begun], step.batch.weight_B, setup.accelerator,
             setup.autocast(), epsilon=config.epsilon, iterations=config.sinkhorn_iterations,
         )  # fmt: skip
-        for part, seen, q_bhwK in zip(step.parts(), begun, q_BhwK.chunk(config.run.accumulate), strict=True):
-            crops, boxes = views.crops_of(part.views)
+        for part, (seen, crops, boxes), q_bhwK in zip(
+            step.parts(), begun, q_BhwK.chunk(config.run.accumulate), strict=True
+        ):
             with setup.autocast():
                 _, cosines = stage.module(seen.only(slice(1, None)))  # z' p
             loss_B = multi_crop_loss(cosines, q_bhwK, crops, boxes, patch_size=patch, temperature=config.temperature)

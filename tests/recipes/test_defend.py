@@ -123,6 +123,7 @@ def test_two_processes_score(finished, small, tmp_path):
         "--normalisation none --distance smooth_l1",
         "--no-normalise-student --distance smooth_l1",
         "--global-crops 1 --ema-teacher",
+        "--crop-from view --global-crops 1 --tune-epochs 2",
         "--queue 64 --prototypes 5",
         "--no-tune --schedule cosine --warmup-epochs 1",
         "--precision bf16",
