@@ -37,10 +37,10 @@ Schedule = Literal["constant", "cosine"]
 
 SaveAs = Literal["", "timm", "hf"]
 """In which library's form a network is written beside bigtrain's: models/save_as.py."""
-Compile = Literal["auto", "on", "off"]
+CacheDtype = Literal["auto", "fp32", "bf16", "int8"]  # of kept tokens
+Compile = Literal["auto", "on", "off"]  # auto: on GPUs, where a stage is long
 Workers = Literal["auto"] | int  # of a process; auto: by its share of the machine
 Tracker = Literal["wandb", "mlflow", "trackio"]
-CacheDtype = Literal["auto", "fp32", "bf16", "int8"]
 """Experiment trackers: runtime/trackers.py; each is an extra of pyproject.toml of the same name."""
 
 HIGHEST_LR = 1e30

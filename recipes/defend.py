@@ -132,7 +132,8 @@ def defend(config: Config, setup: Setup, split: Split, given: Network) -> Result
     from bigtrain.training.sanity_line import print_sanity_line
 
     given.to(setup.accelerator.device)
-    backend = resolve_backend(config.attention, setup.accelerator.device, torch_dtype(setup.precision))
+    backend: str = resolve_backend(config.attention, setup.accelerator.device, torch_dtype(setup.precision))
+    backend = "sdpa, xformers where lengths differ" if (config.attention, backend) == ("auto", "xformers") else backend
     guide = given.vit.guide if kept(config) != "random" and config.distil else ""
     guided = f"; masks guided by the attention of {guide}" if guide else ""
     setup.announce(f"defend: {split}; teacher {given.described}; attention {backend}{guided}")
@@ -184,7 +185,7 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
     steps = config.distil_steps or config.distil_epochs * plan.batches_per_epoch
     tokens = TeacherTokens(
         setup, teacher, split.train, plan, steps=steps, image_size=config.image_size, layers=last,
-        with_attention=keep != "random" and config.mask_ratio > 0,
+        with_attention=keep != "random" and config.mask_ratio > 0, is_tuned=config.tune,
     )  # fmt: skip
     groups = decay_groups(student.named_parameters(), base_lr=lr)
     stage = Stage(
@@ -213,8 +214,8 @@ def masked_distillation(config: Config, setup: Setup, split: Split, teacher: Net
             step.backward(setup.mean(part, loss_B))
         step.update(lr=factor * lr)
 
-    made = new_student()
-    return setup.leave(LEAVES["distil"], replace(made, trunk=stage.into(made.vit)))
+    tokens.remove()
+    return setup.leave(LEAVES["distil"], replace(made := new_student(), trunk=stage.into(made.vit)))
 
 
 main = partial(run_recipe, Recipe("defend", Config, __doc__ or "", check, read, load, defend, LEAVES, with_preset))

@@ -101,11 +101,12 @@ def adapt(config: Config, setup: Setup, split: Split, given: Network) -> Network
     prepare_trunk(model, config.run, dropout=0.0)
     lr = scaled_lr(config.lr, config.batch, config.lr_batch)
     plan = split.train.plan(split.fitted_N, config.batch, config.seed)
+    steps = config.epochs * plan.batches_per_epoch
     stage = Stage(
         "adapt", setup,
         trained=model, optimizer=sgd(model, setup.accelerator.device, lr=lr, momentum=config.momentum),
-        clip=config.clip, stream=setup.stream(split.train, plan, view),
-        steps=config.epochs * plan.batches_per_epoch, flops_per_image=3 * given.flops(config.image_size),
+        clip=config.clip, stream=setup.stream(split.train, plan, view, steps=steps), steps=steps,
+        flops_per_image=3 * given.flops(config.image_size),
     )  # fmt: skip
 
     for step in stage:

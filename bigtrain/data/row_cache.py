@@ -4,15 +4,15 @@
     <name>-<key>.sums    for each slot its checksum and a mark, 8 bytes
     <name>-<key>.json    what the rows belong to
 
-A row is used where its checksum fits, and is made anew where it does not: a killed writer, a cut or damaged file and
-rows that another run is writing just now cost time, never bits. Whoever makes a row writes it, so that runs which
-begin together fill a cache together; the same key means the same bytes. Rows are read by `pread` from the page cache,
-which all processes of a machine share: unlike a map of the file, it survives one that was cut short.
+Keys tell apart what gives rows that differ by more than rounding. A row is used where its checksum fits, and is made
+anew where it does not: a killed writer, a cut or damaged file and rows that another run is writing just now cost time
+and no result. Whoever makes a row writes it, so that runs which begin together fill a cache together. Rows are read by
+`pread` from the page cache, which all processes of a machine share: unlike a map of the file, it survives one that was
+cut short.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -32,7 +32,8 @@ from bigtrain.text import clean
 GIB = 2**30
 SUM = struct.Struct("<II")  # CRC-32 of the row, MARK
 MARK = 0x62745231
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORMAT = 1  # of the files, and of what makes their rows: raised where a change here would make other ones
+MOST_OF_DISK = 0.8  # of what is free: checkpoints need room too
 
 
 class RowCache:
@@ -49,7 +50,7 @@ class RowCache:
 
     def __init__(self, folder: Path, name: str, belongs_to: Mapping[str, Any], *, rows: int, row_bytes: int) -> None:
         self.rows, self.row_bytes, self.name = rows, row_bytes, name
-        self.record = {**belongs_to, "rows": rows, "row_bytes": row_bytes}
+        self.record = {"format": FORMAT, **belongs_to, "rows": rows, "row_bytes": row_bytes}
         key = hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()[:16]
         self.path = folder / f"{name}-{key}"
         self.is_damaged, self.is_full = False, False
@@ -91,6 +92,7 @@ class RowCache:
                     f"the cached {self.name} in {self.path.parent} were cut short: what is missing is made anew"
                 )
         self._descriptors()
+        self.close()
         write_json(self.path.with_suffix(".json"), self.record, "renamed")
         return "; ".join(said)
 
@@ -116,35 +118,44 @@ class RowCache:
 
     def has(self, number: int) -> bool:
         """Whether a row was written; its checksum may still not fit."""
-        return SUM.unpack(os.pread(self._descriptors()[1], SUM.size, number * SUM.size))[1] == MARK
+        return self._sum(number)[1] == MARK
+
+    def _sum(self, number: int) -> tuple[int, int]:
+        """A row's checksum and mark; zeros where they cannot be read."""
+        try:
+            found = os.pread(self._descriptors()[1], SUM.size, number * SUM.size)
+        except OSError:
+            found = b""
+        return SUM.unpack(found.ljust(SUM.size, b"\0"))
 
     def read(self, number: int, row: NDArray[np.uint8]) -> bool:
         """Read an image's row into contiguous bytes; False where it was never written or is not whole."""
-        rows, sums = self._descriptors()
-        told, mark = SUM.unpack(os.pread(sums, SUM.size, number * SUM.size).ljust(SUM.size, b"\0"))
+        told, mark = self._sum(number)
         if mark != MARK:
             return False
         into = row.data.cast("B")
-        if os.preadv(rows, [into], number * self.row_bytes) == self.row_bytes and zlib.crc32(into) == told:
+        try:
+            is_whole = os.preadv(self._descriptors()[0], [into], number * self.row_bytes) == self.row_bytes
+        except OSError:  # of a disk that fails: the row is made anew
+            is_whole = False
+        if is_whole and zlib.crc32(into) == told:
             return True
         self.is_damaged = True
         return False
 
     def write(self, number: int, row: NDArray[np.uint8]) -> None:
-        """Keep an image's row; where there is no room, this and all further ones are left out."""
+        """Keep an image's row; where there is no room, or the disk fails, this and all further ones are left out."""
         if self.is_full:
             return
-        rows, sums = self._descriptors()
         payload = np.ascontiguousarray(row).data.cast("B")
         try:
+            rows, sums = self._descriptors()
             written = os.pwrite(rows, payload, number * self.row_bytes)
             if written == len(payload):
                 os.pwrite(sums, SUM.pack(zlib.crc32(payload), MARK), number * SUM.size)
             else:
                 self.is_full = True
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
+        except OSError:
             self.is_full = True
 
     def news(self) -> list[str]:
@@ -152,12 +163,18 @@ class RowCache:
         where = f"the cached {self.name} in {self.path.parent}"
         said = []
         if self.is_full:
-            said.append(f"there is no room left for {where}: the rest is made in each epoch")
+            said.append(f"there is no room left for {where}, or the disk fails: the rest is made in each epoch")
         if self.is_damaged:
             said.append(f"some of {where} differ from their checksums: they are made anew")
         new = [sentence for sentence in said if sentence not in self._told]
         self._told |= set(new)
         return new
+
+    def remove(self) -> None:
+        """Delete the files; who still reads them finds no row any more."""
+        self.close()
+        for file in self.files():
+            file.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self._open is not None and self._open[0] == os.getpid():
@@ -166,7 +183,7 @@ class RowCache:
         self._open = None
 
 
-SIZES = ("rows", "row_bytes")
+SIZES = ("format", "rows", "row_bytes")
 
 
 def why_no_room(folder: Path, needed_bytes: int, limit_gib: float, what: str) -> str:
@@ -178,6 +195,6 @@ def why_no_room(folder: Path, needed_bytes: int, limit_gib: float, what: str) ->
     while not there.exists():
         there = there.parent
     free = shutil.disk_usage(there).free
-    if needed_bytes > free:
+    if needed_bytes > MOST_OF_DISK * free:
         return f"{needed}, and {free / GIB:.1f} are free in {folder}: they are made in each epoch; see --cache-dir"
     return ""

@@ -59,6 +59,8 @@ class Work(torch.utils.data.Dataset[Done]):
             for place, sample in enumerate(samples):
                 weight_B[place] = sample != PADDING and self.cache.read(sample, made["image"][place])
         cached = {sample for sample, weight in zip(samples, weight_B, strict=True) if weight}
+        for sample in cached:  # read ahead, and then kept by another run
+            self._ahead.pop(sample, None)
         try:
             self._read(piece, cached)
         except OSError as error:

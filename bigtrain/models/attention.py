@@ -28,7 +28,8 @@ from torch import Tensor
 from bigtrain.choices import Backend, Chosen
 
 Sequences = tuple[tuple[int, int], ...]
-SHORT, LONG = 64, 1024  # tokens; plain products keep T x T numbers a head
+SHORT = 64  # tokens
+MOST_BYTES = 256 << 20  # of a block's attention weights, in fp32 and bf16
 
 
 log = logging.getLogger(__name__)
@@ -90,8 +91,10 @@ def _sdpa(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, sequences: Sequences) -> 
 
 def _half_on_cpu(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor) -> Tensor:
     """For training: the backward pass of torch's fused kernel takes two to six times as long in bf16 as in fp32. Short
-    sequences go through it in fp32, longer ones through plain products, which such CPUs have instructions for."""
-    if not SHORT <= q_BHTd.shape[2] <= LONG:
+    sequences go through it in fp32, as do those whose T x T weights would take much memory; others through plain
+    products, which such CPUs have instructions for and which round the logits to bf16."""
+    images, heads, tokens, _ = q_BHTd.shape
+    if tokens < SHORT or 6 * images * heads * tokens**2 > MOST_BYTES:
         with torch.autocast("cpu", enabled=False):  # which would take them back
             mixed_BHTd = F.scaled_dot_product_attention(q_BHTd.float(), k_BHTd.float(), v_BHTd.float())
         return mixed_BHTd.to(v_BHTd.dtype)

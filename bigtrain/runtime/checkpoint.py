@@ -147,13 +147,17 @@ class Checkpoints:
         Raises:
             OSError: it could not be written.
         """
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
+        self.join()
         problem, self._problem = [self._problem], ""
         broadcast_object_list(problem)  # the others wait here
         if problem[0]:
             raise OSError(problem[0])
+
+    def join(self) -> None:
+        """Wait for the thread, on this rank alone."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
 
     def newly_whole(self) -> list[tuple[int, float]]:
         """The checkpoints that have been written since this was last asked: their steps, and how many seconds training

@@ -83,7 +83,7 @@ class StageLog:
         skipped: Mapping[str, int] | None = None,
         **values: Tensor | float,
     ) -> None:
-        """Count a step, on all ranks; now and then write its figures, which stay on the device until then.
+        """Count a step, on all ranks; now and then write its figures.
 
         Args:
             wait_s: how long this rank waited for its batch.
@@ -133,7 +133,7 @@ class StageLog:
         """Log a checkpoint that is whole now, and the seconds that training waited for it."""
         self.saving_s += seconds
         what = f"checkpoint of step {step}; training waited {seconds:.2f} s"
-        self.event("saved", what, checkpoint_s=round(seconds, 3))
+        self.event("saved", what, step=step, checkpoint_s=round(seconds, 3))
 
     def skipped(self, why: str, keys: Sequence[str]) -> None:
         """Log a skipped step and its samples."""

@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accelerate.utils import gather_object
+
 from bigtrain.data.decode import jpeg_decoder
 from bigtrain.data.row_cache import RowCache, why_no_room
 from bigtrain.data.shard_set import ShardSet
@@ -40,15 +42,14 @@ def view_cache(
         folder_of(setup), "views", {"data set": data_of(shard_set), "view": [repr(view)], "decoder": decoder()},
         rows=len(shard_set), row_bytes=blank.nbytes,
     )  # fmt: skip
-    if not (is_repeated or setup.settings.cache_dir or cache.exists()):
+    is_there = any(gather_object([cache.exists()]))  # each rank looks at a disk of its own
+    if not (is_repeated or setup.settings.cache_dir or is_there):
         return None
     return prepared(setup, cache, images, f"the views of {images} images")
 
 
 def prepared(setup: Setup, cache: RowCache, images: int, what: str) -> RowCache | None:
     """The cache, ready on each machine; None, with a line that says why, where it cannot be. Called on all ranks."""
-    from accelerate.utils import gather_object
-
     why = ""
     if setup.accelerator.is_local_main_process:
         try:

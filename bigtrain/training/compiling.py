@@ -17,7 +17,7 @@ def compile_pays(asked: Compile, device: torch.device, steps: int) -> bool:
     """Whether the networks of a stage are compiled.
 
     Args:
-        steps: that are left.
+        steps: of the whole stage, so that a run that goes on is compiled as it was.
     """
     if asked == "auto":
         return device.type == "cuda" and steps >= FEWEST_STEPS and why_not(device) == ""

@@ -139,7 +139,8 @@ def dense_tuning(
 
     @torch.no_grad()
     def frozen(part: Batch) -> tuple[Packed, list[Tensor], list[Tensor]]:
-        """A part's images and crops behind the blocks that do not learn; the crops and their boxes."""
+        """A part's images and crops behind the blocks that do not learn; the crops and their boxes. They are held for
+        all parts of a step, but without a graph."""
         image_B3HW = part.views["image"]
         crops, boxes = on_device.crops_of(image_B3HW, part.seed_B) if on_device else views.crops_of(part.views)
         pictures = [image_B3HW, *(crop_BV3HW.flatten(0, 1) for crop_BV3HW in crops)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bigtrain.data import later
 from bigtrain.runtime import start, zero
 from bigtrain.runtime.checkpoint import Checkpoints
+from bigtrain.runtime.exit import at_end
 from bigtrain.runtime.log import StageLog
 from bigtrain.runtime.stopping import AskedWhileWaiting
 from bigtrain.runtime.trackers import end_trackers
@@ -105,14 +106,15 @@ class Stage(Generic[B]):
             setup.run / "checkpoints" / name, accelerator, trained, optimizer,
             state=kept, keep=settings.keep_checkpoints, keep_every=settings.keep_every,
         )  # fmt: skip
+        at_end.callback(self.checkpoints.join)  # before the run folder's lock is released
         found = self.checkpoints.load()
         self.step = found.get("step", 0)
         self.skipped_in_a_row = found.get("skipped_in_a_row", 0)
         self.taken: Tensor | bool = True  # Whether the newest update has changed the weights.
         self._outcomes: deque[Outcome[B]] = deque()
         self._problem, self._asked = "", False  # of the newest step whose outcome is known
-        self._is_compiled = compile_pays(settings.compile, accelerator.device, steps - self.step)
-        if self._is_compiled:
+        self._first_is_timed = compile_pays(settings.compile, accelerator.device, steps)
+        if self._first_is_timed:
             prepare_compiling(settings.compile)
             trained.compile(dynamic=False)
         if zero.is_used(accelerator):
@@ -141,15 +143,16 @@ class Stage(Generic[B]):
             start.seed_step(self.stream.seed, self.step, self.setup.accelerator.process_index)
             began, step = time.monotonic(), Step(self, batch.to(self.setup.accelerator.device))
             yield step
-            if self._is_compiled:
+            if self._first_is_timed:
                 self.log.event("compiled", f"the first step took {time.monotonic() - began:.1f} s, with compiling")
-                self._is_compiled = False
+                self._first_is_timed = False
             step._check(step.figures is not None, "the step ended without step.update()")
             self._end(step)
         self._close()
 
     def end(self, why: str) -> None:
         """End the stage before its last step; the loop is left at once."""
+        self._learn(0)
         self.log.event("ended", f"at step {self.step + 1} of {self.steps}: {why}")
         self._close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +19,15 @@ from bigtrain.data.stream import Batch
 from bigtrain.models.flops import vit_forward_flops
 from bigtrain.models.network import Network
 from bigtrain.models.vit import Encoded
+from bigtrain.runtime.exit import at_end
+from bigtrain.runtime.launch import cores
 from bigtrain.training.caches import data_of, decoder, folder_of, prepared
 from bigtrain.training.compiling import compile_pays, prepare_compiling
 from bigtrain.training.feature_cache import fingerprint
 from bigtrain.training.run_setup import Setup
-from bigtrain.training.token_rows import TokenRows
+from bigtrain.training.token_rows import Kept, TokenRows
+
+MOST_THREADS = 8
 
 
 class Computed(NamedTuple):
@@ -36,15 +41,17 @@ class TeacherTokens:
     """The teacher's tokens of any training batch: read, where all of its pictures were seen before, else computed, and
     kept for later epochs.
 
-    Tokens that are just computed are rounded as they would be read, so that a run gets the same tokens however much of
-    the cache there is. On a GPU the rows are copied beside its work and written some steps later. There they are kept
-    only where --cache-dir names a disk: to read them takes 300 kB an image, and a slow disk costs more than computing.
+    Where they are kept, tokens that are just computed are rounded as they would be read, so that a run gets the same
+    tokens however much room there is. On a GPU the rows are copied beside its work and written some steps later. There
+    they are kept only where --cache-dir names a disk: to read them takes 300 kB an image, and a slow disk costs more
+    than computing. Threads read and write: most of it is time without Python's lock.
 
     Args:
         plan: of the distillation.
         steps: of the distillation; within one epoch no picture comes twice, and nothing is kept.
         layers: so many of the teacher's last blocks.
         with_attention: the attention of the teacher's guide too.
+        is_tuned: this run has tuned the teacher; no other one has any use for its tokens.
     """
 
     def __init__(
@@ -58,10 +65,13 @@ class TeacherTokens:
         image_size: int,
         layers: int,
         with_attention: bool,
+        is_tuned: bool,
     ) -> None:
         self.setup, self.teacher, self.layers, self.with_attention = setup, teacher, layers, with_attention
-        self.image_size = image_size
+        self.image_size, self.is_tuned = image_size, is_tuned
         self.cache: RowCache | None = None
+        self.rows: TokenRows | None = None
+        self._threads = ThreadPoolExecutor(max(1, min(MOST_THREADS, cores() - 1)))
         self._under_way: deque[Computed] = deque()
         self._encode: Any = teacher.vit
         if compile_pays(setup.settings.compile, setup.accelerator.device, steps):
@@ -70,11 +80,9 @@ class TeacherTokens:
         settings, on_gpu = setup.settings, setup.accelerator.device.type == "cuda"
         if steps <= plan.batches_per_epoch or not settings.cache_gib or (on_gpu and not settings.cache_dir):
             return
-        kept = (
-            ("fp32" if setup.precision == "fp32" else "bf16")
-            if settings.cache_dtype == "auto"
-            else settings.cache_dtype
-        )
+        kept: Kept = "bf16" if setup.precision == "bf16" else "fp32"
+        if settings.cache_dtype != "auto":
+            kept = settings.cache_dtype
         patches = (image_size // teacher.vit.patch_size) ** 2
         self.rows = TokenRows(kept, layers, patches, teacher.vit.width, with_attention)
         cache = RowCache(
@@ -82,28 +90,40 @@ class TeacherTokens:
             {
                 "teacher": fingerprint(teacher), "data set": data_of(shard_set), "view": [image_size, decoder()],
                 "precision": setup.precision, "device": setup.accelerator.device.type, "blocks": layers,
-                "attention": with_attention, "dtype": kept,
+                "attention": [with_attention, teacher.vit.attention_backend], "dtype": kept,
             },
             rows=len(shard_set), row_bytes=self.rows.row_bytes,
         )  # fmt: skip
         images = len(plan.sample_N)
         self.cache = prepared(setup, cache, images, f"the teacher's tokens of {images} images in {kept}")
+        at_end.callback(self.flush)
 
     @property
     def flops_per_image(self) -> int:
-        """Of a training step: the teacher's forward pass, unless its tokens are read."""
+        """Of a training step: the teacher's forward pass, unless its tokens are read, as they are from the second epoch
+        on."""
         return vit_forward_flops(self.teacher.vit, self.image_size) if self.cache is None else 0
 
     def of(self, batch: Batch, image_B3HW: Tensor) -> Encoded:
         """The tokens of a batch, whose normalised pictures are given in case they must be computed."""
-        if self.cache is None:
+        if self.rows is None:
             return self._computed(image_B3HW)
-        self._write(STEPS if image_B3HW.is_cuda else 0)
         sample_B = np.where(np.isin(batch.sample_B, list(batch.bad)), PADDING, batch.sample_B)
         if (row_B := self._read(sample_B)) is None:
             row_B = self.rows.pack(self._computed(image_B3HW))
             self._keep(sample_B, row_B)
         return self.rows.unpack(row_B.to(image_B3HW.device, non_blocking=True))
+
+    def flush(self) -> None:
+        """Write what is under way."""
+        self._write(0)
+
+    def remove(self) -> None:
+        """Once the student is done: delete tokens that no other run can use. Called on all ranks."""
+        self.flush()
+        self.setup.accelerator.wait_for_everyone()
+        if self.cache is not None and self.is_tuned and self.setup.accelerator.is_local_main_process:
+            self.cache.remove()
 
     @torch.no_grad()
     def _computed(self, image_B3HW: Tensor) -> Encoded:
@@ -111,34 +131,34 @@ class TeacherTokens:
         return seen
 
     def _read(self, sample_B: NDArray[np.int64]) -> Tensor | None:
-        """The rows of a batch; None if any is lacking. Rows that are under way are waited for, so that what is read
-        does not depend on time."""
-        assert self.cache is not None
+        """The rows of a batch; None if any is lacking."""
+        if self.cache is None:
+            return None
         samples = set(sample_B.tolist()) - {PADDING}
         if any(samples.intersection(computed.sample_B.tolist()) for computed in self._under_way):
-            self._write(0)
+            self.flush()
+        if not all(map(self.cache.has, samples)):
+            return None
         on_gpu = self.setup.accelerator.device.type == "cuda"
-        row_B = torch.empty(len(sample_B), self.rows.row_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        row_B = torch.zeros(len(sample_B), self.cache.row_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        places = np.flatnonzero(sample_B != PADDING)
         into_B = row_B.numpy()
-        for place, sample in enumerate(sample_B.tolist()):
-            if sample == PADDING:
-                into_B[place] = 0
-            elif not self.cache.read(sample, into_B[place]):
-                return None
-        return row_B
+        are_whole = self._threads.map(self.cache.read, sample_B[places].tolist(), (into_B[place] for place in places))
+        return row_B if all(list(are_whole)) else None
 
     def _keep(self, sample_B: NDArray[np.int64], row_B: Tensor) -> None:
+        if self.cache is None or self.cache.is_full:
+            return
         self._under_way.append(Computed(sample_B, Arriving({"row_B": row_B})))
-        if not row_B.is_cuda:
-            self._write(0)
+        self._write(STEPS if row_B.is_cuda else 0)
 
     def _write(self, behind: int) -> None:
         """Write the rows that have come, but for the newest `behind` batches."""
-        assert self.cache is not None
+        if self.cache is None:
+            return
         while len(self._under_way) > behind:
             sample_B, rows = self._under_way.popleft()
-            for sample, row in zip(sample_B.tolist(), rows.read()["row_B"].numpy(), strict=True):
-                if sample != PADDING:
-                    self.cache.write(sample, row)
+            row_B, places = rows.read()["row_B"].numpy(), np.flatnonzero(sample_B != PADDING)
+            list(self._threads.map(self.cache.write, sample_B[places].tolist(), (row_B[place] for place in places)))
         for sentence in self.cache.news():
             self.setup.accelerator.print(f"note: {sentence}")

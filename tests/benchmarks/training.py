@@ -1,12 +1,12 @@
 """What the training runtime costs: pairs taken in turn, reported as ratios, median (least .. most).
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/training.py --part overhead|checkpoint|scaling|memory|teacher [--rounds 5]
+    OMP_NUM_THREADS=1 python tests/benchmarks/training.py --part overhead|checkpoint|scaling|memory|caches [--rounds 5]
 
 overhead: a step of bigtrain.training.stage.Stage / a bare PyTorch loop with the same network, pictures and batches.
 checkpoint: saving and loading / torch.save with fsync and torch.load of the same state.
 scaling: images/s of recipes/pretrain.py with two processes / with one.
 memory: what a process holds under ZeRO-1, 2 and 3 / under DDP (sharing.py).
-teacher: images/s of the preset's distillation (recipes/defend.py), the teacher's tokens computed once / in each step.
+caches: ten epochs of distillation (recipes/defend.py) with caches of views and tokens / without, --vs another checkout.
 
 Pictures are generated here. --small is a smoke test: its figures mean nothing.
 """
@@ -232,8 +232,10 @@ def clocked(work: Callable[[], object]) -> float:
 def checkpoint(options: argparse.Namespace) -> None:
     """Save and load in turn; both write to the same disk, keep one file, and read what is still in the page cache."""
     accelerator = Accelerator(cpu=True)
-    print("| state | MB | save s | MB/s | torch.save + fsync s | ratio | load s | MB/s | torch.load s | ratio |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| state | MB | waits s | until whole s | torch.save + fsync s | waits / that | load s | torch.load s | ratio |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in ["vit_tiny_patch16_224"] if options.small else ["vit_small_patch16_224", "vit_base_patch16_224"]:
         (model, optimizer), (other, others) = trained(name), trained(name)
         times = []
@@ -247,18 +249,20 @@ def checkpoint(options: argparse.Namespace) -> None:
                 found.load_moments(other)
 
             for step in range(options.rounds + 1):
+                checkpoints.settle()
                 turn = [clocked(lambda step=step: checkpoints.save(step, {}, model))]  # noqa: B023
+                turn.append(clocked(checkpoints.settle))
                 turn.append(clocked(lambda: torch_save(file, model, optimizer)))  # noqa: B023
                 turn.append(clocked(resume))
                 turn.append(clocked(lambda: torch_load(file, other, others)))  # noqa: B023
                 times.append(turn)
             mb = file.stat().st_size / 1e6
-        time_R4 = np.array(times[1:])
-        save, theirs, load, their_load = np.median(time_R4, axis=0)
+        time_R5 = np.array(times[1:])  # the first allocates the copies
+        waits, until, theirs, load, their_load = np.median(time_R5, axis=0)
         print(
-            f"| {name} + AdamW | {mb:.0f} | {save:.2f} | {mb / save:.0f} | {theirs:.2f} | "
-            f"{shown(time_R4[:, 0] / time_R4[:, 1], 2)} | {load:.2f} | {mb / load:.0f} | {their_load:.2f} | "
-            f"{shown(time_R4[:, 2] / time_R4[:, 3], 2)} |",
+            f"| {name} + AdamW | {mb:.0f} | {waits:.2f} | {waits + until:.2f} | {theirs:.2f} | "
+            f"{shown(time_R5[:, 0] / time_R5[:, 2], 2)} | {load:.2f} | {their_load:.2f} | "
+            f"{shown(time_R5[:, 3] / time_R5[:, 4], 2)} |",
             flush=True,
         )
 
@@ -266,11 +270,12 @@ def checkpoint(options: argparse.Namespace) -> None:
 # --- scaling
 
 
-def started(recipe: str, out: Path, processes: int, flags: Sequence[str]) -> subprocess.Popen[bytes]:
+def started(recipe: str, out: Path, processes: int, flags: Sequence[str], top: Path = ROOT) -> subprocess.Popen[bytes]:
     line = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", str(processes)]
-    line += ["--config_file", str(ROOT / "recipes" / "accelerate" / ("cpu2.yaml" if processes > 1 else "cpu.yaml"))]
-    line += [str(ROOT / "recipes" / recipe), "--out", str(out), *flags]
-    return subprocess.Popen(line, cwd=out.parent, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    line += ["--config_file", str(top / "recipes" / "accelerate" / ("cpu2.yaml" if processes > 1 else "cpu.yaml"))]
+    line += [str(top / "recipes" / recipe), "--out", str(out), *flags]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(top)}
+    return subprocess.Popen(line, cwd=out.parent, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def images_per_s(run: subprocess.Popen[bytes], out: Path, batch: int) -> float:
@@ -313,25 +318,50 @@ def scaling(options: argparse.Namespace) -> None:
         print(f"| {name} at {size}, batch {batch} a process | {speeds} | {ratios} |", flush=True)
 
 
-def teacher(options: argparse.Namespace) -> None:
-    """Ten epochs of the embedded sample, with one thread and with two; the first rows, and with them the seconds in
-    which all tokens are computed, do not count."""
-    print("| threads | images/s: once | in each step | once / in each step |")
-    print("|---|---|---|---|")
-    batch, epochs = 16, 3 if options.small else 10
-    flags = ["--no-tune", "--test-limit", "40", "--distil-epochs", str(epochs)]
+def caches(options: argparse.Namespace) -> None:
+    """Ten epochs of distillation, from the run's begin to its last step: with caches, without, and in another checkout;
+    on the embedded sample, and for a ViT-S/16 at 224 pixels on generated JPEGs."""
+    checkouts = [options.vs] if options.vs else []
+    heads = ["network", "images/s: cached", "not", *["there"] * len(checkouts), "cached / not"]
+    print("| " + " | ".join([*heads, *["cached / there"] * len(checkouts)]) + " |")
+    print("|---|---|---|---|" + "---|---|" * len(checkouts))
+    epochs = 3 if options.small else 10
     with tempfile.TemporaryDirectory() as temporary:
-        for threads in (1, 2):
+        common = ["--no-tune", "--distil-epochs", str(epochs), "--precision", options.precision, "--threads", "2"]
+        shards = build(Path(temporary), 96)
+        large = ["--train", shards, "--test", shards, "--known", "one", "--teacher", "vit_small_patch16_224"]
+        large += ["--no-pretrained", "--image-size", "224", "--distil-batch", "8", "--score-batch", "8"]
+        cases = {
+            "the preset's ViT": (270, ["--test-limit", "40"]),
+            "ViT-S/16 at 224": (43, [*large, "--test-limit", "8"]),
+        }
+        for name, (images, flags) in list(cases.items())[: 1 if options.small else 2]:
             found = []
             for turn in range(options.rounds):
                 speeds = []
-                for kind, room in (("once", "2"), ("each", "0")):
-                    out = Path(temporary) / f"{threads}-{turn}-{kind}"
-                    more = ["--threads", str(threads), "--cache-gib", room]
-                    speeds.append(images_per_s(started("defend.py", out, 1, [*flags, *more]), out, batch))
+                for kind, top, room in [
+                    ("with", ROOT, "16"),
+                    ("none", ROOT, "0"),
+                    *(("there", c, "2") for c in checkouts),
+                ]:
+                    out = Path(temporary) / f"{turn}-{kind}-{len(flags)}"
+                    run = started("defend.py", out, 1, [*flags, *common, "--cache-gib", room], top)
+                    speeds.append(epochs * images / whole_s(run, out))
                 found.append(speeds)
-            once_R, each_R = np.array(found).T
-            print(f"| {threads} | {np.median(once_R):.0f} | {np.median(each_R):.0f} | {shown(once_R / each_R, 2)} |")
+            speed_CR = np.array(found).T
+            ratios = [shown(speed_CR[0] / other_R, 2) for other_R in speed_CR[1:]]
+            print(
+                f"| {name} | " + " | ".join([*(f"{np.median(s_R):.1f}" for s_R in speed_CR), *ratios]) + " |",
+                flush=True,
+            )
+
+
+def whole_s(run: subprocess.Popen[bytes], out: Path) -> float:
+    """From the run's begin, before anything is computed for its cache, to the last step."""
+    if run.wait():
+        raise SystemExit(f"the run in {out} failed with status {run.returncode}")
+    rows = [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in row]
+    return rows[-1]["time"] - (out / "config.json").stat().st_mtime
 
 
 def memory(options: argparse.Namespace) -> None:
@@ -339,7 +369,7 @@ def memory(options: argparse.Namespace) -> None:
         sharing.compare(Path(temporary), build(Path(temporary), 32), options.depth, options.processes)
 
 
-PARTS = {"overhead": overhead, "checkpoint": checkpoint, "scaling": scaling, "memory": memory, "teacher": teacher}
+PARTS = {"overhead": overhead, "checkpoint": checkpoint, "scaling": scaling, "memory": memory, "caches": caches}
 
 
 def main() -> None:
@@ -347,6 +377,8 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="checkpoint: on which disk")
+    parser.add_argument("--vs", type=Path, help="caches: another checkout of this project")
+    parser.add_argument("--precision", default="fp32", help="caches")
     parser.add_argument("--depth", type=int, default=16, help="memory: blocks of the ViT-L")
     parser.add_argument("--processes", type=int, default=4, help="memory: among which it is shared")
     parser.add_argument("--small", action="store_true")

@@ -1,13 +1,18 @@
 """Rows that processes share: whole or made anew, whatever happened to the file."""
 
+import copy
+import errno
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
 
 from bigtrain.data.row_cache import RowCache, why_no_room
-from bigtrain.data.stream import Stream
+from bigtrain.data.shard_set import ShardSet
+from bigtrain.data.stream import START, Stream
 from bigtrain.data.views import CentreCrop, RandomResizedCrop, Resized, is_fixed
+from bigtrain.data.work import Work
 
 ROWS, BYTES = 12, 40
 
@@ -68,7 +73,7 @@ def test_cut_short(tmp_path, suffix):
     path = cache.path.with_suffix(suffix)
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2)
-    assert whole(cache) == [0, 2, 4]  # while it is open
+    assert whole(cache) == [0, 2, 4] and not cache.has(10 if suffix == ".sums" else 11)  # while it is open
     again = a_cache(tmp_path)
     assert again.prepare(is_own=True) == f"the cached tokens in {tmp_path} were cut short: what is missing is made anew"
     again.write(8, row_of(8))
@@ -125,8 +130,6 @@ def test_fixed_views():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stream_with_cache(shards, tmp_path, workers):
     """With a cache a stream gives the same batches, reads no picture twice, and mends what was damaged."""
-    from bigtrain.data.shard_set import ShardSet
-
     shard_set = ShardSet(shards / "train")
     plan = shard_set.plan(np.arange(30), 8, seed=1)
     cache = RowCache(tmp_path, "views", {"view": "8"}, rows=len(shard_set), row_bytes=3 * 8 * 8)
@@ -141,3 +144,32 @@ def test_stream_with_cache(shards, tmp_path, workers):
     cache.path.with_suffix(".rows").write_bytes(b"")
     again = list(Stream(shard_set, plan, Resized(8), workers=workers, cache=cache).batches())
     assert all(one.views["image"].equal(other.views["image"]) for one, other in zip(plain, again, strict=False))
+
+
+def test_nothing_kept_ahead(shards, tmp_path):
+    """What was read ahead is let go of where another run has kept the view meanwhile."""
+    shard_set = ShardSet(shards / "train")
+    plan = shard_set.plan(np.arange(400), 8, seed=1)
+    own = RowCache(tmp_path, "views", {"view": "8"}, rows=len(shard_set), row_bytes=3 * 8 * 8)
+    own.prepare(is_own=True)
+    stream, other = Stream(shard_set, plan, Resized(8), cache=own), copy.copy(own)
+    works = [Work(shard_set.reader(), Resized(8), cache) for cache in (own, other)]
+    for piece in stream._pieces(START, 1):
+        for work in works:
+            work[piece]
+    assert all(not work._ahead for work in works)
+    assert sum(own.has(number) for number in range(400)) == 400
+
+
+def test_failing_disk(tmp_path, monkeypatch):
+    """A disk that fails costs the rows, and no run."""
+    cache = filled(tmp_path)
+
+    def fails(*given):
+        raise OSError(errno.EIO, "Input/output error")
+
+    for name in ("pread", "preadv", "pwrite"):
+        monkeypatch.setattr(os, name, fails)
+    assert whole(cache) == [] and not cache.has(0)
+    cache.write(0, row_of(0))
+    assert cache.is_full and "or the disk fails" in cache.news()[0]

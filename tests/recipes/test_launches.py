@@ -83,7 +83,7 @@ def test_one_yaml_without_gpu(flags, alone, tmp_path):
 @pytest.mark.slow
 def test_compile(flags, alone, tmp_path):
     """A compiled network has the same losses."""
-    launch("cpu2", 2, *flags, "--compile", "--out", tmp_path / "run")
+    launch("cpu2", 2, *flags, "--compile", "on", "--out", tmp_path / "run")
     for stage in ("tune", "distil"):
         assert losses(tmp_path / "run", stage) == pytest.approx(losses(alone, stage), abs=1e-5)
 

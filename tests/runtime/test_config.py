@@ -98,7 +98,7 @@ def test_run_group(toml):
         ("known = 'cat'", r"known is 'cat'; it must be a list of strings"),
         ("known = [1]", r"known is \[1\]; it must be a list of strings"),
         ("scale = [0.1]", r"scale is \[0\.1\]; it must be a list of 2 numbers"),
-        ("workers = 'two'", r"workers is 'two'; it must be a whole number"),
+        ("workers = 'two'", r"workers is 'two'; it must be 'auto' or a whole number"),
     ],
 )
 def test_wrong_setting(toml, text, sentence):

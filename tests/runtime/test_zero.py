@@ -15,7 +15,7 @@ from bigtrain.runtime import zero
 from bigtrain.runtime.checkpoint import Checkpoints
 from bigtrain.runtime.exit import user_errors
 from bigtrain.runtime.start import start
-from bigtrain.training.update import Update
+from bigtrain.training.update import PROBLEMS, Update
 
 def network(seed):
     torch.manual_seed(seed)
@@ -51,7 +51,7 @@ def step(module, update, number, bad=""):
             loss.register_hook(lambda gradient: gradient * torch.inf)
         update.backward(loss, last=part == 1)
     figures, problem = update.take()
-    return [float(figures["loss"]), float(figures["gradient_norm"]), problem]
+    return [float(figures["loss"]), float(figures["gradient_norm"]), PROBLEMS[int(problem)]]
 
 CLIP = 0.5
 mode = sys.argv[1]

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 from collections import Counter
 
 import pytest
@@ -17,7 +18,7 @@ from bigtrain.models.vit import Encoded, ViT
 from bigtrain.training.teacher_tokens import TeacherTokens
 from bigtrain.training.token_rows import TokenRows
 from recipes.defend import main
-from tests.runs import results
+from tests.runs import ask_to_stop, results
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def counted(function, calls, name):
     ("flags", "says"),
     [
         (["--cache-gib", "1e-6"], "more than --cache-gib 1e-06 leaves: they are made in each epoch"),
-        (["--cache-dir", "/proc/none"], "cannot be kept in /proc/none"),
+        (["--cache-dir", "/dev/null/none"], "cannot be kept in /dev/null/none"),
     ],
 )
 def test_no_room(finished, small, tuned, capsys, flags, says):
@@ -140,3 +141,30 @@ def test_tokens_of_zero():
     rows = TokenRows("int8", 1, 4, 8, with_attention=False)
     zero = rows.unpack(rows.pack(Encoded(torch.zeros(1, 2, 4, 8), None, None)))
     assert not zero.blocks_LBND.any()
+
+
+@pytest.mark.parametrize("kept", ["bf16", "int8"])
+def test_rounded_alike(small, tmp_path, kept):
+    """Rounded tokens give the same student whether or not there is room to keep them."""
+    flags = [*small, "--no-tune", "--precision", "bf16", "--cache-dtype", kept]
+    for name, room in (("kept", "16"), ("not", "1e-9")):
+        main([*flags, "--cache-gib", room, "--out", str(tmp_path / name)])
+    check_alike(tmp_path / "kept", tmp_path / "not", exactly=True)
+
+
+def test_tokens_of_tuned_teacher(small, tmp_path):
+    """In a shared folder the tokens of a teacher that the run has tuned go with it; the views stay."""
+    folder = tmp_path / "shared"
+    main([*small, "--cache-dir", str(folder), "--out", str(tmp_path / "run")])
+    assert not list(folder.glob("tokens-*")) and len(list(folder.glob("views-*.rows"))) == 2  # of both sets
+
+
+def test_killed_in_first_epoch(finished, small, tmp_path):
+    """A run that is stopped while its caches fill goes on to the same bits."""
+    run = tmp_path / "run"
+    threading.Thread(target=ask_to_stop, args=(run, 5), daemon=True).start()
+    with pytest.raises(SystemExit) as stop:
+        main([*small, "--out", str(run)])
+    assert stop.value.code == 85 and list((run / "cache").glob("tokens-*.rows"))
+    main([*small, "--out", str(run)])
+    check_alike(finished, run, exactly=True)

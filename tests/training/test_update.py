@@ -147,8 +147,9 @@ def test_fp16_scale_search(scaled):
     assert update.scaler.get_scale() == 1 and not update.searches_scale(NO_GRADIENT)
 
 
-def test_norm_of_a_first_step_skipped(accelerator):
-    """No gradient was measured, so its norm is the number 0, at the first step as at the next."""
+def test_norm_of_a_first_step_skipped(accelerator, fused):
+    """Where no gradient was measured its norm is the number 0, at the first step as at the next; on the device it was
+    measured, and is NaN."""
     weight, update = one_weight(accelerator, fused=fused)
     for _ in range(2):
         update.backward(weight.sum() * torch.nan)
