@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from bigtrain.data.row_cache import RowCache
 from bigtrain.methods.defend.equations import distillation_loss, multi_crop_loss
 from bigtrain.methods.defend.masks import visible_count, visible_patches
 from bigtrain.methods.defend.network import DenseTuner, masked_student, unit_rows
@@ -44,6 +46,7 @@ from bigtrain.objectives.token_distances import patch_distance
 from bigtrain.runtime.start import add_in_fixed_order
 from bigtrain.training.compiling import prepare_compiling
 from bigtrain.training.optim import adamw, decay_groups
+from bigtrain.training.teacher_tokens import MOST_THREADS
 from bigtrain.training.token_rows import TokenRows
 from bigtrain.training.update import Update
 
@@ -72,7 +75,7 @@ class Bench:
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
         self.accelerator = Accelerator(cpu=self.device.type == "cpu")
         self.architecture = Architecture(model, options.size)
-        self.rng = np.random.default_rng(0)
+        self.rng, self.folder = np.random.default_rng(0), tempfile.mkdtemp()
         shape = (self.batch, 3, self.size, self.size)
         self.image = self.pinned(self.rng.integers(0, 256, shape, dtype=np.uint8))
         self.crops = self.pinned(self.rng.integers(0, 256, (self.batch, CROPS, 3, CROP, CROP), dtype=np.uint8))
@@ -150,13 +153,19 @@ class Bench:
             encode = torch.compile(teacher, dynamic=False)
         if cached:
             kept = TokenRows("fp32" if self.dtype is torch.float32 else "bf16", 1, self.patches, teacher.width, True)
-            row_B = kept.pack(self.seen(teacher, self.pixels(self.image))).cpu()
-            rows = row_B.pin_memory() if self.device.type == "cuda" else row_B
+            row_B = kept.pack(self.seen(teacher, self.pixels(self.image))).cpu().numpy()
+            rows = RowCache(Path(self.folder), "tokens", {}, rows=self.batch, row_bytes=kept.row_bytes)
+            rows.prepare(is_own=True)
+            for place in range(self.batch):
+                rows.write(place, row_B[place])
+            threads = ThreadPoolExecutor(MOST_THREADS)
 
         def step() -> Tensor:
             image_B3HW = self.pixels(self.image)
             if rows is not None:
-                seen = kept.unpack(rows.to(self.device, non_blocking=True))
+                row = torch.empty(self.batch, kept.row_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+                assert all(list(threads.map(rows.read, range(self.batch), row.numpy())))
+                seen = kept.unpack(row.to(self.device, non_blocking=True))
             else:
                 seen = self.seen(encode, image_B3HW)
             visible_BN = visible_patches(seen.guide_BN, self.seed)
@@ -446,7 +455,6 @@ def streamed(bench: Bench, how: How, options: argparse.Namespace) -> None:
     """Distillation from shards: epochs without the view cache, then with it."""
     from training import build
 
-    from bigtrain.data.row_cache import RowCache
     from bigtrain.data.shard_set import ShardSet
     from bigtrain.data.stream import Stream
     from bigtrain.data.views import Resized
