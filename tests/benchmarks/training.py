@@ -328,14 +328,14 @@ def caches(options: argparse.Namespace) -> None:
     epochs = 3 if options.small else 10
     with tempfile.TemporaryDirectory() as temporary:
         common = ["--no-tune", "--distil-epochs", str(epochs), "--precision", options.precision, "--threads", "2"]
-        shards = build(Path(temporary), 96)
-        large = ["--train", shards, "--test", shards, "--known", "one", "--teacher", "vit_small_patch16_224"]
+        shards = build(Path(temporary), 192)
+        large = ["--train", shards, "--known", "one", "--teacher", "vit_small_patch16_224"]
         large += ["--no-pretrained", "--image-size", "224", "--distil-batch", "8", "--score-batch", "8"]
         cases = {
-            "the preset's ViT": (270, ["--test-limit", "40"]),
-            "ViT-S/16 at 224": (43, [*large, "--test-limit", "8"]),
+            "the preset's ViT": (16, ["--test-limit", "40"]),
+            "ViT-S/16 at 224": (8, [*large, "--test-limit", "8"]),
         }
-        for name, (images, flags) in list(cases.items())[: 1 if options.small else 2]:
+        for name, (batch, flags) in list(cases.items())[: 1 if options.small else 2]:
             found = []
             for turn in range(options.rounds):
                 speeds = []
@@ -346,7 +346,7 @@ def caches(options: argparse.Namespace) -> None:
                 ]:
                     out = Path(temporary) / f"{turn}-{kind}-{len(flags)}"
                     run = started("defend.py", out, 1, [*flags, *common, "--cache-gib", room], top)
-                    speeds.append(epochs * images / whole_s(run, out))
+                    speeds.append(images_per_s_of_all(run, out, batch))
                 found.append(speeds)
             speed_CR = np.array(found).T
             ratios = [shown(speed_CR[0] / other_R, 2) for other_R in speed_CR[1:]]
@@ -356,12 +356,12 @@ def caches(options: argparse.Namespace) -> None:
             )
 
 
-def whole_s(run: subprocess.Popen[bytes], out: Path) -> float:
+def images_per_s_of_all(run: subprocess.Popen[bytes], out: Path, batch: int) -> float:
     """From the run's begin, before anything is computed for its cache, to the last step."""
     if run.wait():
         raise SystemExit(f"the run in {out} failed with status {run.returncode}")
     rows = [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in row]
-    return rows[-1]["time"] - (out / "config.json").stat().st_mtime
+    return rows[-1]["step"] * batch / (rows[-1]["time"] - (out / "config.json").stat().st_mtime)
 
 
 def memory(options: argparse.Namespace) -> None:
