@@ -54,6 +54,11 @@ class Batch:
     read_bytes: int = 0  # for this batch, and ahead of it
     wait_s: float = 0.0  # how long the training waited for it
 
+    @property
+    def decoded_B(self) -> NDArray[np.bool_]:
+        """Where there is a picture; as `weight_B`, but not on a device."""
+        return (self.sample_B != PADDING) & ~np.isin(self.sample_B, list(self.bad))
+
     def mean(self, value_B: Tensor, world_size: int) -> Tensor:
         """The mean over the step's planned samples on all ranks, once gradients are averaged over the ranks."""
         return (value_B * self.weight_B).sum() * (world_size / self.samples_in_step)

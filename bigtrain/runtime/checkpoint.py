@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from bigtrain.files import remove_unfinished, temporary_for, whole_folder
 from bigtrain.runtime import zero
+from bigtrain.runtime.exit import at_end
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 Tensors = dict[str, Tensor]
@@ -139,7 +140,8 @@ class Checkpoints:
             torch.cuda.synchronize()
         waited_s = time.monotonic() - began
         self._writer = Thread(target=self._write, args=(step, dict(state), files, waited_s), name="checkpoint")
-        self._writer.start()  # no daemon: a process that ends in good order waits for it
+        self._writer.start()  # no daemon: a process that ends in good order waits for it ...
+        at_end.callback(self._writer.join)  # ... before it releases the run folder's lock
 
     def settle(self) -> None:
         """Wait until the checkpoint under way is whole. Called on all ranks.
@@ -147,17 +149,13 @@ class Checkpoints:
         Raises:
             OSError: it could not be written.
         """
-        self.join()
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
         problem, self._problem = [self._problem], ""
         broadcast_object_list(problem)  # the others wait here
         if problem[0]:
             raise OSError(problem[0])
-
-    def join(self) -> None:
-        """Wait for the thread, on this rank alone."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
 
     def newly_whole(self) -> list[tuple[int, float]]:
         """The checkpoints that have been written since this was last asked: their steps, and how many seconds training

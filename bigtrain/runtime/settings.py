@@ -32,7 +32,7 @@ class RunSettings:
     cache_dir: str = ""
     """Where resized views and DEFEND's teacher tokens are kept for later epochs: a folder that runs share, on a fast
     disk of each machine; empty: in the run folder until it is finished, tokens on CPUs only."""
-    cache_gib: float = setting(16.0, 0)  # The most GiB that each of these caches takes; 0: none is made.
+    cache_gib: float = setting(16.0, 0)  # The most GiB that a run's views take, and its tokens; 0: none are kept.
     cache_dtype: CacheDtype = "auto"
     """How tokens are kept; auto: exactly with --precision fp32, else in bf16. int8 takes half of it again."""
     log_every: int = setting(20, 1)  # Steps between two lines of the log.

@@ -48,13 +48,13 @@ class Targets:
 
     def of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The targets of a batch: (B, N, D) and (B, D)."""
-        real_B = (batch.weight_B > 0).cpu().numpy()
         if self.cached is not None:
+            real_B, device = batch.decoded_B, self.setup.accelerator.device
             found_N, row_NF = self.cached.of(batch.sample_B[real_B])
             if len(found_N) == real_B.sum():  # else a picture that failed before was decoded now
                 row_BF = torch.zeros(len(real_B), row_NF.shape[1])
                 row_BF[torch.from_numpy(real_B)] = torch.from_numpy(row_NF)
-                row_BF = row_BF.to(self.setup.accelerator.device)
+                row_BF = (row_BF.pin_memory() if device.type == "cuda" else row_BF).to(device, non_blocking=True)
                 patches_BF, pooled_BD = row_BF[:, : -self.widths[1]], row_BF[:, -self.widths[1] :]
                 return self.patches(patches_BF.unflatten(1, (-1, self.widths[0]))), self.pooled(pooled_BD)
         patches_BND, pooled_BD = self._raw(batch.views["image"])

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from bigtrain.data import later
 from bigtrain.runtime import start, zero
 from bigtrain.runtime.checkpoint import Checkpoints
-from bigtrain.runtime.exit import at_end
 from bigtrain.runtime.log import StageLog
 from bigtrain.runtime.stopping import AskedWhileWaiting
 from bigtrain.runtime.trackers import end_trackers
@@ -106,7 +105,6 @@ class Stage(Generic[B]):
             setup.run / "checkpoints" / name, accelerator, trained, optimizer,
             state=kept, keep=settings.keep_checkpoints, keep_every=settings.keep_every,
         )  # fmt: skip
-        at_end.callback(self.checkpoints.join)  # before the run folder's lock is released
         found = self.checkpoints.load()
         self.step = found.get("step", 0)
         self.skipped_in_a_row = found.get("skipped_in_a_row", 0)

@@ -108,7 +108,7 @@ class TeacherTokens:
         """The tokens of a batch, whose normalised pictures are given in case they must be computed."""
         if self.rows is None:
             return self._computed(image_B3HW)
-        sample_B = np.where(np.isin(batch.sample_B, list(batch.bad)), PADDING, batch.sample_B)
+        sample_B = np.where(batch.decoded_B, batch.sample_B, PADDING)
         if (row_B := self._read(sample_B)) is None:
             row_B = self.rows.pack(self._computed(image_B3HW))
             self._keep(sample_B, row_B)

@@ -33,7 +33,7 @@ def membership_loss(
         raise ValueError("the membership loss is about wrong classes too, and there is one class: name two at least.")
     membership_BC = logits_BC.float().sigmoid()
     is_true_BC = F.one_hot(class_B, classes).bool()
-    missed_B = (1 - membership_BC[is_true_BC]).square()
+    missed_B = (1 - membership_BC).square().masked_fill(~is_true_BC, 0).sum(dim=1)
     false_alarm_B = membership_BC.square().masked_fill(is_true_BC, 0).sum(dim=1) / (classes - 1)
     return true_class_weight * missed_B + wrong_class_weight * false_alarm_B
 
