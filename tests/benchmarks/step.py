@@ -449,6 +449,24 @@ def parts(bench: Bench, how: How, options: argparse.Namespace) -> None:
     print("| part alone, not compiled | ms |\n|---|---|")
     for name, times in found.items():
         print(f"| {name} | {shown([1000 * s for s, _ in times], 1)} |", flush=True)
+    half, whole = (kept_mb(student, work) for work in (student_alone, lambda: student_alone(None, None)))
+    print(f"activations kept for the backward pass: half {half:.0f} MB, all {whole:.0f} MB, {half / whole:.2f}")
+
+
+def kept_mb(network: nn.Module, work: Step) -> float:
+    """What autograd keeps, but for the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        work()
+    return sum(kept.values()) / 1e6
 
 
 def streamed(bench: Bench, how: How, options: argparse.Namespace) -> None:
