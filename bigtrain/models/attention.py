@@ -49,8 +49,8 @@ def attention(
     """
     if sum(count * length for count, length in sequences) != q_THd.shape[0]:
         raise ValueError(f"sequences {sequences} do not add up to the {q_THd.shape[0]} packed tokens.")
-    if backend == "auto" and len(sequences) == 1:  # nothing to pack: torch's own kernels, which it can compile
-        backend = "sdpa"
+    if backend == "auto" and (len(sequences) == 1 or torch.compiler.is_compiling()):
+        backend = "sdpa"  # nothing to pack, or nothing that could be compiled
     backend = resolve_backend(backend, q_THd.device, q_THd.dtype)
     return {"xformers": _xformers, "sdpa": _sdpa, "dense": _dense}[backend](q_THd, k_THd, v_THd, sequences)
 

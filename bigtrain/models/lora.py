@@ -46,7 +46,8 @@ def add_low_rank(blocks: nn.Module, rank: int) -> None:
     blocks.requires_grad_(False)
     for layer in [module for module in blocks.modules() if isinstance(module, nn.Linear)]:
         out, width = layer.weight.shape
-        parametrize.register_parametrization(layer, "weight", LowRank(out, width, rank, 2 * rank))
+        update = LowRank(out, width, rank, 2 * rank).to(layer.weight.device)
+        parametrize.register_parametrization(layer, "weight", update)
 
 
 def merge_low_rank(module: nn.Module) -> None:

@@ -274,6 +274,7 @@ class Bench:
         tuner = self.tuner()
         net, head, prototypes = tuner.vit.backbone, tuner.head, tuner.prototypes
         net.requires_grad_(all_in_graph)
+        net.pos_embed.requires_grad_(False)  # resampling it has no deterministic backward pass on a GPU
         net.blocks[-TUNED:].requires_grad_(True)
         end, prefix = self.plainly_ended(tuner), net.num_prefix_tokens
         boxes, grid = self.boxes.to(self.device), self.teacher.grid_size
@@ -369,6 +370,8 @@ def compare(bench: Bench, how: How, rate: float, options: argparse.Namespace) ->
         "scoring": (lambda: bench.scored(how), {"plain forward": bench.plain_scored}),
     }  # fmt: skip
     for name, (ours, plains) in cases.items():
+        if options.only and name not in options.only:
+            continue
         differs = loss_difference(ours(), next(iter(plains.values()))())
         found = in_turn(
             bench, {"ours": ours(), **{key: make() for key, make in plains.items()}}, options.rounds, options.turn
@@ -503,6 +506,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--models", nargs="+", default=["vit_small_patch16_224"])
+    parser.add_argument("--only", nargs="+", help="of the steps, by name")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--precision", choices=("fp32", "bf16"))
