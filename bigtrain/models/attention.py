@@ -33,6 +33,9 @@ MOST_BYTES = 256 << 20  # of a block's attention weights, in fp32 and bf16
 
 
 log = logging.getLogger(__name__)
+# torch leaves cuDNN's kernel out where kernels are deterministic, as in a run: a detector that is loaded elsewhere must
+# give the same bits
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def attention(

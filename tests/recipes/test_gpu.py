@@ -125,8 +125,8 @@ from bigtrain.training.stage import Stage
 steps_of = Stage.__iter__
 
 def watched(self):
-    for number, step in enumerate(steps_of(self)):  # the first ones set up kernels and masks
-        torch.cuda.set_sync_debug_mode("error" if number >= 3 else "default")
+    for number, step in enumerate(steps_of(self)):  # the first ones set up kernels; at the last a guard looks
+        torch.cuda.set_sync_debug_mode("error" if 3 <= number and self.step + 1 < self.steps else "default")
         yield step
         self.watched = number
     torch.cuda.set_sync_debug_mode("default")
