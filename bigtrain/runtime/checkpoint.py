@@ -20,12 +20,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bigtrain.files import remove_unfinished, temporary_for, whole_folder
 from bigtrain.runtime import zero
 from bigtrain.runtime.exit import at_end
+from bigtrain.runtime.tensor_file import write_tensors
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 Tensors = dict[str, Tensor]
@@ -197,9 +198,7 @@ class Checkpoints:
                 return
             self._remove(final)  # it was passed over, and now the step comes again
         with whole_folder(final, "durable") as folder:
-            for name, tensors in files.items():
-                save_file(dict(tensors), folder / name)
-            checksums = {name: checksum(folder / name) for name in files}
+            checksums = {name: write_tensors(folder / name, tensors) for name, tensors in files.items()}
             (folder / STATE_FILE).write_text(json.dumps({"step": step, **state, "checksums": checksums}))
         older = [path for path in self._complete() if step_of(path) < step]  # a newer one was passed over as damaged
         for old in older[: max(0, len(older) + 1 - self.keep)]:
