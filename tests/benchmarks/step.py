@@ -5,7 +5,7 @@
 Five steps: supervised training, masked distillation with the teacher computed and from its cache, dense tuning,
 scoring. Contenders take turns in one process; figures are medians, ratios those of each turn, with least and most. MFU
 is of the rate that a large matrix product reaches here, measured first. "host" is the share of a step in which this
-process has work to do: the rest it waits for the device (all of it on a CPU is work). Losses of ours and of the plain
+process launches, measured where the device has nothing queued (on a CPU it is all). Losses of ours and of the plain
 loop are compared over three steps from the same weights, with the same masks and without drops.
 
 --parts: each part of a distillation step alone. --ablation: our gains switched off one at a time. --stream: the same
