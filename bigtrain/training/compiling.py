@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 
 import torch
 
 from bigtrain.choices import Compile
 
-FEWEST_STEPS = 1000  # that make up for some minutes of compiling
-log = logging.getLogger(__name__)
+FEWEST_STEPS = 1000  # that make up for half a minute of compiling or more
 
 
 def compile_pays(asked: Compile, device: torch.device, steps: int) -> bool:

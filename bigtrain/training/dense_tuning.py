@@ -124,9 +124,8 @@ def dense_tuning(
     groups += decay_groups([*tuner.head.named_parameters(), *tuner.prototypes.named_parameters()], base_lr=head_lr)
     sizes = [config.crop_size] * config.crops + [config.image_size] * config.global_crops
     flops = vit_forward_flops(tuner.vit, config.image_size) + sum(trained_flops(tuner.vit, size) for size in sizes)
-    crops_like = config.image_size, config.crop_size, config.crops, config.crop_scale, config.global_crops
-    on_device = DeviceCrops(*crops_like) if config.crop_from == "view" else None
-    views = MultiCrop(*crops_like)
+    views = MultiCrop(config.image_size, config.crop_size, config.crops, config.crop_scale, config.global_crops)
+    on_device = DeviceCrops(views) if config.crop_from == "view" else None
     plan = train.plan(fitted_N, config.tune_batch, config.seed)
     steps = config.tune_epochs * plan.batches_per_epoch
     stream = setup.stream(train, plan, Resized(config.image_size) if on_device else views, steps=steps)

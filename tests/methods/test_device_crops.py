@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from bigtrain.data.views import random_box
+from bigtrain.data.views import MultiCrop, random_box
 from bigtrain.methods.defend.device_crops import DeviceCrops, cut, random_boxes
 
 
@@ -35,7 +35,7 @@ def test_pixels():
 
 def test_by_seed():
     """Crops belong to a sample's seed, not to its place in a batch; global ones come after the small ones."""
-    crops = DeviceCrops(16, 8, 3, global_crops=1)
+    crops = DeviceCrops(MultiCrop(16, 8, 3, global_crops=1))
     image_B3HW = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     seed_B = torch.tensor([5, 6, 7])
     (small, whole), (small_boxes, whole_boxes) = crops.crops_of(image_B3HW, seed_B)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bigtrain.data.views import MultiCrop
 from bigtrain.methods.defend.masks import uniform
 
 SHAPES = (3 / 4, 4 / 3)  # width / height
@@ -14,27 +15,24 @@ SHAPES = (3 / 4, 4 / 3)  # width / height
 
 @dataclass(frozen=True)
 class DeviceCrops:
-    """As `data.views.MultiCrop`, with boxes of the same distribution, drawn from each sample's seed by counters alone.
+    """Crops `like` those of a transform, with boxes of the same distribution, drawn from each sample's seed by counters
+    alone.
 
-    What differs: a crop is cut from the picture of `size`, not from the original, which is sharper where that is
+    What differs: a crop is cut from the picture of `like.size`, not from the original, which is sharper where that is
     larger; resized bilinearly; and boxes need not lie on whole pixels.
     """
 
-    size: int
-    crop_size: int
-    crops: int
-    crop_scale: tuple[float, float] = (0.1, 0.3)
-    global_crops: int = 0
-    global_scale: tuple[float, float] = (0.3, 1.0)
+    like: MultiCrop
 
     def crops_of(self, image_B3HW: Tensor, seed_B: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The crops of uint8 images by kind, the small ones, then the global ones where there are any: float32 (B, V,
         3, h, w), 0 to 255; and their boxes (B, V, 4) in pixels of the image."""
-        kinds = [(self.crops, self.crop_scale, self.crop_size), (self.global_crops, self.global_scale, self.size)]
-        numbers_BN = uniform(seed_B, 4 * (self.crops + self.global_crops))
+        like = self.like
+        kinds = [(like.crops, like.crop_scale, like.crop_size), (like.global_crops, like.global_scale, like.size)]
+        numbers_BN = uniform(seed_B, 4 * (like.crops + like.global_crops))
         crops, boxes, first = [], [], 0
-        for count, scale, side in kinds[: 2 if self.global_crops else 1]:
-            box_BV4 = random_boxes(numbers_BN[:, first : first + 4 * count].unflatten(1, (count, 4)), self.size, scale)
+        for count, scale, side in kinds[: 2 if like.global_crops else 1]:
+            box_BV4 = random_boxes(numbers_BN[:, first : first + 4 * count].unflatten(1, (count, 4)), like.size, scale)
             crops.append(cut(image_B3HW, box_BV4, side))
             boxes.append(box_BV4)
             first += 4 * count
