@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
-
-import torch
+from typing import TYPE_CHECKING
 
 from bigtrain.choices import Compile
 
+if TYPE_CHECKING:  # a mistake is reported without it
+    import torch
+
+NO_COMPILER = "there is no C compiler on the PATH"
 FEWEST_STEPS = 1000  # that make up for half a minute of compiling or more
 
 
@@ -24,10 +27,20 @@ def compile_pays(asked: Compile, device: torch.device, steps: int) -> bool:
     return asked == "on"
 
 
+def check_compiler(asked: Compile) -> None:
+    """Refuse --compile on where nothing can be compiled, before a run begins."""
+    if asked == "on" and not has_compiler():
+        raise ValueError(f"--compile on was asked for, and {NO_COMPILER}: use --compile auto, or off.")
+
+
+def has_compiler() -> bool:
+    return any(map(shutil.which, ("cc", "gcc", "g++", "clang")))
+
+
 def why_not(device: torch.device) -> str:
     """What compiling lacks here; empty if nothing."""
-    if not any(map(shutil.which, ("cc", "gcc", "g++", "clang"))):
-        return "there is no C compiler on the PATH"
+    if not has_compiler():
+        return NO_COMPILER
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 

@@ -19,6 +19,7 @@ from bigtrain.runtime.launch import check_launch, has_gpu, workers_of_process
 from bigtrain.runtime.run_folder import RunFolder
 from bigtrain.runtime.settings import print_if_asked, read_settings
 from bigtrain.text import clock
+from bigtrain.training.compiling import check_compiler
 
 if TYPE_CHECKING:
     from bigtrain.choices import Chosen
@@ -67,6 +68,7 @@ def run_recipe(recipe: Recipe[C, D, N], argv: Sequence[str] | None = None) -> No
         if run.is_already_finished():
             return
         check_launch()
+        check_compiler(config.run.compile)
         recipe.check(config)
         data = recipe.read(config)
         began = time.monotonic()

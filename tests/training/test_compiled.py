@@ -6,7 +6,7 @@ import torch
 from bigtrain.methods.defend.masks import visible_patches
 from bigtrain.methods.defend.network import DenseTuner, masked_student
 from bigtrain.models.architecture import Architecture
-from bigtrain.training.compiling import compile_pays, prepare_compiling
+from bigtrain.training.compiling import check_compiler, compile_pays, prepare_compiling
 
 SMALL = Architecture("vit_tiny_patch16_224", 32, 8, 2)
 
@@ -76,4 +76,7 @@ def test_no_compiler(monkeypatch):
     """Without a C compiler --compile on is refused with a sentence."""
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(ValueError, match="there is no C compiler on the PATH: use --compile auto, or off"):
+        check_compiler("on")
+    check_compiler("auto")
+    with pytest.raises(ValueError, match="there is no C compiler"):
         compile_pays("on", torch.device("cpu"), 10)
