@@ -22,6 +22,7 @@ FLOORS = {  # of bigtrain, from the ground up: each imports itself and what is n
     "evaluation": ("data", "models", "objectives", "detectors"),
     "methods": ("data", "models", "objectives", "detectors", "evaluation"),
     "runtime": ("data",),
+    "serving": ("data", "models", "objectives", "detectors", "evaluation", "methods", "runtime"),
     "training": ("data", "models", "objectives", "detectors", "evaluation", "methods", "runtime"),
 }
 SCHEMA = ("bigtrain.data.schema", "bigtrain.data.set_files")

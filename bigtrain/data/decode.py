@@ -10,16 +10,14 @@ import io
 import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simplejpeg
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
 
+from bigtrain.data.resize import resized
 from bigtrain.images import (
     Pixels,
     UnreadableError,
@@ -33,6 +31,9 @@ from bigtrain.images import (
     to_rgb,
 )
 from bigtrain.jpeg import read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class Picture:
 
 def pixels_of(image: NDArray[Any] | Tensor) -> Pixels:
     """An array or tensor of a picture as contiguous (H, W) or (H, W, 3); see `Picture.of`."""
-    kind, channels_last = ("a tensor", False) if isinstance(image, Tensor) else ("an array", True)
+    kind, channels_last = ("an array", True) if isinstance(image, np.ndarray) else ("a tensor", False)
     shape, dtype = tuple(image.shape), str(image.dtype).removeprefix("torch.")
     layouts = "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)" if channels_last else "(H, W), (1, H, W) or (3, H, W)"
     channels = shape[2 if channels_last else 0] if len(shape) == 3 else 0
@@ -141,7 +142,7 @@ def pixels_of(image: NDArray[Any] | Tensor) -> Pixels:
         )
     if 0 in shape:
         raise UnreadableError(f"{kind} of the shape {shape} has no pixels")
-    values = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    values = np.asarray(image) if isinstance(image, np.ndarray) else image.detach().cpu().numpy()
     if len(shape) == 3:
         values = values if channels_last else values.transpose(1, 2, 0)
         values = values[..., 0] if channels == 1 else values[..., :3]
@@ -158,6 +159,7 @@ def _by_simplejpeg(payload: bytes, reduce: int) -> Pixels:
 
 def _by_torchvision(payload: bytes, reduce: int) -> Pixels:
     """Full size only: ignores `reduce`."""
+    import torch
     import torchvision.io
 
     data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
@@ -211,7 +213,4 @@ def _resized(pixels_HW3: Pixels, box: tuple[float, ...], size: int) -> Pixels:
         small = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
         return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
     top, left, bottom, right = map(round, box)
-    part_3HW = torch.from_numpy(pixels_HW3)[top:bottom, left:right].permute(2, 0, 1)
-    if part_3HW.shape[1:] != (size, size):
-        part_3HW = F.interpolate(part_3HW[None], (size, size), mode="bicubic", antialias=True)[0]
-    return part_3HW.contiguous().numpy()
+    return resized(pixels_HW3[top:bottom, left:right], size, size)

@@ -18,7 +18,8 @@ from bigtrain.data.views import CentreCrop
 from bigtrain.detectors import image_detector
 from bigtrain.detectors.catalogue import detector_class, name_of
 from bigtrain.detectors.feature_detector import FeatureDetector
-from bigtrain.detectors.image_detector import ImageDetector, Scored, chosen_device, read_record, read_scoring
+from bigtrain.detectors.image_detector import ImageDetector, Scored, chosen_device
+from bigtrain.detectors.record import read_record, read_scoring
 from bigtrain.models.load_network import load_network
 from bigtrain.models.network import Network
 from bigtrain.models.read_weights import read_tensors
@@ -45,6 +46,10 @@ class NetworkDetector(ImageDetector):
     def __init__(self, network: Network, detector: FeatureDetector, scoring: Scoring) -> None:
         self.network, self.detector, self.scoring = network, detector, scoring
         self.layer = network.pooled(scoring.layer)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(self.network.classes[self.scoring.head]) if self.scoring.head else ()
 
     @property
     def device(self) -> torch.device:
@@ -94,7 +99,7 @@ class NetworkDetector(ImageDetector):
         return {"detector": about}
 
     @classmethod
-    def load(cls, folder: Path, *, device: str | None = None) -> NetworkDetector:
+    def _load(cls, folder: Path, *, device: str | None = None) -> NetworkDetector:
         record = read_record(folder)
         scoring = read_scoring(Scoring, record, folder, without=["detector"])
         try:

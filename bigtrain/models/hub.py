@@ -49,6 +49,27 @@ def downloaded(source: str) -> Path:
         ) from error
 
 
+def downloaded_detector(source: str) -> Path:
+    """The folder of a detector on the hub, from its cache where it is there: user/name, or user/name@revision.
+
+    Raises:
+        ValueError: it cannot be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = source.strip("/").partition("@")
+    try:
+        with from_cache_alone_without_hub():
+            return Path(
+                snapshot_download(name, revision=revision or None, allow_patterns=["detector.json", "*.safetensors"])
+            )
+    except Exception as error:  # the hub's client and the network have errors of their own
+        raise ValueError(
+            f"hf://{source} cannot be downloaded from the hub ({type(error).__name__}): check its name and the "
+            "connection, or give a local folder."
+        ) from error
+
+
 @contextmanager
 def from_cache_alone_without_hub() -> Iterator[None]:
     """If the hub does not answer, use the cache alone; its client would retry for a minute."""

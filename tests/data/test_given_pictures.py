@@ -9,7 +9,7 @@ from PIL import Image
 
 from bigtrain.data.decode import Picture
 from bigtrain.data.views import Resized
-from bigtrain.detectors.image_detector import _open, check_several
+from bigtrain.detectors.pictures import check_several, opened
 from bigtrain.images import UnreadableError
 
 PIXELS_HW3 = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
@@ -63,20 +63,20 @@ WRONG = {
 @pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
 def test_colours(given):
     """Every way to give a picture gives its pixels."""
-    assert np.array_equal(np.asarray(_open(given).rgb()), PIXELS_HW3)
+    assert np.array_equal(np.asarray(opened(given).rgb()), PIXELS_HW3)
 
 
 @pytest.mark.parametrize("given", GREYS.values(), ids=GREYS)
 def test_greys(given):
     """Greys too."""
-    assert np.array_equal(np.asarray(_open(given).rgb()), np.repeat(GREY_HW[..., None], 3, axis=2))
+    assert np.array_equal(np.asarray(opened(given).rgb()), np.repeat(GREY_HW[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize("given", WRONG.values(), ids=WRONG)
 def test_anything_else(given):
     """Anything else is refused in a sentence."""
     with pytest.raises(UnreadableError, match=r"\w+ \w+"):
-        _open(given).rgb()
+        opened(given).rgb()
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bigtrain.choices import Backend, Chosen, Distance, Normalisation, Predict, ScoreOver
 from bigtrain.data.views import Resized
 from bigtrain.detectors import image_detector
 from bigtrain.detectors.classical.nearest import token_features
-from bigtrain.detectors.image_detector import Given, ImageDetector, Scored, chosen_device, read_record, read_scoring
+from bigtrain.detectors.image_detector import ImageDetector, Scored, chosen_device
+from bigtrain.detectors.record import read_record, read_scoring
 from bigtrain.methods.defend.equations import picture_score
 from bigtrain.methods.defend.masks import complementary_halves, visible_count
 from bigtrain.models.load_network import load_network
@@ -60,16 +58,9 @@ class DistillationDetector(ImageDetector):
     def view(self) -> Resized:
         return Resized(self.scoring.image_size)
 
-    def score_map(self, images: Iterable[Given]) -> NDArray[np.float32]:
-        """Novelty of each patch of each image: shape (B, h, w); --score-over says how an image's score comes of it.
-        NaN of an image that cannot be read."""
-        side = self.scoring.image_size // self.teacher.vit.patch_size
-        maps = [np.zeros((0, side, side), np.float32)]
-        for found, is_read_b in self._score(images):
-            maps.append(np.full((len(is_read_b), side, side), np.nan, np.float32))
-            if found.map_Bhw is not None:
-                maps[-1][is_read_b] = found.map_Bhw.cpu().numpy()
-        return np.concatenate(maps)
+    @property
+    def map_side(self) -> int:  # type: ignore[override]
+        return self.scoring.image_size // self.teacher.vit.patch_size
 
     @torch.no_grad()
     def score_tensor(self, image_B3HW: Tensor) -> Scored:
@@ -140,9 +131,9 @@ class DistillationDetector(ImageDetector):
         )
 
     def _scored(self, map_BN: Tensor, teacher: Encoded) -> Scored:
-        how, side = self.scoring, self.scoring.image_size // self.teacher.vit.patch_size
+        how = self.scoring
         score_B = picture_score(map_BN, how.score_over, quantile=how.score_quantile, attention_BN=teacher.attention_BN)
-        return Scored(score_B, map_BN.unflatten(1, (side, side)))
+        return Scored(score_B, map_BN.unflatten(1, (self.map_side, self.map_side)))
 
     def _write(self, folder: Path) -> dict[str, Any]:
         for name, network in (("teacher", self.teacher), ("student", self.student)):
@@ -150,7 +141,7 @@ class DistillationDetector(ImageDetector):
         return {}
 
     @classmethod
-    def load(cls, folder: Path, *, device: str | None = None) -> DistillationDetector:
+    def _load(cls, folder: Path, *, device: str | None = None) -> DistillationDetector:
         scoring = read_scoring(Scoring, read_record(folder), folder)
         target = chosen_device(device)
         attention = "auto" if scoring.attention == "xformers" and target.type != "cuda" else scoring.attention

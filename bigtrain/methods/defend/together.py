@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigtrain.detectors.image_detector import Given, Unreadable
+from bigtrain.detectors.pictures import Given, Unreadable
 from bigtrain.methods.defend.compared import CachedTeacherDetector
 from bigtrain.methods.defend.detector import DistillationDetector
 

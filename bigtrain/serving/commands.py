@@ -1,0 +1,63 @@
+"""The commands that use a detector: their options, and what each calls. Nothing heavy is imported for their help."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+DETECTOR = "a finished run, a detector's folder, hf://user/name, or an exported model (.onnx, .xml, .pt2)"
+IMAGES = (
+    "a folder, a pattern in quotes, a picture, a shard set or one of its tars, an address, or - for names on standard "
+    "input, one a line"
+)
+
+
+def add_to(subparsers: Any) -> None:
+    add_score(subparsers)
+
+
+def add_score(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "score",
+        help="score pictures with a detector, in a table",
+        description="Score each picture once: path, score, p_value, novel, class, why_not (of one that cannot be read, "
+        "of which there are some where the exit code is 3). The same command continues one that was stopped. On "
+        "several GPUs: torchrun --nproc-per-node 8 -m bigtrain.cli score ..., accelerate launch -m, or srun.",
+    )
+    parser.add_argument("--detector", required=True, help=DETECTOR)
+    parser.add_argument("--images", required=True, help=IMAGES)
+    parser.add_argument("--out", required=True, type=Path, help="the table: .parquet, .csv or .jsonl")
+    parser.add_argument("--threshold", default="", help="p=0.05, false-alarms=0.02 or score=0.7 (the detector's own)")
+    parser.add_argument("--known", nargs="+", default=(), metavar="CLASS", help="classes (folders) that are known: "
+                        "the summary then says how many were flagged, and how many others missed")  # fmt: skip
+    parser.add_argument("--maps", type=Path, metavar="DIR", help="write patch scores laid over each picture here")
+    parser.add_argument("--maps-raw", type=Path, metavar="DIR", help="write patch scores as arrays (.npy) here")
+    parser.add_argument("--page", type=Path, metavar="FILE.html", help="write a page of the most novel pictures")
+    parser.add_argument("--top", type=int, default=50, help="how many pictures that page has (50)")
+    parser.add_argument("--copy-novel", type=Path, metavar="DIR", help="copy novel pictures here")
+    parser.add_argument("--link-novel", type=Path, metavar="DIR", help="link novel pictures here")
+    parser.add_argument("--resume", action="store_true", help="add pictures that are new to a finished table")
+    parser.add_argument("--watch", action="store_true", help="stay, and add pictures to the table (.csv, .jsonl) as "
+                        "they come into the folder; a file is judged once, when its size has settled")  # fmt: skip
+    parser.add_argument("--every", type=float, default=2.0, metavar="S", help="with --watch: seconds between looks (2)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:0 (a GPU where there is one)")
+    parser.add_argument("--batch", type=int, help="pictures of a forward pass (the run's, for the run's very scores)")
+    parser.add_argument("--allow-private", action="store_true", help="allow addresses in the private network")
+    parser.set_defaults(run_command=_score)
+
+
+def _score(given: argparse.Namespace) -> int:
+    from bigtrain.serving.score import Options, score
+
+    if given.batch is not None and given.batch < 1:
+        raise ValueError(f"--batch {given.batch} must be at least 1.")
+    if given.top < 1:
+        raise ValueError(f"--top {given.top} must be at least 1.")
+    values = {**vars(given), "known": tuple(given.known)}
+    options = Options(**{name: values[name] for name in Options.__dataclass_fields__})
+    if given.watch:
+        from bigtrain.serving.watch_folder import watch_folder
+
+        return watch_folder(options, every_s=given.every)
+    return score(options)
