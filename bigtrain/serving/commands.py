@@ -15,6 +15,7 @@ IMAGES = (
 
 def add_to(subparsers: Any) -> None:
     add_score(subparsers)
+    add_calibrate(subparsers)
 
 
 def add_score(subparsers: Any) -> None:
@@ -61,3 +62,25 @@ def _score(given: argparse.Namespace) -> int:
 
         return watch_folder(options, every_s=given.every)
     return score(options)
+
+
+def add_calibrate(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="set a detector's threshold by other normal pictures, without training",
+        description="Score normal pictures, keep their scores in detector.json for p-values and thresholds, and say "
+        "whether they look like those that were kept before.",
+    )
+    parser.add_argument("--detector", required=True, help="a finished run, or a detector's folder")
+    parser.add_argument("--normal", required=True, help=f"normal pictures: {IMAGES}")
+    parser.add_argument("--percentile", type=float, default=95.0, help="of their scores, for the threshold (95)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write a copy here, and leave the detector as it is")
+    parser.add_argument("--device", help="cpu, cuda or cuda:0 (a GPU where there is one)")
+    parser.add_argument("--allow-private", action="store_true", help="allow addresses in the private network")
+    parser.set_defaults(run_command=_calibrate)
+
+
+def _calibrate(given: argparse.Namespace) -> int:
+    from bigtrain.serving.calibrate import Options, calibrate
+
+    return calibrate(Options(**{name: vars(given)[name] for name in Options.__dataclass_fields__}))

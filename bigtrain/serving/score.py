@@ -201,16 +201,13 @@ def score_parts(
     own = list[int]()
 
     def batches() -> Iterator[Sequence[Named]]:
-        names = (named for named, _ in listed(parts))
-        number = 0
-        while some := list(islice(names, part_size)):
+        for number, some in enumerate(chunks((named for named, _ in listed(parts)), part_size)):
             if part_file(parts, number).is_file():
                 progress.add(len(some), is_new=False)
             elif number % place.world_size == place.rank:
                 for start in range(0, len(some), size):
                     own.append(number)
                     yield some[start : start + size]
-            number += 1
 
     rows: list[Row] = []
     ready_batches = batches_ahead(batches(), reader, detector.view(), size)
@@ -222,6 +219,12 @@ def score_parts(
             text = "".join(json.dumps(row) + "\n" for row in rows)
             write_text(part_file(parts, own[done]), text, "renamed")
             rows = []
+
+
+def chunks(names: Iterable[Named], size: int) -> Iterator[list[Named]]:
+    rest = iter(names)
+    while some := list(islice(rest, size)):
+        yield some
 
 
 def rows_of(ready: Ready, detector: PictureJudge, threshold: Threshold | None, extras: Extras, first: int) -> list[Row]:

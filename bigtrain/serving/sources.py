@@ -44,11 +44,11 @@ def pictures_of(images: str, *, may_be_private: bool = False) -> Iterator[Named]
     if images == "-":
         lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
         return some((Named(line, line) for line in lines if line.strip()), "standard input has no names of pictures")
-    if is_address(images) and Path(images.partition("?")[0]).suffix[1:].lower() in IMAGE_EXTENSIONS:
+    if is_address(images):
+        check_public(images, may_be_private=may_be_private)
+    if is_address_of_picture(images):
         return iter([Named(images, images)])
     if is_address(images) or Path(images, MANIFEST).is_file():
-        if is_address(images):
-            check_public(images, may_be_private=may_be_private)
         return of_shard_set(images)
     path = Path(images)
     if path.is_dir():
@@ -62,6 +62,11 @@ def pictures_of(images: str, *, may_be_private: bool = False) -> Iterator[Named]
         files = (Named(str(file), str(file), classes=file.parent.name) for file in found if file.is_file())
         return some(files, f"nothing matches {images}")
     raise ValueError(f"--images {images} does not exist: give a folder, a pattern in quotes, a picture or a shard set.")
+
+
+def is_address_of_picture(images: str) -> bool:
+    """Whether an address is a picture's, by its ending; else it is a shard set's."""
+    return is_address(images) and Path(images.partition("?")[0]).suffix[1:].lower() in IMAGE_EXTENSIONS
 
 
 def some(names: Iterable[Named], otherwise: str) -> Iterator[Named]:
@@ -132,8 +137,8 @@ class Reader:
         self.may_be_private = may_be_private
         self.shard_set: Any = None
         self._of_thread = threading.local()
-        is_picture = Path(images.partition("?")[0]).suffix[1:].lower() in IMAGE_EXTENSIONS
-        if (is_address(images) and not is_picture) or (images != "-" and Path(images, MANIFEST).is_file()):
+        is_set = is_address(images) and not is_address_of_picture(images)
+        if is_set or (images != "-" and Path(images, MANIFEST).is_file()):
             from bigtrain.data.shard_set import ShardSet
 
             self.shard_set = ShardSet(images)
