@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -74,6 +78,22 @@ class FeatureDetector:
 
     def _score(self, features_ND: Floats) -> Floats:
         raise NotImplementedError
+
+    def torch_constants(self) -> dict[str, NDArray[Any]]:
+        """The arrays that `score_torch` needs: those that were learned, unless a method prepares its own.
+
+        Raises:
+            ValueError: the score cannot be written as a graph; it says why.
+        """
+        return {name: value for name, value in vars(self).items() if name.endswith("_") and is_numbers(value)}
+
+    def score_torch(self, features_BD: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        """The same score in torch, (B,), of float64 features (B, D) and `torch_constants`: for exported graphs."""
+        raise ValueError(f"{self.name} has no form in torch.")
+
+
+def is_numbers(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
 
 
 def checked(features_ND: ArrayLike) -> Floats:

@@ -128,7 +128,7 @@ class Relative(Family):
         """As of `Family`: (B, T, D)."""
         x_BTD = net.patch_embed(images_B3HW)
         if net.cls_token is not None:
-            x_BTD = torch.cat([net.cls_token.expand(len(x_BTD), -1, -1), x_BTD], dim=1)
+            x_BTD = torch.cat([net.cls_token.expand(x_BTD.shape[0], -1, -1), x_BTD], dim=1)
         if getattr(net, "pos_embed", None) is not None:
             x_BTD = x_BTD + net.pos_embed
         return x_BTD, Place(net.patch_embed.grid_size)
@@ -144,7 +144,7 @@ class Relative(Family):
         block = net.blocks[depth]
         if place.kept_Bn is None:
             return self._run(net, block, x_BTD)
-        prefix = torch.arange(net.num_prefix_tokens, device=x_BTD.device).expand(len(x_BTD), -1)
+        prefix = torch.arange(net.num_prefix_tokens, device=x_BTD.device).expand(x_BTD.shape[0], -1)
         seen_BT = torch.cat([prefix, place.kept_Bn + net.num_prefix_tokens], dim=1)
         bias_HTT = self._bias(net, block.attn)
         bias_BHTT = bias_HTT[:, seen_BT[:, :, None], seen_BT[:, None, :]].transpose(0, 1).contiguous()

@@ -18,6 +18,10 @@ class Visible(NamedTuple):
     kept_Bn: Tensor  # their numbers, ascending
     rank_BN: Tensor  # the place of each among these; of a hidden patch, any
 
+    def of_images(self, images: int) -> Visible:
+        """The same patches in each of so many images: (K, N) to (K B, N), the images of one mask together."""
+        return Visible(*(each[:, None].expand(-1, images, -1).flatten(0, 1) for each in self))
+
 
 def visible_numbers(visible_BN: Tensor, count: int | None = None) -> Visible:
     """The numbers of the visible patches.

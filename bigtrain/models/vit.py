@@ -126,7 +126,7 @@ class ViT(nn.Module):
     def forward(
         self,
         *views: Tensor | Packed,
-        visible_BN: Tensor | None = None,
+        visible_BN: Tensor | Visible | None = None,
         visible_count: int | None = None,
         last: int = 1,
         with_attention: bool = False,
@@ -137,7 +137,7 @@ class ViT(nn.Module):
             views: images (B, 3, H, W), each with its own B, H and W; sides are multiples of the patch size. Or what
                 `begin` has made of them.
             visible_BN: with a single view: the patches to see, equally many in each image; the others are dropped,
-                and completed by a network with decoder blocks, which then returns all patches.
+                and completed by a network with decoder blocks, which then returns all patches. Or their numbers.
             visible_count: how many that are in each image; None: they are counted, for which the device is waited for.
             last: how many blocks' tokens to return; where patches are completed, no more than the decoder has.
             with_attention: also return the attention of `guide`: that of the pooling layer, else of the last block.
@@ -145,7 +145,7 @@ class ViT(nn.Module):
         Returns:
             One `Encoded` for each view.
         """
-        where = None if visible_BN is None else visible_numbers(visible_BN, visible_count)
+        where = visible_numbers(visible_BN, visible_count) if isinstance(visible_BN, Tensor) else visible_BN
         x_TD, sequences, places, begun = views[0] if isinstance(views[0], Packed) else self._packed(views, where)
         blocks: list[Any] = list(self.backbone.blocks)
         kept: list[Tensor] = []
@@ -258,7 +258,7 @@ class ViT(nn.Module):
         prefix = self.prefix_tokens
         position_1ND = self.family.positions(self.backbone, grid, x_BTD)
         assert self.mask_token_D is not None
-        masked_BND = (self.mask_token_D + position_1ND).to(x_BTD.dtype).expand(len(x_BTD), -1, -1)
+        masked_BND = (self.mask_token_D + position_1ND).to(x_BTD.dtype).expand(x_BTD.shape[0], -1, -1)
         patches_BND = put(x_BTD[:, prefix:], masked_BND, where)
         return torch.cat([x_BTD[:, :prefix], patches_BND], dim=1)
 

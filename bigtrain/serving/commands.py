@@ -16,6 +16,7 @@ IMAGES = (
 def add_to(subparsers: Any) -> None:
     add_score(subparsers)
     add_calibrate(subparsers)
+    add_export(subparsers)
 
 
 def add_score(subparsers: Any) -> None:
@@ -84,3 +85,29 @@ def _calibrate(given: argparse.Namespace) -> int:
     from bigtrain.serving.calibrate import Options, calibrate
 
     return calibrate(Options(**{name: vars(given)[name] for name in Options.__dataclass_fields__}))
+
+
+def add_export(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "export",
+        help="write a detector as ONNX, OpenVINO or torch's .pt2",
+        description="Write one graph with resizing, normalisation, networks, score, p-value, map and class. Both are "
+        "run on pictures of the run's test split; where the export does not score as the detector does, the table is "
+        "printed, nothing is written, and the exit code is 4.",
+    )
+    parser.add_argument("--detector", required=True, help="a finished run, a detector's folder, or hf://user/name")
+    parser.add_argument("--to", required=True, choices=("onnx", "openvino", "torch"))
+    parser.add_argument("--out", type=Path, help="the file: .onnx, .xml or .pt2 (the run's name, here)")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "int8"), help="(fp32)")
+    parser.add_argument("--input-size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of the graph's input, "
+                        "which it resizes itself (the size that the detector sees: nothing to resize)")  # fmt: skip
+    parser.add_argument("--images", default="", help=f"pictures to compare on (the run's): {IMAGES}")
+    parser.add_argument("--pictures", type=int, default=400, help="how many are compared (400)")
+    parser.set_defaults(run_command=_export)
+
+
+def _export(given: argparse.Namespace) -> int:
+    from bigtrain.serving.export import Options, export
+
+    values = {**vars(given), "input_size": tuple(given.input_size) if given.input_size else None}
+    return export(Options(**{name: values[name] for name in Options.__dataclass_fields__}))

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 from sklearn.covariance import LedoitWolf
 from sklearn.mixture import GaussianMixture as Solver
 
 from bigtrain.detectors.feature_detector import FeatureDetector, Floats, Ints, class_means
+from bigtrain.detectors.feature_module import squared_distances
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALLEST_VARIANCE = 1e-10  # of the mean one
 
@@ -39,6 +47,14 @@ class Mahalanobis(FeatureDetector):
         # distances between whitened features: cdist's own "mahalanobis" is many times slower
         root_DD = np.linalg.cholesky(self.precision_DD_)
         return cdist(features_ND @ root_DD, self.mean_CD_ @ root_DD, "sqeuclidean").min(axis=1)
+
+    def torch_constants(self) -> dict[str, NDArray[Any]]:
+        root_DD, centre_D = np.linalg.cholesky(self.precision_DD_), self.mean_CD_.mean(axis=0)
+        return {"root_DD": root_DD, "centre_D": centre_D, "white_CD": (self.mean_CD_ - centre_D) @ root_DD}
+
+    def score_torch(self, features_BD: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        white_BD = (features_BD - constants["centre_D"]) @ constants["root_DD"]
+        return squared_distances(white_BD, constants["white_CD"]).amin(dim=1)
 
 
 class GaussianMixture(FeatureDetector):
@@ -72,3 +88,11 @@ class GaussianMixture(FeatureDetector):
         distance_NK = np.stack([(np.square(features_ND - m_D) / v_D).sum(axis=1) for m_D, v_D in pairs], axis=1)
         log_density_NK = -0.5 * (distance_NK + np.log(2 * np.pi * self.variance_KD_).sum(axis=1))
         return -logsumexp(np.log(self.share_K_) + log_density_NK, axis=1)
+
+    def torch_constants(self) -> dict[str, NDArray[Any]]:
+        log_share_K = np.log(self.share_K_) - 0.5 * np.log(2 * np.pi * self.variance_KD_).sum(axis=1)
+        return {"mean_KD": self.mean_KD_, "root_KD": self.variance_KD_**-0.5, "log_share_K": log_share_K}
+
+    def score_torch(self, features_BD: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        scaled_BKD = (features_BD[:, None] - constants["mean_KD"]) * constants["root_KD"]
+        return -(constants["log_share_K"] - 0.5 * scaled_BKD.square().sum(dim=2)).logsumexp(dim=1)

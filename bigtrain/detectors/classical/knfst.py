@@ -8,17 +8,24 @@ with a = K^-1 Y b, their length is b' M b with M = Y' K^-1 Y, and that the coeff
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh, null_space
 from scipy.spatial.distance import cdist
 
 from bigtrain.detectors.feature_detector import FeatureDetector, Floats, Ints, class_means, unit_rows
+from bigtrain.detectors.feature_module import squared_distances, unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kernel = Literal["intersection", "rbf"]
 MAX_IMAGES = 20_000  # of an exact fit, which then holds 3 x 3.2 GB
 MAX_LOCAL_IMAGES = 35_000  # of a local one, which holds as much
+MAX_GRAPH_BYTES = 64 << 20  # of an exported graph, for each picture
 COLLAPSED = 1e-6  # how far a training image may be from its class, whose distance to others is of order 1
 SMALLEST_EIGENVALUE = 1e-12
 
@@ -129,6 +136,27 @@ class KNFST(_OnKernel):
         self.to_null_NJ_ = root_MR @ orthonormal_RJ
         self.point_CJ_ = class_means(mapped_NR @ orthonormal_RJ, class_N)
 
+    def torch_constants(self) -> dict[str, NDArray[Any]]:
+        of_a_picture = 8 * self.known_ND_.size
+        if self.kernel == "intersection" and of_a_picture > MAX_GRAPH_BYTES:
+            raise ValueError(
+                f"KNFST's intersection kernel with {len(self.known_ND_)} training images takes "
+                f"{of_a_picture / 1e6:.0f} MB a picture in a graph: fit it with --landmarks, or take another detector."
+            )
+        norm = 1 if self.kernel == "intersection" else 2
+        known_MD = unit_rows(self.known_ND_, norm)
+        return {"known_MD": known_MD, "to_null_MJ": self.to_null_NJ_, "point_CJ": self.point_CJ_}
+
+    def score_torch(self, features_BD: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        known_MD = constants["known_MD"]
+        if self.kernel == "intersection":
+            difference_BMD = unit(features_BD, 1)[:, None] - known_MD
+            kernel_BM = 1 - difference_BMD.abs().sum(dim=2) / 2
+        else:
+            kernel_BM = (-self.gamma_ * squared_distances(unit(features_BD), known_MD)).exp()
+        projected_BJ = kernel_BM @ constants["to_null_MJ"]
+        return (projected_BJ[:, None] - constants["point_CJ"]).square().sum(dim=2).amin(dim=1).sqrt()
+
     def _score(self, features_ND: Floats) -> Floats:
         projected_NJ = self._kernel(features_ND, self.known_ND_) @ self.to_null_NJ_
         return cdist(projected_NJ, self.point_CJ_).min(axis=1)
@@ -157,6 +185,12 @@ class LocalKNFST(_OnKernel):
             )
         self.known_ND_, self.class_N_ = features_ND, class_N
         self.kernel_NN_ = self._kernel(features_ND, features_ND)
+
+    def torch_constants(self) -> dict[str, NDArray[Any]]:
+        raise ValueError(
+            "local KNFST solves an eigenproblem of its own for each picture, which no graph holds: export KNFST, or "
+            "score with bigtrain."
+        )
 
     def _score(self, features_ND: Floats) -> Floats:
         kernel_BN = self._kernel(features_ND, self.known_ND_)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from bigtrain.detectors.feature_detector import FeatureDetector, Floats
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MaxLogit(FeatureDetector):
@@ -12,6 +18,9 @@ class MaxLogit(FeatureDetector):
 
     def _score(self, features_ND: Floats) -> Floats:
         return -features_ND.max(axis=1)
+
+    def score_torch(self, features_BD: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        return -features_BD.amax(dim=1)
 
 
 class MaxSoftmax(FeatureDetector):
@@ -23,3 +32,7 @@ class MaxSoftmax(FeatureDetector):
     def _score(self, features_ND: Floats) -> Floats:
         behind_ND = np.sort(features_ND, axis=1)
         return np.log1p(np.exp(behind_ND[:, :-1] - behind_ND[:, -1:]).sum(axis=1))
+
+    def score_torch(self, features_BD: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        falling_BC = features_BD.topk(features_BD.shape[1], dim=1).values
+        return (falling_BC[:, 1:] - falling_BC[:, :1]).exp().sum(dim=1).log1p()

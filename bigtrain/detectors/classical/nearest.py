@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
 from bigtrain.detectors.feature_detector import FeatureDetector, Floats, Ints
+from bigtrain.detectors.feature_module import squared_distances
 
 
 class NearestNeighbours(FeatureDetector):
@@ -29,6 +32,12 @@ class NearestNeighbours(FeatureDetector):
         near_NK = index.kneighbors(features_ND, return_distance=False)
         # again, from the differences: the index expands the square, and what is near cancels
         return sum(np.square(features_ND - self.known_ND_[near_N]).sum(axis=1) for near_N in near_NK.T)
+
+    def score_torch(self, features_BD: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        known_ND = constants["known_ND_"]
+        count = min(self.neighbours, len(self.known_ND_))
+        near_BK = (-squared_distances(features_BD, known_ND)).topk(count, dim=1).indices
+        return (features_BD[:, None] - known_ND[near_BK]).square().sum(dim=(1, 2))
 
 
 def pixel_features(image_B3HW: Tensor) -> Tensor:

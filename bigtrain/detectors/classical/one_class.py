@@ -5,7 +5,8 @@ With a kernel whose k(x, x) is 1 both solve the same problem: SVDD's sphere is t
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from scipy.linalg import block_diag
@@ -13,6 +14,10 @@ from sklearn.metrics import pairwise_distances_chunked
 from sklearn.svm import OneClassSVM as Solver
 
 from bigtrain.detectors.feature_detector import FeatureDetector, Floats, Ints
+from bigtrain.detectors.feature_module import squared_distances
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class _Boundaries(FeatureDetector):
@@ -55,6 +60,10 @@ class _Boundaries(FeatureDetector):
         )
         return np.concatenate(list(chunks))
 
+    def _similarity_torch(self, features_BD: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        """As `_similarity`: (B, C)."""
+        return (-self.gamma_ * squared_distances(features_BD, constants["support_SD_"])).exp() @ constants["weight_SC_"]
+
 
 class OneClassSVM(_Boundaries):
     """Novelty = min_c [ rho_c - sum_i w_i k(x_i, x) ], above 0 outside of every class (Perera & Patel 5.1, method 2).
@@ -67,6 +76,9 @@ class OneClassSVM(_Boundaries):
 
     def _score(self, features_ND: Floats) -> Floats:
         return (self.offset_C_ - self._similarity(features_ND)).min(axis=1)
+
+    def score_torch(self, features_BD: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        return (constants["offset_C_"] - self._similarity_torch(features_BD, constants)).amin(dim=1)
 
 
 class SVDD(_Boundaries):
@@ -89,3 +101,7 @@ class SVDD(_Boundaries):
     def _score(self, features_ND: Floats) -> Floats:
         distance_N = 1 - 2 * self._similarity(features_ND)[:, 0] + self.squared_centre_
         return distance_N - self.squared_radius_
+
+    def score_torch(self, features_BD: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        similarity_B = self._similarity_torch(features_BD, constants)[:, 0]
+        return 1 - 2 * similarity_B + self.squared_centre_ - self.squared_radius_

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import logsumexp
 from scipy.stats import weibull_min
 
 from bigtrain.detectors.feature_detector import FeatureDetector, Floats, Ints, unit_rows
+from bigtrain.detectors.feature_module import squared_distances, unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 EUCLIDEAN_SCALE = 200.0  # of the authors' code: distances between logits are that much longer than cosines
@@ -82,6 +88,22 @@ class OpenMax(FeatureDetector):
         weight_NC = np.clip((alpha - rank_NC) / alpha, 0, None) * outlying_NC
         unknown_N = (features_ND * weight_NC).sum(axis=1)
         return unknown_N - logsumexp(features_ND * (1 - weight_NC), axis=1)
+
+    def torch_constants(self) -> dict[str, NDArray[Any]]:
+        alpha = min(self.alpha, len(self.classes_))
+        constants = dict(zip(("shape_C", "scale_C", "moved_C"), self.weibull_C3_.T, strict=True))
+        return {**constants, "mean_CC": self.mean_CC_, "falling_A": (alpha - np.arange(alpha)) / alpha}
+
+    def score_torch(self, features_BD: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        mean_CC, falling_A = constants["mean_CC"], constants["falling_A"]
+        euclidean_BC = squared_distances(features_BD, mean_CC).sqrt()
+        distance_BC = euclidean_BC / EUCLIDEAN_SCALE + 1 - unit(features_BD) @ unit(mean_CC).T
+        scaled_BC = ((distance_BC + constants["moved_C"]).clamp(min=0) / constants["scale_C"]) ** constants["shape_C"]
+        top_BA = features_BD.topk(falling_A.shape[0], dim=1).indices
+        rank_BC = features_BD * 0
+        weight_BC = rank_BC.scatter(1, top_BA, falling_A.expand_as(top_BA)) * (1 - (-scaled_BC).exp())
+        unknown_B = (features_BD * weight_BC).sum(dim=1)
+        return unknown_B - (features_BD * (1 - weight_BC)).logsumexp(dim=1)
 
 
 def distance(features_ND: Floats, mean_D: Floats) -> Floats:

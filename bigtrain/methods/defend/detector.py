@@ -18,6 +18,7 @@ from bigtrain.detectors.record import read_record, read_scoring
 from bigtrain.methods.defend.equations import picture_score
 from bigtrain.methods.defend.masks import complementary_halves, visible_count
 from bigtrain.models.load_network import load_network
+from bigtrain.models.masking import Visible, visible_numbers
 from bigtrain.models.network import Network
 from bigtrain.models.vit import Encoded
 from bigtrain.objectives.token_distances import normalised, patch_distance
@@ -45,9 +46,11 @@ def scoring_of(config: Any, precision: Chosen) -> Scoring:
 
 class DistillationDetector(ImageDetector):
     method: ClassVar[str] = "defend"
+    halves_at_once = 1  # Of a picture, in one pass: more only in a graph that is written out, where each pass is long.
 
     def __init__(self, teacher: Network, student: Network, scoring: Scoring) -> None:
         self.teacher, self.student, self.scoring = teacher, student, scoring
+        self._made: list[Visible] = []
         teacher.vit.eval()
         student.vit.eval()
 
@@ -78,18 +81,25 @@ class DistillationDetector(ImageDetector):
             return self._scored(self._distance(student.blocks_LBND, teacher.blocks_LBND), teacher)
         images, patches = teacher.tokens_BND.shape[:2]
         total_BN = torch.zeros(images, patches, device=image_B3HW.device)
-        half = visible_count(patches, 0.5)
-        counts = half, patches - half
-        for number, visible_N in enumerate(complementary_halves(patches, self.scoring.score_pairs, image_B3HW.device)):
+        for halves in self._halves(image_B3HW.device):  # a group of K
+            visible, count = halves.of_images(images), halves.visible_BN.shape[0]
             with self.autocast():
                 (student,) = self.student.vit(
-                    image_B3HW,
-                    visible_BN=visible_N.expand(images, -1),
-                    visible_count=counts[number % 2],
-                    last=self.scoring.distilled_blocks,
+                    image_B3HW.repeat(count, 1, 1, 1), visible_BN=visible, last=self.scoring.distilled_blocks
                 )
-            total_BN += self._distance(student.blocks_LBND, teacher.blocks_LBND) * ~visible_N
+            map_KBN = self._distance(student.blocks_LBND, teacher.blocks_LBND.repeat(1, count, 1, 1))
+            total_BN += (map_KBN * ~visible.visible_BN).unflatten(0, (count, images)).sum(dim=0)
         return self._scored(total_BN / self.scoring.score_pairs, teacher)
+
+    def _halves(self, device: torch.device) -> list[Visible]:
+        """What the student sees, in groups of `halves_at_once` that show equally many patches; made once."""
+        if not self._made or self._made[0].visible_BN.device != device:
+            patches = self.map_side**2
+            half, every = visible_count(patches, 0.5), complementary_halves(patches, self.scoring.score_pairs, device)
+            groups = zip(every[::2].split(self.halves_at_once), every[1::2].split(self.halves_at_once), strict=True)
+            counts = half, patches - half
+            self._made = [visible_numbers(*each) for pair in groups for each in zip(pair, counts, strict=True)]
+        return self._made
 
     @torch.no_grad()
     def target(self, image_B3HW: Tensor) -> Tensor:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from bigtrain.choices import Overlap
 from bigtrain.detectors.feature_detector import FeatureDetector, Floats, Ints, class_means
+from bigtrain.detectors.feature_module import unit
 from bigtrain.methods.signatures.equations import signature_cosine_novelty, signature_novelty, strongest
 
 
@@ -42,6 +48,15 @@ class Signatures(FeatureDetector):
         total_C1 = signature_CD.sum(dim=1, keepdim=True)
         self.signature_CD_ = (signature_CD / torch.where(total_C1 > 0, total_C1, 1)).numpy()
         return self
+
+    def torch_constants(self) -> dict[str, NDArray[Any]]:
+        return {"signature_CD": self.signature_CD_}
+
+    def score_torch(self, features_BD: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        signature_CD = constants["signature_CD"]
+        if self.overlap == "cosine":
+            return 1 - (unit(features_BD) @ unit(signature_CD.double()).T).amax(dim=1)
+        return signature_novelty(features_BD.float(), signature_CD, self.count_).double()
 
     def _score(self, features_ND: Floats) -> Floats:
         features, signature_CD = torch.from_numpy(features_ND.astype(np.float32)), torch.from_numpy(self.signature_CD_)
