@@ -109,9 +109,7 @@ def of_run(folder: Path, most: int) -> tuple[list[bytes], NDArray[np.bool_] | No
     try:
         shard_set = ShardSet(url)
     except (ValueError, OSError) as error:
-        raise ValueError(
-            f"the run's pictures are not at {url} any more: give some with --images DIR."
-        ) from error
+        raise ValueError(f"the run's pictures are not at {url} any more: give some with --images DIR.") from error
     novel_N = np.array([bool(novel) for _, novel in wanted])
     rng = np.random.default_rng(0)
     known, novel = (rng.permutation(np.flatnonzero(novel_N == is_novel)) for is_novel in (False, True))

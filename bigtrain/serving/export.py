@@ -95,7 +95,11 @@ def checked_out(options: Options, folder: Path) -> Path:
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist: make it, or name another.")
     if out.exists():
         raise ValueError(f"--out {out} exists: give another name, or remove it.")
-    needs = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino", "onnx", "onnxscript"), "torch": ()}[options.to]
+    needs = {
+        "onnx": ("onnx", "onnxscript", "onnxruntime"),
+        "openvino": ("openvino", "onnx", "onnxscript", "onnxruntime"),
+        "torch": (),
+    }[options.to]
     from importlib.util import find_spec
 
     if missing := [each for each in needs if find_spec(each) is None]:
@@ -154,7 +158,7 @@ def write_onnx(program: Any, graph: Graph, file: Path, record: str, precision: s
         output_names=list(graph.outputs), verbose=False, optimize=False,  # which the runtime does, and faster
     )  # fmt: skip
     assert made is not None
-    model = made.model_proto
+    model = folded(made.model_proto, file)
     if precision == "fp16":
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -164,6 +168,31 @@ def write_onnx(program: Any, graph: Graph, file: Path, record: str, precision: s
     entry = model.metadata_props.add()
     entry.key, entry.value = METADATA, record
     onnx.save(model, file)
+
+
+def folded(model: Any, file: Path) -> Any:
+    """With what does not depend on the picture computed once, such as the positions for its size; runtimes differ in
+    how they would resample them."""
+    import onnx
+    import onnxruntime
+
+    before, after = file.with_suffix(".before"), file.with_suffix(".after")
+    onnx.save(model, before)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # of ONNX's own operators
+    options.optimized_model_filepath = str(after)
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(before), options, providers=["CPUExecutionProvider"])
+    return taken(before, after)
+
+
+def taken(before: Path, after: Path) -> Any:
+    import onnx
+
+    found = onnx.load(after)
+    before.unlink()
+    after.unlink()
+    return found
 
 
 def quantised(model: Any, file: Path) -> Any:
@@ -176,10 +205,7 @@ def quantised(model: Any, file: Path) -> Any:
     quantize_dynamic(
         before, after, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"]
     )
-    found = onnx.load(after)
-    before.unlink()
-    after.unlink()
-    return found
+    return taken(before, after)
 
 
 def write_openvino(program: Any, graph: Graph, file: Path, record: str, precision: str) -> None:
