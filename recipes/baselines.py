@@ -108,6 +108,7 @@ def baselines(config: Config, setup: Setup, split: Split, networks: Mapping[str,
     if setup.accelerator.is_main_process:
         table.write_scores(setup.run / "scores.parquet")
         table.write_report(setup.run / "report.html", "Classical detectors", result_settings(config))
+        table.write_cards(setup.run / "detectors", result_settings(config))
     return Result(table.results("baselines"), table.lines())
 
 

@@ -7,13 +7,12 @@ same bits.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
 
-HAS_TORCH = find_spec("torch") is not None
 SUPPORT = 2.0  # pixels to each side that a cubic reaches, before scaling
 
 
@@ -21,7 +20,15 @@ def resized(pixels_HW3: NDArray[np.uint8], height: int, width: int) -> NDArray[n
     """A picture resized to (3, height, width)."""
     if pixels_HW3.shape[:2] == (height, width):
         return np.ascontiguousarray(pixels_HW3.transpose(2, 0, 1))
-    return by_torch(pixels_HW3, height, width) if HAS_TORCH else by_matrices(pixels_HW3, height, width)
+    return by_torch(pixels_HW3, height, width) if has_torch() else by_matrices(pixels_HW3, height, width)
+
+
+@cache
+def has_torch() -> bool:
+    try:
+        return find_spec("torch") is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def by_torch(pixels_HW3: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from bigtrain.detectors.pictures import Given, Unreadable, batches_of
 from bigtrain.detectors.record import VERSION, check_files, read_record, sha256_of
 from bigtrain.files import whole_folder, write_json
 from bigtrain.models.attention import torch_dtype
+
+if TYPE_CHECKING:
+    from bigtrain.detectors.scoring_module import ScoringModule
 
 log = logging.getLogger(__name__)
 READ = "upright 8-bit RGB; a JPEG decoded at 1/2, 1/4 or 1/8 where thrice the view is left; bicubic, anti-aliased"
@@ -129,6 +132,12 @@ class ImageDetector(PictureJudge):
     def autocast(self) -> torch.autocast:
         precision = self.scoring.precision
         return torch.autocast(self.device.type, torch_dtype(precision), enabled=precision != "fp32")
+
+    def as_module(self) -> ScoringModule:
+        """This detector as a torch module: uint8 images of its size to (score, map)."""
+        from bigtrain.detectors.scoring_module import ScoringModule
+
+        return ScoringModule(self)
 
     def calibrate(
         self,

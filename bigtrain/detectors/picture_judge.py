@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from bigtrain.data.views import Transform
 from bigtrain.detectors.calibration import Calibration, Judgement, Threshold
 from bigtrain.detectors.pictures import Given, Unreadable, batches_of
+
+if TYPE_CHECKING:
+    from bigtrain.detectors.estimator import PictureEstimator
 
 
 class ScoredViews(NamedTuple):
@@ -112,6 +115,12 @@ class PictureJudge:
             )
             for i, score in enumerate(found.score_B)
         ]
+
+    def as_estimator(self) -> PictureEstimator:
+        """This detector under scikit-learn's names and signs, in which higher = more normal."""
+        from bigtrain.detectors.estimator import PictureEstimator
+
+        return PictureEstimator(self)
 
     def threshold(self, wanted: str = "") -> Threshold | None:
         """The threshold that p=0.05, false-alarms=0.02 or score=0.7 stands for; "": the detector's own, if any."""

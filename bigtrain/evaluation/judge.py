@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from bigtrain.data.decode import Picture
@@ -22,9 +23,11 @@ from bigtrain.detectors.classical.nearest import NearestNeighbours
 from bigtrain.detectors.image_detector import ImageDetector
 from bigtrain.evaluation.collect import collect, mean_over
 from bigtrain.evaluation.metrics import Estimate, auroc, closed_set_accuracy, explained, oscr, summary
+from bigtrain.evaluation.report.model_card import NEAR, write_card
 from bigtrain.evaluation.report.overlays import Shown, most_telling
 from bigtrain.evaluation.report.report import write_report
 from bigtrain.evaluation.scored import Scored, all_skipped, judged_images, scored_and_classified, write_scores
+from bigtrain.models.timm_names import licence_of_weights
 
 Features = Callable[[Tensor], Tensor]  # uint8 images (B, 3, H, W) to (B, D)
 
@@ -105,6 +108,10 @@ def judge(
     }
     if accelerator.is_main_process:
         detector.save(folder / "detector")
+        write_card(
+            folder / "detector", method=method, results=results, settings=settings, figures=figures,
+            licences=licences_of(split, settings), near=near_threshold(scored, threshold),
+        )  # fmt: skip
         write_scores(folder / "scores.parquet", [scored, known_scored] if held_out else [scored])
         for_report = {**results, "metrics": figures, "detector": method, "threshold": threshold, "settings": settings}
         telling = most_telling(scored.novel_N, scored.score_N)
@@ -121,6 +128,24 @@ def judge(
         )
     accelerator.wait_for_everyone()
     return results
+
+
+def licences_of(split: Split, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Of the data and of the weights, as far as their owners tell."""
+    return {
+        "data": split.train.manifest.licence,
+        "weights": licence_of_weights(str(settings.get("teacher") or settings.get("network") or "")),
+    }
+
+
+def near_threshold(scored: Scored, threshold: float | None) -> list[tuple[float, Image.Image]]:
+    """The pictures whose scores lie around a threshold, with these, by score."""
+    if threshold is None or not len(scored.score_N):
+        return []
+    rising = np.argsort(scored.score_N, kind="stable")
+    middle = int(np.searchsorted(scored.score_N[rising], threshold, side="right"))
+    places = rising[max(middle - NEAR, 0) : middle + NEAR].tolist()
+    return [(each.score, each.image) for each in shown(scored, places)]
 
 
 def nearest_scorers(accelerator: Accelerator, bank: Stream, plain: Mapping[str, Features]) -> dict[str, Features]:

@@ -19,7 +19,9 @@ from bigtrain.data.stream import Stream
 from bigtrain.detectors.image_detector import ImageDetector
 from bigtrain.evaluation.collect import collect, mean_over
 from bigtrain.evaluation.intervals import false_alarms
+from bigtrain.evaluation.judge import licences_of, near_threshold
 from bigtrain.evaluation.metrics import explained
+from bigtrain.evaluation.report.model_card import write_card
 from bigtrain.evaluation.report.page import Group, Section, Strip, card, write_page
 from bigtrain.evaluation.report.report import flattened
 from bigtrain.evaluation.scored import (
@@ -91,6 +93,11 @@ def judge_normal(
         results["explained"] = explained(held_out, next(iter(errors.values())), seed=seed)._asdict()
     if accelerator.is_main_process:
         detector.save(folder / "detector")
+        write_card(
+            folder / "detector", method=method, results=results, settings=settings, figures=None,
+            licences=licences_of(split, settings), near=near_threshold(by_name["held_out"], threshold)
+            if "held_out" in by_name else [],
+        )  # fmt: skip
         write_scores(folder / "scores.parquet", parts)
         lead = [f"{split}. There are no novel pictures, so no figure says how well novelty is found."]
         sections = [*figures_of(results, held_out), *strips_of(by_name), settings_of(settings)]

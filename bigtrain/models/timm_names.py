@@ -63,3 +63,14 @@ def check_source(source: str, *, is_vit: bool = False) -> None:
             f"{source} does not exist: give a file of weights ({', '.join(LOCAL)}), a folder in Hugging Face's form, "
             "or a timm name."
         )
+
+
+def licence_of_weights(name: str) -> str:
+    """What timm says of the licence of released weights; empty where it says nothing, or the name is not its own."""
+    from bigtrain.models.lean_timm import timm
+
+    try:
+        found = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    except (RuntimeError, ValueError):
+        return ""
+    return str(getattr(found, "license", "") or "")

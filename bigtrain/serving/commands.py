@@ -17,6 +17,8 @@ def add_to(subparsers: Any) -> None:
     add_score(subparsers)
     add_calibrate(subparsers)
     add_export(subparsers)
+    add_push(subparsers)
+    add_serve(subparsers)
 
 
 def add_score(subparsers: Any) -> None:
@@ -111,3 +113,49 @@ def _export(given: argparse.Namespace) -> int:
 
     values = {**vars(given), "input_size": tuple(given.input_size) if given.input_size else None}
     return export(Options(**{name: values[name] for name in Options.__dataclass_fields__}))
+
+
+def add_push(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "push",
+        help="upload a detector to Hugging Face's hub",
+        description="Upload detector.json, the weights and the card; load_detector and --detector take hf://USER/NAME.",
+    )
+    parser.add_argument("--detector", required=True, help="a finished run, or a detector's folder")
+    parser.add_argument("--to", required=True, metavar="USER/NAME", help="its name on the hub")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--without-pictures", action="store_true", help="leave the pictures around the threshold out")
+    parser.set_defaults(run_command=_push)
+
+
+def _push(given: argparse.Namespace) -> int:
+    from bigtrain.serving.push import Options, push
+
+    return push(Options(**{name: vars(given)[name] for name in Options.__dataclass_fields__}))
+
+
+def add_serve(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "serve",
+        help="a detector behind HTTP, with a page to drop pictures on",
+        description="POST /v1/score takes a picture as the body, or several as files named image of a form; ?map=true "
+        "adds patch scores. /healthz, /metrics (Prometheus), /openapi.json; the page is at /.",
+    )
+    parser.add_argument("--detector", required=True, help=DETECTOR)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="(8000); 0: any that is free")
+    parser.add_argument("--threshold", default="", help="p=0.05, false-alarms=0.02 or score=0.7 (the detector's own)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:0 (a GPU where there is one)")
+    parser.add_argument("--batch", type=int, default=32, help="most pictures of a forward pass (32)")
+    parser.add_argument("--max-wait-ms", type=float, default=10.0, help="how long a picture waits for others (10)")
+    parser.add_argument("--max-mb", type=float, default=32.0, help="of a request, else 413 (32)")
+    parser.add_argument("--max-pixels", type=int, default=50_000_000, help="of a picture, else 422 (50 000 000)")
+    parser.add_argument("--queue", type=int, default=256, help="pictures that may wait, else 429 (256)")
+    parser.add_argument("--deadline-s", type=float, default=30.0, help="of a request, else 503 (30)")
+    parser.set_defaults(run_command=_serve)
+
+
+def _serve(given: argparse.Namespace) -> int:
+    from bigtrain.serving.serve import Options, serve
+
+    return serve(Options(**{name: vars(given)[name] for name in Options.__dataclass_fields__}))

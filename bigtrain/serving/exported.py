@@ -39,7 +39,7 @@ class ToSize:
     width: int
 
     def __call__(self, picture: Picture, rng: np.random.Generator) -> Views:
-        return {"image": resized(np.asarray(picture.rgb()), self.height, self.width)}
+        return {"image": resized(np.array(picture.rgb()), self.height, self.width)}
 
     def blank(self) -> Views:
         return {"image": np.zeros((3, self.height, self.width), np.uint8)}

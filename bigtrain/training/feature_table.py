@@ -18,9 +18,10 @@ from bigtrain.detectors.classical.logits import MaxLogit
 from bigtrain.detectors.feature_detector import FeatureDetector, checked
 from bigtrain.detectors.image_detector import calibrated
 from bigtrain.detectors.network_detector import NetworkDetector
-from bigtrain.evaluation.judge import class_figures, shown, threshold_rates
+from bigtrain.evaluation.judge import class_figures, licences_of, near_threshold, shown, threshold_rates
 from bigtrain.evaluation.metrics import summary
 from bigtrain.evaluation.normal_only import strips_of, threshold_of
+from bigtrain.evaluation.report.model_card import write_card
 from bigtrain.evaluation.report.overlays import most_telling
 from bigtrain.evaluation.report.page import Section, write_page
 from bigtrain.evaluation.report.report import write_report
@@ -155,7 +156,7 @@ def keep(
         return
     saved = NetworkDetector(inputs.source.network, detector, inputs.source.scoring)
     saved.calibrate(scores.held_out_N, quantile)
-    folder = setup.run / "detectors" / name.replace(" ", "_")
+    folder = setup.run / "detectors" / file_name(name)
     saved.save(folder, network_in=networks.get(id(inputs.source.network)))
     networks.setdefault(id(inputs.source.network), folder)
 
@@ -225,6 +226,21 @@ class Table:
     def write_scores(self, path: Path) -> None:
         write_scores(path, [part for name in self.scores for part in self._scored(name)])
 
+    def write_cards(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        """The card of each detector that was saved."""
+        results = judged_images(self.split, self.seed, len(self.seen.held_out_N), self.seen.skipped)
+        has_test = bool(len(self.seen.test_N))
+        for name in self.scores:
+            place = folder / file_name(name)
+            if not place.is_dir():
+                continue
+            threshold = (self.figures[name]["threshold"] or {}).get("value")
+            write_card(
+                place, method=name, results=results, settings=settings,
+                figures=self.figures[name] if has_test else None, licences=licences_of(self.split, settings),
+                near=near_threshold(self._scored(name)[0 if has_test else 1], threshold),
+            )  # fmt: skip
+
     def write_report(self, path: Path, title: str, settings: Mapping[str, Any]) -> None:
         """One page for all rows; of normal pictures alone the thresholds, and the most unusual ones."""
         first = next((name for name in self.scores if name.startswith(FIRST)), next(iter(self.scores)))
@@ -278,6 +294,10 @@ class Table:
             return "\n".join(f"{name:{wide}}  threshold {value:.6g}" for name, value in values.items())
         aurocs = {name: figures["auroc"] for name, figures in self.figures.items()}
         return "\n".join(f"{name:{wide}}  AUROC {its['value']:.3f} {interval(its)}" for name, its in aurocs.items())
+
+
+def file_name(row: str) -> str:
+    return row.replace(" ", "_")
 
 
 def interval(figure: Mapping[str, float]) -> str:
