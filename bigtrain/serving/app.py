@@ -34,12 +34,12 @@ from bigtrain.text import clean
 
 PAGE = Path(__file__).with_name("drop.html")
 MOST_FILES = 64  # of a request
-SECURITY = {
-    "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src blob: data:; connect-src 'self'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-}
+SECURITY = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"content-security-policy", b"default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+     b"img-src blob: data:; connect-src 'self'; frame-ancestors 'none'"),
+    (b"referrer-policy", b"no-referrer"),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,18 @@ class Figures:
         batch.set_function(lambda: float(np.mean(batcher.sizes)) if batcher.sizes else 0.0)
 
 
-class LimitBytes:
-    """Refuses a request's body beyond a number of bytes, told or counted, before it is held."""
+class Guard:
+    """Around every request: a limit of bytes, told or counted, before they are held; safe headers; figures."""
 
-    def __init__(self, app: Any, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
+    def __init__(self, app: Any, max_bytes: int, figures: Figures) -> None:
+        self.app, self.max_bytes, self.figures = app, max_bytes, figures
 
     async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         told = dict(scope["headers"]).get(b"content-length", b"0")
-        came, has_begun = 0, False
-        too_large = sentence(413, f"the request has more than {self.max_bytes} bytes, which is the limit.")
+        came, status, began = 0, 0, time.monotonic()
 
         async def counted() -> Any:
             nonlocal came
@@ -89,18 +88,25 @@ class LimitBytes:
                 raise TooLargeError
             return message
 
-        async def noted(message: Any) -> None:
-            nonlocal has_begun
-            has_begun = True
+        async def sent(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *SECURITY]
             await send(message)
 
         try:
             if told.isdigit() and int(told) > self.max_bytes:
                 raise TooLargeError
-            await self.app(scope, counted, noted)
+            await self.app(scope, counted, sent)
         except TooLargeError:
-            if not has_begun:
-                await too_large(scope, receive, send)
+            if not status:
+                said = f"the request has more than {self.max_bytes} bytes, which is the limit."
+                await sentence(413, said)(scope, receive, sent)
+        finally:
+            if scope["path"] == "/v1/score":
+                self.figures.requests.labels(status).inc()
+                self.figures.seconds.observe(time.monotonic() - began)
 
 
 class TooLargeError(Exception):
@@ -126,17 +132,7 @@ def make_app(detector: PictureJudge, threshold: float | None, limits: Limits, na
         title="bigtrain", version=bigtrain.__version__, description=f"Novelty scores by {name}: higher = more novel.",
         docs_url=None, redoc_url=None, lifespan=running,
     )  # fmt: skip
-    app.add_middleware(LimitBytes, max_bytes=limits.max_bytes)
-
-    @app.middleware("http")
-    async def counted(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        began = time.monotonic()
-        response = await call_next(request)
-        response.headers.update(SECURITY)
-        if request.url.path == "/v1/score":
-            figures.requests.labels(response.status_code).inc()
-            figures.seconds.observe(time.monotonic() - began)
-        return response
+    app.add_middleware(Guard, max_bytes=limits.max_bytes, figures=figures)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.detectors.calibration import Judgement
-from bigtrain.detectors.picture_judge import PictureJudge, first_of
-from bigtrain.detectors.pictures import filled
+from bigtrain.detectors.picture_judge import PictureJudge
 
 
 class FullError(Exception):
@@ -34,8 +33,8 @@ class Waiting:
 class Batcher:
     """Scores what waits as soon as a batch is full, or the oldest picture has waited for `max_wait_s`.
 
-    A batch is filled up to the next power of two, so that a network sees few shapes; the last digits of a score may
-    differ from those of the run's own batches.
+    A batch has the pictures that there are, so that the last digits of a score may differ from those of the run's own
+    batches, which are of one size.
 
     Args:
         most: pictures of a batch.
@@ -115,6 +114,4 @@ class Batcher:
                     each.answer.set_result(judgement)
 
     def _score(self, images: list[NDArray[np.uint8]]) -> list[Judgement]:
-        size = min(1 << (len(images) - 1).bit_length(), self.most)
-        found = self.detector.score_views(filled(images, max(size, len(images))))
-        return self.detector.judgements(first_of(found, len(images)), self.threshold)
+        return self.detector.judgements(self.detector.score_views(np.stack(images)), self.threshold)

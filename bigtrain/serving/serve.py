@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import socket
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -66,6 +67,8 @@ def serve(options: Options) -> int:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
     port = listening.getsockname()[1]
     print(f"serving {options.detector} at http://{options.host}:{port}/ (Ctrl-C ends it)", flush=True)
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has stopped
+        signal.signal(number, lambda *_: None)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_keep_alive=5, h11_max_incomplete_event_size=65536
     )
