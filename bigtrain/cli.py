@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--against", default="", metavar="AXIS=VALUE", help="add paired differences to the runs with this value"
     )
     tables.set_defaults(run_command=_tables)
+    report = subparsers.add_parser("report", help="several runs in one page, with paired differences")
+    report.add_argument("runs", type=Path, nargs="+", help="finished runs that were judged on the same test pictures")
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page (report.html)")
+    report.set_defaults(run_command=_report)
     commands.add_to(subparsers)
     given = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
@@ -62,6 +66,13 @@ def _tables(given: argparse.Namespace) -> None:
     from bigtrain.evaluation.tables import read_results, table  # scipy, which a live page does without
 
     print(table(read_results(given.folder, plain=given.plain), given.metric, against=given.against))
+
+
+def _report(given: argparse.Namespace) -> None:
+    from bigtrain.evaluation.report.several import report
+
+    report(given.runs, given.out)
+    print(given.out)
 
 
 if __name__ == "__main__":

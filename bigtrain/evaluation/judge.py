@@ -26,6 +26,7 @@ from bigtrain.evaluation.metrics import Estimate, auroc, closed_set_accuracy, ex
 from bigtrain.evaluation.report.model_card import NEAR, write_card
 from bigtrain.evaluation.report.overlays import Shown, most_telling
 from bigtrain.evaluation.report.report import write_report
+from bigtrain.evaluation.report.sections import by_class
 from bigtrain.evaluation.scored import Scored, all_skipped, judged_images, scored_and_classified, write_scores
 from bigtrain.models.timm_names import licence_of_weights
 
@@ -114,7 +115,10 @@ def judge(
         )  # fmt: skip
         write_scores(folder / "scores.parquet", [scored, known_scored] if held_out else [scored])
         for_report = {**results, "metrics": figures, "detector": method, "threshold": threshold, "settings": settings}
+        for_report["threshold_quantile"] = quantile
+        classes_N = [split.test.classes_of(int(sample)) for sample in scored.sample_N]
         telling = most_telling(scored.novel_N, scored.score_N)
+        telling |= {f"Of class {name}": places for name, places in by_class(classes_N, scored.score_N).items()}
         every = iter(shown(scored, [place for places in telling.values() for place in places], detector))
         pictures = [list(islice(every, len(places))) for places in telling.values()]  # one pass for the maps of all
         write_report(
@@ -125,6 +129,9 @@ def judge(
             score_N=scored.score_N,
             comparisons=comparisons,
             pictures=dict(zip(telling, pictures, strict=True)),
+            calibration=detector.calibration,
+            classes_N=classes_N,
+            log=folder / "log.jsonl",
         )
     accelerator.wait_for_everyone()
     return results

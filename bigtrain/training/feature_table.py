@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigtrain.data.protocol import Split, labels_of, only_label
+from bigtrain.detectors.calibration import Calibration
 from bigtrain.detectors.catalogue import EVERY_ROW, ON_LOGITS, name_of
 from bigtrain.detectors.classical.logits import MaxLogit
 from bigtrain.detectors.feature_detector import FeatureDetector, checked
@@ -25,6 +26,7 @@ from bigtrain.evaluation.report.model_card import write_card
 from bigtrain.evaluation.report.overlays import most_telling
 from bigtrain.evaluation.report.page import Section, write_page
 from bigtrain.evaluation.report.report import write_report
+from bigtrain.evaluation.report.sections import by_class
 from bigtrain.evaluation.scored import UNLABELLED, Scored, judged_images, write_scores
 from bigtrain.progress import Progress
 from bigtrain.training.feature_cache import Source, extracted
@@ -249,6 +251,9 @@ class Table:
             return
         threshold = calibrated(self.scores[first].held_out_N, self.quantile)
         protocol, test = self.split.protocol, self._scored(first)[0]
+        classes_N = [test.shard_set.classes_of(int(sample)) for sample in test.sample_N]
+        telling = most_telling(test.novel_N, test.score_N)
+        telling |= {f"Of class {name}": places for name, places in by_class(classes_N, test.score_N).items()}
         write_report(
             path,
             title=title,
@@ -260,12 +265,15 @@ class Table:
                 "novel": protocol.novel,
                 "seed": self.seed,
                 "threshold": threshold,
+                "threshold_quantile": self.quantile,
                 "settings": settings,
             },
             novel_N=self.novel_N,
             score_N=test.score_N,
             comparisons={n: (self.scores[n].test_N, its) for n, its in self.figures.items() if n != first},
-            pictures={what: shown(test, places) for what, places in most_telling(test.novel_N, test.score_N).items()},
+            pictures={what: shown(test, places) for what, places in telling.items()},
+            calibration=Calibration.of(self.scores[first].held_out_N, ""),
+            classes_N=classes_N,
         )
 
     def _write_normal_report(self, path: Path, title: str, first: str) -> None:

@@ -191,7 +191,7 @@ def test_text_alternatives(tmp_path):
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(images) == 4 and all(attributes["alt"] for attributes in images)
     charts = [attributes for tag, attributes in page.tags if tag == "svg" and attributes.get("class") == "chart"]
-    assert len(charts) == 2 and all(attributes["aria-label"] for attributes in charts)
+    assert len(charts) == 3 and all(attributes["aria-label"] for attributes in charts)
 
 
 def test_no_maps_or_pictures(tmp_path):

@@ -153,25 +153,12 @@ def svg(frame: Frame, content: Markup, *, description: str) -> Markup:
     )
 
 
-def roc_chart(curves: dict[str, Floats]) -> Markup:
-    """Draw ROC curves by name, the first of them (the detector) on top."""
-    frame = Frame(x_range=(0, 1), y_range=(0, 1), height=430)
-    lines = [
-        Markup('<line class="chance" x1="{:.2f}" y1="{:.2f}" x2="{:.2f}" y2="{:.2f}"/>').format(
-            frame.x(0), frame.y(0), frame.x(1), frame.y(1)
-        )
-    ]
-    for number, (name, points_P2) in reversed(list(enumerate(curves.items()))):
-        lines.append(
-            Markup('<polyline class="curve series-{}" points="{}"><title>{}</title></polyline>').format(
-                number % SERIES, frame.points(points_P2), name
-            )
-        )
-    grid = axes(
-        frame, x_label="known flagged (false positives)", y_label="novel found (true positives)", percent=(True, True)
-    )
-    description = "ROC curves of " + ", ".join(curves)
-    return svg(frame, grid + Markup("").join(lines), description=description)
+def roc_chart(curves: Mapping[str, Floats], band_P3: Floats | None = None) -> Markup:
+    """Draw ROC curves by name, the first of them (the detector) on top, with its band."""
+    return band_chart(
+        curves, band_P3, has_diagonal=True, x_label="known flagged (false positives)",
+        y_label="novel found (true positives)", described="ROC curves",
+    )  # fmt: skip
 
 
 def curve_chart(curves: Mapping[str, Floats], *, x_label: str) -> Markup:
@@ -214,3 +201,47 @@ def histogram_chart(counts: Histogram, *, threshold: float | None) -> Markup:
     grid = axes(frame, x_label="novelty score", y_label="share of known, of novel", percent=(False, True))
     description = "Histogram of novelty scores, known and novel images apart"
     return svg(frame, grid + Markup("").join(areas), description=description)
+
+
+def band_chart(
+    curves: Mapping[str, Floats],
+    band_P3: Floats | None,
+    *,
+    x_label: str,
+    y_label: str,
+    described: str,
+    has_diagonal: bool = False,
+) -> Markup:
+    """Draw curves of shares by name, the first on top, and the band of the first: (P, 3), of x, low and high."""
+    frame = Frame(x_range=(0, 1), y_range=(0, 1), height=430)
+    parts = []
+    if band_P3 is not None:
+        around = np.concatenate([band_P3[:, [0, 1]], band_P3[::-1][:, [0, 2]]])
+        parts.append(Markup('<polygon class="band" points="{}"/>').format(frame.points(around)))
+    if has_diagonal:
+        parts.append(
+            Markup('<line class="chance" x1="{:.2f}" y1="{:.2f}" x2="{:.2f}" y2="{:.2f}"/>').format(
+                frame.x(0), frame.y(0), frame.x(1), frame.y(1)
+            )
+        )
+    for number, (name, points_P2) in reversed(list(enumerate(curves.items()))):
+        parts.append(
+            Markup('<polyline class="curve series-{}" points="{}"><title>{}</title></polyline>').format(
+                number % SERIES, frame.points(points_P2), name
+            )
+        )
+    grid = axes(frame, x_label=x_label, y_label=y_label, percent=(True, True))
+    return svg(frame, grid + Markup("").join(parts), description=f"{described}: {', '.join(curves)}")
+
+
+def course_chart(points_P2: Floats, *, x_label: str, y_label: str, described: str) -> Markup:
+    """Draw one value over steps."""
+    low, high = float(points_P2[:, 1].min()), float(points_P2[:, 1].max())
+    margin = 0.05 * (high - low) or 0.5
+    frame = Frame(
+        x_range=(0, max(1.0, float(points_P2[-1, 0]))), y_range=(low - margin, high + margin), width=560, height=260
+    )
+    line = Markup('<polyline class="curve series-0" points="{}"/>').format(frame.points(points_P2))
+    return svg(
+        frame, axes(frame, x_label=x_label, y_label=y_label, percent=(False, False)) + line, description=described
+    )

@@ -9,9 +9,10 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
+from bigtrain.detectors.calibration import Calibration
 from bigtrain.evaluation.intervals import Bools
 from bigtrain.evaluation.metrics import IN_REPORT, Floats, checked
-from bigtrain.evaluation.report.charts import SERIES, histogram, histogram_chart, roc_chart, roc_points
+from bigtrain.evaluation.report.charts import SERIES, band_chart, histogram, histogram_chart, roc_chart, roc_points
 from bigtrain.evaluation.report.overlays import (
     HEAT,
     Scale,
@@ -21,6 +22,14 @@ from bigtrain.evaluation.report.overlays import (
     picture_fields,
     rgb,
     shared_scale,
+)
+from bigtrain.evaluation.report.sections import (
+    bands,
+    class_rows,
+    course,
+    p_value_chart,
+    precision_points,
+    threshold_rows,
 )
 from bigtrain.files import write_text
 from bigtrain.pages import template
@@ -37,6 +46,9 @@ def write_report(
     score_N: ArrayLike,
     comparisons: Mapping[str, tuple[ArrayLike, Mapping[str, Any]]],
     pictures: Mapping[str, Sequence[Shown]],
+    calibration: Calibration = Calibration(),  # noqa: B008  # it is frozen
+    classes_N: Sequence[Sequence[str]] = (),
+    log: Path | None = None,
 ) -> None:
     """Write the report to `path` at once: a reader sees the old page or the new one, never half of one.
 
@@ -48,6 +60,9 @@ def write_report(
         score_N: the detector's scores, raw, higher = more novel.
         comparisons: what the detector must beat, name -> (its scores of the same images, their summary).
         pictures: section title -> pictures, in the order in which they are shown; see `overlays.most_telling`.
+        calibration: the held-out scores, for what the threshold and the p-values promise.
+        classes_N: what each image shows, for the table by class; empty: not told.
+        log: log.jsonl of the run, for the course of its training.
     """
     detector = str(results.get("detector", "detector"))
     if detector in comparisons:
@@ -58,6 +73,7 @@ def write_report(
     threshold = results.get("threshold")
     scale = shared_scale(picture for section in pictures.values() for picture in section)
     auroc = {name: found["auroc"]["value"] for name, found in summaries.items()}
+    roc_band, precision_band = bands(novel, score, seed=int(results.get("seed", 0)))
     page = template(TEMPLATE).render(
         title=title,
         protocol=protocol_line(results, novel),
@@ -67,7 +83,18 @@ def write_report(
         bootstrap=results["metrics"].get("bootstrap"),
         by_chance=summaries[detector]["auroc"]["low"] <= 0.5 <= summaries[detector]["auroc"]["high"],
         better=[name for name in comparisons if auroc[name] >= auroc[detector]],
-        roc=roc_chart({name: roc_points(novel, its_N) for name, its_N in scores.items()}),
+        roc=roc_chart({name: roc_points(novel, its_N) for name, its_N in scores.items()}, roc_band),
+        precision=band_chart(
+            {name: precision_points(novel, its_N) for name, its_N in scores.items()},
+            precision_band,
+            x_label="novel found (recall)",
+            y_label="novel among flagged (precision)",
+            described="Precision-recall curves",
+        ),
+        class_rows=class_rows(classes_N, novel, score, threshold),
+        threshold_rows=threshold_rows(calibration, threshold, results.get("threshold_quantile"), novel, score),
+        p_values=p_value_chart(calibration, novel, score),
+        course=course(log) if log else [],
         legend=[(number % SERIES, name, auroc[name]) for number, name in enumerate(scores)],
         histogram=histogram_chart(histogram(novel, score), threshold=threshold),
         histogram_counts=histogram(novel, score),
