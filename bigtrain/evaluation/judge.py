@@ -23,6 +23,7 @@ from bigtrain.detectors.classical.nearest import NearestNeighbours
 from bigtrain.detectors.image_detector import ImageDetector
 from bigtrain.evaluation.collect import collect, mean_over
 from bigtrain.evaluation.metrics import Estimate, auroc, closed_set_accuracy, explained, oscr, summary
+from bigtrain.evaluation.pixel_figures import FPR_LIMIT, PixelCounts, mask_of, masks_of, pixel_counts
 from bigtrain.evaluation.report.model_card import NEAR, write_card
 from bigtrain.evaluation.report.overlays import Shown, most_telling
 from bigtrain.evaluation.report.report import write_report
@@ -107,6 +108,9 @@ def judge(
         "threshold": threshold_rates(threshold, scored),
         **judged_images(split, seed, len(known_N), skipped),
     }
+    masks = masks_of(split.test) if detector.map_side is not None else {}
+    if pixels := pixel_record(accelerator, detector, split, test_N, masks):
+        results["pixels"] = pixels
     if accelerator.is_main_process:
         detector.save(folder / "detector")
         write_card(
@@ -119,7 +123,7 @@ def judge(
         classes_N = [split.test.classes_of(int(sample)) for sample in scored.sample_N]
         telling = most_telling(scored.novel_N, scored.score_N)
         telling |= {f"Of class {name}": places for name, places in by_class(classes_N, scored.score_N).items()}
-        every = iter(shown(scored, [place for places in telling.values() for place in places], detector))
+        every = iter(shown(scored, [place for places in telling.values() for place in places], detector, masks))
         pictures = [list(islice(every, len(places))) for places in telling.values()]  # one pass for the maps of all
         write_report(
             folder / "report.html",
@@ -197,8 +201,29 @@ def threshold_rates(threshold: float | None, test: Scored) -> dict[str, float] |
     }
 
 
-def shown(test: Scored, places: list[int], detector: ImageDetector | None = None) -> list[Shown]:
-    """The pictures at some places of the scores, with their maps where the method has them."""
+def pixel_record(
+    accelerator: Accelerator, detector: ImageDetector, split: Split, test_N: NDArray[np.int64], masks: dict[str, bytes]
+) -> dict[str, Any] | None:
+    """The figures of the maps' pixels, for results.json; None where there are no masks. The processes share the
+    pictures."""
+    if not masks:
+        return None
+    own_N = test_N[accelerator.process_index :: accelerator.num_processes]
+    counts = pixel_counts(detector, split.test, own_N, masks, frozenset(split.protocol.known))
+    if accelerator.num_processes > 1:
+        arrays = torch.from_numpy(counts.arrays()).to(accelerator.device)
+        counts = PixelCounts()
+        counts.join(accelerator.reduce(arrays, "sum").cpu().numpy())
+    if (found := counts.estimates()) is None:
+        return None
+    about = {"images": counts.images, "regions": int(counts.regions_G.sum()), "fpr_limit": FPR_LIMIT}
+    return {name: estimate._asdict() for name, estimate in found.items()} | about
+
+
+def shown(
+    test: Scored, places: list[int], detector: ImageDetector | None = None, masks: Mapping[str, bytes] | None = None
+) -> list[Shown]:
+    """The pictures at some places of the scores, with their maps where the method has them, and masks."""
     payloads = test.shard_set.read([int(test.sample_N[place]) for place in places])
     images = [Picture(payload).rgb() for payload in payloads]
     found = detector.score_map(images) if detector else None
@@ -211,6 +236,10 @@ def shown(test: Scored, places: list[int], detector: ImageDetector | None = None
             score=float(test.score_N[place]),
             image=image,
             score_map_hw=map_hw,
+            mask_HW=mask_of(encoded)
+            if (encoded := (masks or {}).get(test.shard_set.key(test.sample_N[place])))
+            else None,
         )
         for place, image, map_hw in zip(places, images, maps, strict=True)
+        for encoded in [(masks or {}).get(test.shard_set.key(test.sample_N[place]))]
     ]

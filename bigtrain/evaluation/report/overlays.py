@@ -12,11 +12,13 @@ from PIL import Image
 
 from bigtrain.evaluation.intervals import Bools
 from bigtrain.evaluation.metrics import Floats
+from bigtrain.evaluation.pixel_figures import outline
 from bigtrain.pages import data_uri
 
 MAX_SIDE = 256  # pixels in the page; larger pictures are scaled down
 MIN_OVERLAY_SIDE = 168  # small pictures are enlarged under their maps, so that patches keep their sharp edges
 OPACITY = 0.55
+OUTLINE = "#00e5ff"  # no colour of HEAT
 HEAT = ("#0d0887", "#6a00a8", "#b12a90", "#e16462", "#fca636", "#f0f921")  # plasma, dark = low, also in grey
 
 
@@ -29,6 +31,7 @@ class Shown(NamedTuple):
     score: float
     image: Image.Image
     score_map_hw: NDArray[np.floating] | None = None  # one novelty score a patch
+    mask_HW: NDArray[np.bool_] | None = None  # what is defective, of the picture's size
 
 
 class Scale(NamedTuple):
@@ -87,13 +90,24 @@ def heat(value_hw: Floats, scale: Scale) -> NDArray[np.uint8]:
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-def overlay(image: Image.Image, score_map_hw: NDArray[np.floating], scale: Scale) -> Image.Image:
-    """Lay the patch scores over the picture, which is made grey so that all colour is score; patches stay squares."""
+def overlay(
+    image: Image.Image,
+    score_map_hw: NDArray[np.floating],
+    scale: Scale,
+    mask_HW: NDArray[np.bool_] | None = None,
+) -> Image.Image:
+    """Lay the patch scores over the picture, which is made grey so that all colour is score; patches stay squares. The
+    outline of a mask is drawn over both."""
     enlarged = max(1, math.ceil(MIN_OVERLAY_SIDE / max(image.size)))
     size = (image.width * enlarged, image.height * enlarged)
     grey = image.convert("L").convert("RGB").resize(size, Image.Resampling.NEAREST)
     colours = Image.fromarray(heat(np.asarray(score_map_hw, np.float64), scale))
-    return Image.blend(grey, colours.resize(size, Image.Resampling.NEAREST), OPACITY)
+    laid = Image.blend(grey, colours.resize(size, Image.Resampling.NEAREST), OPACITY)
+    if mask_HW is not None:
+        marked = np.asarray(Image.fromarray(mask_HW).resize(size, Image.Resampling.NEAREST))
+        edge = Image.fromarray(outline(marked, thickness=2))
+        laid.paste(OUTLINE, mask=edge)
+    return laid
 
 
 def page_image(image: Image.Image) -> str:

@@ -28,6 +28,7 @@ from bigtrain.evaluation.report.sections import (
     class_rows,
     course,
     p_value_chart,
+    pixel_rows,
     precision_points,
     threshold_rows,
 )
@@ -93,6 +94,7 @@ def write_report(
         ),
         class_rows=class_rows(classes_N, novel, score, threshold),
         threshold_rows=threshold_rows(calibration, threshold, results.get("threshold_quantile"), novel, score),
+        pixel_rows=pixel_rows(results.get("pixels")),
         p_values=p_value_chart(calibration, novel, score),
         course=course(log) if log else [],
         legend=[(number % SERIES, name, auroc[name]) for number, name in enumerate(scores)],
@@ -157,7 +159,7 @@ def card(picture: Shown, scale: Scale | None, threshold: float | None) -> dict[s
     image = rgb(picture.image)
     with_map = None
     if picture.score_map_hw is not None and scale is not None:
-        with_map = page_image(overlay(image, picture.score_map_hw, scale))
+        with_map = page_image(overlay(image, picture.score_map_hw, scale, picture.mask_HW))
     error = ""
     if threshold is not None and picture.novel != (picture.score > threshold):
         error = "missed" if picture.novel else "false alarm"

@@ -162,3 +162,19 @@ def by_class(classes_N: Sequence[Sequence[str]], score_N: Floats, *, classes: in
         rising = own[np.argsort(score_N[own], kind="stable")]
         found[name] = list(dict.fromkeys([*rising[::-1][:2].tolist(), *rising[:2][::-1].tolist()]))
     return found
+
+
+PIXELS = {"auroc": "pixel AUROC", "ap": "pixel AP", "f1_max": "F1-max", "aupro": "AUPRO"}
+
+
+def pixel_rows(pixels: Mapping[str, Any] | None) -> list[list[str]]:
+    """Figures of the maps against masks."""
+    if not pixels:
+        return []
+    rows = [
+        [heading, f"{100 * its['value']:.1f} ({100 * its['low']:.1f} to {100 * its['high']:.1f})"]
+        for name, heading in PIXELS.items()
+        for its in [pixels[name]]
+    ]
+    rows[-1][0] += f", up to {100 * pixels['fpr_limit']:g} % of good pixels"
+    return [*rows, ["pictures, regions of defects", f"{pixels['images']}, {pixels['regions']}"]]
