@@ -236,9 +236,7 @@ def shown(
             score=float(test.score_N[place]),
             image=image,
             score_map_hw=map_hw,
-            mask_HW=mask_of(encoded)
-            if (encoded := (masks or {}).get(test.shard_set.key(test.sample_N[place])))
-            else None,
+            mask_HW=None if encoded is None else mask_of(encoded),
         )
         for place, image, map_hw in zip(places, images, maps, strict=True)
         for encoded in [(masks or {}).get(test.shard_set.key(test.sample_N[place]))]
