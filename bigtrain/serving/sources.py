@@ -137,6 +137,8 @@ class Reader:
         self.may_be_private = may_be_private
         self.shard_set: Any = None
         self._of_thread = threading.local()
+        if is_address(images):
+            check_public(images, may_be_private=may_be_private)
         is_set = is_address(images) and not is_address_of_picture(images)
         if is_set or (images != "-" and Path(images, MANIFEST).is_file()):
             from bigtrain.data.shard_set import ShardSet

@@ -226,10 +226,38 @@ def test_load_refuses(detector, tmp_path):
         bigtrain.load_detector(tmp_path)
     detector.save(tmp_path / "detector")
     record = json.loads((tmp_path / "detector" / "detector.json").read_text())
-    assert record == {"method": "defend", "version": 1, **asdict(detector.scoring)}
+    assert record.items() >= {"method": "defend", "version": 2, **asdict(detector.scoring)}.items()
     (tmp_path / "detector" / "detector.json").write_text(json.dumps({**record, "method": "oracle"}))
     with pytest.raises(ValueError, match="is of method 'oracle'; this bigtrain loads defend"):
         bigtrain.load_detector(tmp_path / "detector")
+
+
+def test_earlier_version(detector, pictures, tmp_path):
+    """A detector of version 1, without hashes and held-out scores, loads; a newer one is refused."""
+    detector.save(tmp_path / "detector")
+    file = tmp_path / "detector" / "detector.json"
+    record = json.loads(file.read_text())
+    old = {k: v for k, v in record.items() if k not in ("files", "calibration", "bigtrain", "pictures")} | {"version": 1}
+    file.write_text(json.dumps(old))
+    loaded = bigtrain.load_detector(tmp_path / "detector", device="cpu")
+    assert np.array_equal(loaded.score(pictures), detector.score(pictures)) and loaded.judge(pictures)[0].p_value is None
+    file.write_text(json.dumps({**record, "version": 3}))
+    with pytest.raises(ValueError, match="is of version 3, and this bigtrain reads versions up to 2"):
+        bigtrain.load_detector(tmp_path / "detector")
+
+
+def test_changed_files(detector, tmp_path):
+    """A file that was changed, cut or not copied is refused by its name."""
+    detector.save(tmp_path / "detector")
+    file = tmp_path / "detector" / "student.safetensors"
+    whole = file.read_bytes()
+    for changed in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:1000]):
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"student\.safetensors is not the file that was saved with it"):
+            bigtrain.load_detector(tmp_path / "detector", device="cpu")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"student\.safetensors is missing, so the detector was copied in part"):
+        bigtrain.load_detector(tmp_path / "detector", device="cpu")
 
 
 def test_saved_files(detector, pictures, tmp_path):
