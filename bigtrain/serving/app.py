@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 import bigtrain
 from bigtrain.data.decode import Picture
@@ -34,6 +35,7 @@ from bigtrain.text import clean
 
 PAGE = Path(__file__).with_name("drop.html")
 MOST_FILES = 64  # of a request
+DRAIN_S, DRAIN_BYTES = 5.0, 256 << 20  # of a request that is too large
 SECURITY = [
     (b"x-content-type-options", b"nosniff"),
     (b"content-security-policy", b"default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -101,12 +103,26 @@ class Guard:
             await self.app(scope, counted, sent)
         except TooLargeError:
             if not status:
+                await drained(receive)
                 said = f"the request has more than {self.max_bytes} bytes, which is the limit."
                 await sentence(413, said)(scope, receive, sent)
         finally:
             if scope["path"] == "/v1/score":
                 self.figures.requests.labels(status).inc()
                 self.figures.seconds.observe(time.monotonic() - began)
+
+
+async def drained(receive: Callable[[], Awaitable[Any]]) -> None:
+    """Read on for a while and keep nothing: many clients look at an answer only when they have sent everything."""
+    until, came = time.monotonic() + DRAIN_S, 0
+    while time.monotonic() < until and came < DRAIN_BYTES:
+        try:
+            message = await asyncio.wait_for(receive(), DRAIN_S)
+        except TimeoutError:
+            return
+        came += len(message.get("body", b""))
+        if not message.get("more_body"):
+            return
 
 
 class TooLargeError(Exception):
@@ -163,6 +179,8 @@ def make_app(detector: PictureJudge, threshold: float | None, limits: Limits, na
             return sentence(
                 429, f"{batcher.promised} pictures are waiting, the queue is full: ask again later.", **after
             )
+        except ClientDisconnect:
+            return sentence(400, "the request was cut off.")  # nobody reads it
         except TimeoutError:
             return sentence(408, f"the pictures did not come within {limits.deadline_s:g} s.")
         try:

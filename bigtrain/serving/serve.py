@@ -78,12 +78,15 @@ def serve(options: Options) -> int:
 
 def bound(host: str, port: int) -> socket.socket:
     """Raises ValueError: the port is in use, or not ours to take."""
+    if not 0 <= port < 65536:
+        raise ValueError(f"--port {port}: a port lies within 0 and 65535; 0 is any that is free.")
     try:
         family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(place)
-    except (OSError, OverflowError) as error:
-        why = "is in use" if getattr(error, "errno", 0) == errno.EADDRINUSE else f"cannot be used ({error})"
+        listening.listen(2048)  # who asks while the server starts waits for it
+    except OSError as error:
+        why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error})"
         raise ValueError(f"port {port} of {host} {why}: give another --port, or 0 for any that is free.") from error
     return listening

@@ -237,10 +237,14 @@ def test_earlier_version(detector, pictures, tmp_path):
     detector.save(tmp_path / "detector")
     file = tmp_path / "detector" / "detector.json"
     record = json.loads(file.read_text())
-    old = {k: v for k, v in record.items() if k not in ("files", "calibration", "bigtrain", "pictures")} | {"version": 1}
+    old = {k: v for k, v in record.items() if k not in ("files", "calibration", "bigtrain", "pictures")} | {
+        "version": 1
+    }
     file.write_text(json.dumps(old))
     loaded = bigtrain.load_detector(tmp_path / "detector", device="cpu")
-    assert np.array_equal(loaded.score(pictures), detector.score(pictures)) and loaded.judge(pictures)[0].p_value is None
+    assert (
+        np.array_equal(loaded.score(pictures), detector.score(pictures)) and loaded.judge(pictures)[0].p_value is None
+    )
     file.write_text(json.dumps({**record, "version": 3}))
     with pytest.raises(ValueError, match="is of version 3, and this bigtrain reads versions up to 2"):
         bigtrain.load_detector(tmp_path / "detector")
