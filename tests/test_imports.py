@@ -109,7 +109,11 @@ NETWORK = {*SETTINGS, "torch", "torchvision", "timm", "webdataset", "PIL"}
 RECIPES = ("defend", "deep_novelty", "panda", "pretrain", "tune", "distil", "signatures", "baselines")
 COMMANDS = {  # command -> what it may import
     "bigtrain/cli.py --help": set(),
+    **{f"bigtrain/cli.py {name} --help": set() for name in ("score", "calibrate", "export", "push", "serve", "report")},
     "bigtrain/cli.py watch --once nowhere": {"rich"},
+    "bigtrain/cli.py serve --detector nowhere": {"numpy", "PIL"},
+    "bigtrain/cli.py score --detector nowhere --images nowhere --out s.csv": {"numpy", "PIL"},
+    "bigtrain/cli.py score --detector nowhere --images nowhere --out s.txt": {"numpy", "PIL"},
     "shards/__main__.py --help": {"numpy", "PIL"},
     "slurm/slurm_cli.py --help": {"numpy", "pyarrow", "fsspec", "rich"},
     **{f"recipes/{name}.py --help": SETTINGS for name in RECIPES},

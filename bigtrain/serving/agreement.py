@@ -163,6 +163,9 @@ def agreement(before: ImageDetector, after: ExportedDetector, compared: Compared
         )
         if precision == "fp32" and not relative <= WITHIN:
             found.why_not = f"its {name} differs by {relative:.2g} standard deviations, more than {WITHIN:g}."
+    if (threshold := before.scoring.threshold) is not None:
+        changed = int(((one["score"] > threshold) != (two["score"] > threshold)).sum())
+        found.rows.append(("decisions that change", f"{changed} of {len(one['score'])}"))
     if compared.novel_N is None or len(set(compared.novel_N.tolist())) < 2:
         if precision != "fp32":
             found.why_not = (

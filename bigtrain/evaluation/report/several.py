@@ -107,8 +107,8 @@ def sections_of(every: Sequence[Judged], novel_N: Bools, score_AN: Floats) -> li
             for name, score_N in zip(names[1:], score_AN[1:], strict=True)
         ]
         text = [
-            "DeLong's test for AUROC, a paired bootstrap over images for the others. Bold figures of one run can look "
-            "apart where the pair does not, and the other way round: read this table."
+            "In percent, with 95 % intervals: DeLong's for AUROC, a bootstrap that draws the same images for both for "
+            "the others. * marks those without 0. The runs' own intervals may overlap where a difference is told."
         ]
         sections.append(Section(f"Differences to {names[0]}", text, headings, differences))
     roc_band, precision_band = bands(novel_N, score_AN[0])
@@ -131,12 +131,12 @@ def sections_of(every: Sequence[Judged], novel_N: Bools, score_AN: Floats) -> li
 
 
 def cell(figure: Mapping[str, float]) -> str:
-    return f"{100 * figure['value']:.1f} ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
+    return f"{100 * figure['value']:.1f}\n{100 * figure['low']:.1f} to {100 * figure['high']:.1f}"
 
 
 def signed(difference: Estimate) -> str:
     told = "" if difference.low <= 0 <= difference.high else " *"
-    return f"{100 * difference.value:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f}){told}"
+    return f"{100 * difference.value:+.1f}{told}\n{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
 
 
 def paired(novel_N: Bools, one_N: Floats, two_N: Floats, *, seed: int = 0) -> dict[str, Estimate]:
