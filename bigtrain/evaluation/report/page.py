@@ -48,6 +48,7 @@ class Section(NamedTuple):
     chart: Markup = Markup("")
     image: str = ""  # a data URI
     groups: Sequence[Group] = ()
+    legend: Sequence[tuple[int, str]] = ()  # the chart's lines: number of the style, name
 
 
 def write_page(path: Path, title: str, lead: Sequence[str], sections: Sequence[Section]) -> None:

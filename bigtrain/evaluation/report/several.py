@@ -14,7 +14,7 @@ from scipy.stats import norm
 
 from bigtrain.evaluation.intervals import CONFIDENCE, Bools, Floats, bias_corrected_interval, resampled_counts
 from bigtrain.evaluation.metrics import IN_REPORT, Estimate, checked, structural_components, summary
-from bigtrain.evaluation.report.charts import band_chart, roc_points
+from bigtrain.evaluation.report.charts import SERIES, band_chart, roc_points
 from bigtrain.evaluation.report.page import Section, write_page
 from bigtrain.evaluation.report.sections import bands, precision_points
 from bigtrain.text import counted
@@ -114,15 +114,16 @@ def sections_of(every: Sequence[Judged], novel_N: Bools, score_AN: Floats) -> li
     roc_band, precision_band = bands(novel_N, score_AN[0])
     curves = {name: roc_points(novel_N, score_N) for name, score_N in zip(names, score_AN, strict=True)}
     precisions = {name: precision_points(novel_N, score_N) for name, score_N in zip(names, score_AN, strict=True)}
+    legend = [(number % SERIES, name) for number, name in enumerate(names)]
     of_first = [f"The band is that of {names[0]}."]
     sections.append(
-        Section("ROC curves", of_first, chart=band_chart(
+        Section("ROC curves", of_first, legend=legend, chart=band_chart(
             curves, roc_band, has_diagonal=True, x_label="known flagged (false positives)",
             y_label="novel found (true positives)", described="ROC curves",
         ))
     )  # fmt: skip
     sections.append(
-        Section("Precision and recall", of_first, chart=band_chart(
+        Section("Precision and recall", of_first, legend=legend, chart=band_chart(
             precisions, precision_band, x_label="novel found (recall)", y_label="novel among flagged (precision)",
             described="Precision-recall curves",
         ))
@@ -131,12 +132,12 @@ def sections_of(every: Sequence[Judged], novel_N: Bools, score_AN: Floats) -> li
 
 
 def cell(figure: Mapping[str, float]) -> str:
-    return f"{100 * figure['value']:.1f}\n{100 * figure['low']:.1f} to {100 * figure['high']:.1f}"
+    return f"{100 * figure['value']:.1f}\n{100 * figure['low']:.1f}\u00a0to\u00a0{100 * figure['high']:.1f}"
 
 
 def signed(difference: Estimate) -> str:
     told = "" if difference.low <= 0 <= difference.high else " *"
-    return f"{100 * difference.value:+.1f}{told}\n{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
+    return f"{100 * difference.value:+.1f}{told}\n{100 * difference.low:+.1f}\u00a0to\u00a0{100 * difference.high:+.1f}"
 
 
 def paired(novel_N: Bools, one_N: Floats, two_N: Floats, *, seed: int = 0) -> dict[str, Estimate]:
