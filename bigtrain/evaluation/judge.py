@@ -216,7 +216,12 @@ def pixel_record(
         counts.join(accelerator.reduce(arrays, "sum").cpu().numpy())
     if (found := counts.estimates()) is None:
         return None
-    about = {"images": counts.images, "regions": int(counts.regions_G.sum()), "fpr_limit": FPR_LIMIT}
+    about = {
+        "images": counts.images,
+        "regions": int(counts.regions_G.sum()),
+        "fpr_limit": FPR_LIMIT,
+        "prevalence": counts.prevalence,
+    }
     return {name: estimate._asdict() for name, estimate in found.items()} | about
 
 

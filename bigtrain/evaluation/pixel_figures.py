@@ -62,6 +62,12 @@ class PixelCounts:
         self.regions_G[group] += count
         self.images += 1
 
+    @property
+    def prevalence(self) -> float:
+        """The share of defective pixels: the AP of maps that say nothing, whose AUROC is 1/2 and AUPRO 0.15."""
+        good, defective, _ = self.all_3S.sum(axis=1)
+        return float(defective / (good + defective))
+
     def arrays(self) -> NDArray[np.float64]:
         """All counts as one array, which may be summed over processes."""
         return np.concatenate([self.all_3S.ravel(), self.group_G3S.ravel(), self.regions_G, [self.images]])

@@ -1,9 +1,9 @@
 """`bigtrain score`: every picture of a source scored once, by any number of processes, in a table.
 
-    names are listed -> batches are read ahead -> scored -> parts (OUT.parts/, a file for each) -> the table, at the end
+    names are listed -> batches are read ahead -> scored -> rows (OUT.unfinished/, a file for some hundred) -> the table
 
-A part is written whole or not at all, so that the same command continues after whatever stopped it. Processes share
-the parts by their numbers and speak through these files alone: no process group is formed.
+A file of rows is written whole or not at all, so that the same command continues after whatever stopped it. Processes
+share these files by their numbers and speak through them alone: no process group is formed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from bigtrain.serving.summary import Counts, summary_lines
 from bigtrain.serving.table_files import Row, read_table, write_table, writer_for
 from bigtrain.text import class_name, counted
 
-PART = 256  # pictures, at least: what is scored again after a kill
+ROWS = 256  # pictures, at least: what is scored again after a kill
 WAIT_S = 0.2
 PICTURES_FILE, JOB_FILE = "pictures.jsonl", "job.json"
 
@@ -85,27 +85,27 @@ def score(options: Options) -> int:
     detector = any_detector(options.detector, options.device, place.local_rank, place.world_size)
     threshold = detector.threshold(options.threshold)
     extras = Extras.of(options, detector)
-    parts = parts_of(options.out)
+    unfinished = unfinished_of(options.out)
     if options.resume:
         extras.first = (read_json(summary_file(options.out)) or {"pictures": 0})["pictures"]
     if place.rank == 0:
-        begin(parts, job, options)
+        begin(unfinished, job, options)
     else:
-        wait_for(lambda: read_json(parts / JOB_FILE) == job, "the first process to list the pictures")
-    total = sum(1 for _ in listed(parts))
+        wait_for(lambda: read_json(unfinished / JOB_FILE) == job, "the first process to list the pictures")
+    total = sum(1 for _ in listed(unfinished))
     reader = Reader(options.images, may_be_private=options.allow_private)
-    extras.fix_scale(detector, reader, [named for named, _ in islice(listed(parts), 64)])
+    extras.fix_scale(detector, reader, [named for named, _ in islice(listed(unfinished), 64)])
     size = options.batch or detector.scoring.batch
-    part_size = -(-PART // size) * size
+    rows_size = -(-ROWS // size) * size
     with Progress(total, is_shown=place.rank == 0, has_bar=place.world_size == 1) as progress:
         began = time.monotonic()
-        score_parts(parts, part_size, place, detector, threshold, reader, size, extras, progress)
-        count = -(-total // part_size)
+        score_rest(unfinished, rows_size, place, detector, threshold, reader, size, extras, progress)
+        count = -(-total // rows_size)
         if place.rank:
             return 0
-        wait_for(lambda: all(part_file(parts, number).is_file() for number in range(count)), "the other processes")
+        wait_for(lambda: all(rows_file(unfinished, number).is_file() for number in range(count)), "the other processes")
     seconds = time.monotonic() - began
-    counts = finish(options, job, parts, count, threshold, detector)
+    counts = finish(options, job, unfinished, count, threshold, detector)
     print(summary_lines(counts, threshold, detector.calibration, options.out, progress.new, seconds), flush=True)
     if options.page:
         write_page_of(options, counts, detector, extras)
@@ -128,7 +128,7 @@ def job_of(options: Options) -> dict[str, Any]:
 def finished_before(options: Options, job: dict[str, Any]) -> int | None:
     """Refuse a table of another job; of the same job, say that it is finished and return its exit code."""
     out = options.out
-    if read_json(parts_of(out) / JOB_FILE) == job:
+    if read_json(unfinished_of(out) / JOB_FILE) == job:
         return None  # stopped on the way, perhaps between the table and what it leaves to be removed
     if not out.exists():
         if not out.parent.is_dir():
@@ -151,44 +151,44 @@ def finished_before(options: Options, job: dict[str, Any]) -> int | None:
     return UNREADABLE if done["unreadable"] else 0
 
 
-def begin(parts: Path, job: dict[str, Any], options: Options) -> None:
+def begin(unfinished: Path, job: dict[str, Any], options: Options) -> None:
     """List the pictures, once; a job that was stopped keeps its list."""
-    before = read_json(parts / JOB_FILE)
+    before = read_json(unfinished / JOB_FILE)
     if before is not None:
         if before != job:
             raise ValueError(
-                f"{parts} holds the beginning of another job ({before['detector']} on {before['images']}, threshold "
+                f"{unfinished} holds the beginning of another job ({before['detector']} on {before['images']}, threshold "
                 f"{before['threshold'] or 'its own'}): give another --out, or delete it."
             )
-        remove_unfinished(parts)
+        remove_unfinished(unfinished)
         return
     names = pictures_of(options.images, may_be_private=options.allow_private)
     if options.resume and options.out.exists():
         judged = {row["path"] for row in read_table(options.out)}
         names = (named for named in names if text_of(named.name) not in judged)
     first = next(names, None)  # a source without pictures is an error before anything is written
-    parts.mkdir(exist_ok=True)
-    with whole_file(parts / PICTURES_FILE) as file:
+    unfinished.mkdir(exist_ok=True)
+    with whole_file(unfinished / PICTURES_FILE) as file:
         for named in [] if first is None else [first]:
             file.write(_line(named))
         file.writelines(_line(named) for named in names)
-    write_json(parts / JOB_FILE, job)
+    write_json(unfinished / JOB_FILE, job)
 
 
 def _line(named: Named) -> bytes:
     return json.dumps(named).encode("ascii") + b"\n"  # with what is no UTF-8 as surrogates
 
 
-def listed(parts: Path) -> Iterator[tuple[Named, int]]:
+def listed(unfinished: Path) -> Iterator[tuple[Named, int]]:
     """Each picture of the list with its number."""
-    with (parts / PICTURES_FILE).open(encoding="ascii") as file:
+    with (unfinished / PICTURES_FILE).open(encoding="ascii") as file:
         for number, line in enumerate(file):
             yield Named(*json.loads(line)), number
 
 
-def score_parts(
-    parts: Path,
-    part_size: int,
+def score_rest(
+    unfinished: Path,
+    rows_size: int,
     place: Place,
     detector: PictureJudge,
     threshold: Threshold | None,
@@ -197,12 +197,12 @@ def score_parts(
     extras: Extras,
     progress: Progress,
 ) -> None:
-    """Score this process's parts that no earlier start has finished."""
+    """Score this process's share of the files of rows that no earlier start has written."""
     own = list[int]()
 
     def batches() -> Iterator[Sequence[Named]]:
-        for number, some in enumerate(chunks((named for named, _ in listed(parts)), part_size)):
-            if part_file(parts, number).is_file():
+        for number, some in enumerate(chunks((named for named, _ in listed(unfinished)), rows_size)):
+            if rows_file(unfinished, number).is_file():
                 progress.add(len(some), is_new=False)
             elif number % place.world_size == place.rank:
                 for start in range(0, len(some), size):
@@ -212,12 +212,12 @@ def score_parts(
     rows: list[Row] = []
     ready_batches = batches_ahead(batches(), reader, detector.view(), size)
     for done, ready in enumerate(ready_batches):
-        first = own[done] * part_size + len(rows)
+        first = own[done] * rows_size + len(rows)
         rows += rows_of(ready, detector, threshold, extras, first)
         progress.add(len(ready.named))
         if done + 1 == len(own) or own[done + 1] != own[done]:
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_text(part_file(parts, own[done]), text, "renamed")
+            write_text(rows_file(unfinished, own[done]), text, "renamed")
             rows = []
 
 
@@ -247,9 +247,14 @@ def rows_of(ready: Ready, detector: PictureJudge, threshold: Threshold | None, e
 
 
 def finish(
-    options: Options, job: dict[str, Any], parts: Path, count: int, threshold: Threshold | None, detector: PictureJudge
+    options: Options,
+    job: dict[str, Any],
+    unfinished: Path,
+    count: int,
+    threshold: Threshold | None,
+    detector: PictureJudge,
 ) -> Counts:
-    """Join the parts to the table, count on the way, and remove them."""
+    """Join the files of rows to the table, count on the way, and remove them."""
     counts = Counts(options.top if options.page else 0, frozenset(map(class_name, options.known)))
 
     def rows() -> Iterator[Row]:
@@ -258,9 +263,9 @@ def finish(
             for row in read_table(options.out):
                 before.add(row["path"])
                 yield counts.seen({**row, "shows": ""}, None)
-        named = (each for each, _ in listed(parts))
+        named = (each for each, _ in listed(unfinished))
         for number in range(count):
-            for line in part_file(parts, number).read_text(encoding="utf-8").splitlines():
+            for line in rows_file(unfinished, number).read_text(encoding="utf-8").splitlines():
                 row, its = json.loads(line), next(named)
                 if row["path"] not in before:  # else joined already, before a kill
                     yield counts.seen(row, its)
@@ -268,16 +273,16 @@ def finish(
     write_table(options.out, rows())
     record = {"job": job, **counts.record(), "threshold": None if threshold is None else threshold._asdict()}
     write_json(summary_file(options.out), record)
-    shutil.rmtree(parts)
+    shutil.rmtree(unfinished)
     return counts
 
 
-def parts_of(out: Path) -> Path:
-    return out.with_name(out.name + ".parts")
+def unfinished_of(out: Path) -> Path:
+    return out.with_name(out.name + ".unfinished")
 
 
-def part_file(parts: Path, number: int) -> Path:
-    return parts / f"part-{number:08d}.jsonl"
+def rows_file(unfinished: Path, number: int) -> Path:
+    return unfinished / f"rows-{number:08d}.jsonl"
 
 
 def summary_file(out: Path) -> Path:

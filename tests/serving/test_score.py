@@ -100,7 +100,7 @@ def test_unreadable_pictures(finished, photos, broken, tmp_path, command):
 
 
 def test_killed_and_continued(finished, photos, tmp_path):
-    """After SIGKILL the same command continues: no picture is lost or doubled, finished parts are not scored again."""
+    """After SIGKILL the same command continues: no picture is lost or doubled, what is written is not scored again."""
     many = tmp_path / "many"
     many.mkdir()
     files = sorted(photos.rglob("*.png"))
@@ -108,12 +108,12 @@ def test_killed_and_continued(finished, photos, tmp_path):
         os.link(files[number % len(files)], many / f"{number:05d}.png")
     line = [*COMMAND, "score", "--detector", finished, "--images", many, "--out", tmp_path / "s.parquet"]
     process = subprocess.Popen(list(map(str, line)), env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, cwd=tmp_path)
-    parts, until = tmp_path / "s.parquet.parts", time.monotonic() + 100
-    while not list(parts.glob("part-*.jsonl")) and time.monotonic() < until:
+    parts, until = tmp_path / "s.parquet.unfinished", time.monotonic() + 100
+    while not list(parts.glob("rows-*.jsonl")) and time.monotonic() < until:
         time.sleep(0.02)
     process.kill()
     process.wait()
-    kept = {part: part.stat().st_mtime_ns for part in parts.glob("part-*.jsonl")}
+    kept = {part: part.stat().st_mtime_ns for part in parts.glob("rows-*.jsonl")}
     assert kept and not (tmp_path / "s.parquet").exists()
     done = subprocess.run(
         list(map(str, line)), env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True
@@ -126,7 +126,7 @@ def test_killed_and_continued(finished, photos, tmp_path):
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
 def test_two_processes(finished, photos, tmp_path, launcher):
-    """Two processes share the parts, by either launcher's variables, and give the table of one."""
+    """Two processes share the pictures, by either launcher's variables, and give the table of one."""
     many = tmp_path / "many"
     many.mkdir()
     files = sorted(photos.rglob("*.png"))
@@ -311,8 +311,10 @@ def test_other_detector_s_table(finished, saved, photos, tmp_path, command):
         code, _, error = command(*line, *further)
         assert code == 2 and "holds scores of another" in error and "another name" in error
     assert (tmp_path / "s.csv").read_bytes() == before
-    (tmp_path / "t.csv.parts").mkdir()
-    (tmp_path / "t.csv.parts" / "job.json").write_text(json.dumps({"detector": "x", "images": "y", "threshold": ""}))
+    (tmp_path / "t.csv.unfinished").mkdir()
+    (tmp_path / "t.csv.unfinished" / "job.json").write_text(
+        json.dumps({"detector": "x", "images": "y", "threshold": ""})
+    )
     code, _, error = command("score", "--images", photos, "--out", tmp_path / "t.csv", "--detector", saved)
     assert code == 2 and "holds the beginning of another job (x on y" in error
 

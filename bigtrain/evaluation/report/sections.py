@@ -177,4 +177,7 @@ def pixel_rows(pixels: Mapping[str, Any] | None) -> list[list[str]]:
         for its in [pixels[name]]
     ]
     rows[-1][0] += f", up to {100 * pixels['fpr_limit']:g} % of good pixels"
+    rows.append(
+        ["by chance: AUROC, AP, AUPRO", f"50.0, {100 * pixels['prevalence']:.1f}, {50 * pixels['fpr_limit']:.1f}"]
+    )
     return [*rows, ["pictures, regions of defects", f"{pixels['images']}, {pixels['regions']}"]]
