@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables.set_defaults(run_command=_tables)
     report = subparsers.add_parser("report", help="several runs in one page, with paired differences")
     report.add_argument("runs", type=Path, nargs="+", help="finished runs that were judged on the same test pictures")
-    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page (report.html)")
+    report.add_argument("--out", type=Path, default=Path("compared.html"), help="the page (compared.html)")
     report.set_defaults(run_command=_report)
     commands.add_to(subparsers)
     given = parser.parse_args(argv)

@@ -91,6 +91,7 @@ def baselines(config: Config, setup: Setup, split: Split, networks: Mapping[str,
     """Extract features and logits, fit each detector to them, and judge all in one table."""
     from bigtrain.runtime.settings import result_settings
     from bigtrain.training.feature_table import Table, read_inputs, score_rows
+    from bigtrain.training.row_cards import write_cards
 
     described = "; ".join(f"{its.network.architecture.model}{n}, {its.network.report}" for n, its in networks.items())
     setup.announce(f"baselines: {split}; {described}")
@@ -108,7 +109,7 @@ def baselines(config: Config, setup: Setup, split: Split, networks: Mapping[str,
     if setup.accelerator.is_main_process:
         table.write_scores(setup.run / "scores.parquet")
         table.write_report(setup.run / "report.html", "Classical detectors", result_settings(config))
-        table.write_cards(setup.run / "detectors", result_settings(config))
+        write_cards(table, setup.run / "detectors", result_settings(config))
     return Result(table.results("baselines"), table.lines())
 
 

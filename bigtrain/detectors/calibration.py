@@ -78,7 +78,7 @@ class Calibration:
         self.check_any(said)
         if not 0 < rate < 1:
             raise ValueError(f"{said}: a share of false alarms lies above 0 and below 1; give 0.05, say.")
-        place = math.floor(rate * (len(self) + 1) + SOON)  # it is one of the `place` highest
+        place = min(math.floor(rate * (len(self) + 1) + SOON), len(self))  # it is one of the `place` highest
         if not place:
             raise ValueError(
                 f"{said}: with {len(self)} held-out pictures a rate of {100 * rate:g} % cannot be promised: at least "
@@ -119,10 +119,11 @@ class Calibration:
             return self.for_rate(value, said)
         if len(self):
             low, high = float(self.score_N[0]), float(self.score_N[-1])
-            if not low <= value <= high + (high - low):
+            if value < low or (high > low and value > high + (high - low)):
                 raise ValueError(
                     f"{said} lies outside of the scores: those of the held-out normal pictures are {low:.6g} to "
-                    f"{high:.6g}, so all pictures would be judged alike. Give one between, or false-alarms=RATE."
+                    f"{high:.6g}. Below them every picture would be novel, and so far above them nothing tells how "
+                    "many novel ones would be missed. Give one near them, or false-alarms=RATE."
                 )
         return self.threshold(value)
 

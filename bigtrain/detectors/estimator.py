@@ -36,8 +36,14 @@ class PictureEstimator(BaseEstimator):
         return True
 
     def score_samples(self, X: Iterable[Given]) -> NDArray[np.float64]:
-        """Raises ValueError: a picture cannot be read; it is named."""
-        return -self.detector.score(X, unreadable="raise")
+        """Raises ValueError: a picture cannot be read, and is named, or its score is no number."""
+        score_B = self.detector.score(X, unreadable="raise")
+        if not np.isfinite(score_B).all():
+            first = int(np.flatnonzero(~np.isfinite(score_B))[0])
+            raise ValueError(
+                f"the score of picture {first} (counted from 0) is {score_B[first]}: look for an overflow."
+            )
+        return -score_B
 
     def decision_function(self, X: Iterable[Given]) -> NDArray[np.float64]:
         """Raises ValueError: there is no threshold, or a picture cannot be read."""

@@ -109,7 +109,7 @@ class PictureJudge:
             Judgement(
                 score=float(score),
                 p_value=None if np.isnan(p_value_B[i]) else float(p_value_B[i]),
-                novel=None if threshold is None else bool(score > threshold),
+                novel=None if threshold is None or not np.isfinite(score) else bool(score > threshold),
                 class_name=None if found.class_B is None else self.class_names[int(found.class_B[i])],
                 map_hw=None if found.map_Bhw is None else found.map_Bhw[i],
             )

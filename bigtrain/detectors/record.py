@@ -33,6 +33,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     version = record.get("version") if isinstance(record, dict) else None
     if not isinstance(version, int):
         raise ValueError(f"{file} is no record of a detector: give the folder `detector` of a finished run.")
+    if not isinstance(record.get("method"), str) or not isinstance(record.get("files", {}), dict):
+        raise ValueError(f"{file} is no record of a detector: give the folder `detector` of a finished run.")
     if version > VERSION:
         raise ValueError(
             f"{file} is of version {version}, and this bigtrain reads versions up to {VERSION}: install a newer one."
@@ -46,8 +48,14 @@ def check_files(folder: Path, record: Mapping[str, Any]) -> None:
     Raises:
         ValueError: one is missing, cut or changed; it is named.
     """
+    if "files" not in record and record["version"] > 1:
+        raise ValueError(f"{folder / DETECTOR_FILE} lacks the hashes of its files, so it was changed: copy it again.")
     for name, expected in record.get("files", {}).items():
-        file = folder / Path(name).name
+        file = folder / name
+        if Path(name).name != name:
+            raise ValueError(
+                f"{folder / DETECTOR_FILE} names the file {name!r}, which is not beside it: copy it again."
+            )
         if not file.is_file():
             raise ValueError(f"{file} is missing, so the detector was copied in part: copy it again.")
         if sha256_of(file) != expected:

@@ -113,10 +113,8 @@ def judge(
         results["pixels"] = pixels
     if accelerator.is_main_process:
         detector.save(folder / "detector")
-        write_card(
-            folder / "detector", method=method, results=results, settings=settings, figures=figures,
-            licences=licences_of(split, settings), near=near_threshold(scored, threshold),
-        )  # fmt: skip
+        near = near_threshold(scored, threshold)
+        write_own_card(folder / "detector", method, results, settings, split, figures=figures, near=near)
         write_scores(folder / "scores.parquet", [scored, known_scored] if held_out else [scored])
         for_report = {**results, "metrics": figures, "detector": method, "threshold": threshold, "settings": settings}
         for_report["threshold_quantile"] = quantile
@@ -139,6 +137,21 @@ def judge(
         )
     accelerator.wait_for_everyone()
     return results
+
+
+def write_own_card(
+    folder: Path,
+    method: str,
+    results: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    split: Split,
+    *,
+    figures: Mapping[str, Any] | None = None,
+    near: Sequence[tuple[float, Image.Image]] = (),
+) -> None:
+    """The card of a saved detector; see `write_card`."""
+    licences = licences_of(split, settings)
+    write_card(folder, method=method, results=results, settings=settings, figures=figures, licences=licences, near=near)
 
 
 def licences_of(split: Split, settings: Mapping[str, Any]) -> dict[str, str]:

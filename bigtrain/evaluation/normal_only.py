@@ -19,9 +19,8 @@ from bigtrain.data.stream import Stream
 from bigtrain.detectors.image_detector import ImageDetector
 from bigtrain.evaluation.collect import collect, mean_over
 from bigtrain.evaluation.intervals import false_alarms
-from bigtrain.evaluation.judge import licences_of, near_threshold
+from bigtrain.evaluation.judge import near_threshold, write_own_card
 from bigtrain.evaluation.metrics import explained
-from bigtrain.evaluation.report.model_card import write_card
 from bigtrain.evaluation.report.page import Group, Section, Strip, card, write_page
 from bigtrain.evaluation.report.report import flattened
 from bigtrain.evaluation.scored import (
@@ -55,10 +54,8 @@ def judge_normal(
 ) -> dict[str, Any]:
     """Score, calibrate on held-out normal pictures, write detector/, scores.parquet and report.html to the run folder.
 
-    Called on all ranks; the first one writes. Arguments as of `judge`; `bank_N` are the training pictures among which
-    the most unusual are shown.
-
-    Returns the record of results.json, the same on all ranks.
+    Called on all ranks; the first one writes. Arguments as of `judge`; among `bank_N`, of training, the most unusual
+    are shown. Returns the record of results.json, the same on all ranks.
     """
     constants = {
         name: partial(d.constant_score, constant=mean_over(accelerator, read(split.train, bank_N), d.target))
@@ -93,15 +90,12 @@ def judge_normal(
         results["explained"] = explained(held_out, next(iter(errors.values())), seed=seed)._asdict()
     if accelerator.is_main_process:
         detector.save(folder / "detector")
-        write_card(
-            folder / "detector", method=method, results=results, settings=settings, figures=None,
-            licences=licences_of(split, settings), near=near_threshold(by_name["held_out"], threshold)
-            if "held_out" in by_name else [],
-        )  # fmt: skip
+        near = near_threshold(by_name["held_out"], threshold) if len(held_out) else []
+        write_own_card(folder / "detector", method, results, settings, split, near=near)
         write_scores(folder / "scores.parquet", parts)
         lead = [f"{split}. There are no novel pictures, so no figure says how well novelty is found."]
-        sections = [*figures_of(results, held_out), *strips_of(by_name), settings_of(settings)]
-        write_page(folder / "report.html", f"{method}: normal pictures only", lead, sections)
+        shown = [*figures_of(results, held_out), *strips_of(by_name), settings_of(settings)]
+        write_page(folder / "report.html", f"{method}: normal pictures only", lead, shown)
     accelerator.wait_for_everyone()
     return results
 

@@ -33,13 +33,17 @@ def check_public(address: str, *, may_be_private: bool = False) -> None:
     Raises:
         ValueError: it is, or it has no host.
     """
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port or 0
+    except ValueError as error:
+        raise ValueError(f"{address} is no address ({error}): give http://HOST/....") from error
     if parts.scheme not in SCHEMES or may_be_private:
         return
-    if not parts.hostname:
+    if not host:
         raise ValueError(f"{address} names no host: give http://HOST/....")
     try:
-        public_place(parts.hostname, parts.port or 0)
+        public_place(host, port)
     except OSError as error:
         raise ValueError(f"{address}: its host is not known ({error}): check the address.") from error
 
@@ -63,7 +67,7 @@ def fetched(address: str, *, may_be_private: bool = False, max_bytes: int = MAX_
     Raises:
         UnreadableError: another kind of address, a private one, no answer, an error, or more than `max_bytes`.
     """
-    if urlsplit(address).scheme not in SCHEMES:
+    if not address.startswith(tuple(f"{scheme}://" for scheme in SCHEMES)):
         raise UnreadableError(f"an address of a picture begins with http:// or https://, and this is {address[:200]}")
     try:
         request = urllib.request.Request(address, headers={"User-Agent": "bigtrain"})

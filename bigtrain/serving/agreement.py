@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from PIL import Image
 
 from bigtrain.data.decode import Picture
 from bigtrain.detectors.image_detector import ImageDetector
+from bigtrain.evaluation.intervals import share_interval
 from bigtrain.evaluation.metrics import Estimate, auroc
 from bigtrain.images import UnreadableError
 from bigtrain.serving.exported import ExportedDetector, spread
@@ -22,6 +23,7 @@ from bigtrain.text import counted
 
 FEWEST = 200  # pictures
 WITHIN = 1e-4  # standard deviations of the scores, and of the maps, in fp32
+ROUNDING = 1e-9
 EVERY_GREY, EVERY_ODD = 8, 8
 
 
@@ -29,12 +31,17 @@ EVERY_GREY, EVERY_ODD = 8, 8
 class Compared:
     """Pictures, whether each is novel (None: nobody knows), and where they come from."""
 
-    images: Sequence[Image.Image]
+    payloads: Sequence[bytes]  # Encoded, for decoded ones would fill the memory.
     novel_N: NDArray[np.bool_] | None
     said: str
 
     def __str__(self) -> str:
         return self.said
+
+    def images(self) -> Iterator[Image.Image]:
+        """Each picture, some made grey, some cut to an odd size."""
+        for number, payload in enumerate(self.payloads):
+            yield varied(Picture(payload).rgb(), number)
 
 
 def pictures_to_compare(folder: Path, images: str, most: int) -> Compared:
@@ -50,23 +57,25 @@ def pictures_to_compare(folder: Path, images: str, most: int) -> Compared:
         payloads, novel_N, source = read_some(images, most), None, images
     else:
         payloads, novel_N, source = of_run(folder, most)
-    opened, is_kept = list[Image.Image](), list[bool]()
-    for number, payload in enumerate(payloads):
-        try:
-            opened.append(varied(Picture(payload).rgb(), number))
-        except UnreadableError:
-            is_kept.append(False)
-        else:
-            is_kept.append(True)
-    if len(opened) < FEWEST:
+    is_kept = [is_readable(payload) for payload in payloads]
+    kept = [payload for payload, is_whole in zip(payloads, is_kept, strict=True) if is_whole]
+    if len(kept) < FEWEST:
         raise ValueError(
-            f"{source} has {counted(len(opened), 'picture')} that can be read, and an export is compared on at least "
+            f"{source} has {counted(len(kept), 'picture')} that can be read, and an export is compared on at least "
             f"{FEWEST}: give more with --images."
         )
     novel_N = None if novel_N is None else novel_N[is_kept]
-    greys = sum(number % EVERY_GREY == 0 for number in range(len(opened)))
-    said = f"{len(opened)} pictures of {source}, {greys} of them made grey, as many cut to odd sizes"
-    return Compared(opened, novel_N, said)
+    greys = sum(number % EVERY_GREY == 0 for number in range(len(kept)))
+    said = f"{len(kept)} pictures of {source}, {greys} of them made grey, as many cut to odd sizes"
+    return Compared(kept, novel_N, said)
+
+
+def is_readable(payload: bytes) -> bool:
+    try:
+        Picture(payload).rgb()
+    except UnreadableError:
+        return False
+    return True
 
 
 def varied(image: Image.Image, number: int) -> Image.Image:
@@ -148,10 +157,14 @@ class Agreement:
 def agreement(before: ImageDetector, after: ExportedDetector, compared: Compared, precision: str) -> Agreement:
     """Score all pictures by both.
 
-    In fp32 no score and no map may differ by more than WITHIN standard deviations; in fewer bits the AUROC must stay
-    inside of the detector's interval, which needs pictures whose classes are known.
+    In fp32 no score and no map may differ by more than WITHIN standard deviations. In fewer bits, which needs pictures
+    whose classes are known, the AUROC must stay inside of the detector's interval and, for the thresholds and p-values
+    that the export keeps, the share of known pictures that it flags inside of what so many pictures leave open.
+
+    Args:
+        before: in fp32, whatever the run scored in.
     """
-    one, two = (judged(detector, as_input(compared.images, after)) for detector in (before, after))
+    one, two = (judged(detector, as_input(compared.images(), after)) for detector in (before, after))
     found = Agreement()
     off = {"score": differing(one["score"], two["score"])}
     if "map" in one:
@@ -179,6 +192,13 @@ def agreement(before: ImageDetector, after: ExportedDetector, compared: Compared
     ]
     if not figures[0].low <= figures[1].value <= figures[0].high:
         found.why_not = "its AUROC lies outside of the detector's interval."
+    if threshold is not None:
+        known_N = ~compared.novel_N
+        flagged = [int((each["score"][known_N] > threshold).sum()) for each in (one, two)]
+        low, high = share_interval(flagged[0], int(known_N.sum()))
+        found.rows.append(("known pictures flagged", f"{flagged[0]} by the detector, {flagged[1]} by the export"))
+        if not low - ROUNDING <= flagged[1] / known_N.sum() <= high + ROUNDING:
+            found.why_not = "it flags another share of known pictures, so that its threshold is not the detector's."
     return found
 
 
@@ -192,7 +212,7 @@ def differing(one: NDArray[np.floating], two: NDArray[np.floating]) -> tuple[flo
     return largest, largest / spread(np.asarray(one, np.float64))
 
 
-def judged(detector: Any, images: Sequence[Image.Image]) -> dict[str, NDArray[np.floating]]:
+def judged(detector: Any, images: Iterable[Image.Image]) -> dict[str, NDArray[np.floating]]:
     judgements = detector.judge(images)
     found = {"score": np.array([each.score for each in judgements])}
     if judgements[0].map_hw is not None:
@@ -200,10 +220,10 @@ def judged(detector: Any, images: Sequence[Image.Image]) -> dict[str, NDArray[np
     return found
 
 
-def as_input(images: Sequence[Image.Image], after: ExportedDetector) -> Sequence[Image.Image]:
+def as_input(images: Iterable[Image.Image], after: ExportedDetector) -> Iterable[Image.Image]:
     """Pictures of the export's input size, where it resizes them itself: the detector is given the same."""
     if not after.record["resizes"]:
         return images
     view, rng = after.view(), np.random.default_rng(0)
-    views = [view(Picture.of(image), rng)["image"] for image in images]
-    return [Image.fromarray(each.transpose(1, 2, 0)) for each in views]
+    views = (view(Picture.of(image), rng)["image"] for image in images)
+    return (Image.fromarray(each.transpose(1, 2, 0)) for each in views)

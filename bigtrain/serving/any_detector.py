@@ -29,6 +29,8 @@ def any_detector(path: str, device: str | None = None, local_rank: int = 0, worl
     if file.is_file() and file.suffix != ".pt2":
         from bigtrain.serving.exported import ExportedDetector
 
+        if device is None and world_size > 1:
+            device = f"cuda:{local_rank}"  # where its runtime has GPUs
         return ExportedDetector.load(file, device=device)
     import torch
 
@@ -36,10 +38,10 @@ def any_detector(path: str, device: str | None = None, local_rank: int = 0, worl
     from bigtrain.runtime.launch import threads_of_process
 
     torch.set_num_threads(threads_of_process())
-    if device is None and world_size > 1 and torch.cuda.is_available():
-        device = f"cuda:{local_rank % torch.cuda.device_count()}"
     if file.is_file():
         from bigtrain.serving.exported import ExportedDetector
 
         return ExportedDetector.load(file, device=device)
+    if device is None and world_size > 1 and torch.cuda.is_available():
+        device = f"cuda:{local_rank % torch.cuda.device_count()}"
     return load_detector(file, device=device)

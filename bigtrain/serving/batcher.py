@@ -66,7 +66,9 @@ class Batcher:
         self._thread.shutdown()
 
     def promise(self, pictures: int) -> None:
-        """Raises FullError: they do not fit the queue."""
+        """Raises FullError: they do not fit the queue now; ValueError: they never will."""
+        if pictures > self.queue:
+            raise ValueError(f"{pictures} pictures came, and at most {self.queue} are scored at once: send fewer.")
         if self.promised + pictures > self.queue:
             raise FullError(max(self.promised * self._per_picture_s, 1.0))
         self.promised += pictures

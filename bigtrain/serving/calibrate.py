@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from bigtrain.detectors import detector_folder
-from bigtrain.detectors.calibration import Calibration, Threshold
+from bigtrain.detectors import HUB_PREFIX, detector_folder
+from bigtrain.detectors.calibration import SOON, Calibration, Threshold
 from bigtrain.detectors.image_detector import calibrated
 from bigtrain.detectors.record import DETECTOR_FILE, VERSION, read_record
+from bigtrain.evaluation.report.model_card import write_threshold
 from bigtrain.files import whole_folder, write_json
 from bigtrain.progress import Progress
 from bigtrain.runtime.exit_codes import UNREADABLE
@@ -78,6 +79,8 @@ def checked_folder(options: Options) -> Path:
             f"--detector {options.detector} is an exported model, which keeps its calibration: calibrate the detector "
             "that it was made from, and export again."
         )
+    if options.out is None and options.detector.startswith(HUB_PREFIX):
+        raise ValueError(f"--detector {options.detector} is a copy of the hub's, and is not changed: give --out DIR.")
     if options.out is not None and options.out.exists():
         raise ValueError(f"--out {options.out} exists: name a new folder.")
     return detector_folder(options.detector)
@@ -113,12 +116,14 @@ def write(
     }
     if options.out is None:
         write_json(folder / DETECTOR_FILE, record)
+        write_threshold(folder, record)
         return
     with whole_folder(options.out) as copy:
         for file in folder.iterdir():
             if file.is_file() and file.name != DETECTOR_FILE:
                 shutil.copyfile(file, copy / file.name)
         write_json(copy / DETECTOR_FILE, record)
+        write_threshold(copy, record)
 
 
 def said(
@@ -134,8 +139,8 @@ def said(
         f"threshold {now.value:.6g}{was}, from {counted(len(calibration), 'normal picture')}: it will flag "
         f"{100 * now.low:.2g} to {100 * now.high:.2g} % of normal pictures (95 % interval)"
     ]
-    if 1 / (len(calibration) + 1) > 1 - options.percentile / 100:
-        needed = int(np.ceil(1 / (1 - options.percentile / 100) - 1e-9)) - 1
+    if 1 / (len(calibration) + 1) > 1 - options.percentile / 100 + SOON:
+        needed = int(np.ceil(1 / (1 - options.percentile / 100) - 1e-6)) - 1
         lines.append(
             f"of {len(calibration)} pictures a rate of {100 - options.percentile:g} % cannot be promised: at least "
             f"{needed} are needed"

@@ -52,7 +52,8 @@ def add_score(subparsers: Any) -> None:
 
 
 def _score(given: argparse.Namespace) -> int:
-    from bigtrain.serving.score import Options, score
+    from bigtrain.serving.score import score
+    from bigtrain.serving.score_job import Options
 
     if given.batch is not None and given.batch < 1:
         raise ValueError(f"--batch {given.batch} must be at least 1.")

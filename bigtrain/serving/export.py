@@ -58,7 +58,9 @@ def export(options: Options) -> int:
     checked_size(detector, options.input_size)
     graph = Graph(detector, options.input_size)
     compared = pictures_to_compare(folder, options.images, options.pictures)
-    print(f"comparing on {compared}", flush=True)
+    precision = detector.scoring.precision
+    also = "" if precision == "fp32" else f" (the detector in fp32; its run scored in {precision})"
+    print(f"comparing on {compared}{also}", flush=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as place:
         file = Path(place, out.name)
         with quiet():
@@ -93,8 +95,9 @@ def checked_out(options: Options, folder: Path) -> Path:
         raise ValueError(f"--out {out} must end in {ending} for --to {options.to}.")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist: make it, or name another.")
-    if out.exists():
-        raise ValueError(f"--out {out} exists: give another name, or remove it.")
+    for file in (out, out.with_suffix(".bin")) if options.to == "openvino" else (out,):
+        if file.exists():
+            raise ValueError(f"--out {out}: {file} exists: give another name, or remove it.")
     needs = {
         "onnx": ("onnx", "onnxscript", "onnxruntime"),
         "openvino": ("openvino", "onnx", "onnxscript", "onnxruntime"),

@@ -92,7 +92,10 @@ def _onnx(file: Path, device: str | None) -> tuple[str, Run]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads()
     options.log_severity_level = 3
-    providers = ["CUDAExecutionProvider"] * on_gpu + ["CPUExecutionProvider"]
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if on_gpu:  # TF32 would leave three digits of a score
+        number = int((device or "cuda:0").partition(":")[2] or 0)
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": number, "use_tf32": 0}))
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=providers)
     except Exception as error:  # its errors are of no common class

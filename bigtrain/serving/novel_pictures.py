@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from bigtrain.serving.sources import Named, Reader, is_address
 
 if TYPE_CHECKING:
     from bigtrain.evaluation.report.overlays import Scale
-    from bigtrain.serving.score import Options
+    from bigtrain.serving.score_job import Options
     from bigtrain.serving.summary import Counts
 
 MAX_SIDE = 512  # pixels of an overlay
@@ -38,6 +38,7 @@ class Extras:
     reader: Reader
     scale: Scale | None = None
     first: int = 0  # The number of the first picture: how many an earlier table has.
+    missed: list[str] = field(default_factory=list)  # Pictures that were gone when they were to be written.
 
     @classmethod
     def of(cls, options: Options, detector: PictureJudge) -> Extras:
@@ -47,11 +48,27 @@ class Extras:
                 "--maps needs a detector that scores patch by patch, and this one scores whole pictures: leave it out, "
                 "or take a detector of recipes/defend.py."
             )
-        folders = (options.maps, options.maps_raw, options.copy_novel, options.link_novel)
-        for folder in folders:
+        if options.page is not None and not options.page.absolute().parent.is_dir():
+            raise ValueError(f"--page {options.page}: its folder does not exist: make it, or name another.")
+        reader = Reader(options.images, may_be_private=options.allow_private)
+        if options.link_novel and (reader.shard_set is not None or options.images.endswith(".tar")):
+            raise ValueError(f"--link-novel: pictures in {options.images} are no files of their own: use --copy-novel.")
+        return cls(options.maps, options.maps_raw, options.copy_novel, options.link_novel, reader)
+
+    def begin(self) -> None:
+        for folder in (self.maps, self.maps_raw, self.copies, self.links):
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-        return cls(*folders, Reader(options.images, may_be_private=options.allow_private))
+
+    def tell(self) -> None:
+        """What could not be written."""
+        if self.missed:
+            more = f" and {len(self.missed) - 3} more" if len(self.missed) > 3 else ""
+            print(f"not copied, linked or drawn, for they are gone: {', '.join(self.missed[:3])}{more}", flush=True)
+        if self.maps and self.scale is None:
+            print(
+                "--maps: none of the first 64 pictures could be read, so no scale was found and none drawn", flush=True
+            )
 
     def fix_scale(self, detector: PictureJudge, reader: Reader, first: Sequence[Named]) -> None:
         """Span the colours by the maps of the first pictures: the same in every process and after a restart."""
@@ -72,8 +89,7 @@ class Extras:
         if self.maps and judged.map_hw is not None and self.scale is not None:
             from bigtrain.evaluation.report.overlays import overlay
 
-            (payload,) = self.reader.read([named])
-            if isinstance(payload, bytes):
+            if (payload := self._read(named)) is not None:
                 image = Picture(payload).rgb()
                 image.thumbnail((MAX_SIDE, MAX_SIDE))
                 with whole_file(self.maps / f"{name}.png", "renamed") as file:
@@ -81,12 +97,24 @@ class Extras:
         if not judged.novel:
             return
         if self.links:
-            link_to(named, self.links / with_ending(name, named))
-        if self.copies:
-            (payload,) = self.reader.read([named])
-            if isinstance(payload, bytes):
-                with whole_file(self.copies / with_ending(name, named), "renamed") as file:
-                    file.write(payload)
+            self._link(named, self.links / with_ending(name, named))
+        if self.copies and (payload := self._read(named)) is not None:
+            with whole_file(self.copies / with_ending(name, named), "renamed") as file:
+                file.write(payload)
+
+    def _read(self, named: Named) -> bytes | None:
+        (payload,) = self.reader.read([named])
+        if isinstance(payload, bytes):
+            return payload
+        self.missed.append(named.name)
+        return None
+
+    def _link(self, named: Named, link: Path) -> None:
+        if is_address(named.place) or not Path(named.place).is_file():
+            self.missed.append(named.name)
+            return
+        with suppress(FileExistsError):  # of an earlier start
+            link.symlink_to(Path(named.place).absolute())
 
 
 def safe_name(number: int, name: str) -> str:
@@ -99,14 +127,6 @@ def safe_name(number: int, name: str) -> str:
 def with_ending(name: str, named: Named) -> str:
     ending = re.sub(r"[^A-Za-z0-9.]", "", Path(named.name.partition("?")[0]).suffix)[:6]
     return name + ending
-
-
-def link_to(named: Named, link: Path) -> None:
-    """Raises ValueError: the picture is no file of its own."""
-    if is_address(named.place) or named.start >= 0 or not Path(named.place).is_file():
-        raise ValueError(f"{named.name} is no file that could be linked to: use --copy-novel.")
-    with suppress(FileExistsError):  # of an earlier start
-        link.symlink_to(Path(named.place).absolute())
 
 
 def write_page_of(options: Options, counts: Counts, detector: PictureJudge, extras: Extras) -> None:
@@ -140,7 +160,7 @@ def write_page_of(options: Options, counts: Counts, detector: PictureJudge, extr
         for card, (image, each) in zip(cards, maps, strict=True):
             card["overlay"] = page_image(overlay(image, each, scale))
     lead = [
-        f"The {len(cards)} highest scores of {counts.pictures} pictures of {options.images}, by {options.detector}. "
+        f"The {len(cards)} highest scores of {counts.eligible} pictures of {options.images}, by {options.detector}. "
         "Scores are novelty: higher = more novel. p is the share of held-out normal pictures that score as high."
     ]
     write_page(options.page, "Most novel pictures", lead, [Section("", groups=[Group("", [Strip("", cards)])])])

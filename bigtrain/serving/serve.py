@@ -53,7 +53,7 @@ def serve(options: Options) -> int:
     import uvicorn
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from bigtrain.serving.app import Limits, make_app
+    from bigtrain.serving.app import Limits, Service, make_app
 
     detector = any_detector(options.detector, options.device)
     threshold = detector.threshold(options.threshold)
@@ -61,7 +61,7 @@ def serve(options: Options) -> int:
         max_bytes=int(options.max_mb * 1e6), max_pixels=options.max_pixels, queue=options.queue,
         max_wait_ms=options.max_wait_ms, deadline_s=options.deadline_s, most=options.batch,
     )  # fmt: skip
-    app = make_app(detector, None if threshold is None else threshold.value, limits, options.detector)
+    app = make_app(Service(detector, None if threshold is None else threshold.value, limits, options.detector))
     if options.host in ("127.0.0.1", "localhost", "::1"):
         # a page of elsewhere whose name leads here must not read the answers
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])

@@ -59,7 +59,12 @@ def pictures_of(images: str, *, may_be_private: bool = False) -> Iterator[Named]
         return iter([Named(images, images)])
     if glob.has_magic(images):
         found = (Path(name) for name in sorted(glob.glob(images, recursive=True)))  # noqa: PTH207  # of absolute ones too
-        files = (Named(str(file), str(file), classes=file.parent.name) for file in found if file.is_file())
+        by_folder = glob.has_magic(str(Path(images).parent))
+        files = (
+            Named(str(file), str(file), classes=file.parent.name if by_folder else "")
+            for file in found
+            if file.is_file()
+        )
         return some(files, f"nothing matches {images}")
     raise ValueError(f"--images {images} does not exist: give a folder, a pattern in quotes, a picture or a shard set.")
 
@@ -100,7 +105,22 @@ def of_folder(folder: Path) -> Iterator[Named]:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder, followlinks=False):
+    """In the order of names; folders that are links too, each once.
+
+    Raises:
+        OSError: a folder cannot be listed: its pictures would be missing without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen = set[tuple[int, int]]()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        status = Path(place).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders[:] = []
+            continue
+        seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(place, name) for name in sorted(files) if not name.startswith("."))
 

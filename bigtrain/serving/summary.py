@@ -24,7 +24,7 @@ class Counts:
 
     def __init__(self, top: int = 0, known: frozenset[str] = frozenset()) -> None:
         self.top, self.known = top, known
-        self.pictures = self.unreadable = self.novel = 0
+        self.pictures = self.unreadable = self.novel = self.eligible = 0  # eligible: for the most novel, not of before
         self.first_unreadable: list[str] = []
         self.flagged: Counter[tuple[bool, bool]] = Counter()  # (is known, is flagged)
         self._highest: list[tuple[float, int, Row, Named]] = []
@@ -40,6 +40,7 @@ class Counts:
         if self.known and row["shows"] and row["novel"] is not None:
             is_known = not self.known.isdisjoint(map(class_name, row["shows"].split(",")))
             self.flagged[is_known, bool(row["novel"])] += 1
+        self.eligible += named is not None
         if self.top and named is not None and row["score"] is not None:
             heapq.heappush(self._highest, (row["score"], -self.pictures, row, named))
             if len(self._highest) > self.top:

@@ -42,7 +42,10 @@ def read_table(path: Path) -> Iterator[Row]:
         if path.suffix == ".jsonl":
             yield from map(json.loads, file)
             return
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} has not the columns {','.join(COLUMNS)}: it was changed; give another name.")
+        for row in reader:
             numbers = {name: float(row[name]) if row[name] else None for name in ("score", "p_value")}
             novel = {"True": True, "False": False}.get(row["novel"])
             yield {**row, **numbers, "novel": novel, "class": row["class"] or None, "why_not": row["why_not"] or None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import threading
@@ -19,7 +20,8 @@ from bigtrain.runtime.exit_codes import UNREADABLE
 from bigtrain.serving.any_detector import any_detector
 from bigtrain.serving.novel_pictures import Extras
 from bigtrain.serving.read_ahead import batches_ahead
-from bigtrain.serving.score import Options, chunks, finished_before, job_of, rows_of, summary_file, text_of
+from bigtrain.serving.score import chunks, rows_of
+from bigtrain.serving.score_job import Options, Place, finished_before, job_of, summary_file, text_of
 from bigtrain.serving.sources import Named, Reader, files_below
 from bigtrain.serving.summary import Counts, summary_lines
 from bigtrain.serving.table_files import COLUMNS, Row, csv_line, json_line, read_table
@@ -44,14 +46,15 @@ def watch_folder(options: Options, *, every_s: float) -> int:
     threshold = detector.threshold(options.threshold)
     extras, reader, counts = Extras.of(options, detector), Reader(options.images), Counts(known=frozenset())
     began, scored = time.monotonic(), 0
-    write_json(summary_file(out), {"job": job, **counts.record()})
     with appended(out) as table, asked_to_stop() as stop:
         judged = {counts.seen({**row, "shows": ""}, None)["path"] for row in read_table(out)}
+        write_json(summary_file(out), {"job": job, **counts.record()})
         extras.first = len(judged)
+        extras.begin()
         print(f"watching {folder}: {counted(len(judged), 'picture')} judged before; Ctrl-C ends it", flush=True)
         arriving = Arriving(folder, judged)
         while not stop.is_set():
-            for rows in judged_rows(arriving.settled(), detector, threshold, reader, extras):
+            for rows in judged_rows(arriving.settled(), detector, threshold, reader, extras, options.batch):
                 kept = [row for row in rows if not (row["why_not"] and arriving.may_still_come(row["path"]))]
                 table.write(b"".join(LINES[out.suffix](counts.seen(row, None)) for row in kept))
                 table.flush()
@@ -72,6 +75,8 @@ def check(options: Options, every_s: float) -> None:
         raise ValueError(f"--watch follows a folder, and --images {options.images} is none.")
     if options.out.suffix not in LINES:
         raise ValueError(f"--watch adds to the end of --out {options.out}, so it must end in {' or '.join(LINES)}.")
+    if Place.here().world_size > 1:
+        raise ValueError("--watch is one process: start it without a launcher.")
     if every_s <= 0:
         raise ValueError(f"--every {every_s} must be above 0 seconds.")
     if options.page or options.known:
@@ -79,9 +84,14 @@ def check(options: Options, every_s: float) -> None:
 
 
 def judged_rows(
-    files: list[Path], detector: PictureJudge, threshold: Threshold | None, reader: Reader, extras: Extras
+    files: list[Path],
+    detector: PictureJudge,
+    threshold: Threshold | None,
+    reader: Reader,
+    extras: Extras,
+    batch: int | None,
 ) -> Iterator[list[Row]]:
-    names, size = [Named(str(file), str(file)) for file in files], detector.scoring.batch
+    names, size = [Named(str(file), str(file)) for file in files], batch or detector.scoring.batch
     if names and extras.scale is None:
         extras.fix_scale(detector, reader, names[:64])
     for ready in batches_ahead(chunks(names, size), reader, detector.view(), size):
@@ -134,6 +144,10 @@ def tell(rows: list[Row]) -> None:
 def appended(out: Path) -> Iterator[IO[bytes]]:
     """A table to add lines to; a last line that a kill cut short is removed."""
     with out.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"--out {out}: another `score --watch` is adding to it.") from error
         file.seek(0)
         whole = 0
         for line in file:

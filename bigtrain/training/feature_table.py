@@ -19,10 +19,9 @@ from bigtrain.detectors.classical.logits import MaxLogit
 from bigtrain.detectors.feature_detector import FeatureDetector, checked
 from bigtrain.detectors.image_detector import calibrated
 from bigtrain.detectors.network_detector import NetworkDetector
-from bigtrain.evaluation.judge import class_figures, licences_of, near_threshold, shown, threshold_rates
+from bigtrain.evaluation.judge import class_figures, shown, threshold_rates
 from bigtrain.evaluation.metrics import summary
 from bigtrain.evaluation.normal_only import strips_of, threshold_of
-from bigtrain.evaluation.report.model_card import write_card
 from bigtrain.evaluation.report.overlays import most_telling
 from bigtrain.evaluation.report.page import Section, write_page
 from bigtrain.evaluation.report.report import write_report
@@ -158,9 +157,14 @@ def keep(
         return
     saved = NetworkDetector(inputs.source.network, detector, inputs.source.scoring)
     saved.calibrate(scores.held_out_N, quantile)
-    folder = setup.run / "detectors" / file_name(name)
+    folder = setup.run / "detectors" / folder_of(name)
     saved.save(folder, network_in=networks.get(id(inputs.source.network)))
     networks.setdefault(id(inputs.source.network), folder)
+
+
+def folder_of(row: str) -> str:
+    """The name of a row's folder in RUN/detectors."""
+    return row.replace(" ", "_")
 
 
 def score(
@@ -199,19 +203,20 @@ class Table:
     def _figures(self, name: str) -> dict[str, Any]:
         (detector, inputs), scores = self.rows[name], self.scores[name]
         if not len(scores.test_N):
-            unlabelled = self._scored(name)[-1] if len(scores.unlabelled_N) else None
+            unlabelled = self.scored(name)[-1] if len(scores.unlabelled_N) else None
             threshold = calibrated(scores.held_out_N, self.quantile)
             return {"threshold": threshold_of(threshold, scores.held_out_N, unlabelled)}
         found = summary(self.novel_N, scores.test_N, seed=self.seed)
         threshold = calibrated(scores.held_out_N, self.quantile)
-        found["threshold"] = threshold_rates(threshold, self._scored(name)[0])
+        found["threshold"] = threshold_rates(threshold, self.scored(name)[0])
         if name_of(detector) in ON_LOGITS:
             classes = inputs.source.network.classes[inputs.source.scoring.head]
             answers = [classes[number] for number in inputs.test_ND.argmax(axis=1)]
-            found |= {name: its._asdict() for name, its in class_figures(self._scored(name)[0], answers).items()}
+            found |= {name: its._asdict() for name, its in class_figures(self.scored(name)[0], answers).items()}
         return found
 
-    def _scored(self, name: str) -> list[Scored]:
+    def scored(self, name: str) -> list[Scored]:
+        """A row's scores of the test, the held-out and the unlabelled images."""
         seen, scores = self.seen, self.scores[name]
         none_N = np.zeros(len(seen.held_out_N), bool)
         return [
@@ -226,22 +231,7 @@ class Table:
         return {"method": method, "detectors": self.figures, "not_fitted": dict(self.not_fitted), **images}
 
     def write_scores(self, path: Path) -> None:
-        write_scores(path, [part for name in self.scores for part in self._scored(name)])
-
-    def write_cards(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """The card of each detector that was saved."""
-        results = judged_images(self.split, self.seed, len(self.seen.held_out_N), self.seen.skipped)
-        has_test = bool(len(self.seen.test_N))
-        for name in self.scores:
-            place = folder / file_name(name)
-            if not place.is_dir():
-                continue
-            threshold = (self.figures[name]["threshold"] or {}).get("value")
-            write_card(
-                place, method=name, results=results, settings=settings,
-                figures=self.figures[name] if has_test else None, licences=licences_of(self.split, settings),
-                near=near_threshold(self._scored(name)[0 if has_test else 1], threshold),
-            )  # fmt: skip
+        write_scores(path, [part for name in self.scores for part in self.scored(name)])
 
     def write_report(self, path: Path, title: str, settings: Mapping[str, Any]) -> None:
         """One page for all rows; of normal pictures alone the thresholds, and the most unusual ones."""
@@ -250,7 +240,7 @@ class Table:
             self._write_normal_report(path, title, first)
             return
         threshold = calibrated(self.scores[first].held_out_N, self.quantile)
-        protocol, test = self.split.protocol, self._scored(first)[0]
+        protocol, test = self.split.protocol, self.scored(first)[0]
         classes_N = [test.shard_set.classes_of(int(sample)) for sample in test.sample_N]
         telling = most_telling(test.novel_N, test.score_N)
         telling |= {f"Of class {name}": places for name, places in by_class(classes_N, test.score_N).items()}
@@ -291,7 +281,7 @@ class Table:
             for name, its in thresholds.items()
         ]
         headings = ["detector", "threshold", *(["unlabelled flagged"] if unlabelled else [])]
-        by_name = {part.split: part for part in self._scored(first)[1:] if len(part.score_N)}
+        by_name = {part.split: part for part in self.scored(first)[1:] if len(part.score_N)}
         pictures = [section._replace(text=[f"By {first}."]) for section in strips_of(by_name)]
         write_page(path, title, lead, [Section("Thresholds", headings=headings, rows=rows), *pictures])
 
@@ -302,10 +292,6 @@ class Table:
             return "\n".join(f"{name:{wide}}  threshold {value:.6g}" for name, value in values.items())
         aurocs = {name: figures["auroc"] for name, figures in self.figures.items()}
         return "\n".join(f"{name:{wide}}  AUROC {its['value']:.3f} {interval(its)}" for name, its in aurocs.items())
-
-
-def file_name(row: str) -> str:
-    return row.replace(" ", "_")
 
 
 def interval(figure: Mapping[str, float]) -> str:

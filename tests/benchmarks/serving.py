@@ -23,7 +23,8 @@ from bigtrain.data.shard_set import ShardSet
 from bigtrain.data.stream import Stream
 from bigtrain.evaluation.collect import collect
 from bigtrain.runtime.launch import threads_of_process, workers_of_process
-from bigtrain.serving.score import Options, score
+from bigtrain.serving.score import score
+from bigtrain.serving.score_job import Options
 
 
 def rate_of_run(accelerator, detector, shard_set, sample_N):

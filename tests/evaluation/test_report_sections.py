@@ -161,6 +161,11 @@ def test_report_of_several(tmp_path, capsys):
     assert "<b>one" not in page and "&lt;b&gt;one" in page and "two: best of &lt;all&gt;" in page
     difference = paired(novel_N, one_N, one_N + novel_N)["auroc"]
     assert f"{100 * difference.value:+.1f} *" in page and page.count('<svg class="chart"') == 2
+    again = run_folder(tmp_path / "deeper" / "two", one_N, novel_N)  # of the same name
+    assert main(["report", str(two), str(again), "--out", str(tmp_path / "same.html")]) == 0
+    assert str(again) in (tmp_path / "same.html").read_text()
+    (tmp_path / "table").mkdir()
+    pq.write_table(pa.table({"path": ["a"], "score": [1.0]}), tmp_path / "table" / "scores.parquet")
     other = run_folder(tmp_path / "other", one_N, ~novel_N)
     train = run_folder(tmp_path / "train", one_N, novel_N, split="train")
     capsys.readouterr()
@@ -168,6 +173,7 @@ def test_report_of_several(tmp_path, capsys):
         ([one, other], "call different pictures novel"),
         ([one, train], "was judged on no test split"),
         ([tmp_path], "holds no scores.parquet"),
+        ([tmp_path / "table"], "is not of a run that was judged"),
     ):
         assert main(["report", *map(str, runs), "--out", str(tmp_path / "no.html")]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "no.html").exists()

@@ -259,7 +259,23 @@ def test_changed_files(detector, tmp_path):
         file.write_bytes(changed)
         with pytest.raises(ValueError, match=r"student\.safetensors is not the file that was saved with it"):
             bigtrain.load_detector(tmp_path / "detector", device="cpu")
-    file.unlink()
+    record = tmp_path / "detector" / "detector.json"
+    said = json.loads(record.read_text())
+    del said["files"]["student.safetensors"]
+    for files, why in ((None, "is no record"), ({**said["files"], "../x": "0"}, "which is not beside it")):
+        record.write_text(json.dumps({**said, "files": files}))
+        with pytest.raises(ValueError, match=why):
+            bigtrain.load_detector(tmp_path / "detector", device="cpu")
+    del said["files"]
+    record.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="lacks the hashes of its files"):
+        bigtrain.load_detector(tmp_path / "detector", device="cpu")
+
+
+def test_lacking_files(detector, tmp_path):
+    """A folder that was copied in part is refused by the file that it lacks."""
+    detector.save(tmp_path / "detector")
+    (tmp_path / "detector" / "student.safetensors").unlink()
     with pytest.raises(ValueError, match=r"student\.safetensors is missing, so the detector was copied in part"):
         bigtrain.load_detector(tmp_path / "detector", device="cpu")
 

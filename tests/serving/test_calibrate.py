@@ -52,6 +52,19 @@ def test_other_pictures_are_told(saved, normal, tmp_path, command):
     assert "these pictures do not look like the 40 scores before" in other
 
 
+def test_card_follows(finished, photos, tmp_path, command):
+    """The card of a detector that was calibrated tells its new threshold, and loses the pictures around the old one."""
+    normal = photos / "ankle_boot"
+    code, _, error = command("calibrate", "--detector", finished, "--normal", normal, "--out", tmp_path / "new")
+    assert code == 0, error
+    card = (tmp_path / "new" / "README.md").read_text()
+    threshold = json.loads((tmp_path / "new" / "detector.json").read_text())["threshold"]
+    assert f"Scores above {threshold:.6g} are called novel" in card and "set after training" in card
+    assert card.count("## Threshold") == card.count("## Limits") == card.count("## Figures") == 1
+    assert "threshold.jpg" not in card and not (tmp_path / "new" / "threshold.jpg").exists()
+    assert (finished / "detector" / "threshold.jpg").exists()
+
+
 def test_few_and_broken_pictures(saved, normal, broken, tmp_path, command):
     """So few pictures that the rate cannot be promised: it says how many are needed. What cannot be read is named."""
     few = tmp_path / "few"
@@ -73,8 +86,11 @@ def test_mistakes(saved, normal, tmp_path, command):
         (["--out", tmp_path / "empty"], "exists: name a new folder"),
         (["--detector", tmp_path / "m.onnx"], "calibrate the detector that it was made from"),
         (["--detector", tmp_path / "empty"], "holds no detector.json"),
+        (["--detector", "hf://user/name", "--out"], "is a copy of the hub's, and is not changed: give --out"),
     ):
         line = {"--detector": saved, "--normal": normal, "--out": tmp_path / "new"} | {flags[0]: flags[1]}
+        if flags[2:]:  # without it
+            del line[flags[2]]
         code, _, error = command("calibrate", *[part for pair in line.items() for part in pair])
         assert code == 2 and said in error and error.count("\n") == 1, error
         assert not (tmp_path / "new").exists()

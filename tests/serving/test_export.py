@@ -190,6 +190,23 @@ def test_resize_in_the_graph(network, size):
     np.testing.assert_array_equal(resized[0].numpy(), view)
 
 
+def test_shifted_scores_are_refused(finished, tmp_path, command, monkeypatch):
+    """In fewer bits a shift of all scores leaves the AUROC as it is; what the threshold then flags refuses it."""
+    monkeypatch.setattr("bigtrain.serving.agreement.FEWEST", 60)
+    before = exporting.Graph.forward
+
+    def shifted(self, image_B3HW):
+        score, *further = before(self, image_B3HW)
+        return (score + 1.0, *further)
+
+    out = ["--to", "onnx", "--precision", "fp16", "--out", tmp_path / "m.onnx"]
+    assert command("export", "--detector", finished, *out)[0] == 0
+    (tmp_path / "m.onnx").unlink()
+    monkeypatch.setattr(exporting.Graph, "forward", shifted)
+    code, said, _ = command("export", "--detector", finished, *out)
+    assert code == 4 and "it flags another share of known pictures" in said and not (tmp_path / "m.onnx").exists()
+
+
 def test_gate_refuses(saved, real, tmp_path, command, monkeypatch):
     """An export that scores otherwise is refused with its table, exit code 4, and leaves nothing."""
     before = exporting.Graph.forward

@@ -134,7 +134,7 @@ def test_two_processes(finished, photos, tmp_path, launcher):
         os.link(files[number % len(files)], many / f"{number:05d}.png")
     names = {
         "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+        "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     }
     line = [*COMMAND, "score", "--detector", finished, "--images", many, "--out", tmp_path / "s.jsonl"]
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
@@ -258,6 +258,72 @@ def test_watch(finished, photos, tmp_path):
     assert len(rows) == len({row["path"] for row in rows}) == 6 and rows[-1]["path"].endswith("half.png")
 
 
+def test_processes_of_a_job(finished, photos, tmp_path, command, monkeypatch):
+    """A batch script alone is one process, whatever its job was given; a process of several that comes when the others
+    have finished ends, and so does each when a finished table is asked for again."""
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    line = ["score", "--detector", finished, "--images", photos / "bag", "--out", tmp_path / "s.csv"]
+    assert command(*line)[0] == 0 and (tmp_path / "s.csv").exists()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    code, said, _ = command(*line)
+    assert code == 0 and said == ""
+
+
+def test_odd_names(finished, photos, tmp_path, command, monkeypatch):
+    """Addresses that are none, names with control characters or that are no UTF-8: a row each, on one line."""
+    picture = next(photos.rglob("*.png"))
+    names = [b"two\rlines.png", b"caf\xe9.png", b"turned\xe2\x80\xaeg.png"]
+    for name in names:
+        shutil.copy(picture, os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    listing = tmp_path / "names"
+    further = [b"http://[x/y.png", b"ftp://h/caf\xe9.png", b"http://127.0.0.1/a.png"]
+    listing.write_bytes(b"\n".join([os.fsencode(tmp_path) + b"/" + name for name in names] + further))
+    for ending in ("csv", "jsonl", "parquet"):
+        with listing.open("rb") as stdin:
+            monkeypatch.setattr(sys, "stdin", type("In", (), {"buffer": stdin}))
+            out = tmp_path / f"s.{ending}"
+            assert command("score", "--detector", finished, "--images", "-", "--out", out)[0] == 3
+        rows = list(read_table(out))
+        assert [bool(row["why_not"]) for row in rows] == [False] * 3 + [True] * 3
+        assert [key_of(row["path"]) for row in rows[:3]] == ["two\\rlines", "caf\\xe9", "turned\\u202eg"]
+        assert ending == "parquet" or len(out.read_bytes().splitlines()) == 6 + (ending == "csv")
+
+
+def test_linked_folders(finished, photos, tmp_path, command):
+    """Folders that are links are read, each once; a loop ends."""
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    (folder / "a").symlink_to(photos / "bag")
+    (folder / "b").symlink_to(photos / "bag")
+    (folder / "loop").symlink_to(folder)
+    assert command("score", "--detector", finished, "--images", folder, "--out", tmp_path / "s.jsonl")[0] == 0
+    assert len(list(read_table(tmp_path / "s.jsonl"))) == len(list((photos / "bag").iterdir()))
+
+
+def test_no_number(finished, photos, tmp_path, command, monkeypatch):
+    """A score that is no number is never called normal: its row says so, and the table is written."""
+    from bigtrain.methods.defend.detector import DistillationDetector
+
+    before = DistillationDetector.score_views
+
+    def overflowing(self, image_B3HW):
+        found = before(self, image_B3HW)
+        found.score_B[1] = np.nan
+        return found
+
+    monkeypatch.setattr(DistillationDetector, "score_views", overflowing)
+    line = ["score", "--detector", finished, "--images", photos / "bag", "--out", tmp_path / "s.jsonl"]
+    assert command(*line)[0] == 3
+    row = list(read_table(tmp_path / "s.jsonl"))[1]
+    assert row["why_not"] == "its score is nan: look for an overflow in the network" and row["novel"] is None
+    detector = bigtrain.load_detector(finished, device="cpu")
+    with pytest.raises(ValueError, match=r"the score of picture 1 \(counted from 0\) is nan"):
+        detector.as_estimator().predict(sorted((photos / "bag").iterdir()))
+
+
 MISTAKES = {
     "no pictures": (["--images", "EMPTY"], "holds no pictures"),
     "nothing there": (["--images", "NOWHERE"], "does not exist"),
@@ -276,18 +342,21 @@ MISTAKES = {
     "private set": (["--images", "http://10.0.0.1/shards"], "in a private network, which is not asked"),
     "watch a file": (["--watch", "--images", "PICTURE"], "follows a folder"),
     "watch to parquet": (["--watch"], "must end in .csv or .jsonl"),
+    "no folder of the page": (["--page", "OUT/none/p.html"], "its folder does not exist"),
+    "links into a set": (["--images", "SET", "--link-novel", "OUT/l"], "are no files of their own"),
     "no device": (["--device", "cuda:99"], "is not available here"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name, finished, photos, tmp_path, command):
+def test_mistakes(name, finished, photos, shards, tmp_path, command):
     """One sentence, exit code 2, nothing written."""
     flags, said = MISTAKES[name]
     work = tmp_path / "work"
     (work / "empty").mkdir(parents=True)
     (work / "other.csv").write_text("a,b\n")
     places = {"EMPTY": work / "empty", "NOWHERE": work / "nowhere", "OUT": work, "OTHER": work / "other.csv"}
+    places["SET"] = shards / "test"
     places["PICTURE"] = next(photos.rglob("*.png"))
     given = {"--detector": finished, "--images": photos, "--out": work / "s.parquet"}
     words = []

@@ -158,6 +158,13 @@ def test_full_queue(finished, files):
     assert int(refused[2]["Retry-After"]) >= 1 and "ask again later" in refused[1]["detail"]
 
 
+def test_more_than_the_queue(finished, files):
+    """A request that the queue could never take is a 422 that says how many it may have, not one to be asked again."""
+    with serving(finished, "--queue", 4) as (port, _):
+        status, answer, _ = asked(port, *form([(f"{n}.png", files[0].read_bytes()) for n in range(5)]))
+    assert status == 422 and "5 pictures came, and at most 4 are scored at once" in answer["detail"]
+
+
 def test_deadline(finished, files):
     """A request that takes too long is told so, and later ones are served."""
     with serving(finished, "--deadline-s", 0.2, "--max-wait-ms", 1500) as (port, _):
@@ -194,12 +201,12 @@ def test_batches_of_many(finished, files):
     assert mean > 3
 
 
-def test_fuzzed(server):
+def test_fuzzed(server, tmp_path):
     """Schemathesis finds no answer of the server's that is an error, or not as the schema says."""
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     line = [shutil.which("schemathesis", path=str(Path(sys.executable).parent)), "run"]
     line += [f"http://127.0.0.1:{server}/openapi.json", "--checks", checks, "--max-examples", "40", "--seed", "1"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=110, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

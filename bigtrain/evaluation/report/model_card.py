@@ -144,6 +144,17 @@ def threshold_lines(record: Mapping[str, Any], near: Sequence[Any]) -> str:
     return said + (f"\n\n![The pictures around the threshold, by score]({NEAR_FILE})" if near else "")
 
 
+def write_threshold(folder: Path, record: Mapping[str, Any]) -> None:
+    """Have the card of a detector that was calibrated anew tell its threshold; the pictures around the old one go."""
+    (folder / NEAR_FILE).unlink(missing_ok=True)
+    if (folder / CARD_FILE).is_file():
+        text = (folder / CARD_FILE).read_text(encoding="utf-8")
+        before, _, rest = text.partition("## Threshold")
+        _, _, after = rest.partition("\n## ")
+        by = f" They are of {plain(str(record['calibration']['pictures']))}, set after training."
+        write_text(folder / CARD_FILE, f"{before}{threshold_lines(record, ())}{by}\n\n## {after}")
+
+
 def limits() -> str:
     return (
         "## Limits\n\nA score says how unlike the known pictures a picture is, not why. p-values and thresholds hold "

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from numpy.typing import ArrayLike
 
 from bigtrain.detectors.calibration import Calibration
@@ -35,6 +36,7 @@ from bigtrain.evaluation.report.sections import (
 from bigtrain.files import write_text
 from bigtrain.pages import template
 
+EXPLAINED = ("explained", "explained_novel")
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
@@ -51,14 +53,13 @@ def write_report(
     classes_N: Sequence[Sequence[str]] = (),
     log: Path | None = None,
 ) -> None:
-    """Write the report to `path` at once: a reader sees the old page or the new one, never half of one.
+    """Write the report to `path`, whole or not at all.
 
     Args:
         results: "metrics" (the detector's `metrics.summary`), and where they are known "detector" (its name),
             "dataset", "known" and "novel" (class names), "seed", "threshold" (scores above it are flagged), "explained"
             and "explained_novel" (`metrics.explained` of held-out known and of novel images), "settings".
-        novel_N: True where an image is novel.
-        score_N: the detector's scores, raw, higher = more novel.
+        novel_N, score_N: whether an image is novel, and the detector's score of it, raw, higher = more novel.
         comparisons: what the detector must beat, name -> (its scores of the same images, their summary).
         pictures: section title -> pictures, in the order in which they are shown; see `overlays.most_telling`.
         calibration: the held-out scores, for what the threshold and the p-values promise.
@@ -85,23 +86,12 @@ def write_report(
         by_chance=summaries[detector]["auroc"]["low"] <= 0.5 <= summaries[detector]["auroc"]["high"],
         better=[name for name in comparisons if auroc[name] >= auroc[detector]],
         roc=roc_chart({name: roc_points(novel, its_N) for name, its_N in scores.items()}, roc_band),
-        precision=band_chart(
-            {name: precision_points(novel, its_N) for name, its_N in scores.items()},
-            precision_band,
-            x_label="novel found (recall)",
-            y_label="novel among flagged (precision)",
-            described="Precision-recall curves",
-        ),
-        class_rows=class_rows(classes_N, novel, score, threshold),
-        threshold_rows=threshold_rows(calibration, threshold, results.get("threshold_quantile"), novel, score),
-        pixel_rows=pixel_rows(results.get("pixels")),
-        p_values=p_value_chart(calibration, novel, score),
-        course=course(log) if log else [],
+        precision=precision_chart(novel, scores, precision_band),
+        **beyond(results, novel, score, calibration, classes_N, log),
         legend=[(number % SERIES, name, auroc[name]) for number, name in enumerate(scores)],
         histogram=histogram_chart(histogram(novel, score), threshold=threshold),
         histogram_counts=histogram(novel, score),
-        explained={end: percent(share) for end, share in results.get("explained", {}).items()},
-        explained_novel={end: percent(share) for end, share in results.get("explained_novel", {}).items()},
+        **{name: {end: percent(its) for end, its in results.get(name, {}).items()} for name in EXPLAINED},
         threshold=threshold,
         threshold_rates=rates_at(threshold, novel, score),
         sections={name: [card(picture, scale, threshold) for picture in section] for name, section in pictures.items()},
@@ -110,6 +100,33 @@ def write_report(
         settings=flattened(results.get("settings", {})),
     )
     write_text(path, page)
+
+
+def precision_chart(novel_N: Bools, scores: Mapping[str, Floats], band_P3: Floats) -> Markup:
+    curves = {name: precision_points(novel_N, its_N) for name, its_N in scores.items()}
+    return band_chart(
+        curves, band_P3, x_label="novel found (recall)", y_label="novel among flagged (precision)",
+        described="Precision-recall curves",
+    )  # fmt: skip
+
+
+def beyond(
+    results: Mapping[str, Any],
+    novel_N: Bools,
+    score_N: Floats,
+    calibration: Calibration,
+    classes_N: Sequence[Sequence[str]],
+    log: Path | None,
+) -> dict[str, Any]:
+    """What the page has beyond figures and curves; see `sections`."""
+    threshold, quantile = results.get("threshold"), results.get("threshold_quantile")
+    return {
+        "class_rows": class_rows(classes_N, novel_N, score_N, threshold),
+        "threshold_rows": threshold_rows(calibration, threshold, quantile, novel_N, score_N),
+        "pixel_rows": pixel_rows(results.get("pixels")),
+        "p_values": p_value_chart(calibration, novel_N, score_N),
+        "course": course(log) if log else [],
+    }
 
 
 def protocol_line(results: Mapping[str, Any], novel_N: Bools) -> list[tuple[str, str]]:

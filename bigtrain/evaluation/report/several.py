@@ -39,7 +39,8 @@ def report(runs: Sequence[Path], out: Path) -> None:
     """
     if out.suffix != ".html":
         raise ValueError(f"--out {out} must end in .html.")
-    every = [judged for run in runs for judged in read(run)]
+    names = [run.name for run in runs]
+    every = [judged for run in runs for judged in read(run, run.name if names.count(run.name) == 1 else str(run))]
     keys = sorted(set.intersection(*(set(each.novel_of) for each in every)))
     first = every[0]
     for each in every[1:]:
@@ -57,12 +58,14 @@ def report(runs: Sequence[Path], out: Path) -> None:
     write_page(out, title_of(every), lead_of(every, novel_N), sections_of(every, novel_N, score_AN))
 
 
-def read(run: Path) -> list[Judged]:
+def read(run: Path, called: str) -> list[Judged]:
     """A run's detectors; several where it has a table of them."""
     file = run / "scores.parquet"
     if not file.is_file():
         raise ValueError(f"{run} holds no scores.parquet: give finished runs.")
     table = pq.read_table(file).to_pydict()
+    if not {"key", "split", "novel", "score"} <= table.keys():
+        raise ValueError(f"{file} is not of a run that was judged: give the folders of finished runs.")
     columns = (table.get(name, [""] * len(table["key"])) for name in ("detector", "key", "split", "novel", "score"))
     rows = zip(*columns, strict=True)
     by_name: dict[str, list[tuple[str, bool, float]]] = {}
@@ -73,7 +76,7 @@ def read(run: Path) -> list[Judged]:
         raise ValueError(f"{run} was judged on no test split, so nothing can be compared: give others.")
     return [
         Judged(
-            f"{run.name}: {name}" if name else run.name,
+            f"{called}: {name}" if name else called,
             {key: novel for key, novel, _ in its},
             {key: score for key, _, score in its},
         )

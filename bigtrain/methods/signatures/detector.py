@@ -53,6 +53,7 @@ class Signatures(FeatureDetector):
         return {"signature_CD": self.signature_CD_}
 
     def score_torch(self, features_BD: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        """As `_score`, (B, D) to (B,)."""
         signature_CD = constants["signature_CD"]
         if self.overlap == "cosine":
             return 1 - (unit(features_BD) @ unit(signature_CD.double()).T).amax(dim=1)
