@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -75,6 +75,19 @@ class ImageDetector(PictureJudge):
     def constant_score(self, image_B3HW: Tensor, constant: Tensor) -> Tensor:
         """The score (B,) of a predictor that ignores the image and always answers `constant`, (...)."""
         raise NotImplementedError
+
+    def constant_map(self, image_B3HW: Tensor, constant: Tensor) -> Tensor:
+        """The map (B, h, w) of such a predictor, where the method has maps."""
+        raise NotImplementedError
+
+    def maps_by(self, function: Callable[[Tensor], Tensor], images: Iterable[Given]) -> NDArray[np.float32]:
+        """The maps (B, h, w) that a function of uint8 views on the device gives; NaN of what cannot be read."""
+        maps = []
+        for image_B3HW, is_read_b in self.batches(images):
+            maps.append(np.full((len(is_read_b), self.map_side or 0, self.map_side or 0), np.nan, np.float32))
+            if image_B3HW is not None:
+                maps[-1][is_read_b] = function(image_B3HW)[: is_read_b.sum()].float().cpu().numpy()
+        return np.concatenate(maps)
 
     def _write(self, folder: Path) -> dict[str, Any]:
         """Write the tensors, and return what detector.json is to say of the method beside the scoring."""

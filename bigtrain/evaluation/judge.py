@@ -75,10 +75,8 @@ def judge(
     """
     bank = read(split.train, bank_N)
     others = {f"nearest neighbour on {name}": f for name, f in nearest_scorers(accelerator, bank, plain).items()}
-    constants = {
-        name: partial(d.constant_score, constant=mean_over(accelerator, read(split.train, bank_N), d.target))
-        for name, d in (floors or {}).items()
-    }
+    means = {name: mean_over(accelerator, read(split.train, bank_N), d.target) for name, d in (floors or {}).items()}
+    constants = {name: partial((floors or {})[name].constant_score, constant=mean) for name, mean in means.items()}
     scorers: dict[str, Features] = {"score": partial(scored_and_classified, detector, bool(classes)), **constants}
     held_out = read(split.train, split.held_out_N) if len(split.held_out_N) else None
     known_N, known = (
@@ -109,7 +107,8 @@ def judge(
         **judged_images(split, seed, len(known_N), skipped),
     }
     masks = masks_of(split.test) if detector.map_side is not None else {}
-    if pixels := pixel_record(accelerator, detector, split, test_N, masks):
+    floor = next((partial((floors or {})[name].constant_map, constant=mean) for name, mean in means.items()), None)
+    if pixels := pixel_record(accelerator, detector, split, test_N, masks, floor):
         results["pixels"] = pixels
     if accelerator.is_main_process:
         detector.save(folder / "detector")
@@ -215,25 +214,43 @@ def threshold_rates(threshold: float | None, test: Scored) -> dict[str, float] |
 
 
 def pixel_record(
-    accelerator: Accelerator, detector: ImageDetector, split: Split, test_N: NDArray[np.int64], masks: dict[str, bytes]
+    accelerator: Accelerator,
+    detector: ImageDetector,
+    split: Split,
+    test_N: NDArray[np.int64],
+    masks: dict[str, bytes],
+    floor: Features | None = None,
 ) -> dict[str, Any] | None:
     """The figures of the maps' pixels, for results.json; None where there are no masks. The processes share the
-    pictures."""
+    pictures.
+
+    Args:
+        floor: the maps (B, h, w) of a predictor that ignores the image, for its figures beside these.
+    """
     if not masks:
         return None
     own_N = test_N[accelerator.process_index :: accelerator.num_processes]
-    counts = pixel_counts(detector, split.test, own_N, masks, frozenset(split.protocol.known))
-    if accelerator.num_processes > 1:
+
+    def counted(score_map: Callable[[list[bytes]], Any]) -> PixelCounts:
+        known = frozenset(split.protocol.known)
+        counts = pixel_counts(score_map, detector.scoring.batch, split.test, own_N, masks, known)
+        if accelerator.num_processes == 1:
+            return counts
         arrays = torch.from_numpy(counts.arrays()).to(accelerator.device)
-        counts = PixelCounts()
-        counts.join(accelerator.reduce(arrays, "sum").cpu().numpy())
+        together = PixelCounts()
+        together.join(accelerator.reduce(arrays, "sum").cpu().numpy())
+        return together
+
+    counts = counted(detector.score_map)
     if (found := counts.estimates()) is None:
         return None
+    beside = counted(partial(detector.maps_by, floor)).estimates() if floor else None
     about = {
         "images": counts.images,
         "regions": int(counts.regions_G.sum()),
         "fpr_limit": FPR_LIMIT,
         "prevalence": counts.prevalence,
+        "floor": None if beside is None else {name: estimate._asdict() for name, estimate in beside.items()},
     }
     return {name: estimate._asdict() for name, estimate in found.items()} | about
 

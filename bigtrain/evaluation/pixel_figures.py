@@ -8,9 +8,8 @@ of their own leading bits, BITS of float32 in the order of the numbers: within a
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,21 +181,26 @@ def outline(mask_HW: NDArray[np.bool_], thickness: int = 1) -> NDArray[np.bool_]
 
 
 def pixel_counts(
-    detector: Any, shard_set: ShardSet, sample_N: NDArray[np.int64], masks: dict[str, bytes], known: frozenset[str]
+    score_map: Callable[[list[bytes]], NDArray[np.float32]],
+    batch: int,
+    shard_set: ShardSet,
+    sample_N: NDArray[np.int64],
+    masks: dict[str, bytes],
+    known: frozenset[str],
 ) -> PixelCounts:
     """Count the maps of some pictures against their masks.
 
     Args:
-        detector: one with `score_map` of the whole picture.
+        score_map: encoded pictures to the maps of the whole of them, (B, h, w); `batch` of them at a time.
         known: classes: a picture without a mask is good if it shows one of them, and else is left out, for nobody
             says where its defect is.
     """
-    counts, size = PixelCounts(), detector.scoring.batch
-    for start in range(0, len(sample_N), size):
-        some = sample_N[start : start + size].tolist()
+    counts = PixelCounts()
+    for start in range(0, len(sample_N), batch):
+        some = sample_N[start : start + batch].tolist()
         payloads = shard_set.read(some)
         masks_b = masks_read(payloads, some, shard_set, masks, known)
-        for sample, map_hw, mask_HW in zip(some, detector.score_map(payloads), masks_b, strict=True):
+        for sample, map_hw, mask_HW in zip(some, score_map(payloads), masks_b, strict=True):
             if mask_HW is not None and np.isfinite(map_hw).all():
                 counts.add(at_size(map_hw, *mask_HW.shape), mask_HW, sample)
     return counts

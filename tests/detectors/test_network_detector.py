@@ -57,6 +57,29 @@ def test_save_load_same_bits(network, pictures, tmp_path, name):
     assert record["method"] == "network" and record["detector"]["name"] == name
 
 
+def test_batches_fit_the_memory(network, pictures, monkeypatch, caplog):
+    """A batch that does not fit the GPU's memory is scored in halves, with a warning; one picture, never."""
+    detector = NetworkDetector(network, MaxLogit().fit(np.eye(3), [0, 1, 2]), replace(ON_HEAD, batch=8))
+    expected, sizes, before = detector.score(pictures), [], detector.score_tensor
+
+    def limited(image_B3HW, most=2):
+        sizes.append(len(image_B3HW))
+        if len(image_B3HW) > most:
+            raise torch.OutOfMemoryError("no memory")
+        return before(image_B3HW)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(detector, "score_tensor", limited)
+    np.testing.assert_allclose(detector.score(pictures), expected, rtol=1e-5)
+    assert sizes[:4] == [8, 4, 2, 2] and "do not fit the GPU's memory" in caplog.text
+    views = [detector.view()(Picture.of(image), None)["image"] for image in pictures]
+    class_N = before(torch.from_numpy(np.stack(views))).class_B.tolist()
+    assert [each.class_name for each in detector.judge(pictures)] == ["abc"[number] for number in class_N]
+    monkeypatch.setattr(detector, "score_tensor", lambda image: limited(image, most=0))
+    with pytest.raises(torch.OutOfMemoryError):
+        detector.score(pictures)
+
+
 def test_centre_crop(network, pictures):
     """The detector sees only the centre of the picture."""
     detector = NetworkDetector(network, MaxLogit().fit(np.zeros((1, 3))), ON_HEAD)

@@ -171,10 +171,14 @@ def pixel_rows(pixels: Mapping[str, Any] | None) -> list[list[str]]:
     """Figures of the maps against masks."""
     if not pixels:
         return []
+
+    def cell(its: Mapping[str, float]) -> str:
+        return f"{100 * its['value']:.1f} ({100 * its['low']:.1f} to {100 * its['high']:.1f})"
+
+    beside = pixels.get("floor")
     rows = [
-        [heading, f"{100 * its['value']:.1f} ({100 * its['low']:.1f} to {100 * its['high']:.1f})"]
+        [heading, cell(pixels[name]) + (f"\nignoring the picture: {cell(beside[name])}" if beside else "")]
         for name, heading in PIXELS.items()
-        for its in [pixels[name]]
     ]
     rows[-1][0] += f", up to {100 * pixels['fpr_limit']:g} % of good pixels"
     rows.append(

@@ -107,13 +107,22 @@ class DistillationDetector(ImageDetector):
         teacher = self.encode_by_teacher(image_B3HW)
         return normalised(teacher.blocks_LBND.float(), self.scoring.normalisation).transpose(0, 1)
 
-    @torch.no_grad()
+    def constant_map(self, image_B3HW: Tensor, constant: Tensor) -> Tensor:
+        """The map (B, h, w) of such a student."""
+        found = self._constant(image_B3HW, constant).map_Bhw
+        assert found is not None
+        return found
+
     def constant_score(self, image_B3HW: Tensor, constant: Tensor) -> Tensor:
         """The score (B,) of a student that ignores the picture and always answers with the same tokens, such as the
         mean `target` of the known pictures: what a student scores that has learnt nothing."""
+        return self._constant(image_B3HW, constant).score_B
+
+    @torch.no_grad()
+    def _constant(self, image_B3HW: Tensor, constant: Tensor) -> Scored:
         teacher = self.encode_by_teacher(image_B3HW)
         constant_LBND = constant[:, None].expand_as(teacher.blocks_LBND)  # (L, N, D)
-        return self._scored(self._distance(constant_LBND, teacher.blocks_LBND), teacher).score_B
+        return self._scored(self._distance(constant_LBND, teacher.blocks_LBND), teacher)
 
     @torch.no_grad()
     def encode_by_teacher(self, image_B3HW: Tensor) -> Encoded:
