@@ -63,7 +63,7 @@ def score(options: Options) -> int:
     threshold = detector.threshold(options.threshold)
     extras = Extras.of(options, detector)
     unfinished = unfinished_of(options.out)
-    if options.resume:
+    if job["resume"]:
         extras.first = (read_json(summary_file(options.out)) or {"pictures": 0})["pictures"]
     if place.rank == 0:
         begin(unfinished, job, options)
@@ -170,7 +170,7 @@ def finish(options: Options, job: dict[str, Any], unfinished: Path, count: int, 
 
     def rows() -> Iterator[Row]:
         before = set()
-        if options.resume and options.out.exists():
+        if job["resume"]:
             for row in read_table(options.out):
                 before.add(row["path"])
                 yield counts.seen({**row, "shows": ""}, None)

@@ -71,9 +71,10 @@ class Place:
 
 
 def job_of(options: Options) -> dict[str, Any]:
-    """What makes two commands the same job: the detector by its bytes, the pictures, the threshold."""
+    """What makes two commands the same job: the detector by its bytes, the pictures, the threshold. `resume`: rows are
+    added to a table; of a job that was stopped, whether that was so when it began."""
     file = file_of(options.detector)
-    return {
+    job = {
         "detector": options.detector,
         "sha256": sha256_of(file / DETECTOR_FILE if file.is_dir() else file),
         "images": options.images if options.images == "-" or "://" in options.images else str(Path(options.images)),
@@ -81,6 +82,8 @@ def job_of(options: Options) -> dict[str, Any]:
         "batch": options.batch,
         "resume": options.resume and options.out.exists(),
     }
+    stopped = read_json(unfinished_of(options.out) / JOB_FILE)
+    return stopped if isinstance(stopped, dict) and {**stopped, "resume": job["resume"]} == job else job
 
 
 def finished_before(options: Options, job: dict[str, Any]) -> int | None:
@@ -125,7 +128,7 @@ def begin(unfinished: Path, job: dict[str, Any], options: Options) -> None:
         remove_unfinished(unfinished, is_shared=True)  # others may have begun
         return
     names = pictures_of(options.images, may_be_private=options.allow_private)
-    if options.resume and options.out.exists():
+    if job["resume"]:
         judged = {row["path"] for row in read_table(options.out)}
         names = (named for named in names if text_of(named.name) not in judged)
     first = next(names, None)  # a source without pictures is an error before anything is written

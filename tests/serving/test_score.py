@@ -450,3 +450,26 @@ def pictures(files):
     from bigtrain.data.decode import Picture
 
     return [Picture(file.read_bytes()) for file in files]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_killed_before_the_summary(finished, photos, tmp_path, command, monkeypatch, resume):
+    """Killed between the table and its summary, a job continues, with or without rows of an earlier one, and neither
+    doubles nor loses any."""
+    from bigtrain.serving import score
+
+    folder, out = tmp_path / "in", tmp_path / "s.csv"
+    shutil.copytree(photos / "bag", folder)
+    line = ["score", "--detector", finished, "--images", folder, "--out", out, "--resume"]
+    if resume:
+        assert command(*line)[0] == 0
+        shutil.copy(next((photos / "coat").iterdir()), folder / "zz.png")
+    with monkeypatch.context() as patched:
+        patched.setattr(score, "write_json", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            command(*line)
+    assert out.exists() and (tmp_path / "s.csv.unfinished").exists()
+    for _ in range(2):
+        assert command(*line)[0] == 0
+        assert [row["path"] for row in read_table(out)] == sorted(map(str, folder.iterdir()))
+    assert not (tmp_path / "s.csv.unfinished").exists()
