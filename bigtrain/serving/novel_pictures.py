@@ -152,7 +152,7 @@ def write_page_of(options: Options, counts: Counts, detector: PictureJudge, extr
         kind = "" if row["novel"] is None else "novel" if row["novel"] else "known"
         cards.append(
             picture_fields(shown, row["path"], [row["class"]] if row["class"] else [])
-            | {"kind": kind, "value": f"{row['score']:.4g}{p_value}", "caption": row["path"], "overlay": ""}
+            | {"kind": kind, "value": f"{row['score']:.4g}{p_value}", "caption": row["path"]}
         )
     present = [each for _, each in maps if each is not None]
     if present:

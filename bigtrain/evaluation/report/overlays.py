@@ -124,4 +124,6 @@ def picture_fields(image: Image.Image, key: str, classes: Sequence[str]) -> dict
         "width": image.width,
         "height": image.height,
         "small": max(image.size) < 128,
+        "caption": "",  # instead of the classes
+        "overlay": "",  # a picture beside it
     }

@@ -23,8 +23,6 @@ def card(shard_set: ShardSet, sample: int, kind: str, value: float) -> dict[str,
     return picture_fields(image, shard_set.key(sample), shard_set.classes_of(sample)) | {
         "kind": kind,
         "value": f"{value:.3g}",
-        "caption": "",
-        "overlay": "",
     }
 
 
