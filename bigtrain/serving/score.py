@@ -86,7 +86,8 @@ def score(options: Options) -> int:
         wait_for(lambda: all(rows_file(unfinished, number).is_file() for number in range(count)), "the other processes")
     seconds = time.monotonic() - began
     counts = finish(options, job, unfinished, count, threshold)
-    print(summary_lines(counts, threshold, detector.calibration, options.out, progress.new, seconds), flush=True)
+    by = "now" if place.world_size == 1 else "by this process"
+    print(summary_lines(counts, threshold, detector.calibration, options.out, progress.new, seconds, by), flush=True)
     if options.page:
         write_page_of(options, counts, detector, extras)
     extras.tell()

@@ -55,11 +55,18 @@ class Counts:
 
 
 def summary_lines(
-    counts: Counts, threshold: Threshold | None, calibration: Calibration, out: Path, scored: int, seconds: float
+    counts: Counts,
+    threshold: Threshold | None,
+    calibration: Calibration,
+    out: Path,
+    scored: int,
+    seconds: float,
+    by: str = "now",
 ) -> str:
+    """What the command says at its end; `scored` pictures are what this process has added, `by` says so."""
     lines = [f"{out}: {counted(counts.pictures, 'picture')}"]
     if scored:
-        lines[0] += f", {scored} of them now, at {scored / max(seconds, 1e-9):.4g} pictures/s"
+        lines[0] += f", {scored} of them {by}, at {scored / max(seconds, 1e-9):.4g} pictures/s"
     if threshold is None:
         lines.append("no threshold: give --threshold, or set one with `bigtrain calibrate`")
     else:
