@@ -19,8 +19,7 @@ from bigtrain.progress import Progress
 from bigtrain.runtime.exit_codes import UNREADABLE
 from bigtrain.serving.any_detector import EXPORTED, any_detector
 from bigtrain.serving.read_ahead import batches_ahead
-from bigtrain.serving.score import chunks
-from bigtrain.serving.sources import Reader, pictures_of
+from bigtrain.serving.sources import Reader, chunks, pictures_of
 from bigtrain.text import clean, counted
 
 SURPRISING = 0.01  # a p-value of the test below which two samples of scores are said to differ

@@ -43,7 +43,8 @@ def add_score(subparsers: Any) -> None:
     parser.add_argument("--link-novel", type=Path, metavar="DIR", help="link novel pictures here")
     parser.add_argument("--resume", action="store_true", help="add pictures that are new to a finished table")
     parser.add_argument("--watch", action="store_true", help="stay, and add pictures to the table (.csv, .jsonl) as "
-                        "they come into the folder; a file is judged once, when its size has settled")  # fmt: skip
+                        "they come into the folder; a file is judged once, when its size has settled; batches are as "
+                        "small as what has come, so the last digits of scores may differ")  # fmt: skip
     parser.add_argument("--every", type=float, default=2.0, metavar="S", help="with --watch: seconds between looks (2)")
     parser.add_argument("--device", help="cpu, cuda or cuda:0 (a GPU where there is one)")
     parser.add_argument("--batch", type=int, help="pictures of a forward pass (the run's, for the run's very scores)")

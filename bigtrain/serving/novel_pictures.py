@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from bigtrain.data.decode import Picture
@@ -17,7 +18,7 @@ from bigtrain.detectors.calibration import Judgement
 from bigtrain.detectors.picture_judge import PictureJudge
 from bigtrain.files import whole_file
 from bigtrain.images import UnreadableError
-from bigtrain.serving.sources import Named, Reader, is_address
+from bigtrain.serving.sources import Named, Reader, chunks, is_address
 
 if TYPE_CHECKING:
     from bigtrain.evaluation.report.overlays import Scale
@@ -129,6 +130,13 @@ def with_ending(name: str, named: Named) -> str:
     return name + ending
 
 
+def is_picture(payload: bytes | Exception) -> TypeGuard[bytes]:
+    try:
+        return isinstance(payload, bytes) and bool(Picture(payload).rgb())
+    except UnreadableError:
+        return False
+
+
 def write_page_of(options: Options, counts: Counts, detector: PictureJudge, extras: Extras) -> None:
     """The page of the most novel pictures."""
     from bigtrain.evaluation.report.overlays import overlay, page_image, picture_fields, rgb, scale_of
@@ -136,29 +144,25 @@ def write_page_of(options: Options, counts: Counts, detector: PictureJudge, extr
 
     assert options.page is not None
     cards: list[dict[str, Any]] = []
-    maps: list[tuple[Image.Image, Any]] = []
-    for row, named in counts.most_novel():
-        (payload,) = extras.reader.read([named])
-        try:
-            if isinstance(payload, Exception):
-                raise payload
-            image = Picture(payload).rgb()
-        except (UnreadableError, OSError):
-            continue  # it has changed since it was scored
-        found = detector.score_map([payload])
-        shown = rgb(image)
-        maps.append((shown, None if found is None else found[0]))
-        p_value = "" if row["p_value"] is None else f", p {row['p_value']:.3g}"
-        kind = "" if row["novel"] is None else "novel" if row["novel"] else "known"
-        cards.append(
-            picture_fields(shown, row["path"], [row["class"]] if row["class"] else [])
-            | {"kind": kind, "value": f"{row['score']:.4g}{p_value}", "caption": row["path"]}
-        )
-    present = [each for _, each in maps if each is not None]
+    shown: list[tuple[Image.Image, NDArray[np.float32] | None]] = []
+    for some in chunks(counts.most_novel(), detector.scoring.batch):  # maps of a batch cost no more than of a picture
+        payloads = extras.reader.read([named for _, named in some])
+        whole = [(row, payload) for (row, _), payload in zip(some, payloads, strict=True) if is_picture(payload)]
+        maps = detector.score_map([payload for _, payload in whole])  # else it has changed since it was scored
+        for place, (row, payload) in enumerate(whole):
+            image = rgb(Picture(payload).rgb())
+            shown.append((image, None if maps is None else maps[place]))
+            p_value = "" if row["p_value"] is None else f", p {row['p_value']:.3g}"
+            kind = "" if row["novel"] is None else "novel" if row["novel"] else "known"
+            cards.append(
+                picture_fields(image, row["path"], [row["class"]] if row["class"] else [])
+                | {"kind": kind, "value": f"{row['score']:.4g}{p_value}", "caption": row["path"]}
+            )
+    present = [map_hw for _, map_hw in shown if map_hw is not None]
     if present:
         scale = scale_of(present)
-        for card, (image, each) in zip(cards, maps, strict=True):
-            card["overlay"] = page_image(overlay(image, each, scale))
+        for card, (image, map_hw) in zip(cards, shown, strict=True):
+            card["overlay"] = "" if map_hw is None else page_image(overlay(image, map_hw, scale))
     lead = [
         f"The {len(cards)} highest scores of {counts.eligible} pictures of {options.images}, by {options.detector}. "
         "Scores are novelty: higher = more novel. p is the share of held-out normal pictures that score as high."

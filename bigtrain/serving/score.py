@@ -40,7 +40,7 @@ from bigtrain.serving.score_job import (
     unfinished_of,
     wait_for,
 )
-from bigtrain.serving.sources import Named, Reader
+from bigtrain.serving.sources import Named, Reader, chunks
 from bigtrain.serving.summary import Counts, summary_lines
 from bigtrain.serving.table_files import Row, read_table, write_table, writer_for
 from bigtrain.text import class_name
@@ -136,12 +136,6 @@ def score_rest(
             text = "".join(json.dumps(row) + "\n" for row in rows)
             write_text(rows_file(unfinished, own[done]), text, "renamed")
             rows = []
-
-
-def chunks(names: Iterable[Named], size: int) -> Iterator[list[Named]]:
-    rest = iter(names)
-    while some := list(islice(rest, size)):
-        yield some
 
 
 def rows_of(ready: Ready, detector: PictureJudge, threshold: Threshold | None, extras: Extras, first: int) -> list[Row]:

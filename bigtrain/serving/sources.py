@@ -13,8 +13,9 @@ import tarfile
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from bigtrain.serving.addresses import check_public, fetched, is_address
 
 MANIFEST = "manifest.json"
 MAX_FILE_BYTES = 1 << 30  # of a picture: more is no picture that could be decoded
+T = TypeVar("T")
 
 
 class Named(NamedTuple):
@@ -143,6 +145,12 @@ def of_tar(path: Path) -> Iterator[Named]:
                     yield Named(member.name, str(path), start, start + member.size)
     except tarfile.TarError as error:
         raise ValueError(f"{path} is no readable tar ({error}): copy it again.") from error
+
+
+def chunks(names: Iterable[T], size: int) -> Iterator[list[T]]:
+    rest = iter(names)
+    while some := list(islice(rest, size)):
+        yield some
 
 
 class Reader:

@@ -20,9 +20,9 @@ from bigtrain.runtime.exit_codes import UNREADABLE
 from bigtrain.serving.any_detector import any_detector
 from bigtrain.serving.novel_pictures import Extras
 from bigtrain.serving.read_ahead import batches_ahead
-from bigtrain.serving.score import chunks, rows_of
+from bigtrain.serving.score import rows_of
 from bigtrain.serving.score_job import Options, Place, finished_before, job_of, summary_file, text_of
-from bigtrain.serving.sources import Named, Reader, files_below
+from bigtrain.serving.sources import Named, Reader, chunks, files_below
 from bigtrain.serving.summary import Counts, summary_lines
 from bigtrain.serving.table_files import COLUMNS, Row, csv_line, json_line, read_table
 from bigtrain.text import clean, counted
@@ -91,7 +91,8 @@ def judged_rows(
     extras: Extras,
     batch: int | None,
 ) -> Iterator[list[Row]]:
-    names, size = [Named(str(file), str(file)) for file in files], batch or detector.scoring.batch
+    names = [Named(str(file), str(file)) for file in files]
+    size = batch or max(1, min(len(names), detector.scoring.batch))  # filling up would cost a batch for each picture
     if names and extras.scale is None:
         extras.fix_scale(detector, reader, names[:64])
     for ready in batches_ahead(chunks(names, size), reader, detector.view(), size):
