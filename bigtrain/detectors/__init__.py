@@ -60,4 +60,4 @@ def detector_folder(path: str | Path) -> Path:
         names = ", ".join(each.name for each in several)
         raise ValueError(f"{folder} holds {len(several)} detectors ({names}): name one, such as {several[0]}.")
     what = "does not exist" if not folder.exists() else f"holds no {DETECTOR_FILE}"
-    raise ValueError(f"{folder} {what}: give the folder `detector` of a finished run.")
+    raise ValueError(f"{folder} {what}: give the folder of a finished run, or `detector` in it.")

@@ -38,12 +38,12 @@ PAGE = Path(__file__).with_name("drop.html")
 
 @dataclass(frozen=True)
 class Limits:
-    max_bytes: int = 32 << 20  # of a request
-    max_pixels: int = 50_000_000  # of a picture
-    queue: int = 256  # pictures that wait
-    max_wait_ms: float = 10.0  # for a batch to fill
-    deadline_s: float = 30.0  # of a request
-    most: int = 32  # pictures of a batch
+    max_bytes: int  # of a request
+    max_pixels: int  # of a picture
+    queue: int  # pictures that wait
+    max_wait_ms: float  # for a batch to fill
+    deadline_s: float  # of a request
+    most: int  # pictures of a batch
 
 
 class Service:

@@ -31,10 +31,10 @@ class Options:
 
     detector: str
     normal: str
-    percentile: float = 95.0
-    out: Path | None = None
-    device: str | None = None
-    allow_private: bool = False
+    percentile: float
+    out: Path | None
+    device: str | None
+    allow_private: bool
 
 
 def calibrate(options: Options) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 DETECTOR = "a finished run, a detector's folder, hf://user/name, or an exported model (.onnx, .xml, .pt2)"
 IMAGES = (
     "a folder, a pattern in quotes, a picture, a shard set or one of its tars, an address, or - for names on standard "
     "input, one a line"
 )
+Options = TypeVar("Options")
 
 
 def add_to(subparsers: Any) -> None:
@@ -19,6 +21,12 @@ def add_to(subparsers: Any) -> None:
     add_export(subparsers)
     add_push(subparsers)
     add_serve(subparsers)
+
+
+def filled(options: type[Options], given: argparse.Namespace, **other: Any) -> Options:
+    """A command's Options from its words, which have the same names."""
+    values = {**vars(given), **other}
+    return options(**{field.name: values[field.name] for field in fields(options)})  # type: ignore[arg-type]
 
 
 def add_score(subparsers: Any) -> None:
@@ -60,8 +68,7 @@ def _score(given: argparse.Namespace) -> int:
         raise ValueError(f"--batch {given.batch} must be at least 1.")
     if given.top < 1:
         raise ValueError(f"--top {given.top} must be at least 1.")
-    values = {**vars(given), "known": tuple(given.known)}
-    options = Options(**{name: values[name] for name in Options.__dataclass_fields__})
+    options = filled(Options, given, known=tuple(given.known))
     if given.watch:
         from bigtrain.serving.watch_folder import watch_folder
 
@@ -88,7 +95,7 @@ def add_calibrate(subparsers: Any) -> None:
 def _calibrate(given: argparse.Namespace) -> int:
     from bigtrain.serving.calibrate import Options, calibrate
 
-    return calibrate(Options(**{name: vars(given)[name] for name in Options.__dataclass_fields__}))
+    return calibrate(filled(Options, given))
 
 
 def add_export(subparsers: Any) -> None:
@@ -113,8 +120,7 @@ def add_export(subparsers: Any) -> None:
 def _export(given: argparse.Namespace) -> int:
     from bigtrain.serving.export import Options, export
 
-    values = {**vars(given), "input_size": tuple(given.input_size) if given.input_size else None}
-    return export(Options(**{name: values[name] for name in Options.__dataclass_fields__}))
+    return export(filled(Options, given, input_size=tuple(given.input_size) if given.input_size else None))
 
 
 def add_push(subparsers: Any) -> None:
@@ -133,7 +139,7 @@ def add_push(subparsers: Any) -> None:
 def _push(given: argparse.Namespace) -> int:
     from bigtrain.serving.push import Options, push
 
-    return push(Options(**{name: vars(given)[name] for name in Options.__dataclass_fields__}))
+    return push(filled(Options, given))
 
 
 def add_serve(subparsers: Any) -> None:
@@ -160,4 +166,4 @@ def add_serve(subparsers: Any) -> None:
 def _serve(given: argparse.Namespace) -> int:
     from bigtrain.serving.serve import Options, serve
 
-    return serve(Options(**{name: vars(given)[name] for name in Options.__dataclass_fields__}))
+    return serve(filled(Options, given))

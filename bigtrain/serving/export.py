@@ -38,11 +38,11 @@ class Options:
 
     detector: str
     to: str
-    out: Path | None = None
-    precision: str = "fp32"
-    input_size: Size | None = None
-    images: str = ""
-    pictures: int = 400
+    out: Path | None
+    precision: str
+    input_size: Size | None
+    images: str
+    pictures: int
 
 
 def export(options: Options) -> int:

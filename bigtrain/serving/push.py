@@ -19,8 +19,8 @@ class Options:
 
     detector: str
     to: str
-    private: bool = False
-    without_pictures: bool = False
+    private: bool
+    without_pictures: bool
 
 
 def push(options: Options) -> int:

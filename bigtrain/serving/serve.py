@@ -23,16 +23,16 @@ class Options:
     """Of the command; see its help."""
 
     detector: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    threshold: str = ""
-    device: str | None = None
-    batch: int = 32
-    max_wait_ms: float = 10.0
-    max_mb: float = 32.0
-    max_pixels: int = 50_000_000
-    queue: int = 256
-    deadline_s: float = 30.0
+    host: str
+    port: int
+    threshold: str
+    device: str | None
+    batch: int
+    max_wait_ms: float
+    max_mb: float
+    max_pixels: int
+    queue: int
+    deadline_s: float
 
 
 def serve(options: Options) -> int:
